@@ -1,0 +1,357 @@
+"""The neuro-plastic component: the maths of one NPT block, without any model around it.
+
+    transformer block                      NPT block
+    a = Attn(Norm1(h))                     a = Attn(Norm1(h))
+    h' = h + a                             z = Norm2(h)                  # no h + a anywhere
+    y = h' + MLP_W(Norm2(h'))              y = h + MLP_{W + dW(a)}(z)
+
+For one token only the product dW x matters (x is the input of a projection), so a per-token weight
+delta is a *value* v and a *key* k with k.x = 1:  dW = v k^T, dW x = v, |dW|_F = |v| |k|. The least norm
+for a given v is |v| / |x|, reached by the input key k = x / |x|^2 alone (docs/maths.md, Eq. 1).
+
+Symbols, in code and docstrings: d hidden size, f MLP width, r rank, a attention output (..., d),
+z = Norm2(h) the MLP's input (..., d), i the MLP's intermediate, the input of `down` (..., f).
+A projection's weight W_t is (f, d) for gate and up, (d, f) for down; nothing of that size is ever formed
+per token, except by `WeightDelta.matrix`, on request, for one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+INPUT_PROJECTIONS = ("gate", "up")
+PROJECTIONS = ("gate", "up", "down")
+KEYS = ("input", "tied", "learned")
+CARRIES = ("none", "diagonal", "exact")
+GAINS = ("none", "norm", "overlap")
+LOW_RANK_SITES = ("input", "projection")
+#: Keeps the division by the norm's weight finite where a weight is (close to) zero.
+NORM_WEIGHT_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """Everything that fixes a component's parameters and shapes.
+
+    `hidden_size` d, `intermediate_size` f; `projections` is the subset of gate, up, down that receives a delta;
+    `centered` says that Norm2 subtracts the mean (LayerNorm), so the mean of `a` is taken out too.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    projections: tuple[str, ...] = PROJECTIONS
+    rank: int = 16
+    modulation_scale: float = 1.0
+    key: str = "input"
+    carry: str = "diagonal"
+    gain: str = "overlap"
+    low_rank_at: str = "input"
+    centered: bool = False
+
+    @property
+    def input_projections(self) -> tuple[str, ...]:
+        """The targeted projections that read z."""
+        return tuple(name for name in INPUT_PROJECTIONS if name in self.projections)
+
+    @property
+    def has_low_rank(self) -> bool:
+        """Whether there is a low-rank part at all (`exact` has none)."""
+        return self.rank > 0 and self.carry != "exact"
+
+
+@dataclass
+class WeightDelta:
+    """dW of one projection for a batch of tokens, in factors: dW = value k^T + B^T diag(m) C^T.
+
+    value (..., out) is carried by the input key k = x / |x|^2; inputs x (..., in); modulation m (..., r),
+    key_matrix C (in, r) and value_matrix B (r, out) are None when the low-rank part rides on the input key.
+    Tokens with x = 0 have no input key: their `value` is zero and `skipped` counts them.
+    """
+
+    value: Tensor
+    inputs: Tensor
+    modulation: Tensor | None = None
+    key_matrix: Tensor | None = None
+    value_matrix: Tensor | None = None
+
+    @property
+    def skipped(self) -> Tensor:
+        """(...) bool: tokens whose input is all zero, so that no input key exists."""
+        return self.inputs.square().sum(-1) == 0
+
+    def apply(self) -> Tensor:
+        """dW x, (..., out)."""
+        return self.value if self.modulation is None else self.value + self._low_rank_product()
+
+    def frobenius_norm(self) -> Tensor:
+        """|dW|_F per token, (...), without forming dW (docs/maths.md, Eq. 3)."""
+        input_square = self.inputs.square().sum(-1)
+        inverse = torch.where(input_square > 0, 1 / input_square.clamp_min(torch.finfo(input_square.dtype).tiny), 0)
+        square = self.value.square().sum(-1) * inverse
+        if self.modulation is not None:
+            c, b, m = self.key_matrix, self.value_matrix, self.modulation
+            gram = (c.T @ c) * (b @ b.T)
+            square = square + ((m @ gram) * m).sum(-1)
+            square = square + 2 * (self.value * self._low_rank_product()).sum(-1) * inverse
+        return square.clamp_min(0).sqrt()
+
+    def matrix(self, *token: int) -> Tensor:
+        """dW of the token at index `token` of the leading dimensions, as an (out, in) matrix."""
+        value, x = self.value[token], self.inputs[token]
+        square = x.square().sum()
+        key = x / square if square > 0 else torch.zeros_like(x)
+        delta = torch.outer(value, key)
+        if self.modulation is not None:
+            delta = delta + (self.value_matrix.T * self.modulation[token]) @ self.key_matrix.T
+        return delta
+
+    def _low_rank_product(self) -> Tensor:
+        return ((self.inputs @ self.key_matrix) * self.modulation) @ self.value_matrix
+
+
+@dataclass
+class InputValues:
+    """What gate and up receive for one batch of tokens.
+
+    shift (..., d): added to z before the projections (carry, gain and a low rank at the input, Eq. 2), or None.
+    values: per projection (..., f), added to its output (a low rank at the projection).
+    modulation m (..., r), shared with the down projection, or None.
+    """
+
+    shift: Tensor | None = None
+    values: dict[str, Tensor] = field(default_factory=dict)
+    modulation: Tensor | None = None
+
+
+class NPComponent(nn.Module):
+    """Generates dW from the attention output of the same token. Equations, with the shapes above:
+
+        m      = s tanh(a A)                                     (..., r)
+        g      = k0 + k1 |a|^2/d + k2 <zhat, a>/d                (..., 1)   gain
+        w      = 1  + l1 |a|^2/d + l2 <zhat, a>/d                (..., 1)   gain on the carry
+        v_t    = W_t (m B_in + w (c * a) + g (z - b))            (..., f)   low_rank_at = input
+        v_t    = m B_t + W_t (w (c * a) + g (z - b))             (..., f)   low_rank_at = projection
+        v_down = m B_down + e * a                                (..., d)
+
+    zhat is z without the norm's weight and bias, b that bias (zero for RMSNorm; the norm's denominator scales
+    zhat, never the bias). For LayerNorm `a` is centred first, except in e * a: the residual stream takes the mean
+    too. With key `tied` or `learned`, m becomes (x C) * m with C = A or a matrix of its own. `exact` sets
+    v_t = W_t (Norm2(h + a) - z) and v_down = a and has no parameters.
+
+    | parameter                    | shape        | before calibration            |
+    |------------------------------|--------------|-------------------------------|
+    | A                            | (d, r)       | normal, std 1/sqrt(d)         |
+    | B_in, B_gate, B_up, B_down   | (r, d or f)  | zero                          |
+    | C_in, C_gate, C_up, C_down   | (in, r)      | normal, std 1/sqrt(in)        |
+    | c                            | (d,)         | zero                          |
+    | e                            | (d,)         | one                           |
+    | gain (k0, k1, k2)            | (3,) or (2,) | zero                          |
+    | carry_gain (l1, l2)          | (2,) or (1,) | zero                          |
+
+    Args:
+        spec: the options and sizes.
+        norm_weight: (d,) weight of Norm2, None for one without. norm_bias: (d,) its bias or None.
+    """
+
+    def __init__(self, spec: ComponentSpec, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None):
+        super().__init__()
+        self.spec = spec
+        d, dtype = spec.hidden_size, None if norm_weight is None else norm_weight.dtype
+        device = None if norm_weight is None else norm_weight.device
+        self._new = {"dtype": dtype, "device": device}
+        inverse = None
+        if norm_weight is not None:
+            inverse = norm_weight / (norm_weight.square() + NORM_WEIGHT_EPSILON)
+        self.register_buffer("norm_inverse", inverse, persistent=False)
+        self.register_buffer("norm_bias", norm_bias, persistent=False)
+        if spec.has_low_rank:
+            self._add_low_rank()
+        if spec.carry == "diagonal":
+            if spec.input_projections:
+                self.c = nn.Parameter(torch.zeros(d, **self._new))
+            if "down" in spec.projections:
+                self.e = nn.Parameter(torch.ones(d, **self._new))
+        self.num_features = {"none": 0, "norm": 1, "overlap": 2}[spec.gain] if spec.carry != "exact" else 0
+        if self.num_features and spec.input_projections:
+            self.gain = nn.Parameter(torch.zeros(1 + self.num_features, **self._new))
+            if spec.carry == "diagonal":
+                self.carry_gain = nn.Parameter(torch.zeros(self.num_features, **self._new))
+
+    def _add_low_rank(self) -> None:
+        spec, d, f = self.spec, self.spec.hidden_size, self.spec.intermediate_size
+        sites = {}
+        if spec.input_projections and spec.low_rank_at == "input":
+            sites["in"] = (d, d)
+        elif spec.input_projections:
+            sites |= {name: (d, f) for name in spec.input_projections}
+        if "down" in spec.projections:
+            sites["down"] = (f, d)
+        self.A = nn.Parameter(torch.randn(d, spec.rank, **self._new) / d**0.5)
+        for name, (size_in, size_out) in sites.items():
+            self.register_parameter(f"B_{name}", nn.Parameter(torch.zeros(spec.rank, size_out, **self._new)))
+            if spec.key == "learned":
+                matrix = torch.randn(size_in, spec.rank, **self._new) / size_in**0.5
+                self.register_parameter(f"C_{name}", nn.Parameter(matrix))
+
+    # -- the forward pass ------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        attention: Tensor,
+        inputs: Tensor,
+        site: str,
+        *,
+        modulation: Tensor | None = None,
+        exact_input: Tensor | None = None,
+    ) -> InputValues | Tensor | None:
+        """The value at one site of the MLP; both go through `__call__`, so that sharding hooks fire.
+
+        Args:
+            attention: a (..., d). inputs: z (..., d) at site "input", i (..., f) at site "down".
+            site: "input" -> `InputValues` for gate and up; "down" -> v_down (..., d), or None when not targeted.
+            modulation: m of an earlier call on the same tokens, to save a product.
+            exact_input: Norm2(h + a) (..., d), needed by carry "exact" at site "input".
+        """
+        if site == "input":
+            return self._input_values(attention, inputs, exact_input)
+        value = self._down_value(attention, inputs, modulation)
+        return None if value is None else (value * _has_key(inputs, value)).to(attention.dtype)
+
+    def _input_values(self, attention: Tensor, z: Tensor, exact_input: Tensor | None) -> InputValues:
+        spec, dtype = self.spec, z.dtype
+        if not spec.input_projections:
+            return InputValues(modulation=self.modulation(attention))
+        if spec.carry == "exact":
+            return InputValues(shift=(exact_input - z) * _has_key(z, z))
+        m = self.modulation(attention)
+        shift, mask = self.keyed_shift(attention, z), _has_key(z, z)
+        values = {}
+        if m is not None:
+            for name, (b, c) in self.low_rank_factors("input").items():
+                u = m if c is None else (z.to(m.dtype) @ c) * m
+                if name == "in":
+                    shift = u @ b if shift is None else shift + u @ b
+                else:
+                    values[name] = (u @ b * mask).to(dtype)
+        return InputValues(None if shift is None else (shift * mask).to(dtype), values, m)
+
+    def _down_value(self, attention: Tensor, inputs: Tensor, m: Tensor | None) -> Tensor | None:
+        spec = self.spec
+        if "down" not in spec.projections:
+            return None
+        if spec.carry == "exact":
+            return attention
+        value = None
+        if spec.carry == "diagonal":
+            value = self.e * attention
+        if spec.has_low_rank:
+            m = self.modulation(attention) if m is None else m
+            b, c = self.low_rank_factors("down")["down"]
+            low_rank = (m if c is None else (inputs.to(m.dtype) @ c) * m) @ b
+            value = low_rank if value is None else value + low_rank
+        return value
+
+    # -- its pieces ------------------------------------------------------------------------------------------------
+
+    def features(self, attention: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(a centred where the norm centres, (..., d); z without the norm's bias, (..., d); phi (..., F)).
+
+        phi holds the features of the gain: |a|^2/d, and <zhat, a>/d for `overlap`; F = 0, 1 or 2. Computed in
+        float32 or better.
+        """
+        dtype = torch.promote_types(attention.dtype, torch.float32)
+        a, z = self.centered(attention.to(dtype)), z.to(dtype)
+        z = z if self.norm_bias is None else z - self.norm_bias
+        columns = []
+        if self.num_features >= 1:
+            columns.append(a.square().mean(-1))
+        if self.num_features == 2:
+            overlap = a if self.norm_inverse is None else a * self.norm_inverse
+            columns.append((z * overlap).mean(-1))
+        return a, z, torch.stack(columns, -1) if columns else a.new_zeros(*a.shape[:-1], 0)
+
+    def centered(self, attention: Tensor) -> Tensor:
+        """a (..., d), its mean taken out where Norm2 would take it out."""
+        return attention - attention.mean(-1, keepdim=True) if self.spec.centered else attention
+
+    def modulation(self, attention: Tensor) -> Tensor | None:
+        """m = s tanh(a A), (..., r), or None without a low-rank part."""
+        if not self.spec.has_low_rank:
+            return None
+        return self.spec.modulation_scale * torch.tanh(self.centered(attention.to(self.A.dtype)) @ self.A)
+
+    def keyed_shift(self, attention: Tensor, z: Tensor) -> Tensor | None:
+        """w (c * a) + g (z - b), (..., d): what carry and gain add to z; None when both are off."""
+        if self.spec.carry != "diagonal" and not self.num_features:
+            return None
+        a, z, phi = self.features(attention, z)
+        shift = None
+        if self.spec.carry == "diagonal":
+            shift = self.c * a
+            if self.num_features:
+                shift = (1 + phi @ self.carry_gain).unsqueeze(-1) * shift
+        if self.num_features:
+            gained = (self.gain[0] + phi @ self.gain[1:]).unsqueeze(-1) * z
+            shift = gained if shift is None else shift + gained
+        return shift
+
+    def low_rank_factors(self, site: str) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """{"in" | "gate" | "up" | "down": (B (r, out), C (in, r) or None for the input key)} of one site."""
+        names = ("down",) if site == "down" else ("in", *INPUT_PROJECTIONS)
+        return {name: (getattr(self, f"B_{name}"), self._key_matrix(name)) for name in names if hasattr(self, f"B_{name}")}
+
+    def _key_matrix(self, name: str) -> Tensor | None:
+        if self.spec.key == "input":
+            return None
+        return self.A if self.spec.key == "tied" else getattr(self, f"C_{name}")
+
+    # -- dW itself, for norms and inspection -------------------------------------------------------------------------
+
+    def weight_deltas(
+        self,
+        attention: Tensor,
+        inputs: Tensor,
+        site: str,
+        products: dict[str, Callable[[Tensor], Tensor]],
+        exact_input: Tensor | None = None,
+    ) -> dict[str, WeightDelta]:
+        """dW of every targeted projection at a site, in factors.
+
+        `products[t]` maps (..., d) to W_t applied to it, without bias, for t in gate and up; arguments as `forward`.
+        """
+        spec = self.spec
+        mask = _has_key(inputs, inputs)
+        if site == "down":
+            if "down" not in spec.projections:
+                return {}
+            factors = None if spec.key == "input" or not spec.has_low_rank else self.low_rank_factors("down")["down"]
+            if factors is None:
+                return {"down": WeightDelta(self._down_value(attention, inputs, None) * mask, inputs)}
+            value = self.e * attention * mask if spec.carry == "diagonal" else torch.zeros_like(attention)
+            return {"down": WeightDelta(value, inputs, self.modulation(attention), factors[1], factors[0])}
+        return {t: self._input_delta(t, attention, inputs, products[t], exact_input) for t in spec.input_projections}
+
+    def _input_delta(
+        self, t: str, attention: Tensor, z: Tensor, product: Callable[[Tensor], Tensor], exact_input: Tensor | None
+    ) -> WeightDelta:
+        spec = self.spec
+        if spec.key == "input" or not spec.has_low_rank:
+            out = self._input_values(attention, z, exact_input)
+            value = None if out.shift is None else product(out.shift)
+            if t in out.values:
+                value = out.values[t] if value is None else value + out.values[t]
+            return WeightDelta(z.new_zeros(*z.shape[:-1], spec.intermediate_size) if value is None else value, z)
+        shift = self.keyed_shift(attention, z)
+        value = z.new_zeros(*z.shape[:-1], spec.intermediate_size) if shift is None else product(shift * _has_key(z, z))
+        factors = self.low_rank_factors("input")
+        b, c = factors.get("in") or factors[t]
+        return WeightDelta(value, z, self.modulation(attention), c, product(b) if "in" in factors else b)
+
+
+def _has_key(x: Tensor, like: Tensor) -> Tensor:
+    """(..., 1) one where x has a non-zero entry (so that the input key exists), else zero, in `like`'s dtype."""
+    return (x.detach() != 0).any(-1, keepdim=True).to(like.dtype)

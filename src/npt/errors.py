@@ -1,0 +1,23 @@
+"""Errors a user can cause, each with one line that names the value, the place and the remedy."""
+
+from __future__ import annotations
+
+
+class NPTError(ValueError):
+    """Base of every error the package raises for bad input; the command prints it as one line and exits with 2."""
+
+
+class ConfigError(NPTError):
+    """A configuration is unreadable or has unknown, ill-typed or contradictory keys."""
+
+
+class DataError(NPTError):
+    """A text source is missing, unreadable or holds nothing to train on."""
+
+
+class ConversionError(NPTError):
+    """A model can't be converted: unknown family, a block that breaks the conversion contract, a layer out of range."""
+
+
+class CheckpointError(NPTError):
+    """An adapter or checkpoint is missing, incomplete, or belongs to another base model."""

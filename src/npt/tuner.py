@@ -1,0 +1,264 @@
+"""The PEFT method: `NPTConfig` and `NPTModel`, so that an NPT model is used like a LoRA one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from npt import component as maths
+from npt.attach import NPTLayer
+from npt.contract import check_contract
+from npt.errors import ConversionError
+from npt.families import blocks_of, family_of, resolve_layers
+
+logger = logging.getLogger(__name__)
+
+PEFT_TYPE = "NPT"
+#: The attribute of a decoder block that holds its NPTLayer; begins with the PEFT prefix.
+LAYER_NAME = "npt_adapter"
+
+
+@dataclass
+class NPTConfig(PeftConfig):
+    """Which blocks become neuro-plastic, and how their weight delta is generated.
+
+    Args:
+        npt_layers: "upper_half" (n//2 ... n-1), "lower_half", "all", or indices (negatives from the end).
+        rank: columns of A; 0 for no low-rank part. modulation_scale: s in s tanh(a A).
+        key: "input" (least norm), "tied" (the low-rank part reads z through A) or "learned".
+        carry: "none", "diagonal" or "exact" (no parameters: the oracle, reads h). gain: "none", "norm" (reads the
+            attention output alone) or "overlap" (also its agreement with the token's own normalised state).
+        low_rank_at: "input" or "projection". target_projections: subset of gate, up, down; a name the family does not
+            have is an error, except gate, which plain MLPs lack by nature.
+        target_modules: filled in by npt with the converted blocks' names; leave it alone.
+    """
+
+    npt_layers: str | list[int] = "upper_half"
+    rank: int = 16
+    modulation_scale: float = 1.0
+    key: str = "input"
+    carry: str = "diagonal"
+    gain: str = "overlap"
+    low_rank_at: str = "input"
+    target_projections: list[str] = field(default_factory=lambda: ["gate", "up", "down"])
+    target_modules: list[str] | None = None
+    exclude_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Validates everything that can be without the model.
+
+        Raises:
+            ConversionError: names every wrong option, its value and what is allowed.
+        """
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self.task_type = self.task_type or "CAUSAL_LM"
+        problems = []
+        for name, allowed in (
+            ("key", maths.KEYS),
+            ("carry", maths.CARRIES),
+            ("gain", maths.GAINS),
+            ("low_rank_at", maths.LOW_RANK_SITES),
+        ):
+            if getattr(self, name) not in allowed:
+                problems.append(f"{name}={getattr(self, name)!r}: use one of {', '.join(allowed)}")
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 0:
+            problems.append(f"rank={self.rank!r}: use a whole number from 0 up")
+        unknown = [name for name in self.target_projections if name not in maths.PROJECTIONS]
+        if unknown or not self.target_projections:
+            problems.append(f"target_projections={self.target_projections!r}: use some of {', '.join(maths.PROJECTIONS)}")
+        if self.key == "tied" and "down" in self.target_projections and self.rank > 0 and self.carry != "exact":
+            problems.append(
+                "key='tied' with target_projections including 'down': A has as many rows as the hidden size, the down "
+                "projection's input is wider; use target_projections=['gate', 'up'] or key='input'"
+            )
+        if problems:
+            raise ConversionError("; ".join(problems))
+
+    def component_options(self) -> dict[str, Any]:
+        """The fields of `ComponentSpec` this config fixes."""
+        return {
+            "projections": tuple(self.target_projections),
+            "rank": self.rank,
+            "modulation_scale": self.modulation_scale,
+            "key": self.key,
+            "carry": self.carry,
+            "gain": self.gain,
+            "low_rank_at": self.low_rank_at,
+        }
+
+
+class NPTModel(BaseTuner):
+    """Turns the chosen blocks of a causal LM into NPT blocks (see `npt.component` for the block).
+
+    The base stays frozen and in eval mode whatever a trainer does: `train()` reaches the components only.
+    """
+
+    prefix = "npt_"
+    tuner_layer_cls = NPTLayer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Attaches an adapter and runs the conversion contract on its blocks; leaves no trace when that fails."""
+        refuse_unsupported(model)
+        before = {id(layer) for layer in npt_layers(model)}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        model.eval()
+        layers = [layer for layer in npt_layers(model) if id(layer) not in before]
+        try:
+            check_contract(model, layers)
+        except ConversionError:
+            self._remove(layers)
+            raise
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if not isinstance(config, NPTConfig):
+            raise ConversionError(f"{type(config).__name__} can't be added to an NPT model; load it with NPTConfig")
+
+    def _prepare_adapter_config(self, peft_config: NPTConfig, model_config: dict[str, Any]) -> NPTConfig:
+        blocks = blocks_of(self.model)
+        peft_config.npt_layers = resolve_layers(peft_config.npt_layers, len(blocks))
+        prefix = family_of(self.model).blocks
+        peft_config.target_modules = [f"{prefix}.{i}" for i in peft_config.npt_layers]
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: NPTConfig, key: str) -> bool:
+        return key in (peft_config.target_modules or ())
+
+    def _create_and_replace(
+        self,
+        peft_config: NPTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = getattr(target, LAYER_NAME, None)
+        is_new = layer is None
+        if is_new:
+            layer = NPTLayer(target, family_of(self.model), int(target_name))
+        try:
+            layer.add_component(adapter_name, **peft_config.component_options())
+        except ConversionError:
+            if is_new:
+                layer.detach()
+            raise
+        if is_new:
+            setattr(target, LAYER_NAME, layer)
+
+    def train(self, mode: bool = True) -> NPTModel:
+        """Puts the components in training mode; the base never leaves eval mode (dropout stays off).
+
+        A block under gradient checkpointing carries the flag itself, since transformers checkpoints in training only.
+        """
+        self.training = mode
+        self.model.eval()
+        for layer in npt_layers(self.model):
+            layer.train(mode)
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False) is True:
+                module.training = mode
+        return self
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter from every block."""
+        if adapter_name not in self.peft_config:
+            raise ConversionError(f"adapter {adapter_name!r} does not exist; there are {', '.join(self.peft_config)}")
+        del self.peft_config[adapter_name]
+        layers = npt_layers(self.model)
+        for layer in layers:
+            layer.delete_adapter(adapter_name)
+        remaining = [name for layer in layers for name in layer.active_adapters if name in self.peft_config]
+        self.active_adapter = list(dict.fromkeys(remaining))
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refuses: there is no one weight to merge into."""
+        raise ConversionError(
+            "an NPT adapter can't be merged: its weight delta depends on the input and differs from token to token. "
+            "Keep the adapter, or call unload() to get the original model back"
+        )
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses, as `merge_and_unload` does."""
+        self.merge_and_unload()
+
+    def unload(self) -> nn.Module:
+        """Takes all NPT parts off and returns the base model."""
+        self._remove(npt_layers(self.model))
+        return self.model
+
+    def _remove(self, layers: Sequence[NPTLayer]) -> None:
+        for layer in layers:
+            layer.detach()
+            delattr(layer.get_base_layer(), LAYER_NAME)
+
+
+def npt_layers(model: nn.Module) -> list[NPTLayer]:
+    """The NPT layers of a model, in depth order; empty for an unconverted one."""
+    return sorted((m for m in model.modules() if isinstance(m, NPTLayer)), key=lambda layer: layer.index)
+
+
+def active_layers(model: nn.Module) -> list[NPTLayer]:
+    """The NPT layers whose active adapter has a component.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    layers = [layer for layer in npt_layers(model) if layer.component is not None]
+    if not layers:
+        raise ConversionError(
+            f"{type(model).__name__} has no active NPT adapter; convert it first: get_peft_model(model, NPTConfig(...))"
+        )
+    return layers
+
+
+def adapter_config(model: Any) -> NPTConfig:
+    """The active adapter's config."""
+    config: NPTConfig = model.peft_config[active_layers(model)[0].active_adapters[0]]
+    return config
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Refuses what would give wrong results silently.
+
+    Raises:
+        ConversionError: a compiled, DataParallel or tensor-parallel model, or an unknown family.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise ConversionError("nn.DataParallel shares hooks between threads; use DistributedDataParallel (accelerate)")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ConversionError("the model is compiled already, and a compiled model ignores new hooks; convert, then compile")
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ConversionError("tensor parallelism splits the MLP that NPT writes to; load the model without tp_plan")
+    family_of(model)
+
+
+def register() -> None:
+    """Makes PEFT know the method. peft 0.21 has no public registration for third parties; a contract test holds this."""
+    types: Any = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
+    for mapping, value in zip(types, (NPTConfig, NPTModel, NPTModel.prefix), strict=True):
+        mapping[PEFT_TYPE] = value
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(parameters of the active adapter, parameters of the base)."""
+    own = {id(p) for layer in npt_layers(model) for p in layer.parameters()}
+    active = sum(p.numel() for layer in npt_layers(model) if layer.component for p in layer.component.parameters())
+    base = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    return active, base
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device inputs go to: that of the input embedding."""
+    return next(model.get_input_embeddings().parameters()).device  # type: ignore[operator]
