@@ -27,7 +27,7 @@ INPUT_PROJECTIONS = ("gate", "up")
 PROJECTIONS = ("gate", "up", "down")
 KEYS = ("input", "tied", "learned")
 CARRIES = ("none", "diagonal", "exact")
-GAINS = ("none", "norm", "overlap")
+GAINS = ("none", "norm", "overlap", "state")
 LOW_RANK_SITES = ("input", "projection")
 #: Keeps the division by the norm's weight finite where a weight is (close to) zero.
 NORM_WEIGHT_EPSILON = 1e-6
@@ -48,7 +48,7 @@ class ComponentSpec:
     modulation_scale: float = 1.0
     key: str = "input"
     carry: str = "diagonal"
-    gain: str = "overlap"
+    gain: str = "state"
     low_rank_at: str = "input"
     centered: bool = False
 
@@ -137,6 +137,13 @@ class NPComponent(nn.Module):
         v_t    = m B_t + W_t (w (c * a) + g (z - b))             (..., f)   low_rank_at = projection
         v_down = m B_down + e * a                                (..., d)
 
+    With gain `norm`, k2 = l2 = 0. Gain `state` writes the norm's own formula instead of its first order,
+
+        sigma = exp(b0 + u . (z - b))    q = (1 + 2 sigma <zhat, a>/d + sigma^2 |a|^2/d)^(-1/2)
+        g     = q - 1                    w = sigma q
+
+    where sigma estimates 1 / rms(h), the one number about h that z does not show, from z itself.
+
     zhat is z without the norm's weight and bias, b that bias (zero for RMSNorm; the norm's denominator scales
     zhat, never the bias). For LayerNorm `a` is centred first, except in e * a: the residual stream takes the mean
     too. With key `tied` or `learned`, m becomes (x C) * m with C = A or a matrix of its own. `exact` sets
@@ -151,6 +158,7 @@ class NPComponent(nn.Module):
     | e                            | (d,)         | one                           |
     | gain (k0, k1, k2)            | (3,) or (2,) | zero                          |
     | carry_gain (l1, l2)          | (2,) or (1,) | zero                          |
+    | log_scale, scale_direction   | (1,), (d,)   | zero                          |
 
     Args:
         spec: the options and sizes.
@@ -175,11 +183,15 @@ class NPComponent(nn.Module):
                 self.c = nn.Parameter(torch.zeros(d, **self._new))
             if "down" in spec.projections:
                 self.e = nn.Parameter(torch.ones(d, **self._new))
-        self.num_features = {"none": 0, "norm": 1, "overlap": 2}[spec.gain] if spec.carry != "exact" else 0
-        if self.num_features and spec.input_projections:
-            self.gain = nn.Parameter(torch.zeros(1 + self.num_features, **self._new))
+        self.has_gain = spec.gain != "none" and spec.carry != "exact" and bool(spec.input_projections)
+        if self.has_gain and spec.gain == "state":
+            self.log_scale = nn.Parameter(torch.zeros(1, **self._new))
+            self.scale_direction = nn.Parameter(torch.zeros(d, **self._new))
+        elif self.has_gain:
+            num_features = {"norm": 1, "overlap": 2}[spec.gain]
+            self.gain = nn.Parameter(torch.zeros(1 + num_features, **self._new))
             if spec.carry == "diagonal":
-                self.carry_gain = nn.Parameter(torch.zeros(self.num_features, **self._new))
+                self.carry_gain = nn.Parameter(torch.zeros(num_features, **self._new))
 
     def _add_low_rank(self) -> None:
         spec, d, f = self.spec, self.spec.hidden_size, self.spec.intermediate_size
@@ -258,21 +270,31 @@ class NPComponent(nn.Module):
     # -- its pieces ------------------------------------------------------------------------------------------------
 
     def features(self, attention: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(a centred where the norm centres, (..., d); z without the norm's bias, (..., d); phi (..., F)).
+        """(a centred where the norm centres, (..., d); z - b, (..., d); phi (..., F)), float32 or better.
 
-        phi holds the features of the gain: |a|^2/d, and <zhat, a>/d for `overlap`; F = 0, 1 or 2. Computed in
-        float32 or better.
+        phi holds |a|^2/d and, but for gain `norm`, <zhat, a>/d: F = 1 or 2 (0 without a gain).
         """
-        dtype = torch.promote_types(attention.dtype, torch.float32)
+        own = next(self.parameters(), attention).dtype
+        dtype = torch.promote_types(torch.promote_types(attention.dtype, own), torch.float32)
         a, z = self.centered(attention.to(dtype)), z.to(dtype)
         z = z if self.norm_bias is None else z - self.norm_bias
         columns = []
-        if self.num_features >= 1:
+        if self.has_gain:
             columns.append(a.square().mean(-1))
-        if self.num_features == 2:
+        if self.has_gain and self.spec.gain != "norm":
             overlap = a if self.norm_inverse is None else a * self.norm_inverse
             columns.append((z * overlap).mean(-1))
         return a, z, torch.stack(columns, -1) if columns else a.new_zeros(*a.shape[:-1], 0)
+
+    def gains(self, z: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """(g, w), each (..., 1): the factor on z - b and the one on c * a."""
+        if self.spec.gain == "state":
+            scale = torch.exp(self.log_scale + (z * self.scale_direction).sum(-1))
+            norm_ratio = (1 + 2 * scale * phi[..., 1] + scale.square() * phi[..., 0]).clamp_min(1e-4).rsqrt()
+            return (norm_ratio - 1).unsqueeze(-1), (scale * norm_ratio).unsqueeze(-1)
+        g = self.gain[0] + (phi * self.gain[1:]).sum(-1)
+        w = 1 + (phi * self.carry_gain).sum(-1) if self.spec.carry == "diagonal" else torch.ones_like(g)
+        return g.unsqueeze(-1), w.unsqueeze(-1)
 
     def centered(self, attention: Tensor) -> Tensor:
         """a (..., d), its mean taken out where Norm2 would take it out."""
@@ -286,18 +308,13 @@ class NPComponent(nn.Module):
 
     def keyed_shift(self, attention: Tensor, z: Tensor) -> Tensor | None:
         """w (c * a) + g (z - b), (..., d): what carry and gain add to z; None when both are off."""
-        if self.spec.carry != "diagonal" and not self.num_features:
+        if self.spec.carry != "diagonal" and not self.has_gain:
             return None
         a, z, phi = self.features(attention, z)
-        shift = None
-        if self.spec.carry == "diagonal":
-            shift = self.c * a
-            if self.num_features:
-                shift = (1 + phi @ self.carry_gain).unsqueeze(-1) * shift
-        if self.num_features:
-            gained = (self.gain[0] + phi @ self.gain[1:]).unsqueeze(-1) * z
-            shift = gained if shift is None else shift + gained
-        return shift
+        if not self.has_gain:
+            return self.c * a
+        g, w = self.gains(z, phi)
+        return g * z if self.spec.carry != "diagonal" else g * z + w * (self.c * a)
 
     def low_rank_factors(self, site: str) -> dict[str, tuple[Tensor, Tensor | None]]:
         """{"in" | "gate" | "up" | "down": (B (r, out), C (in, r) or None for the input key)} of one site."""

@@ -35,7 +35,8 @@ class NPTConfig(PeftConfig):
         rank: columns of A; 0 for no low-rank part. modulation_scale: s in s tanh(a A).
         key: "input" (least norm), "tied" (the low-rank part reads z through A) or "learned".
         carry: "none", "diagonal" or "exact" (no parameters: the oracle, reads h). gain: "none", "norm" (reads the
-            attention output alone) or "overlap" (also its agreement with the token's own normalised state).
+            attention output alone), "overlap" (also its agreement with the token's own normalised state) or "state"
+            (the norm's own formula, with 1 / rms(h) estimated from that state).
         low_rank_at: "input" or "projection". target_projections: subset of gate, up, down; a name the family does not
             have is an error, except gate, which plain MLPs lack by nature.
         target_modules: filled in by npt with the converted blocks' names; leave it alone.
@@ -46,7 +47,7 @@ class NPTConfig(PeftConfig):
     modulation_scale: float = 1.0
     key: str = "input"
     carry: str = "diagonal"
-    gain: str = "overlap"
+    gain: str = "state"
     low_rank_at: str = "input"
     target_projections: list[str] = field(default_factory=lambda: ["gate", "up", "down"])
     target_modules: list[str] | None = None
