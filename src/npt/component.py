@@ -88,7 +88,11 @@ class WeightDelta:
         return self.value if self.modulation is None else self.value + self._low_rank_product()
 
     def frobenius_norm(self) -> Tensor:
-        """|dW|_F per token, (...), without forming dW (docs/maths.md, Eq. 3)."""
+        """|dW|_F per token, (...), without forming dW."""
+        return self.frobenius_norm_square().sqrt()
+
+    def frobenius_norm_square(self) -> Tensor:
+        """|dW|_F^2 per token, (...) (docs/maths.md, Eq. 3)."""
         input_square = self.inputs.square().sum(-1)
         inverse = torch.where(input_square > 0, 1 / input_square.clamp_min(torch.finfo(input_square.dtype).tiny), 0)
         square = self.value.square().sum(-1) * inverse
@@ -97,7 +101,7 @@ class WeightDelta:
             gram = (c.T @ c) * (b @ b.T)
             square = square + ((m @ gram) * m).sum(-1)
             square = square + 2 * (self.value * self._low_rank_product()).sum(-1) * inverse
-        return square.clamp_min(0).sqrt()
+        return square.clamp_min(0)
 
     def matrix(self, *token: int) -> Tensor:
         """dW of the token at index `token` of the leading dimensions, as an (out, in) matrix."""

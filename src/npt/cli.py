@@ -1,0 +1,163 @@
+"""The `npt` command: parse, call, print."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from npt.errors import NPTError
+
+app = typer.Typer(
+    name="npt",
+    help="Neuro-Plastic Transformer: attention that writes transient weight deltas for the MLP.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console()
+
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file; defaults are used without one.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, the value in YAML; the last one wins.")]
+Checkpoint = Annotated[
+    Path, typer.Option("--checkpoint", help="Adapter folder; a .pt name means the folder of that name.")
+]
+
+
+@app.callback()
+def _setup(quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and results.")] = False) -> None:
+    level = logging.WARNING if quiet else logging.INFO
+    handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("npt").setLevel(level)
+
+
+@app.command()
+def train(
+    config: Config = None,
+    set_: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+) -> None:
+    """Phase 1: convert, calibrate, train, evaluate; writes best_model/ and evaluation_report.json."""
+    from npt.pipeline import run_training
+    from npt.report.terminal import render_report
+
+    run = _load(config, set_)
+    report = run_training(run, resume=resume)
+    render_report(report, console)
+    _say(f"adapter: {Path(run.paths.checkpoint_dir) / 'best_model'}")
+    _say(f"report:  {Path(run.paths.output_dir) / 'evaluation_report.json'}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    config: Config = None,
+    output: Annotated[Path, typer.Option("--output", help="Where the report goes.")] = Path("evaluation_report.json"),
+    text: Annotated[list[Path] | None, typer.Option("--text", help="A further text file, reported beside.")] = None,
+    set_: Set = None,
+) -> None:
+    """Compares a checkpoint with the model it was made from."""
+    from npt.checkpoints import resolve_checkpoint
+    from npt.pipeline import run_evaluation
+    from npt.report.terminal import render_report
+
+    run = _load(config, set_)
+    folder = resolve_checkpoint(checkpoint)
+    report = run_evaluation(run, folder, output, more_text=text or ())
+    render_report(report, console)
+    _say(f"report: {output}")
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    checkpoint: Checkpoint = Path("checkpoints/best_model"),
+    config: Config = None,
+    set_: Set = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+) -> None:
+    """Continues prompts with the NPT model and with the original, side by side."""
+    from npt.checkpoints import resolve_checkpoint
+    from npt.evaluation.generation import side_by_side
+    from npt.pipeline import load_npt
+
+    folder = resolve_checkpoint(checkpoint)
+    model, tokenizer = load_npt(_load(config, set_), folder)
+    for sample in side_by_side(model, tokenizer, prompts, max_new_tokens):
+        for name in ("npt", "original"):
+            console.print(f"[bold]{name:>8}[/bold]  {escape(sample[name])}")
+
+
+@app.command()
+def plot(
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="A run's output folder.")] = Path("outputs"),
+) -> None:
+    """Draws loss, perplexity ratio, weight delta, learning rate and per-layer error of a run."""
+    from npt.report.plots import plot_run
+
+    for path in plot_run(output_dir):
+        _say(str(path))
+
+
+@app.command()
+def memory(config: Config = None, set_: Set = None) -> None:
+    """What per-token weight deltas would cost if they were formed, and what this implementation uses, measured."""
+    from npt.memory import memory_table
+    from npt.report.terminal import render_memory
+
+    run = _load(config, set_) if config or set_ else None
+    render_memory(memory_table(run), console)
+
+
+@app.command()
+def check(config: Config = None, set_: Set = None) -> None:
+    """Checks the installation: converts a small random model and tests what the conversion promises."""
+    from npt.selfcheck import run_checks
+
+    _load(config, set_)
+    failed = 0
+    for name, problem in run_checks():
+        _say(f"{'ok  ' if problem is None else 'FAIL'}  {name}{'' if problem is None else ': ' + problem}")
+        failed += problem is not None
+    if failed:
+        raise NPTError(f"{failed} check(s) failed; reinstall with: pip install -c constraints.txt -e .")
+
+
+def _load(config: Path | None, overrides: Sequence[str] | None) -> Any:
+    from npt.config import load_config
+
+    return load_config(config, overrides or ())
+
+
+def _say(text: str) -> None:
+    console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    try:
+        result = app(args=None if argv is None else list(argv), standalone_mode=False)
+    except NPTError as error:
+        print(f"npt: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except click.exceptions.Abort:
+        print("npt: interrupted", file=sys.stderr)
+        return 130
+    except click.ClickException as error:
+        print(f"npt: {error.format_message()} (see npt --help)", file=sys.stderr)
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

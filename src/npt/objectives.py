@@ -1,0 +1,233 @@
+"""What equivalence pre-training minimises. Every loss is a sum over the tokens that count, over `items`.
+
+    local      per converted block, |update_NPT(h, a) - update(h, a)|^2 / (d c_l) with the original's h and a; c_l is the
+               mean square of the original update, so that blocks weigh alike. No gradient crosses attention or another
+               block, and one block's activations live at a time.
+    composite  the same without c_l: the original description's MSE between block outputs.
+    logits     KL(original || NPT) over next tokens, end to end, in chunks of positions.
+
+`items` is the number of counted tokens of the whole optimiser step, so the split into micro-batches changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from npt.attach import BlockRecord, NPTLayer, layer_mode
+from npt.calibration import backbone
+from npt.component import WeightDelta
+from npt.errors import NPTError
+from npt.tuner import active_layers
+
+OBJECTIVES = ("local", "logits", "composite")
+REGULARIZERS = ("factors", "delta")
+#: Positions whose full next-token distributions are in memory at once.
+POSITION_CHUNK = 1024
+
+
+@dataclass
+class Losses:
+    """One micro-batch's share of the step's losses, as scalars; `total` carries the gradient."""
+
+    total: Tensor
+    equivalence: Tensor
+    regularization: Tensor
+
+
+@dataclass
+class Objective:
+    """An objective with its weights.
+
+    Args:
+        name: one of `OBJECTIVES`. equivalence_weight: alpha. regularization_weight: beta. regularizer: one of
+            `REGULARIZERS`: `factors` is |A|_F + |B|_F, `delta` the mean |dW|_F^2 over real tokens.
+        scales: {block index: c_l}, needed by `local` (see `update_scales`).
+    """
+
+    name: str = "logits"
+    equivalence_weight: float = 1.0
+    regularization_weight: float = 0.0
+    regularizer: str = "delta"
+    scales: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for value, allowed, what in (
+            (self.name, OBJECTIVES, "objective"),
+            (self.regularizer, REGULARIZERS, "regularizer"),
+        ):
+            if value not in allowed:
+                raise NPTError(f"training.{what}={value!r}: use one of {', '.join(allowed)}")
+
+    def __call__(self, model: Any, inputs: dict[str, Tensor], items: Tensor | float) -> Losses:
+        """The losses of one micro-batch {"input_ids", "attention_mask", "labels"}, each (batch, tokens)."""
+        counted = torch.zeros_like(inputs["labels"], dtype=torch.bool)
+        counted[:, :-1] = inputs["labels"][:, 1:] != -100
+        share = counted.sum() / items
+        if self.name == "logits":
+            losses = self._logits(model, inputs, counted, items)
+        else:
+            losses = self._local(model, inputs, counted, items)
+        if self.regularizer == "factors":
+            factors = share * factor_norm(active_layers(model))
+            losses.regularization = factors.detach()
+            losses.total = losses.total + self.regularization_weight * factors
+        return losses
+
+    @property
+    def _needs_deltas(self) -> bool:
+        return self.regularizer == "delta" and self.regularization_weight > 0
+
+    def _local(self, model: Any, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float) -> Losses:
+        layers = active_layers(model)
+        parameters: list[Tensor] = []
+        gradients: list[Tensor] = []
+        sums = [counted.new_zeros((), dtype=torch.float32), counted.new_zeros((), dtype=torch.float32)]
+
+        def see(layer: NPTLayer, record: BlockRecord) -> None:
+            own = [p for p in layer.component.parameters() if p.requires_grad]  # type: ignore[union-attr]
+            with torch.enable_grad(), layer_mode([layer], override=None, on_block=None):
+                equivalence, delta = self._block_loss(layer, record, counted)
+                equivalence, delta = equivalence / (items * len(layers)), delta / (items * len(layers))
+                loss = self.equivalence_weight * equivalence + self.regularization_weight * delta
+                if own and loss.requires_grad:
+                    parameters.extend(own)
+                    found = torch.autograd.grad(loss, own, allow_unused=True)
+                    gradients.extend(torch.zeros_like(p) if g is None else g for p, g in zip(own, found, strict=True))
+            sums[0] += equivalence.detach()
+            sums[1] += delta.detach()
+
+        with torch.no_grad(), layer_mode(layers, override="bypass", on_block=see):
+            backbone(model)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        total = self.equivalence_weight * sums[0] + self.regularization_weight * sums[1]
+        if parameters and torch.is_grad_enabled():
+            total = _WithGradients.apply(total, gradients, *parameters)
+        return Losses(total, sums[0], sums[1])
+
+    def _block_loss(self, layer: NPTLayer, record: BlockRecord, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the counted tokens: (mean square error of the update, mean |dW|^2 over projections)."""
+        h, a, y = (x.detach()[counted] for x in (record.hidden_states, record.attention, record.output))
+        norms = _DeltaSquares()
+        with layer_mode([layer], observer=norms.see if self._needs_deltas else None):
+            update = layer.update_from(h[None], a[None])[0]
+        error = (update.float() - (y - h).float()).square().mean(-1).sum()
+        scale = self.scales[layer.index] if self.name == "local" else 1.0
+        return error / scale, norms.mean_square(error)
+
+    def _logits(self, model: Any, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float) -> Losses:
+        layers, head = active_layers(model), logit_head(model)
+        call = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        with torch.no_grad(), layer_mode(layers, override="bypass"):
+            teacher = backbone(model)(**call).last_hidden_state[counted]
+        norms = _DeltaSquares(counted)
+        with layer_mode(layers, observer=norms.see if self._needs_deltas else None):
+            student = backbone(model)(**call).last_hidden_state[counted]
+        kl = student.new_zeros((), dtype=torch.float32)
+        for chunk in torch.arange(len(student), device=student.device).split(POSITION_CHUNK):
+            kl = kl + checkpoint(_chunk_kl, head, teacher[chunk], student[chunk], use_reentrant=False)
+        equivalence = kl / items
+        delta = norms.mean_square(kl) / (items * len(layers))
+        total = self.equivalence_weight * equivalence + self.regularization_weight * delta
+        return Losses(total, equivalence.detach(), delta.detach())
+
+
+class _DeltaSquares:
+    """Collects |dW|_F^2 per token from the observer, keeping its gradient."""
+
+    def __init__(self, counted: Tensor | None = None):
+        self.counted = counted
+        self.per_layer: dict[int, list[Tensor]] = {}
+
+    def see(self, layer: NPTLayer, deltas: dict[str, WeightDelta]) -> None:
+        for delta in deltas.values():
+            square = delta.frobenius_norm_square()
+            square = square.flatten() if self.counted is None else square[self.counted]
+            self.per_layer.setdefault(layer.index, []).append(square.float().sum())
+
+    def mean_square(self, like: Tensor) -> Tensor:
+        """The sum over tokens and blocks of the mean over projections; zero where nothing was observed."""
+        means = [torch.stack(values).mean() for values in self.per_layer.values()]
+        return torch.stack(means).sum() if means else torch.zeros_like(like)
+
+
+class _WithGradients(torch.autograd.Function):
+    """Hands gradients that are known already to the autograd engine, so that scaling and accumulation stay its job."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return (None, None, *(upstream * gradient for gradient in ctx.gradients))
+
+
+def _chunk_kl(head: Callable[[Tensor], Tensor], teacher: Tensor, student: Tensor) -> Tensor:
+    """Sum over positions of KL(teacher || student), from last hidden states (positions, d)."""
+    with torch.no_grad():
+        target = head(teacher).float().log_softmax(-1)
+    own = head(student).float().log_softmax(-1)
+    return (target.exp() * (target - own)).sum()
+
+
+def logit_head(model: Any) -> Callable[[Tensor], Tensor]:
+    """last hidden state (..., d) -> logits (..., vocabulary), with the scaling some families apply after lm_head."""
+    config = model.config
+    unembed = model.get_output_embeddings()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    multiplier = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = unembed(hidden) * (multiplier / divisor)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    return head
+
+
+@torch.no_grad()
+def check_logit_head(model: Any, input_ids: Tensor) -> None:
+    """Makes sure that `logit_head` on the backbone gives this model's own logits.
+
+    Raises:
+        NPTError: it does not, so the `logits` objective would train towards something else.
+    """
+    hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    error = (logit_head(model)(hidden).float() - logits.float()).abs().max() / logits.float().abs().max()
+    if not error < 1e-2:
+        raise NPTError(
+            f"{type(model).__name__} transforms its logits in a way npt does not know (relative difference "
+            f"{error:.3g}); use training.objective=local, which needs no logits"
+        )
+
+
+@torch.no_grad()
+def update_scales(model: Any, inputs: dict[str, Tensor]) -> dict[int, float]:
+    """{block index: mean square of the original update y - h over real tokens}: the constants of `local`."""
+    layers, scales, mask = active_layers(model), {}, inputs["attention_mask"].bool()
+
+    def see(layer: NPTLayer, record: BlockRecord) -> None:
+        update = (record.output - record.hidden_states)[mask]
+        scales[layer.index] = max(float(update.float().square().mean()), 1e-12)
+
+    with layer_mode(layers, override="bypass", on_block=see):
+        backbone(model)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    return scales
+
+
+def factor_norm(layers: list[NPTLayer]) -> Tensor:
+    """Mean over blocks of |A|_F + sum |B|_F: the original description's regulariser."""
+    norms = []
+    for layer in layers:
+        component = layer.component
+        matrices = [p for n, p in component.named_parameters() if n == "A" or n.startswith("B_")]  # type: ignore[union-attr]
+        # A zero matrix has no gradient direction; the epsilon keeps sqrt'(0) finite.
+        norms.append(sum(((m.square().sum() + 1e-24).sqrt() for m in matrices), torch.zeros(())))
+    return torch.stack(norms).mean()

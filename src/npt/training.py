@@ -1,0 +1,203 @@
+"""`EquivalenceTrainer`: HF Trainer with the equivalence objectives, and the callbacks that write what a run leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from npt.evaluation.divergence import batches_of, summarize, token_divergences
+from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
+from npt.evaluation.layers import mean_delta_norms
+from npt.objectives import Objective, check_logit_head, factor_norm, update_scales
+from npt.tuner import active_layers, device_of
+
+logger = logging.getLogger(__name__)
+
+#: Blocks of the training set from which the constants of `local` are measured; fixed, so that a resumed run agrees.
+SCALE_BLOCKS = 8
+BEST_METRIC = "eval_mean_kl"
+
+
+class EquivalenceTrainer(Trainer):
+    """Trains the active NPT adapter towards the model it was made from.
+
+    Resume, accumulation, mixed precision, schedules, checkpoints, distributed launch and trackers are HF Trainer's.
+
+    Args:
+        model: a PEFT model with an active NPT adapter.
+        args: HF's TrainingArguments; the datasets hold packed blocks (`npt.data.pack`).
+        objective: an `Objective`, `logits` KL by default.
+        kwargs: as `transformers.Trainer`.
+    """
+
+    def __init__(self, model: Any, args: TrainingArguments, objective: Objective | None = None, **kwargs: Any):
+        active_layers(model)  # a readable error before any long work
+        args.remove_unused_columns = False
+        args.label_names = ["labels"]
+        super().__init__(model=model, args=args, **kwargs)
+        self.objective = objective or Objective()
+        # Losses are divided by the counted tokens of the whole step, over labels[:, 1:].
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self._sums = [0.0, 0.0]
+        self._steps_at_log = 0
+        self._last_inputs: dict[str, Tensor] = {}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As HF's, after the checks and constants the objective needs."""
+        first = next(batches_of(self.train_dataset, SCALE_BLOCKS, device_of(self.model)))
+        if self.objective.name == "logits":
+            check_logit_head(self.model, first["input_ids"][:1, :8])
+        if self.objective.name == "local" and not self.objective.scales:
+            self.objective.scales = update_scales(self.model, first)
+        return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's total for one micro-batch, its share of the optimiser step."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        items = (inputs["labels"][:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        losses = self.objective(unwrapped, inputs, items)
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        self._sums[0] += float(losses.equivalence) * scale
+        self._sums[1] += float(losses.regularization) * scale
+        self._last_inputs = inputs
+        total = losses.total * scale
+        return (total, {}) if return_outputs else total
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds what equivalence training is judged by to every logged training step."""
+        if "loss" in logs:
+            steps = max(1, self.state.global_step - self._steps_at_log)
+            logs["equivalence_loss"] = self._sums[0] / steps
+            logs["mean_delta_norm"], logs["regularization_loss"] = self._delta_figures(self._sums[1] / steps)
+            logs["world_size"] = self.accelerator.num_processes
+            logs["objective"] = self.objective.name  # type: ignore[assignment]
+            self._sums, self._steps_at_log = [0.0, 0.0], self.state.global_step
+        super().log(logs, *args, **kwargs)
+
+    def _delta_figures(self, regularization: float) -> tuple[float, float]:
+        """(mean |dW|_F over real tokens, blocks and projections of the last batch; the regularisation loss).
+
+        A regulariser of weight zero is not part of the graph, so its value is taken here.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        rows = {name: value[:4] for name, value in self._last_inputs.items() if name != "labels"}
+        norms = mean_delta_norms(model, [rows])
+        per_layer = [[p["frobenius"] for p in projections.values()] for projections in norms.values()]
+        mean = sum(sum(values) / len(values) for values in per_layer) / len(per_layer)
+        if self.objective.regularizer == "delta" and not self.objective.regularization_weight:
+            squares = [sum(v * v for v in values) / len(values) for values in per_layer]
+            regularization = sum(squares) / len(squares)
+        elif self.objective.regularizer == "factors":
+            regularization = float(factor_norm(active_layers(model)).detach())
+        return mean, regularization
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Perplexity of both models, their ratio and the mean KL on the evaluation blocks."""
+        blocks = self.eval_dataset if eval_dataset is None else eval_dataset
+        model = self.accelerator.unwrap_model(self.model)
+        figures = summarize(token_divergences(model, blocks, batch_size=self.args.per_device_eval_batch_size))
+        values = {
+            "npt_perplexity": figures["perplexity"]["npt_perplexity"],
+            "original_perplexity": figures["perplexity"]["original_perplexity"],
+            "perplexity_ratio": figures["perplexity"]["perplexity_ratio"],
+            "mean_kl": figures["divergence"]["mean_kl"],
+            "top1_agreement": figures["divergence"]["top1_agreement"],
+            "loss": figures["divergence"]["mean_kl"],
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class JsonLinesCallback(TrainerCallback):
+    """Appends every logged step to metrics.jsonl, whatever trackers there are."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Writes one object."""
+        if state.is_world_process_zero and logs:
+            append_json(self.path, {"step": state.global_step, **logs})
+
+
+class SamplesCallback(TrainerCallback):
+    """Every `every` steps, lets both models continue fixed prompts and keeps what they wrote in samples.jsonl."""
+
+    def __init__(self, path: Path, model: Any, tokenizer: Any, every: int, prompts: Sequence[str] = DEFAULT_PROMPTS):
+        self.path, self.model, self.tokenizer, self.every, self.prompts = path, model, tokenizer, every, prompts
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes the samples when they are due."""
+        if state.global_step % self.every == 0:
+            self.write(state.global_step)
+
+    def write(self, step: int) -> None:
+        """Generates and appends."""
+        for sample in side_by_side(self.model, self.tokenizer, self.prompts):
+            append_json(self.path, {"step": step, **sample})
+            logger.info("step %d, %r: NPT %r, original %r", step, sample["prompt"], sample["npt"], sample["original"])
+
+
+class BestAdapterCallback(TrainerCallback):
+    """Keeps the adapter with the lowest mean KL in best_model/; the figures it was chosen by stand in best.json."""
+
+    def __init__(self, folder: Path, model: Any):
+        self.folder, self.model = folder, model
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Saves when this evaluation is the best so far."""
+        if state.is_world_process_zero and metrics[BEST_METRIC] < self.best():
+            self.model.save_pretrained(str(self.folder))
+            write_json(self.folder / "best.json", {"step": state.global_step, **metrics})
+
+    def best(self) -> float:
+        """The lowest mean KL so far, infinity before the first evaluation."""
+        path = self.folder / "best.json"
+        return float(json.loads(path.read_text())[BEST_METRIC]) if path.is_file() else float("inf")
+
+
+def append_json(path: Path, value: dict[str, Any]) -> None:
+    """Appends one object as a line, flushed to disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a whole JSON file or leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def torch_dtype(name: str) -> Any:
+    """The torch dtype of a config name; "auto" stays."""
+    return name if name == "auto" else getattr(torch, name)
