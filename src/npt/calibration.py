@@ -185,9 +185,15 @@ def fit_gain_and_carry(layer: NPTLayer, component: NPComponent, h: Tensor, a: Te
     if component.has_gain and spec.gain == "state":
         mean_square = h.double().square().mean(-1) if not spec.centered else h.double().var(-1, unbiased=False)
         _fit_scale(component, z, -mean_square.clamp_min(1e-30).log() / 2, weights)
+        component.gain.fill_(1)
         g, w = component.gains(z, phi)
-        if spec.carry == "diagonal":
-            component.c.copy_(_diagonal(delta - g * z, w * a, weights))
+        for _ in range(3):
+            if spec.carry == "diagonal":
+                component.c.copy_(_diagonal(delta - component.gain * g * z, w * a, weights))
+            rest = delta - component.c * w * a if spec.carry == "diagonal" else delta
+            square = (weights * (g * z).square()).sum()
+            if float(square) > 0:
+                component.gain.copy_((weights * rest * g * z).sum() / square)
         return
     if spec.carry == "diagonal":
         component.c.copy_(_diagonal(delta, a, weights))

@@ -144,9 +144,9 @@ class NPComponent(nn.Module):
     With gain `norm`, k2 = l2 = 0. Gain `state` writes the norm's own formula instead of its first order,
 
         sigma = exp(b0 + u . (z - b))    q = (1 + 2 sigma <zhat, a>/d + sigma^2 |a|^2/d)^(-1/2)
-        g     = q - 1                    w = sigma q
+        g     = k0 (q - 1)               w = sigma q
 
-    where sigma estimates 1 / rms(h), the one number about h that z does not show, from z itself.
+    where sigma estimates 1 / rms(h), the one number about h that z does not show, from z itself; k0 = 1 is that formula.
 
     zhat is z without the norm's weight and bias, b that bias (zero for RMSNorm; the norm's denominator scales
     zhat, never the bias). For LayerNorm `a` is centred first, except in e * a: the residual stream takes the mean
@@ -160,7 +160,7 @@ class NPComponent(nn.Module):
     | C_in, C_gate, C_up, C_down   | (in, r)      | normal, std 1/sqrt(in)        |
     | c                            | (d,)         | zero                          |
     | e                            | (d,)         | one                           |
-    | gain (k0, k1, k2)            | (3,) or (2,) | zero                          |
+    | gain (k0, k1, k2)            | (1,) to (3,) | zero                          |
     | carry_gain (l1, l2)          | (2,) or (1,) | zero                          |
     | log_scale, scale_direction   | (1,), (d,)   | zero                          |
 
@@ -189,6 +189,7 @@ class NPComponent(nn.Module):
                 self.e = nn.Parameter(torch.ones(d, **self._new))
         self.has_gain = spec.gain != "none" and spec.carry != "exact" and bool(spec.input_projections)
         if self.has_gain and spec.gain == "state":
+            self.gain = nn.Parameter(torch.zeros(1, **self._new))
             self.log_scale = nn.Parameter(torch.zeros(1, **self._new))
             self.scale_direction = nn.Parameter(torch.zeros(d, **self._new))
         elif self.has_gain:
@@ -295,7 +296,7 @@ class NPComponent(nn.Module):
         if self.spec.gain == "state":
             scale = torch.exp(self.log_scale + (z * self.scale_direction).sum(-1))
             norm_ratio = (1 + 2 * scale * phi[..., 1] + scale.square() * phi[..., 0]).clamp_min(1e-4).rsqrt()
-            return (norm_ratio - 1).unsqueeze(-1), (scale * norm_ratio).unsqueeze(-1)
+            return (self.gain * (norm_ratio - 1)).unsqueeze(-1), (scale * norm_ratio).unsqueeze(-1)
         g = self.gain[0] + (phi * self.gain[1:]).sum(-1)
         w = 1 + (phi * self.carry_gain).sum(-1) if self.spec.carry == "diagonal" else torch.ones_like(g)
         return g.unsqueeze(-1), w.unsqueeze(-1)

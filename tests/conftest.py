@@ -1,0 +1,86 @@
+"""Fixtures: small random models, and the real checkpoint where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from npt import NPTConfig
+from npt.tuner import active_layers
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder with a real checkpoint and real text; a user does not have it."""
+    folder = Path(os.environ.get("NPT_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "models" / "stories260k" / "config.json").is_file():
+        pytest.skip(f"no real checkpoint at {folder} (set NPT_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories(shared_dir: Path) -> Path:
+    """The real checkpoint's folder."""
+    return shared_dir / "models" / "stories260k"
+
+
+@pytest.fixture
+def stories_model(stories: Path) -> Callable[..., Any]:
+    """Builds (model, tokenizer): the real checkpoint, converted with NPTConfig(**options)."""
+
+    def build(**options: Any) -> tuple[Any, Any]:
+        base = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
+        return get_peft_model(base, NPTConfig(**options)), AutoTokenizer.from_pretrained(stories)
+
+    return build
+
+
+def random_base(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    """A random causal LM of 4 blocks whose norms, biases and attention are far from their initial values."""
+    torch.manual_seed(seed)
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=96, n_embd=24, n_layer=4, n_head=3, n_positions=128)
+        base: Any = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=96, hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=3,
+            num_key_value_heads=3, max_position_embeddings=128, pad_token_id=0,
+        )  # fmt: skip
+        base = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return base.to(dtype).eval()
+
+
+def randomize(model: Any, scale: float = 0.2, seed: int = 1) -> None:
+    """Random values in every component parameter, so that no term of a formula is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in active_layers(model):
+            for parameter in layer.component.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(scale * noise.to(parameter.dtype))
+
+
+def converted(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """A random base converted with random component values."""
+    model = get_peft_model(random_base(kind, dtype), NPTConfig(**{"npt_layers": "all", "rank": 3, **options}))
+    model.eval()
+    randomize(model)
+    return model
+
+
+@pytest.fixture
+def token_ids() -> torch.Tensor:
+    """(2, 9) token ids."""
+    return torch.randint(1, 96, (2, 9), generator=torch.Generator().manual_seed(5))

@@ -1,0 +1,194 @@
+"""Attachment: the contract, strictness, toggling, caches, and that the base is left alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from npt import NPTConfig
+from npt.attach import layer_mode, probe_norm
+from npt.errors import ConversionError
+from npt.families import FAMILIES, Family, register_family, resolve_layers
+from npt.tuner import active_layers, npt_layers
+from tests.conftest import converted, random_base
+
+KINDS = pytest.mark.parametrize("kind", ["llama", "gpt2"])
+
+
+@KINDS
+@torch.no_grad()
+def test_exact_equals_the_unconverted_model(kind: str, token_ids: torch.Tensor) -> None:
+    base = random_base(kind)
+    expected = base(token_ids).logits
+    model = get_peft_model(base, NPTConfig(npt_layers="all", carry="exact"))
+    torch.testing.assert_close(model(token_ids).logits, expected, rtol=1e-10, atol=1e-10)
+    assert model.get_nb_trainable_parameters()[0] == 0
+
+
+@KINDS
+@torch.no_grad()
+def test_strict_attention_reaches_the_stream_only_through_the_component(kind: str, token_ids: torch.Tensor) -> None:
+    """With every value zeroed in all blocks, logits at a position can't depend on earlier tokens."""
+    model = converted(kind)
+    for layer in active_layers(model):
+        for parameter in layer.component.parameters():
+            parameter.zero_()
+    changed = token_ids.clone()
+    changed[:, :5] = (changed[:, :5] + 7) % 96
+    assert torch.equal(model(token_ids).logits[:, 5:], model(changed).logits[:, 5:])
+    assert not torch.equal(model(token_ids).logits[:, :5], model(changed).logits[:, :5])
+    intact = converted(kind)
+    assert not torch.equal(intact(token_ids).logits[:, 5:], intact(changed).logits[:, 5:])
+
+
+@KINDS
+@torch.no_grad()
+def test_norm_reads_the_block_input(kind: str, token_ids: torch.Tensor) -> None:
+    """The input of the MLP's norm equals the block's input in every converted block."""
+    model = converted(kind)
+    seen: dict[int, list[torch.Tensor]] = {}
+    for layer in active_layers(model):
+        seen[layer.index] = []
+        layer.get_base_layer().register_forward_pre_hook(lambda m, x, s=seen[layer.index]: s.append(x[0]))
+        layer.module("norm").register_forward_pre_hook(lambda m, x, s=seen[layer.index]: s.append(x[0]))
+    model(token_ids)
+    assert all(torch.equal(*pair) for pair in seen.values()) and len(seen) == 4
+
+
+@KINDS
+def test_base_stays_frozen_and_in_eval_mode(kind: str) -> None:
+    model = converted(kind)
+    model.train()
+    inside = {id(m) for layer in npt_layers(model) for m in layer.modules()}
+    training = [name for name, m in model.base_model.model.named_modules() if m.training and id(m) not in inside]
+    assert training == []
+    assert all(layer.component.training for layer in active_layers(model))
+    own = {id(p) for layer in npt_layers(model) for p in layer.parameters()}
+    assert all(p.requires_grad == (id(p) in own) for p in model.parameters())
+
+
+def test_gpt2_dropout_stays_off(token_ids: torch.Tensor) -> None:
+    base = random_base("gpt2")
+    assert any(isinstance(m, nn.Dropout) and m.p > 0 for m in base.modules())
+    model = get_peft_model(base, NPTConfig())
+    model.train()
+    with torch.no_grad():
+        assert torch.equal(model(token_ids).logits, model(token_ids).logits)
+
+
+@KINDS
+@torch.no_grad()
+def test_cached_generation_equals_uncached_with_left_padding(kind: str) -> None:
+    model = converted(kind, torch.float32)
+    ids = torch.randint(1, 96, (3, 10), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    ids[0, :4], mask[0, :4] = 0, 0
+    arguments = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached = model.generate(input_ids=ids, use_cache=True, **arguments)
+    assert torch.equal(cached, model.generate(input_ids=ids, use_cache=False, **arguments))
+    alone = model.generate(input_ids=ids[:1, 4:], use_cache=True, **{**arguments, "attention_mask": mask[:1, 4:]})
+    assert torch.equal(cached[:1, 10:], alone[:, 6:])
+
+
+@KINDS
+@torch.no_grad()
+def test_deepcopy_is_independent(kind: str, token_ids: torch.Tensor) -> None:
+    model = converted(kind)
+    before = model(token_ids).logits
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(token_ids).logits, before)
+    for layer in active_layers(twin):
+        for parameter in layer.component.parameters():
+            parameter.add_(0.1)
+    assert torch.equal(model(token_ids).logits, before)
+    assert not torch.equal(twin(token_ids).logits, before)
+
+
+@torch.no_grad()
+def test_a_forward_that_dies_leaves_nothing_behind(token_ids: torch.Tensor) -> None:
+    model = converted("llama")
+    expected = model(token_ids).logits
+    layer = active_layers(model)[1]
+    handle = layer.module("down").register_forward_pre_hook(lambda m, x: (_ for _ in ()).throw(RuntimeError("died")))
+    with pytest.raises(RuntimeError, match="died"):
+        model(token_ids)
+    handle.remove()
+    assert layer._attention is None and layer._values is None
+    assert torch.equal(model(token_ids).logits, expected)
+
+
+def test_wrong_table_lines_are_caught() -> None:
+    """A planted wrong line is rejected at conversion, and the model is left as it was."""
+    right = FAMILIES["llama"]
+    for wrong in (
+        Family(right.blocks, "self_attn.v_proj", right.norm, right.mlp, right.up, right.down, right.gate),
+        Family(right.blocks, right.tap, "input_layernorm", right.mlp, right.up, right.down, right.gate),
+    ):
+        base = random_base("llama")
+        ids = torch.arange(5)[None]
+        expected = base(ids).logits
+        register_family("llama", wrong)
+        try:
+            with pytest.raises(ConversionError, match="contract|before its norm"):
+                get_peft_model(base, NPTConfig())
+        finally:
+            register_family("llama", right)
+        assert not npt_layers(base)
+        assert torch.equal(base(ids).logits, expected)
+
+
+def test_unknown_family_names_the_known_ones() -> None:
+    base = random_base("llama")
+    base.config.model_type = "unheard_of"
+    with pytest.raises(ConversionError, match="unheard_of.*known: gpt2, llama.*register_family"):
+        get_peft_model(base, NPTConfig())
+
+
+@pytest.mark.parametrize(
+    "choice,expected",
+    [("all", [0, 1, 2, 3, 4]), ("upper_half", [2, 3, 4]), ("lower_half", [0, 1]), ([-1, 0], [0, 4]), ([3], [3])],
+)
+def test_layer_choice(choice: Any, expected: list[int]) -> None:
+    assert resolve_layers(choice, 5) == expected
+
+
+@pytest.mark.parametrize("choice", ["middle", [5], [-6], [1, 1], [1, -4], [], [True]])
+def test_bad_layer_choice_names_value(choice: Any) -> None:
+    with pytest.raises(ConversionError, match="npt_layers="):
+        resolve_layers(choice, 5)
+
+
+@torch.no_grad()
+def test_probe_norm_measures_weight_bias_and_centering() -> None:
+    base = random_base("gpt2")
+    norm = base.transformer.h[0].ln_2
+    weight, bias, centered = probe_norm(norm)
+    assert centered
+    torch.testing.assert_close(weight, norm.weight.data, rtol=1e-9, atol=0)
+    torch.testing.assert_close(bias, norm.bias.data, rtol=1e-9, atol=1e-9)
+    norm = random_base("llama").model.layers[0].post_attention_layernorm
+    weight, bias, centered = probe_norm(norm)
+    assert not centered and bias is None
+    torch.testing.assert_close(weight, norm.weight.data, rtol=1e-9, atol=0)
+
+
+@KINDS
+def test_update_from_is_the_block_without_attention(kind: str, token_ids: torch.Tensor) -> None:
+    """A block run alone on recorded h and a gives the update the whole model computes there."""
+    model = converted(kind, npt_layers=[0])
+    (layer,) = active_layers(model)
+    seen: dict[str, Any] = {}
+    with torch.no_grad():
+        with layer_mode([layer], override="bypass", on_block=lambda _, record: seen.update(record=record)):
+            model(token_ids)
+        handle = layer.get_base_layer().register_forward_hook(lambda m, x, y: seen.update(y=y))
+        model(token_ids)
+        handle.remove()
+        record = seen["record"]
+        update = layer.update_from(record.hidden_states, record.attention)
+    torch.testing.assert_close(record.hidden_states + update, seen["y"], rtol=1e-10, atol=1e-10)
