@@ -159,5 +159,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
-if __name__ == "__main__":
+def console_main() -> None:
+    """The installed `npt` script."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    console_main()
