@@ -259,7 +259,8 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         seed=t.seed,
         fp16=config.optimization.mixed_precision == "fp16",
         bf16=config.optimization.mixed_precision == "bf16",
-        gradient_checkpointing=t.gradient_checkpointing,
+        # The old name draws a warning in transformers 5.23, and the new one does not exist before it.
+        **({"gradient_checkpointing": True} if t.gradient_checkpointing else {}),
         report_to=[*t.report_to, *(["wandb"] if config.wandb.enabled else [])],
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -34,26 +34,28 @@ def render_report(report: dict[str, Any], console: Console, prompts: int = 2) ->
 
 
 def _corpora_table(report: dict[str, Any]) -> Table:
-    protocol = report["protocol"]
+    """Figures down, corpora across: it fits a narrow terminal."""
+    protocol, corpora = report["protocol"], report["evaluations"]["corpora"]
     table = Table(
-        title=f"context {protocol['context_length']}, stride {protocol['stride']}, {protocol['dtype']}, seed {protocol['seed']}",
-        title_justify="left",
+        caption=f"context {protocol['context_length']}, stride {protocol['stride']}, {protocol['dtype']}, "
+        f"seed {protocol['seed']}; ± one standard error over blocks",
+        caption_justify="left",
     )
-    for column in ("corpus", "tokens", "original", "NPT", "ratio", "mean KL", "median", "p99", "same top"):
-        table.add_column(column, justify="left" if column == "corpus" else "right")
-    for name, result in report["evaluations"]["corpora"].items():
-        perplexity, divergence = result["perplexity"], result["divergence"]
-        table.add_row(
-            escape(name),
-            f"{result['tokens']:,}",
-            f"{perplexity['original_perplexity']:.4f}",
-            f"{perplexity['npt_perplexity']:.4f}",
-            _with_error(perplexity, "perplexity_ratio"),
-            _with_error(divergence, "mean_kl"),
-            f"{divergence['median_kl']:.5f}",
-            f"{divergence['kl_p99']:.4f}",
-            f"{100 * divergence['top1_agreement']:.2f} %",
-        )
+    table.add_column("")
+    for name in corpora:
+        table.add_column(escape(name), justify="right")
+    rows = (
+        ("scored tokens", lambda r: f"{r['tokens']:,}"),
+        ("perplexity, original", lambda r: f"{r['perplexity']['original_perplexity']:.4f}"),
+        ("perplexity, NPT", lambda r: f"{r['perplexity']['npt_perplexity']:.4f}"),
+        ("perplexity ratio", lambda r: _with_error(r["perplexity"], "perplexity_ratio")),
+        ("mean KL", lambda r: _with_error(r["divergence"], "mean_kl")),
+        ("median KL", lambda r: f"{r['divergence']['median_kl']:.5f}"),
+        ("KL, 99 %", lambda r: f"{r['divergence']['kl_p99']:.4f}"),
+        ("same top token", lambda r: f"{100 * r['divergence']['top1_agreement']:.2f} %"),
+    )
+    for label, value in rows:
+        table.add_row(label, *(value(result) for result in corpora.values()))
     return table
 
 
