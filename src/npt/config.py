@@ -3,59 +3,96 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from npt.errors import ConfigError
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads 1e-3 as text; a person means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
+
+
+def _no_duplicates(value: Any) -> Any:
+    if isinstance(value, list) and len(set(value)) != len(value):
+        raise ValueError("names an entry twice; name each once")
     return value
+
+
+def _layers(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """One message instead of one for each form that the value does not have."""
+    try:
+        return validate(value)
+    except ValidationError:
+        raise ValueError("use upper_half, lower_half, all, or a list of block indices such as [2, 3, -1]") from None
 
 
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
-Projection = Literal["gate", "up", "down"]
+Text = Annotated[str, Field(min_length=1)]
+Projections = Annotated[list[Literal["gate", "up", "down"]], Field(min_length=1), AfterValidator(_no_duplicates)]
+Indices = Annotated[list[int], Field(min_length=1)]
+Layers = Annotated[
+    Literal["upper_half", "lower_half", "all"] | Indices, WrapValidator(_layers), AfterValidator(_no_duplicates)
+]
+#: (the keys that contradict each other, what is wrong and what to do)
+Conflict = tuple[tuple[str, ...], str]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
 
+    def conflicts(self) -> Iterator[Conflict]:
+        """What is right key by key and wrong together; the first key is the one to blame."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> _Section:
+        found = list(self.conflicts())
+        if found:
+            raise PydanticCustomError("conflict", "keys contradict each other", {"conflicts": found})
+        return self
+
 
 class ModelSection(_Section):
     """Which model, and which of its blocks become neuro-plastic, how."""
 
-    base_model_name: Annotated[str, Field(min_length=1)] = "meta-llama/Llama-3.2-1B"
-    npt_layers: Literal["upper_half", "lower_half", "all"] | Annotated[list[int], Field(min_length=1)] = "upper_half"
+    base_model_name: Text = "meta-llama/Llama-3.2-1B"
+    npt_layers: Layers = "upper_half"
     rank: Annotated[int, Field(ge=0)] = 16
     modulation_scale: Annotated[Real, Field(gt=0)] = 1.0
     key: Literal["input", "tied", "learned"] = "input"
     carry: Literal["none", "diagonal", "exact"] = "diagonal"
     gain: Literal["none", "norm", "overlap", "state"] = "state"
     low_rank_at: Literal["input", "projection"] = "input"
-    target_projections: Annotated[list[Projection], Field(min_length=1)] = ["gate", "up", "down"]
+    target_projections: Projections = ["gate", "up", "down"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
 
-    @model_validator(mode="after")
-    def _consistent(self) -> ModelSection:
+    def conflicts(self) -> Iterator[Conflict]:
+        """A tied key reads the hidden state through A; the down projection's input is wider."""
         if self.key == "tied" and "down" in self.target_projections and self.rank and self.carry != "exact":
-            raise ValueError("key 'tied' can't target 'down'; set model.target_projections=[gate, up] or key=input")
-        for name in ("npt_layers", "target_projections"):
-            value = getattr(self, name)
-            if isinstance(value, list) and len(set(value)) != len(value):
-                raise ValueError(f"{name} {value} names an entry twice; name each once")
-        return self
+            text = '"tied" can\'t target down; set model.target_projections=[gate, up] or model.key=input'
+            yield ("key", "target_projections"), text
 
 
 class TrainingSection(_Section):
@@ -80,39 +117,39 @@ class TrainingSection(_Section):
     prediction_logging_steps: Positive = 150
     eval_steps: Positive = 50
     save_steps: Positive = 50
-    report_to: list[str] = []
-    seed: Annotated[int, Field(ge=0)] = 0
+    report_to: list[Text] = []
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 class DataSection(_Section):
     """Text: `self` (the frozen model's own), `text` with data_files, or a hub id. A sample is a block of max_length."""
 
-    dataset_name: Annotated[str, Field(min_length=1)] = "self"
-    dataset_config: str | None = None
-    data_files: list[str] | None = None
-    calibration_files: list[str] | None = None
-    text_column: str = "text"
+    dataset_name: Text = "self"
+    dataset_config: Text | None = None
+    data_files: list[Text] | None = None
+    calibration_files: list[Text] | None = None
+    text_column: Text = "text"
     max_length: Annotated[int, Field(ge=2)] = 256
     num_train_samples: Positive | None = 1632
     num_eval_samples: Positive | None = 400
     num_calibration_samples: Positive = 384
 
-    @model_validator(mode="after")
-    def _consistent(self) -> DataSection:
+    def conflicts(self) -> Iterator[Conflict]:
+        """Text needs files, and the model's own text has no end of its own."""
         if self.dataset_name == "text" and not self.data_files:
-            raise ValueError("dataset_name 'text' needs data.data_files=[FILE, ...]")
-        if self.dataset_name == "self" and None in (self.num_train_samples, self.num_eval_samples):
-            raise ValueError("dataset_name 'self' needs whole numbers for num_train_samples and num_eval_samples")
-        return self
+            yield ("dataset_name", "data_files"), '"text" needs files; set data.data_files=[FILE, ...]'
+        for name in ("num_train_samples", "num_eval_samples"):
+            if self.dataset_name == "self" and getattr(self, name) is None:
+                yield (name, "dataset_name"), "null has no end with data.dataset_name=self; use a whole number"
 
 
 class WandbSection(_Section):
     """Weights & Biases; WANDB_MODE=offline works as usual."""
 
     enabled: bool = False
-    project: str = "npt"
-    entity: str | None = None
-    tags: list[str] = []
+    project: Text = "npt"
+    entity: Text | None = None
+    tags: list[Text] = []
 
 
 class OptimizationSection(_Section):
@@ -122,13 +159,19 @@ class OptimizationSection(_Section):
     use_8bit: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
 
+    def conflicts(self) -> Iterator[Conflict]:
+        """8-bit weights stay where bitsandbytes put them."""
+        if self.use_8bit and self.use_cpu_offload:
+            text = "true can't be combined with optimization.use_cpu_offload=true; set one of them to false"
+            yield ("use_8bit", "use_cpu_offload"), text
+
 
 class PathsSection(_Section):
     """Where things go; `cache_dir` null = the libraries' own caches, and sampled text is not kept."""
 
-    output_dir: str = "outputs"
-    checkpoint_dir: str = "checkpoints"
-    cache_dir: str | None = None
+    output_dir: Text = "outputs"
+    checkpoint_dir: Text = "checkpoints"
+    cache_dir: Text | None = None
 
 
 class RunConfig(_Section):
@@ -149,6 +192,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _unique_mapping(loader: Any, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             raise yaml.YAMLError(f"key {key!r} in line {key_node.start_mark.line + 1} is not text")
@@ -174,11 +219,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         if problem:
             problems.append(problem)
     problems += [_unknown(key) for key in _unknown_keys(values)]
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        problems += [_explain(e) for e in error.errors() if e["type"] != "extra_forbidden"]
-    if problems:
+    config, found = _validate(values)
+    problems += found
+    if problems or config is None:
         raise ConfigError(f"{path or 'configuration'}: " + "; ".join(dict.fromkeys(problems)))
     return config
 
@@ -188,34 +231,45 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+def _parse(text: str) -> Any:
+    """Safe YAML with unique keys. A date that does not exist raises a plain ValueError in PyYAML."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except ValueError as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        values = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"--config {path}: no such file; name a YAML file, e.g. config.yaml") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {path}: not readable as YAML: {reason}; mend the file or name another") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: expected sections like `model:`, found {type(values).__name__}")
-    return values
+    # A section whose keys are all commented out is null.
+    return {name: {} if name in RunConfig.model_fields and value is None else value for name, value in values.items()}
 
 
 def _override(values: dict[str, Any], override: str) -> str | None:
     """Applies one override; returns what is wrong with it, if anything."""
-    dotted, separator, text = override.partition("=")
-    parts = dotted.strip().split(".")
-    if not separator or len(parts) != 2 or not all(parts):
+    dotted, separator, text = (part.strip() for part in override.partition("="))
+    parts = dotted.split(".")
+    if not separator or not all(parts):
         return f"--set {override}: write section.key=value, e.g. training.num_train_steps=100"
+    if dotted in RunConfig.model_fields:
+        return f"--set {override}: {dotted} is a section; write {dotted}.key=value"
+    if len(parts) != 2:
+        return f"--set {override}: {_unknown(dotted)}"
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        value = _parse(text)
     except yaml.YAMLError as error:
-        return f"--set {override}: the value is not YAML ({' '.join(str(error).split())[:80]})"
-    section = values.get(parts[0])
-    if section is None:
-        section = values[parts[0]] = {}
+        return f"--set {override}: the value is not YAML ({' '.join(str(error).split())[:80]}); quote it"
+    section = values.setdefault(parts[0], {})
     if isinstance(section, dict):
         section[parts[1]] = value
     return None
@@ -237,20 +291,79 @@ def _unknown_keys(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _unknown(key: str) -> str:
-    known = known_keys()
-    leaf = key.rsplit(".", 1)[-1]
-    same = [name for name in known if name.rsplit(".", 1)[1] == leaf]
-    leaves = {name.rsplit(".", 1)[1]: name for name in known}
-    sections = list(RunConfig.model_fields) if "." not in key else []
-    near = same or difflib.get_close_matches(key, [*known, *sections], 1, 0.7)
-    near = near or [leaves[m] for m in difflib.get_close_matches(leaf, leaves, 1)]
-    return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; sections: {', '.join(RunConfig.model_fields)}")
+    """What to write instead: the nearest key of any section, one of the same section before its like elsewhere."""
+    section, _, leaf = key.rpartition(".")
+
+    def likeness(name: str) -> float:
+        its_section, _, its_leaf = name.rpartition(".")
+        return difflib.SequenceMatcher(None, leaf, its_leaf).ratio() + 0.1 * (section == its_section)
+
+    names = [*known_keys(), *(() if section else RunConfig.model_fields)]
+    nearest = max(names, key=likeness)
+    if likeness(nearest) >= 0.7:
+        return f"{key}: unknown key; did you mean {nearest}?"
+    return f"{key}: unknown key; remove it (the sections are {', '.join(RunConfig.model_fields)})"
 
 
-def _explain(error: Any) -> str:
-    location = [str(part) for part in error["loc"] if not str(part).startswith(("literal[", "constrained", "list[", "function"))]
-    key = ".".join(location[:2]) or "configuration"
-    if error["type"] == "value_error":
-        return f"{key}: {str(error['ctx']['error'])}"
-    value = repr(error["input"])
-    return f"{key}: {value if len(value) < 80 else value[:77] + '...'}: {error['msg'][0].lower() + error['msg'][1:]}"
+def _validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
+    """(the configuration or None, every problem but unknown keys).
+
+    A wrong value hides the checks across keys of its section, so it is taken out and the rest checked again.
+    """
+    values = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
+    config, first = _attempt(values)
+    wrong = {tuple(error["loc"][:2]) for error in first if len(error["loc"]) > 1}
+    for section, key in wrong:
+        values[section].pop(key)
+    second = _attempt(values)[1] if wrong else []
+    first = [error for error in first if error["type"] != "extra_forbidden"]
+    conflicts = [error for error in second if error["type"] == "conflict" and error not in first]
+    return config, [line for error in (*first, *conflicts) for line in _explain(error, wrong)]
+
+
+def _attempt(values: dict[str, Any]) -> tuple[RunConfig | None, list[Any]]:
+    try:
+        return RunConfig.model_validate(values), []
+    except ValidationError as error:
+        return None, error.errors(include_url=False)
+
+
+#: By the type of pydantic's error; braces are filled from its context.
+_REMEDIES = {
+    "int_type": "use a whole number",
+    "int_from_float": "use a whole number",
+    "float_type": "use a number",
+    "finite_number": "use a finite number",
+    "bool_type": "use true or false",
+    "string_type": "use text, in quotes where YAML would read something else",
+    "string_too_short": "must not be empty",
+    "list_type": "use a list, such as [a, b]",
+    "too_short": "use at least {min_length} entry",
+    "literal_error": "use {expected}",
+    "greater_than": "use a value above {gt}",
+    "greater_than_equal": "use a value of {ge} or more",
+    "less_than": "use a value below {lt}",
+}
+
+
+def _explain(error: Any, wrong: set[tuple[Any, ...]]) -> Iterator[str]:
+    """`key: value: remedy`; conflicts that involve a value in `wrong` wait until that is right."""
+    location, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    key = ".".join(str(part) for part in location[:2])
+    if kind == "conflict":
+        for keys, text in context["conflicts"]:
+            if not any((*location, name) in wrong for name in keys):
+                yield f"{key}.{keys[0]}: {text}"
+        return
+    if len(location) == 1:
+        yield f"{key}: {_shown(error['input'])}: not a section; write `{key}:` with its keys indented below"
+        return
+    text = str(context["error"]) if kind == "value_error" else _REMEDIES.get(kind, error["msg"]).format(**context)
+    if kind == "literal_error" and isinstance(error["input"], bool):
+        text += ", in quotes: YAML reads a bare yes or no as true or false"
+    yield f"{key}: {_shown(error['input'])}: {text}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) < 80 else text[:77] + "..."
