@@ -88,7 +88,13 @@ def test_cached_generation_equals_uncached_with_left_padding(kind: str) -> None:
     ids = torch.randint(1, 96, (3, 10), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     ids[0, :4], mask[0, :4] = 0, 0
-    arguments = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    arguments = {
+        "attention_mask": mask,
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     cached = model.generate(input_ids=ids, use_cache=True, **arguments)
     assert torch.equal(cached, model.generate(input_ids=ids, use_cache=False, **arguments))
     alone = model.generate(input_ids=ids[:1, 4:], use_cache=True, **{**arguments, "attention_mask": mask[:1, 4:]})

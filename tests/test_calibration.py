@@ -94,7 +94,9 @@ def test_planted_outliers_do_not_dominate() -> None:
     assert dirty < 1.15 * clean, (clean, dirty)
 
 
-def fitted_error(layer: NPTLayer, h: torch.Tensor, a: torch.Tensor, h_test: torch.Tensor, a_test: torch.Tensor) -> float:
+def fitted_error(
+    layer: NPTLayer, h: torch.Tensor, a: torch.Tensor, h_test: torch.Tensor, a_test: torch.Tensor
+) -> float:
     from npt.calibration import _BlockFit, _delta
 
     with torch.no_grad():

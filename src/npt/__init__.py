@@ -1,11 +1,11 @@
 """npt: the Neuro-Plastic Transformer. Importing it makes PEFT know the method.
 
-    from peft import get_peft_model
-    from npt import NPTConfig, calibrate, evaluate
+from peft import get_peft_model
+from npt import NPTConfig, calibrate, evaluate
 
-    model = get_peft_model(base, NPTConfig(npt_layers="upper_half"))
-    calibrate(model, batches)
-    report = evaluate(model, tokenizer, texts)
+model = get_peft_model(base, NPTConfig(npt_layers="upper_half"))
+calibrate(model, batches)
+report = evaluate(model, tokenizer, texts)
 """
 
 from npt.calibration import calibrate

@@ -116,12 +116,17 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         return self.get_base_layer().get_submodule(getattr(self.family, name))
 
     @property
+    def active_name(self) -> str | None:
+        """The active adapter that has a component in this block."""
+        names: Any = self.active_adapters
+        return next((name for name in names if name in self.components), None)
+
+    @property
     def component(self) -> NPComponent | None:
         """The active adapter's component; None where it has none in this block."""
-        for name in self.active_adapters:
-            if name in self.components:
-                return self.components[name]
-        return None
+        name = self.active_name
+        found: Any = None if name is None else self.components[name]
+        return found  # type: ignore[no-any-return]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activates one adapter; two at once in one block would each replace attention, so that is an error."""
@@ -237,12 +242,13 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         return all(name in component.spec.projections for name in INPUT_PROJECTIONS if name in self.family.projections)
 
     def _input_values(self, component: NPComponent, z: Tensor) -> InputValues:
+        attention: Any = self._attention
         exact_input = self._exact_input() if component.spec.carry == "exact" else None
         if self.observer is not None:
             names = component.spec.input_projections
             products = {name: linear_product(self.module(name)) for name in names}
-            self.observer(self, component.weight_deltas(self._attention, z, "input", products, exact_input))
-        values: InputValues = component(self._attention, z, "input", exact_input=exact_input)
+            self.observer(self, component.weight_deltas(attention, z, "input", products, exact_input))
+        values: InputValues = component(attention, z, "input", exact_input=exact_input)
         return values
 
     def _exact_input(self) -> Tensor:

@@ -98,7 +98,7 @@ class _BlockFit:
         self.component.double()
         self.chunk: list[tuple[Tensor, Tensor]] = []
         self.held = self.tokens = 0
-        self.cutoff: Tensor | None = None
+        self.cutoff: Any = None
         self.gram: Tensor | float = 0.0
         self.cross: Tensor | float = 0.0
         self.total_weight = 0.0
@@ -132,7 +132,7 @@ class _BlockFit:
     def _fit_chunk(self) -> None:
         h, a = (torch.cat(parts) for parts in zip(*self.chunk, strict=True))
         self.chunk = []
-        self.probe = (h[: 4096], a[: 4096])
+        self.probe = (h[:4096], a[:4096])
         self.error_before = self._update_error()
         sizes = _delta(self.layer, h, a)[1].square().sum(-1)
         self.cutoff = OUTLIER_FACTOR * sizes.median()
@@ -201,9 +201,7 @@ def fit_gain_and_carry(layer: NPTLayer, component: NPComponent, h: Tensor, a: Te
         _fit_linear_gain(component, delta, a, z, phi, weights)
 
 
-def _fit_linear_gain(
-    component: NPComponent, delta: Tensor, a: Tensor, z: Tensor, phi: Tensor, weights: Tensor
-) -> None:
+def _fit_linear_gain(component: NPComponent, delta: Tensor, a: Tensor, z: Tensor, phi: Tensor, weights: Tensor) -> None:
     """One round of alternating least squares: (k, l) given c, then c given (k, l)."""
     carried = component.c * a if component.spec.carry == "diagonal" else torch.zeros_like(a)
     columns = [z, *(phi[:, [i]] * z for i in range(phi.shape[-1]))]

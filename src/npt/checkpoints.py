@@ -35,9 +35,13 @@ def resolve_checkpoint(path: str | Path) -> Path:
     try:
         kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {CONFIG} is not a JSON object; restore it from a backup") from error
+        raise CheckpointError(
+            f"checkpoint {folder}: {CONFIG} is not a JSON object; restore it from a backup"
+        ) from error
     if kind != PEFT_TYPE:
-        raise CheckpointError(f"checkpoint {folder}: it is a {kind} adapter, not {PEFT_TYPE}; load it with peft instead")
+        raise CheckpointError(
+            f"checkpoint {folder}: it is a {kind} adapter, not {PEFT_TYPE}; load it with peft instead"
+        )
     return folder
 
 
@@ -52,7 +56,9 @@ def load_adapter(base: Any, path: str | Path) -> PeftModel:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {WEIGHTS} is damaged ({error}); restore it from a backup") from error
+        raise CheckpointError(
+            f"checkpoint {folder}: {WEIGHTS} is damaged ({error}); restore it from a backup"
+        ) from error
     config = NPTConfig.from_pretrained(str(folder))
     expected_layers = {key.split(".npt_adapter.")[0].rsplit(".", 1)[1] for key in shapes}
     try:

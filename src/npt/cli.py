@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -25,6 +24,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 console = Console()
+#: Newer versions of typer carry click inside, older ones import it; the exported exception has the same parent.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file; defaults are used without one.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, the value in YAML; the last one wins.")]
@@ -150,11 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NPTError as error:
         print(f"npt: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except click.exceptions.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         print("npt: interrupted", file=sys.stderr)
         return 130
-    except click.ClickException as error:
-        print(f"npt: {error.format_message()} (see npt --help)", file=sys.stderr)
+    except UsageError as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+        print(message if "\n" in message else f"npt: {message} (see npt --help)", file=sys.stderr)
         return 2
     return result if isinstance(result, int) else 0
 

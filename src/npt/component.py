@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,16 +68,14 @@ class ComponentSpec:
 class WeightDelta:
     """dW of one projection for a batch of tokens, in factors: dW = value k^T + B^T diag(m) C^T.
 
-    value (..., out) is carried by the input key k = x / |x|^2; inputs x (..., in); modulation m (..., r),
-    key_matrix C (in, r) and value_matrix B (r, out) are None when the low-rank part rides on the input key.
+    value (..., out) is carried by the input key k = x / |x|^2; inputs x (..., in); low_rank is (m (..., r), C (in, r),
+    B (r, out)), or None when the low-rank part rides on the input key.
     Tokens with x = 0 have no input key: their `value` is zero and `skipped` counts them.
     """
 
     value: Tensor
     inputs: Tensor
-    modulation: Tensor | None = None
-    key_matrix: Tensor | None = None
-    value_matrix: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def skipped(self) -> Tensor:
@@ -85,7 +84,7 @@ class WeightDelta:
 
     def apply(self) -> Tensor:
         """dW x, (..., out)."""
-        return self.value if self.modulation is None else self.value + self._low_rank_product()
+        return self.value if self.low_rank is None else self.value + self._low_rank_product(*self.low_rank)
 
     def frobenius_norm(self) -> Tensor:
         """|dW|_F per token, (...), without forming dW."""
@@ -96,11 +95,11 @@ class WeightDelta:
         input_square = self.inputs.square().sum(-1)
         inverse = torch.where(input_square > 0, 1 / input_square.clamp_min(torch.finfo(input_square.dtype).tiny), 0)
         square = self.value.square().sum(-1) * inverse
-        if self.modulation is not None:
-            c, b, m = self.key_matrix, self.value_matrix, self.modulation
+        if self.low_rank is not None:
+            m, c, b = self.low_rank
             gram = (c.T @ c) * (b @ b.T)
             square = square + ((m @ gram) * m).sum(-1)
-            square = square + 2 * (self.value * self._low_rank_product()).sum(-1) * inverse
+            square = square + 2 * (self.value * self._low_rank_product(m, c, b)).sum(-1) * inverse
         return square.clamp_min(0)
 
     def matrix(self, *token: int) -> Tensor:
@@ -109,12 +108,13 @@ class WeightDelta:
         square = x.square().sum()
         key = x / square if square > 0 else torch.zeros_like(x)
         delta = torch.outer(value, key)
-        if self.modulation is not None:
-            delta = delta + (self.value_matrix.T * self.modulation[token]) @ self.key_matrix.T
+        if self.low_rank is not None:
+            m, c, b = self.low_rank
+            delta = delta + (b.T * m[token]) @ c.T
         return delta
 
-    def _low_rank_product(self) -> Tensor:
-        return ((self.inputs @ self.key_matrix) * self.modulation) @ self.value_matrix
+    def _low_rank_product(self, m: Tensor, c: Tensor, b: Tensor) -> Tensor:
+        return ((self.inputs @ c) * m) @ b
 
 
 @dataclass
@@ -174,10 +174,12 @@ class NPComponent(nn.Module):
         self.spec = spec
         d, dtype = spec.hidden_size, None if norm_weight is None else norm_weight.dtype
         device = None if norm_weight is None else norm_weight.device
-        self._new = {"dtype": dtype, "device": device}
+        self._new: dict[str, Any] = {"dtype": dtype, "device": device}
         inverse = None
         if norm_weight is not None:
             inverse = norm_weight / (norm_weight.square() + NORM_WEIGHT_EPSILON)
+        self.norm_inverse: Tensor | None
+        self.norm_bias: Tensor | None
         self.register_buffer("norm_inverse", inverse, persistent=False)
         self.register_buffer("norm_bias", norm_bias, persistent=False)
         if spec.has_low_rank:
@@ -204,7 +206,7 @@ class NPComponent(nn.Module):
         if spec.input_projections and spec.low_rank_at == "input":
             sites["in"] = (d, d)
         elif spec.input_projections:
-            sites |= {name: (d, f) for name in spec.input_projections}
+            sites |= dict.fromkeys(spec.input_projections, (d, f))
         if "down" in spec.projections:
             sites["down"] = (f, d)
         self.A = nn.Parameter(torch.randn(d, spec.rank, **self._new) / d**0.5)
@@ -243,6 +245,8 @@ class NPComponent(nn.Module):
         if not spec.input_projections:
             return InputValues(modulation=self.modulation(attention))
         if spec.carry == "exact":
+            if exact_input is None:
+                raise ValueError("carry 'exact' needs exact_input, Norm2(h + a)")
             return InputValues(shift=(exact_input - z) * _has_key(z, z))
         m = self.modulation(attention)
         shift, mask = self.keyed_shift(attention, z), _has_key(z, z)
@@ -266,7 +270,7 @@ class NPComponent(nn.Module):
         if spec.carry == "diagonal":
             value = self.e * attention
         if spec.has_low_rank:
-            m = self.modulation(attention) if m is None else m
+            m = self._modulation(attention) if m is None else m
             b, c = self.low_rank_factors("down")["down"]
             low_rank = (m if c is None else (inputs.to(m.dtype) @ c) * m) @ b
             value = low_rank if value is None else value + low_rank
@@ -307,8 +311,9 @@ class NPComponent(nn.Module):
 
     def modulation(self, attention: Tensor) -> Tensor | None:
         """m = s tanh(a A), (..., r), or None without a low-rank part."""
-        if not self.spec.has_low_rank:
-            return None
+        return self._modulation(attention) if self.spec.has_low_rank else None
+
+    def _modulation(self, attention: Tensor) -> Tensor:
         return self.spec.modulation_scale * torch.tanh(self.centered(attention.to(self.A.dtype)) @ self.A)
 
     def keyed_shift(self, attention: Tensor, z: Tensor) -> Tensor | None:
@@ -321,10 +326,12 @@ class NPComponent(nn.Module):
         g, w = self.gains(z, phi)
         return g * z if self.spec.carry != "diagonal" else g * z + w * (self.c * a)
 
-    def low_rank_factors(self, site: str) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def low_rank_factors(self, site: str) -> dict[str, tuple[Tensor, Any]]:
         """{"in" | "gate" | "up" | "down": (B (r, out), C (in, r) or None for the input key)} of one site."""
         names = ("down",) if site == "down" else ("in", *INPUT_PROJECTIONS)
-        return {name: (getattr(self, f"B_{name}"), self._key_matrix(name)) for name in names if hasattr(self, f"B_{name}")}
+        return {
+            name: (getattr(self, f"B_{name}"), self._key_matrix(name)) for name in names if hasattr(self, f"B_{name}")
+        }
 
     def _key_matrix(self, name: str) -> Tensor | None:
         if self.spec.key == "input":
@@ -352,9 +359,10 @@ class NPComponent(nn.Module):
                 return {}
             factors = None if spec.key == "input" or not spec.has_low_rank else self.low_rank_factors("down")["down"]
             if factors is None:
-                return {"down": WeightDelta(self._down_value(attention, inputs, None) * mask, inputs)}
+                down = self._down_value(attention, inputs, None)
+                return {"down": WeightDelta(torch.zeros_like(attention) if down is None else down * mask, inputs)}
             value = self.e * attention * mask if spec.carry == "diagonal" else torch.zeros_like(attention)
-            return {"down": WeightDelta(value, inputs, self.modulation(attention), factors[1], factors[0])}
+            return {"down": WeightDelta(value, inputs, (self._modulation(attention), factors[1], factors[0]))}
         return {t: self._input_delta(t, attention, inputs, products[t], exact_input) for t in spec.input_projections}
 
     def _input_delta(
@@ -371,7 +379,7 @@ class NPComponent(nn.Module):
         value = z.new_zeros(*z.shape[:-1], spec.intermediate_size) if shift is None else product(shift * _has_key(z, z))
         factors = self.low_rank_factors("input")
         b, c = factors.get("in") or factors[t]
-        return WeightDelta(value, z, self.modulation(attention), c, product(b) if "in" in factors else b)
+        return WeightDelta(value, z, (self._modulation(attention), c, product(b) if "in" in factors else b))
 
 
 def _has_key(x: Tensor, like: Tensor) -> Tensor:

@@ -93,7 +93,9 @@ def resolve_layers(choice: str | list[int], num_blocks: int) -> list[int]:
             raise ConversionError(f"npt_layers={choice!r} is unknown; use {', '.join(words)} or a list of indices")
         layers = list(words[choice])
     else:
-        wrong = [i for i in choice if not isinstance(i, int) or isinstance(i, bool) or not -num_blocks <= i < num_blocks]
+        wrong = [
+            i for i in choice if not isinstance(i, int) or isinstance(i, bool) or not -num_blocks <= i < num_blocks
+        ]
         if wrong:
             raise ConversionError(
                 f"npt_layers={list(choice)} names {wrong}, but the model has {num_blocks} blocks: "

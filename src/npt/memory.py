@@ -80,7 +80,9 @@ def materialized_delta_bytes(
     return hidden_size * intermediate_size * num_projections * layers * batch * tokens * bytes_per_element
 
 
-def example(hidden_size: int, intermediate_size: int, rank: int, tokens: int) -> tuple[NPComponent, Tensor, Tensor, Tensor]:
+def example(
+    hidden_size: int, intermediate_size: int, rank: int, tokens: int
+) -> tuple[NPComponent, Tensor, Tensor, Tensor]:
     """(component with random values, a (tokens, d), z (tokens, d), i (tokens, f)), float32, seeded."""
     generator = torch.Generator().manual_seed(0)
     spec = ComponentSpec(hidden_size, intermediate_size, rank=rank)
@@ -104,7 +106,9 @@ def measure_component(hidden_size: int, intermediate_size: int, rank: int = 16, 
 
 
 @torch.no_grad()
-def measure_materialized(hidden_size: int, intermediate_size: int, rank: int = 16, tokens: int = 64) -> tuple[int, float]:
+def measure_materialized(
+    hidden_size: int, intermediate_size: int, rank: int = 16, tokens: int = 64
+) -> tuple[int, float]:
     """(peak bytes, largest relative difference to the component) of forming each token's dW of `down` and applying it."""
     component, a, _, i = example(hidden_size, intermediate_size, rank, tokens)
     expected = component(a, i, "down")
@@ -134,13 +138,14 @@ def memory_table(config: Any = None) -> list[MemoryRow]:
     parameters = sum(p.numel() for p in NPComponent(spec, torch.ones(hidden, device="meta")).parameters())
     one = materialized_delta_bytes(hidden, intermediate, count, batch=batch, tokens=tokens)
     shape = f"batch {batch} x {tokens} tokens, d {hidden}, f {intermediate}"
+    values = measure_component(hidden, intermediate, rank, batch * tokens)
     small, _ = measure_materialized(512, 1376)
     small_ours = measure_component(512, 1376, tokens=64)
     return [
         MemoryRow(f"base weights, {len(blocks)} blocks, bfloat16", 2 * sum(p.numel() for p in model.parameters()), "computed"),
         MemoryRow(f"formed dW, one block ({shape})", one, "computed"),
         MemoryRow(f"formed dW, {len(layers)} converted blocks", one * len(layers), "computed"),
-        MemoryRow(f"npt values, one block ({shape}, rank {rank})", measure_component(hidden, intermediate, rank, batch * tokens), "measured"),
+        MemoryRow(f"npt values, one block ({shape}, rank {rank})", values, "measured"),
         MemoryRow(f"npt parameters, {len(layers)} blocks, float32", 4 * parameters * len(layers), "computed"),
         MemoryRow("formed dW of down, d 512, f 1376, 64 tokens", small, "measured"),
         MemoryRow("npt values, d 512, f 1376, 64 tokens", small_ours, "measured"),

@@ -110,9 +110,10 @@ def npt_config(config: RunConfig) -> NPTConfig:
 
 def corpus_blocks(config: RunConfig, model: Any, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset]:
     """(training blocks, held-out blocks) of the `data` section."""
-    data, seed = config.data, config.training.seed
+    data: Any = config.data
+    seed = config.training.seed
     if data.dataset_name == "self":
-        common = {"seed": seed, "cache_dir": data_cache(config), "progress": True}
+        common: dict[str, Any] = {"seed": seed, "cache_dir": data_cache(config), "progress": True}
         train = sample_blocks(model, tokenizer, data.num_train_samples, data.max_length, label="train", **common)
         held_out = sample_blocks(model, tokenizer, data.num_eval_samples, data.max_length, label="eval", **common)
         return train, held_out
@@ -214,7 +215,10 @@ def make_trainer(config: RunConfig, model: Any, tokenizer: Any, train: datasets.
     validation = min(VALIDATION_BLOCKS, max(1, len(train) // 10))
     if len(train) <= validation:
         raise NPTError(f"{len(train)} training block(s) are too few; raise data.num_train_samples or give more text")
-    fit, chosen_by = train.select(range(len(train) - validation)), train.select(range(len(train) - validation, len(train)))
+    fit, chosen_by = (
+        train.select(range(len(train) - validation)),
+        train.select(range(len(train) - validation, len(train))),
+    )
     output, t = Path(config.paths.output_dir), config.training
     objective = Objective(
         "logits" if t.objective == "auto" else t.objective,
@@ -261,6 +265,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         bf16=config.optimization.mixed_precision == "bf16",
         # The old name draws a warning in transformers 5.23, and the new one does not exist before it.
         **({"gradient_checkpointing": True} if t.gradient_checkpointing else {}),
+        use_cpu=not torch.cuda.is_available(),
         report_to=[*t.report_to, *(["wandb"] if config.wandb.enabled else [])],
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -277,7 +282,9 @@ def prepare_wandb(config: RunConfig) -> None:
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError("wandb.enabled=true needs the package: pip install 'npt[wandb]', or set it to false") from error
+        raise ConfigError(
+            "wandb.enabled=true needs the package: pip install 'npt[wandb]', or set it to false"
+        ) from error
     w = config.wandb
     wandb.init(project=w.project, entity=w.entity, tags=list(w.tags or ()), config=config.model_dump())
 
@@ -313,7 +320,7 @@ def run_evaluation(
 
 def evaluation_blocks(config: RunConfig, checkpoint: str | Path, model: Any, tokenizer: Any) -> datasets.Dataset:
     """The held-out blocks of the configuration's data."""
-    data = config.data
+    data: Any = config.data
     if data.dataset_name == "self":
         return sample_blocks(
             model, tokenizer, data.num_eval_samples, data.max_length,

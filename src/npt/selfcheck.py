@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,10 +37,10 @@ def run_checks() -> Iterator[tuple[str, str | None]]:
             original = base(ids).logits
         model = get_peft_model(base, NPTConfig(rank=4))
         checks: dict[str, Callable[[], bool]] = {
-            "disabled adapter gives the original's logits bit for bit": lambda m=model, o=original: _disabled(m, ids, o),
-            "exact value gives the original's logits": lambda m=model, o=original: _exact(m, ids, o),
-            "calibration brings the model closer": lambda m=model: _calibrates(m, ids),
-            "saved and loaded adapter gives the same logits": lambda m=model, k=kind: _round_trip(m, k, ids),
+            "disabled adapter gives the original's logits bit for bit": partial(_disabled, model, ids, original),
+            "exact value gives the original's logits": partial(_exact, model, ids, original),
+            "calibration brings the model closer": partial(_calibrates, model, ids),
+            "saved and loaded adapter gives the same logits": partial(_round_trip, model, kind, ids),
         }
         for name, check in checks.items():
             with torch.no_grad():

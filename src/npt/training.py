@@ -123,7 +123,7 @@ class EquivalenceTrainer(Trainer):
         }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
@@ -147,9 +147,7 @@ class SamplesCallback(TrainerCallback):
     def __init__(self, path: Path, model: Any, tokenizer: Any, every: int, prompts: Sequence[str] = DEFAULT_PROMPTS):
         self.path, self.model, self.tokenizer, self.every, self.prompts = path, model, tokenizer, every, prompts
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the samples when they are due."""
         if state.global_step % self.every == 0:
             self.write(state.global_step)

@@ -61,7 +61,7 @@ class NPTConfig(PeftConfig):
         """
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        self.task_type = self.task_type or "CAUSAL_LM"
+        self.task_type = self.task_type or "CAUSAL_LM"  # type: ignore[has-type]
         problems = []
         for name, allowed in (
             ("key", maths.KEYS),
@@ -75,7 +75,9 @@ class NPTConfig(PeftConfig):
             problems.append(f"rank={self.rank!r}: use a whole number from 0 up")
         unknown = [name for name in self.target_projections if name not in maths.PROJECTIONS]
         if unknown or not self.target_projections:
-            problems.append(f"target_projections={self.target_projections!r}: use some of {', '.join(maths.PROJECTIONS)}")
+            problems.append(
+                f"target_projections={self.target_projections!r}: use some of {', '.join(maths.PROJECTIONS)}"
+            )
         if self.key == "tied" and "down" in self.target_projections and self.rank > 0 and self.carry != "exact":
             problems.append(
                 "key='tied' with target_projections including 'down': A has as many rows as the hidden size, the down "
@@ -145,7 +147,7 @@ class NPTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = getattr(target, LAYER_NAME, None)
+        layer: Any = getattr(target, LAYER_NAME, None)
         is_new = layer is None
         if is_new:
             layer = NPTLayer(target, family_of(self.model), int(target_name))
@@ -177,7 +179,7 @@ class NPTModel(BaseTuner):
         if adapter_name not in self.peft_config:
             raise ConversionError(f"adapter {adapter_name!r} does not exist; there are {', '.join(self.peft_config)}")
         del self.peft_config[adapter_name]
-        layers = npt_layers(self.model)
+        layers: Any = npt_layers(self.model)
         for layer in layers:
             layer.delete_adapter(adapter_name)
         remaining = [name for layer in layers for name in layer.active_adapters if name in self.peft_config]
@@ -226,7 +228,7 @@ def active_layers(model: nn.Module) -> list[NPTLayer]:
 
 def adapter_config(model: Any) -> NPTConfig:
     """The active adapter's config."""
-    config: NPTConfig = model.peft_config[active_layers(model)[0].active_adapters[0]]
+    config: NPTConfig = model.peft_config[active_layers(model)[0].active_name]
     return config
 
 
@@ -239,7 +241,9 @@ def refuse_unsupported(model: nn.Module) -> None:
     if isinstance(model, nn.DataParallel):
         raise ConversionError("nn.DataParallel shares hooks between threads; use DistributedDataParallel (accelerate)")
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise ConversionError("the model is compiled already, and a compiled model ignores new hooks; convert, then compile")
+        raise ConversionError(
+            "the model is compiled already, and a compiled model ignores new hooks; convert, then compile"
+        )
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise ConversionError("tensor parallelism splits the MLP that NPT writes to; load the model without tp_plan")
     family_of(model)

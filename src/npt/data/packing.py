@@ -37,7 +37,7 @@ def pack(
     Raises:
         DataError: max_length below 2, or no text at all.
     """
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None))
+    pad = next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
     with Progress(SpinnerColumn(), TextColumn("packing text"), transient=True, disable=not progress) as bar:
         bar.add_task("")
         return pack_token_ids(

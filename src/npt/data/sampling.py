@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +56,10 @@ def sample_blocks(
     generator = torch.Generator(device_of(model)).manual_seed(int.from_bytes(digest[:7], "big"))
     was_training, layers = model.training, npt_layers(model)
     model.eval()
-    rows = []
+    rows: list[Tensor] = []
     with Progress(transient=True, disable=not progress) as bar, layer_mode(layers, override="bypass"):
         task = bar.add_task(f"sampling {label} text", total=num_blocks)
-        while (done := sum(map(len, rows))) < num_blocks:
+        while (done := sum(len(part) for part in rows)) < num_blocks:
             rows.append(_sample(model, min(batch_size, num_blocks - done), max_length, start, generator).cpu())
             bar.update(task, completed=done + len(rows[-1]))
     model.train(was_training)
@@ -68,14 +67,11 @@ def sample_blocks(
     if cached is not None:
         temporary = cached.with_name(f".{name}.{os.getpid()}")
         blocks.save_to_disk(str(temporary))
-        with nullcontext() if not cached.is_dir() else _discard(temporary):
+        if cached.is_dir():  # another run was faster
+            shutil.rmtree(temporary)
+        else:
             os.replace(temporary, cached)
     return blocks
-
-
-def _discard(folder: Path) -> Any:
-    shutil.rmtree(folder, ignore_errors=True)
-    return nullcontext()
 
 
 def _sample(model: Any, batch: int, length: int, start: int, generator: torch.Generator) -> Tensor:

@@ -20,8 +20,8 @@ from npt.tuner import active_layers, device_of
 
 #: Bytes one batch of float32 logits may take; a longer batch is split by sequences.
 LOGIT_BUDGET = 256 * 2**20
-#: Positions whose full distributions are compared at once.
-POSITION_CHUNK = 1024
+#: Entries of float64 distributions compared at once.
+CHUNK_ENTRIES = 2**22
 
 
 def batches_of(blocks: Any, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
@@ -38,7 +38,9 @@ def scored_positions(labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress: bool = False) -> dict[str, np.ndarray]:
+def token_divergences(
+    model: Any, blocks: Any, *, batch_size: int = 16, progress: bool = False
+) -> dict[str, np.ndarray]:
     """Per scored token, as float64 arrays (tokens,): kl, npt_nll, original_nll, same_top, delta_p; and block, its block.
 
     Raises:
@@ -63,7 +65,7 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
         target = batch["input_ids"][:, 1:][counted]
         row = torch.arange(len(counted), device=device)[:, None].expand_as(counted)[counted] + first
         first += len(counted)
-        for chunk in torch.arange(len(target), device=device).split(POSITION_CHUNK):
+        for chunk in torch.arange(len(target), device=device).split(max(1, CHUNK_ENTRIES // vocabulary)):
             figures = compare(teacher[chunk], student[chunk], target[chunk])
             parts.append(torch.cat([figures, row[chunk, None].double()], -1).cpu())
     model.train(was_training)
@@ -75,11 +77,11 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
 
 def compare(teacher_logits: Tensor, student_logits: Tensor, target: Tensor) -> Tensor:
     """(tokens, 5) float64: KL(teacher || student), both NLLs, same top token, change of the target's probability."""
-    teacher = teacher_logits.float().log_softmax(-1)
-    student = student_logits.float().log_softmax(-1)
-    kl = (teacher.exp() * (teacher - student)).sum(-1, dtype=torch.float64).clamp_min(0)
-    original_nll = -teacher.gather(-1, target[:, None])[:, 0].double()
-    npt_nll = -student.gather(-1, target[:, None])[:, 0].double()
+    teacher = teacher_logits.double().log_softmax(-1)
+    student = student_logits.double().log_softmax(-1)
+    kl = (teacher.exp() * (teacher - student)).sum(-1).clamp_min(0)
+    original_nll = -teacher.gather(-1, target[:, None])[:, 0]
+    npt_nll = -student.gather(-1, target[:, None])[:, 0]
     same = (teacher.argmax(-1) == student.argmax(-1)).double()
     return torch.stack([kl, npt_nll, original_nll, same, torch.exp(-npt_nll) - torch.exp(-original_nll)], -1)
 

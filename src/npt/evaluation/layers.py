@@ -60,7 +60,9 @@ def layer_equivalence(model: Any, batches: Batches) -> dict[str, dict[str, float
 
 
 @torch.no_grad()
-def mean_delta_norms(model: Any, batches: Batches, override: str | None = None) -> dict[int, dict[str, dict[str, float]]]:
+def mean_delta_norms(
+    model: Any, batches: Batches, override: str | None = None
+) -> dict[int, dict[str, dict[str, float]]]:
     """{block: {projection: {"frobenius", "tokens", "skipped"}}}: mean |dW|_F over real tokens of the model's own stream.
 
     `override="exact"` measures the exact value's dW instead. `skipped` counts tokens without an input key.

@@ -20,7 +20,8 @@ from npt.tuner import active_layers, adapter_config, device_of, parameter_counts
 DETAIL_BLOCKS = 32
 KL_TARGET, RMS_ENTRY_TARGET, EXACT_FACTOR, RATIO_TOLERANCE = 0.01, 0.01, 1.1, 0.05
 
-Corpus = Sequence[str] | datasets.Dataset
+#: Documents, or a dataset of packed blocks.
+Corpus = Any
 
 
 def evaluate(

@@ -29,7 +29,9 @@ def plot_run(output_dir: Path, destination: Path | None = None) -> list[Path]:
     """
     metrics = Path(output_dir) / "metrics.jsonl"
     if not metrics.is_file():
-        raise NPTError(f"--output-dir {output_dir}: no metrics.jsonl there; run `npt train` first or name its output folder")
+        raise NPTError(
+            f"--output-dir {output_dir}: no metrics.jsonl there; run `npt train` first or name its output folder"
+        )
     rows = read_json_lines(metrics)
     path = Path(output_dir) / "evaluation_report.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -80,7 +82,9 @@ def _loss(axes: Any, rows: Rows, report: dict[str, Any]) -> bool:
     for key, colour in (("loss", BLUE), ("equivalence_loss", GREEN), ("regularization_loss", ORANGE)):
         steps, values = _curve(rows, key)
         if steps:
-            axes.plot(steps, values, color=colour, label=key.replace("_", " "), linestyle="--" if key == "loss" else "-")
+            axes.plot(
+                steps, values, color=colour, label=key.replace("_", " "), linestyle="--" if key == "loss" else "-"
+            )
             drawn = True
     if drawn:
         axes.set(xlabel="step", ylabel="loss", yscale="log", title="Training loss")
@@ -123,7 +127,7 @@ def _learning_rate(axes: Any, rows: Rows, report: dict[str, Any]) -> bool:
 
 
 def _layer_error(axes: Any, rows: Rows, report: dict[str, Any]) -> bool:
-    calibration = next((row["calibration"] for row in rows if "calibration" in row), {})
+    calibration: dict[str, Any] = next((row["calibration"] for row in rows if "calibration" in row), {})
     layers = report.get("evaluations", {}).get("layer_equivalence", {})
     names = list(layers or calibration)
     if not names:
@@ -139,7 +143,9 @@ def _layer_error(axes: Any, rows: Rows, report: dict[str, Any]) -> bool:
     width = 0.8 / len(series)
     for index, (label, values, colour) in enumerate(series):
         axes.bar([x + index * width for x in range(len(values))], values, width, label=label, color=colour)
-    axes.set_xticks([x + width * (len(series) - 1) / 2 for x in range(len(names))], [n.removeprefix("layer_") for n in names])
+    axes.set_xticks(
+        [x + width * (len(series) - 1) / 2 for x in range(len(names))], [n.removeprefix("layer_") for n in names]
+    )
     axes.set(xlabel="block", ylabel="error of the update", yscale="log", title="Error of each block's update, relative")
     axes.legend()
     return True

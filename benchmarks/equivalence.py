@@ -1,0 +1,150 @@
+"""Regenerates the README's result table: python -m benchmarks.equivalence --model FOLDER [--text FILE ...] [--prose FILE ...]
+
+Every row is one `npt train` on the model's own text, then an evaluation on held-out text of three seeds (the model's own)
+and on each --text file. --prose files are mixed into the calibration text of the last row only. Writes
+benchmarks/results/equivalence.json and the table between the markers in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from npt.config import RunConfig, load_config
+from npt.pipeline import run_evaluation, run_training
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "equivalence.json"
+START, END = "<!-- equivalence: start -->", "<!-- equivalence: end -->"
+SEEDS = (0, 1, 2)
+
+ORIGINAL = [
+    "model.carry=none", "model.gain=none", "model.key=tied", "model.target_projections=[gate]",
+    "model.low_rank_at=projection", "training.learning_rate=1e-2", "training.num_epochs=5",
+]  # fmt: skip
+CALIBRATED = ["training.num_train_steps=0"]
+TRAINED = ["training.num_train_steps=100"]
+
+#: (label, overrides, whether --prose joins the calibration text)
+ROWS: list[tuple[str, list[str], bool]] = [
+    ("the original code's form (key tied, gate only), 500 KL steps", ORIGINAL, False),
+    ("gain `norm`, calibration only", ["model.gain=norm", *CALIBRATED], False),
+    ("gain `norm`, 100 KL steps", ["model.gain=norm", *TRAINED], False),
+    ("gain `overlap`, calibration only", ["model.gain=overlap", *CALIBRATED], False),
+    ("gain `overlap`, 100 KL steps", ["model.gain=overlap", *TRAINED], False),
+    ("**default** (gain `state`), calibration only", CALIBRATED, False),
+    ("**default**, 100 KL steps", TRAINED, False),
+    ("default, all blocks, calibration only", ["model.npt_layers=all", *CALIBRATED], False),
+    ("default, all blocks, 100 KL steps", ["model.npt_layers=all", *TRAINED], False),
+    ("default, 100 KL steps, mixed calibration text", TRAINED, True),
+    ("carry `exact` (the reference, no parameters)", ["model.carry=exact"], False),
+]
+
+
+def run_row(model: Path, overrides: list[str], texts: list[Path], prose: list[Path], cache: Path) -> dict[str, Any]:
+    """One training and its evaluations: {"seeds": [report figures], "texts": {name: figures}, ...}."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(
+            ROOT / "config.yaml",
+            [
+                f"model.base_model_name={model}",
+                f"paths.output_dir={folder}/outputs",
+                f"paths.checkpoint_dir={folder}/checkpoints",
+                f"paths.cache_dir={cache}",
+                *overrides,
+                *([f"data.calibration_files=[{','.join(map(str, prose))}]"] if prose else []),
+            ],
+        )
+        run_training(config)
+        best = Path(folder) / "checkpoints" / "best_model"
+        reports = []
+        for seed in SEEDS:
+            texts_now = texts if seed == SEEDS[0] else []
+            seeded = with_seed(config, seed)
+            reports.append(run_evaluation(seeded, best, Path(folder) / "report.json", more_text=texts_now))
+    return {
+        "trainable_parameters": reports[0]["model_config"]["trainable_parameters"],
+        "seeds": [figures_of(report["evaluations"]) for report in reports],
+        "tokens": [report["protocol"]["tokens"] for report in reports],
+        "texts": {name: figures_of(c) for name, c in reports[0]["evaluations"]["corpora"].items() if name != "self"},
+        "weight_delta": {k: v for k, v in reports[0]["evaluations"]["weight_delta_stats"].items() if k != "per_layer"},
+        "versions": reports[0]["protocol"]["versions"],
+    }
+
+
+def with_seed(config: RunConfig, seed: int) -> RunConfig:
+    """The configuration with another evaluation seed."""
+    return config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
+
+
+def figures_of(evaluations: dict[str, Any]) -> dict[str, float]:
+    """The figures of one corpus that the table shows."""
+    return {
+        **{k: evaluations["perplexity"][k] for k in ("perplexity_ratio", "perplexity_ratio_standard_error")},
+        **{k: evaluations["divergence"][k] for k in ("mean_kl", "mean_kl_standard_error", "top1_agreement")},
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The markdown table."""
+    names = list(next(iter(results.values()))["texts"])
+    heads = [
+        "NP component",
+        "parameters",
+        "perplexity ratio",
+        "mean KL",
+        "same top token",
+        *(f"KL on {n}" for n in names),
+    ]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for label, row in results.items():
+        seeds = row["seeds"]
+        ratio, kl, top = (mean(s[k] for s in seeds) for k in ("perplexity_ratio", "mean_kl", "top1_agreement"))
+        error = max(s["perplexity_ratio_standard_error"] for s in seeds)
+        cells = [
+            label,
+            f"{row['trainable_parameters']:,}",
+            f"{ratio:.4f} ± {error:.4f}",
+            f"{kl:.5f}",
+            f"{100 * top:.1f} %",
+        ]
+        cells += [f"{row['texts'][name]['mean_kl']:.4f}" for name in names]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_readme(results: dict[str, Any]) -> None:
+    """Puts the table between the markers of README.md."""
+    path = ROOT / "README.md"
+    before, rest = path.read_text(encoding="utf-8").split(START)
+    _, after = rest.split(END)
+    path.write_text(f"{before}{START}\n{table(results)}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    """Parses, runs every row, writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="model folder or hub id", required=True)
+    parser.add_argument("--text", type=Path, action="append", default=[], help="evaluated beside the model's own text")
+    parser.add_argument("--prose", type=Path, action="append", default=[], help="mixed into the last row's calibration")
+    parser.add_argument("--only", default="", help="run only rows whose label contains this; the others are kept")
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as cache:
+        for label, overrides, mixed in ROWS:
+            if arguments.only in label and (arguments.prose or not mixed):
+                prose = arguments.prose if mixed else []
+                results[label] = run_row(arguments.model, overrides, arguments.text, prose, Path(cache))
+                print(label, json.dumps(results[label]["seeds"][0]), flush=True)
+                ordered = {name: results[name] for name, _, _ in ROWS if name in results}
+                RESULTS.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
+                write_readme(ordered)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""The command and the root entry points, as a user types them, on a local model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from npt.cli import main
+from tests.conftest import REPOSITORY
+
+SMALL = {
+    "data.max_length": 32,
+    "data.num_train_samples": 48,
+    "data.num_eval_samples": 8,
+    "data.num_calibration_samples": 24,
+    "training.batch_size": 4,
+    "training.num_train_steps": 4,
+    "training.logging_steps": 2,
+    "training.eval_steps": 2,
+    "training.save_steps": 2,
+    "training.prediction_logging_steps": 2,
+    "training.warmup_steps": 0,
+    "model.rank": 3,
+}
+
+
+def settings(local_model: Path, folder: Path, **more: Any) -> list[str]:
+    values = {
+        **SMALL,
+        "model.base_model_name": local_model,
+        "paths.output_dir": folder / "outputs",
+        "paths.checkpoint_dir": folder / "checkpoints",
+        **{key.replace("__", "."): value for key, value in more.items()},
+    }
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="module")
+def run(local_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished small run."""
+    folder = tmp_path_factory.mktemp("run")
+    assert main(["--quiet", "train", *settings(local_model, folder)]) == 0
+    return folder
+
+
+def test_train_leaves_what_is_documented(run: Path) -> None:
+    output = run / "outputs"
+    assert {p.name for p in output.iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "evaluation_report.json",
+    }
+    assert {p.name for p in (run / "checkpoints" / "best_model").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert set(rows[0]["calibration"]) == {"layer_2", "layer_3"}
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4]
+    assert [row["step"] for row in rows if "eval_mean_kl" in row] == [0, 2, 4]
+    samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in samples} == {2, 4} and set(samples[0]) == {"step", "prompt", "npt", "original"}
+    report = json.loads((output / "evaluation_report.json").read_text())
+    assert set(report["expected_outcomes"]) == {"functional_fidelity", "low_magnitude_delta", "perplexity_ratio"}
+    assert not list((run / "checkpoints").glob("**/*.pkl"))
+
+
+def test_evaluate_agrees_with_train_and_resolves_pt(run: Path, local_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report.json"
+    checkpoint = run / "checkpoints" / "best_model.pt"
+    arguments = ["evaluate", "--checkpoint", str(checkpoint), "--output", str(output), *settings(local_model, run)]
+    assert main(["--quiet", *arguments]) == 0
+    own, theirs = json.loads(output.read_text()), json.loads((run / "outputs" / "evaluation_report.json").read_text())
+    assert own["evaluations"]["perplexity"] == theirs["evaluations"]["perplexity"]
+    assert own["evaluations"]["divergence"] == theirs["evaluations"]["divergence"]
+
+
+def test_evaluate_on_other_text(run: Path, local_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("Some other prose. " * 40)
+    arguments = settings(local_model, run, data__dataset_name="text", data__data_files=f"[{tmp_path / 'other.txt'}]")
+    (tmp_path / "third.txt").write_text("And a third kind. " * 40)
+    command = [
+        "evaluate",
+        "--checkpoint",
+        str(run / "checkpoints" / "best_model"),
+        "--output",
+        str(tmp_path / "r.json"),
+    ]
+    assert main(["--quiet", *command, "--text", str(tmp_path / "third.txt"), *arguments]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["protocol"]["corpora"] == ["text", "third"]
+    assert report["protocol"]["tokens"] == 8 * 31  # all of it: the adapter was not trained on this text
+
+
+def test_training_on_text_holds_the_tail_out(local_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("".join(f"Sentence number {n} of a book. " for n in range(200)))
+    (tmp_path / "prose.jsonl").write_text(
+        '{"text": "Calibration prose, in another voice altogether, again and again."}\n' * 20
+    )
+    arguments = settings(
+        local_model, tmp_path, data__dataset_name="text", data__data_files=f"[{tmp_path / 'book.txt'}]",
+        data__calibration_files=f"[{tmp_path / 'prose.jsonl'}]", training__objective="local",
+    )  # fmt: skip
+    assert main(["--quiet", "train", *arguments]) == 0
+    report = json.loads((tmp_path / "outputs" / "evaluation_report.json").read_text())
+    again = [
+        "evaluate",
+        "--checkpoint",
+        str(tmp_path / "checkpoints" / "best_model"),
+        "--output",
+        str(tmp_path / "r.json"),
+    ]
+    assert main(["--quiet", *again, *arguments]) == 0
+    second = json.loads((tmp_path / "r.json").read_text())
+    assert second["evaluations"]["divergence"] == report["evaluations"]["divergence"]
+
+
+def test_resume_continues(local_model: Path, tmp_path: Path) -> None:
+    assert main(["--quiet", "train", *settings(local_model, tmp_path, training__num_train_steps=2)]) == 0
+    longer = settings(local_model, tmp_path, training__num_train_steps=4)
+    assert main(["--quiet", "train", "--resume", *longer]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "outputs" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4]
+    assert sum("calibration" in row for row in rows) == 1
+
+
+def test_a_new_run_sets_the_old_one_aside(run: Path, local_model: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert main(["--quiet", "train", *settings(local_model, tmp_path, training__num_train_steps=0)]) == 0
+    assert (tmp_path / "outputs" / "previous-1" / "metrics.jsonl").is_file()
+    assert (tmp_path / "checkpoints" / "previous-1" / "best_model" / "adapter_model.safetensors").is_file()
+
+
+def test_exact_needs_no_training(local_model: Path, tmp_path: Path) -> None:
+    assert main(["--quiet", "train", *settings(local_model, tmp_path, model__carry="exact")]) == 0
+    report = json.loads((tmp_path / "outputs" / "evaluation_report.json").read_text())
+    assert report["model_config"]["trainable_parameters"] == 0
+    assert report["evaluations"]["divergence"]["mean_kl"] < 1e-8
+
+
+def test_generate_and_plot(run: Path, local_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = ["--checkpoint", str(run / "checkpoints" / "best_model"), "--max-new-tokens", "4"]
+    assert main(["generate", "The cat", *checkpoint, "--set", f"model.base_model_name={local_model}"]) == 0
+    assert "original" in capsys.readouterr().out
+    assert main(["plot", "--output-dir", str(run / "outputs")]) == 0
+    names = {p.stem for p in (run / "outputs" / "plots").glob("*.png")}
+    assert names == {"loss", "perplexity_ratio", "weight_delta", "learning_rate", "layer_error"}
+
+
+def test_check_and_memory(local_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+    assert main(["memory", "--set", f"model.base_model_name={local_model}"]) == 0
+    assert "formed dW" in capsys.readouterr().out
+
+
+BAD = [
+    (["train", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+    (["train", "--set", "model.rnak=3"], "model.rnak: unknown key; did you mean model.rank"),
+    (
+        ["train", "--set", "model.base_model_name=no-such-org/no-such-model"],
+        "model.base_model_name='no-such-org/no-such-model'",
+    ),
+    (["evaluate", "--checkpoint", "nothing/best_model.pt"], "nothing/best_model.pt: no adapter folder"),
+    (["generate", "hello"], "checkpoints/best_model: no adapter folder there"),
+    (["plot", "--output-dir", "nothing"], "nothing: no metrics.jsonl"),
+    (["train", "--resume"], "holds no checkpoint to resume"),
+    (["memory", "--set", "model.base_model_name=no-such-org/no-such-model"], "no-such-org/no-such-model"),
+    (["evaluate"], "--checkpoint"),
+    (["fly"], "fly"),
+]
+
+
+@pytest.mark.parametrize("arguments,words", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["--quiet", *arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("npt:")]
+    assert len(lines) == 1 and words in lines[0], lines
+    assert not list(tmp_path.iterdir())
+
+
+def script(name: str, *arguments: str, cwd: Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs a root entry point with this interpreter's environment active and the hub out of reach."""
+    command = [str(REPOSITORY / name)] if name.endswith(".sh") else [sys.executable, str(REPOSITORY / name)]
+    prefix = Path(sys.prefix)
+    environment = {
+        **os.environ,
+        "VIRTUAL_ENV": str(prefix),
+        "PATH": f"{prefix / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    result = subprocess.run(
+        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert (result.returncode == 0) == ok, result.stderr[-2000:]
+    assert ok or "Traceback" not in result.stderr
+    return result
+
+
+@pytest.mark.parametrize(
+    "name,first",
+    [
+        ("train_npt_equivalence.py", ["--config", str(REPOSITORY / "config.yaml")]),
+        ("train_npt_optimized.py", ["--config", str(REPOSITORY / "config_optimized.yaml")]),
+        ("launch_training.sh", ["--config", str(REPOSITORY / "config.yaml")]),
+        ("launch_optimized.sh", ["small"]),
+        ("launch_optimized.sh", ["optimized"]),
+    ],
+)
+def test_documented_entry_points_train(name: str, first: list[str], local_model: Path, tmp_path: Path) -> None:
+    own_text = settings(local_model, tmp_path, data__dataset_name="self", training__num_train_steps=2)
+    result = script(name, *first, *own_text, cwd=tmp_path)
+    assert "perplexity ratio" in result.stdout
+    assert (tmp_path / "checkpoints" / "best_model" / "adapter_model.safetensors").is_file()
+
+
+def test_documented_entry_points_around_training(run: Path, local_model: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--checkpoint", str(run / "checkpoints" / "best_model.pt"), "--config", str(REPOSITORY / "config.yaml"),
+        "--output", str(tmp_path / "evaluation_report.json"), *settings(local_model, run),
+    ]  # fmt: skip
+    script("evaluate_npt.py", *arguments, cwd=tmp_path)
+    assert json.loads((tmp_path / "evaluation_report.json").read_text())["protocol"]["tokens"] > 0
+    assert "ok" in script("test_npt_setup.py", cwd=tmp_path).stdout
+    assert "formed dW" in script("memory_efficiency_test.py", cwd=tmp_path).stdout
+    script("visualize_training.py", "--output-dir", str(run / "outputs"), cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name,arguments,words",
+    [
+        ("launch_optimized.sh", [], "small|optimized"),
+        ("launch_optimized.sh", ["large"], "got 'large'"),
+        ("launch_optimized.sh", ["optimized"], "meta-llama/Llama-2-7b-hf"),
+        ("launch_training.sh", [], "meta-llama/Llama-3.2-1B"),
+        ("evaluate_npt.py", ["--checkpoint", "checkpoints/best_model.pt"], "no adapter folder"),
+    ],
+)
+def test_entry_points_fail_with_one_readable_line(name: str, arguments: list[str], words: str, tmp_path: Path) -> None:
+    result = script(name, *arguments, cwd=tmp_path, ok=False)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("npt:")]
+    assert result.returncode == 2 and len(lines) == 1 and words in lines[0], result.stderr

@@ -1,0 +1,154 @@
+"""EquivalenceTrainer: resume, frozen base, logs, best adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import TrainingArguments
+
+from npt import EquivalenceTrainer, NPTConfig, Objective
+from npt.data import pack_token_ids
+from npt.errors import ConversionError
+from npt.training import BestAdapterCallback, JsonLinesCallback
+from npt.tuner import active_layers
+from tests.conftest import random_base
+
+
+def blocks(count: int = 32, seed: int = 0) -> Any:
+    ids = torch.randint(3, 96, (count, 16), generator=torch.Generator().manual_seed(seed)).tolist()
+    return pack_token_ids(ids, 16, pad_token_id=0)
+
+
+def trainer(folder: Path, *, kind: str = "llama", objective: str = "logits", steps: int = 8, **options: Any) -> Any:
+    model = get_peft_model(random_base(kind, torch.float32), NPTConfig(npt_layers=[1, 3], rank=3))
+    arguments = {
+        "per_device_train_batch_size": 4, "max_steps": steps, "learning_rate": 5e-3, "logging_steps": 1, "save_steps": 4,
+        "save_strategy": "steps", "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 1, **options,
+    }  # fmt: skip
+    return EquivalenceTrainer(
+        model,
+        TrainingArguments(output_dir=str(folder / "checkpoints"), **arguments),
+        Objective(objective),
+        train_dataset=blocks(),
+        eval_dataset=blocks(8, 9),
+        callbacks=[JsonLinesCallback(folder / "metrics.jsonl"), BestAdapterCallback(folder / "best_model", model)],
+    )
+
+
+def logged(folder: Path, key: str = "loss") -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row[key]) for row in rows if key in row]
+
+
+@pytest.mark.parametrize("objective", ["logits", "local", "composite"])
+def test_resume_is_exact(objective: str, tmp_path: Path) -> None:
+    """Stopping at a checkpoint and resuming gives the losses and the weights of an unbroken run, bit for bit."""
+    whole = trainer(tmp_path / "whole", objective=objective)
+    whole.train()
+    first = trainer(tmp_path / "parts", objective=objective)
+    first.args.max_steps = 8
+    first.add_callback(_StopAt(4))
+    first.train()
+    second = trainer(tmp_path / "parts", objective=objective)
+    with torch.no_grad():
+        for layer in active_layers(second.model):
+            for parameter in layer.component.parameters():
+                parameter.add_(1.0)  # whatever it had before must be replaced by the checkpoint's
+    second.train(resume_from_checkpoint=True)
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+    assert len(logged(tmp_path / "whole")) == 8
+    for one, other in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("objective", ["logits", "local"])
+def test_training_brings_the_models_closer(objective: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, objective=objective, steps=40)
+    before = run.evaluate()["eval_mean_kl"]
+    run.train()
+    assert run.evaluate()["eval_mean_kl"] < 0.8 * before
+
+
+class _StopAt(__import__("transformers").TrainerCallback):  # type: ignore[misc]
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_not_one_bit_of_the_base_changes(kind: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, kind=kind, steps=3, weight_decay=0.1)
+    own = {id(p) for layer in active_layers(run.model) for p in layer.component.parameters()}
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    run.train()
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (id(parameter) not in own), name
+
+
+def test_accumulated_and_whole_batches_train_alike(tmp_path: Path) -> None:
+    """16 rows at once and 4 x 4 rows: the same losses and, to rounding, the same weights."""
+    one = trainer(tmp_path / "one", steps=3, per_device_train_batch_size=16)
+    four = trainer(tmp_path / "four", steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    for run in (one, four):
+        run.train()
+    for (_, a), (_, b) in zip(logged(tmp_path / "one"), logged(tmp_path / "four"), strict=True):
+        assert abs(a - b) <= 1e-5 * abs(a)
+    for a, b in zip(one.model.parameters(), four.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_every_logged_step_has_the_fields(tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=2, eval_strategy="steps", eval_steps=2)
+    run.objective.regularization_weight, run.objective.regularizer = 0.01, "delta"
+    run.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    step = next(row for row in rows if "loss" in row)
+    for key in (
+        "equivalence_loss",
+        "regularization_loss",
+        "learning_rate",
+        "grad_norm",
+        "mean_delta_norm",
+        "world_size",
+    ):
+        assert isinstance(step[key], (int, float)), key
+    assert abs(step["loss"] - step["equivalence_loss"] - 0.01 * step["regularization_loss"]) < 1e-4 * step["loss"]
+    evaluation = next(row for row in rows if "eval_perplexity_ratio" in row)
+    ratio = evaluation["eval_npt_perplexity"] / evaluation["eval_original_perplexity"]
+    assert abs(ratio - evaluation["eval_perplexity_ratio"]) < 1e-9
+
+
+def test_a_regulariser_shrinks_the_delta(tmp_path: Path) -> None:
+    norms = {}
+    for weight in (0.0, 10.0):
+        run = trainer(tmp_path / str(weight), steps=20, learning_rate=0.02)
+        run.objective.regularization_weight = weight
+        run.train()
+        norms[weight] = logged(tmp_path / str(weight), "mean_delta_norm")[-1][1]
+    assert norms[10.0] < 0.9 * norms[0.0]
+
+
+def test_best_adapter_is_kept(tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=1)
+    best = BestAdapterCallback(tmp_path / "best_model", run.model)
+    run.evaluate()
+    kept = (tmp_path / "best_model" / "adapter_model.safetensors").read_bytes()
+    before = best.best()
+    with torch.no_grad():
+        for layer in active_layers(run.model):
+            for parameter in layer.component.parameters():
+                parameter.add_(1.0)
+    assert run.evaluate()["eval_mean_kl"] > before == best.best()
+    assert (tmp_path / "best_model" / "adapter_model.safetensors").read_bytes() == kept
+
+
+def test_an_unconverted_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="no active NPT adapter"):
+        EquivalenceTrainer(random_base("llama"), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
