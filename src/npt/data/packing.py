@@ -1,22 +1,32 @@
-"""Documents, packed with separators into blocks of one length."""
+"""Documents to blocks of exactly `max_length` tokens.
+
+    documents   <s> A A A </s>   <s> B B B B B </s>   ...
+    blocks      [<s> A A A </s> <s> B B] [B B B </s> ...]
+    labels      [ .  A A A </s>  .  B B] [B B B </s> ...]      "." is -100, never scored
+
+Nothing is padded but a kept remainder. A document's first token is a join: no earlier document predicts it.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import datasets
-from rich.progress import Progress, SpinnerColumn, TextColumn
+import numpy as np
+import pyarrow as pa
 
+from npt.data.progress import progress_bar
 from npt.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+#: The label of a position that is never scored, as in transformers.
 IGNORED = -100
-#: Characters handed to the tokenizer at once; a document is cut at a line end when it is longer.
-PIECE_CHARACTERS = 200_000
+
+# Characters (or one document) that a call of the tokenizer gets: bounds memory, and what an early stop wastes.
+_BATCH_CHARACTERS = 1 << 18
 
 
 def pack(
@@ -28,37 +38,22 @@ def pack(
     keep_remainder: bool = False,
     progress: bool = False,
 ) -> datasets.Dataset:
-    """Blocks of exactly `max_length` tokens: {"input_ids", "attention_mask", "labels"}, each a list of ints.
+    """Tokenise text documents and pack them into blocks; reads little further than `max_blocks` needs.
 
-    A document gets the tokenizer's own special tokens and, behind it, the EOS token as separator. `labels` are the ids,
-    but -100 on the first token of a document that follows another (a join) and on padding. A last remainder is dropped,
-    unless `keep_remainder` or there would be no block at all; it is then padded. Stops early at `max_blocks`.
+    Every document gets the tokenizer's own special tokens, then its EOS unless it ends with one already. Padding, where
+    there is any, uses the pad id, else EOS, else 0. Blank documents are skipped.
 
-    Raises:
-        DataError: max_length below 2, or no text at all.
+    Args, Returns, Raises: as `pack_token_ids`.
     """
-    pad = next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
-    with Progress(SpinnerColumn(), TextColumn("packing text"), transient=True, disable=not progress) as bar:
-        bar.add_task("")
-        return pack_token_ids(
-            _tokenize(documents, tokenizer),
-            max_length,
-            pad_token_id=pad,
-            max_blocks=max_blocks,
-            keep_remainder=keep_remainder,
-        )
-
-
-def _tokenize(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    eos = tokenizer.eos_token_id
-    for document in documents:
-        if not document.strip():
-            continue
-        # verbose=False: a document longer than the context is fine here, it is cut into blocks.
-        ids = list(tokenizer(document, verbose=False)["input_ids"])
-        if eos is not None and ids[-1:] != [eos]:
-            ids.append(eos)
-        yield ids
+    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    return pack_token_ids(
+        _tokenise(documents, tokenizer),
+        max_length,
+        pad_token_id=pad,
+        max_blocks=max_blocks,
+        keep_remainder=keep_remainder,
+        progress=progress,
+    )
 
 
 def pack_token_ids(
@@ -68,65 +63,143 @@ def pack_token_ids(
     pad_token_id: int,
     max_blocks: int | None = None,
     keep_remainder: bool = False,
+    progress: bool = False,
 ) -> datasets.Dataset:
-    """`pack` for documents that are token ids already."""
+    """Concatenate documents of token ids and cut them into blocks; a long document goes over several blocks.
+
+    Args:
+        documents: token ids, separators included; empty ones are skipped.
+        max_length: tokens in a block.
+        pad_token_id: fills a kept remainder.
+        max_blocks: stop there; None packs everything.
+        keep_remainder: keep what is left at the end, shorter than a block, padded (attention_mask 0, labels -100). By
+            default it is dropped, unless it is all there is.
+        progress: show a progress bar.
+
+    Returns:
+        rows of input_ids, attention_mask and labels, each `max_length` ints.
+
+    Raises:
+        DataError: `max_length` < 2, `max_blocks` < 1, or no document holds a token.
+    """
     if max_length < 2:
-        raise DataError(f"data.max_length={max_length}: a block needs at least 2 tokens")
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for ids, labels in islice(_cut(documents, max_length), max_blocks):
-        if len(ids) < max_length and columns["input_ids"] and not keep_remainder:
-            continue
-        padding = max_length - len(ids)
-        columns["input_ids"].append([*ids, *[pad_token_id] * padding])
-        columns["attention_mask"].append([1] * len(ids) + [0] * padding)
-        columns["labels"].append([*labels, *[IGNORED] * padding])
-    if not columns["input_ids"]:
-        raise DataError("there is no text to pack: every document is empty")
-    features = datasets.Features({name: datasets.List(datasets.Value("int64")) for name in columns})
-    return datasets.Dataset.from_dict(columns, features=features)
+        raise DataError(f"data.max_length={max_length}: a block needs at least 2 tokens to predict one; raise it")
+    if max_blocks is not None and max_blocks < 1:
+        raise DataError(f"max_blocks={max_blocks}: must be at least 1, or None for all the text there is")
+    full: list[np.ndarray] = []  # each (2, n, max_length): ids and labels of n blocks
+    count = 0
+    rest: np.ndarray = np.empty((2, 0), dtype=np.int32)
+    with progress_bar("Packing text", max_blocks, progress, unit="blocks") as advance:
+        for document in documents:
+            if len(document) == 0:
+                continue
+            rest = np.concatenate((rest, _with_labels(document)), axis=1)
+            new = rest.shape[1] // max_length
+            if new:
+                full.append(rest[:, : new * max_length].reshape(2, new, max_length))
+                rest = rest[:, new * max_length :]
+                count += new
+                advance(new)
+            if max_blocks is not None and count >= max_blocks:
+                break
+    if count == 0 and rest.shape[1] == 0:
+        raise DataError("no text to pack: every document is empty; check the data source")
+    lengths = [max_length] * count
+    if rest.shape[1] and (keep_remainder or count == 0):
+        full.append(_padded(rest, max_length, pad_token_id)[:, None])
+        lengths.append(rest.shape[1])
+    pair = np.concatenate(full, axis=1)[:, :max_blocks]
+    mask = np.arange(max_length) < np.array(lengths[:max_blocks])[:, None]
+    return as_blocks(pair[0], mask, pair[1])
 
 
-def _cut(documents: Iterable[Sequence[int]], max_length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(ids, labels) of each block; the last one may be shorter."""
-    ids: list[int] = []
-    labels: list[int] = []
-    first = True
-    for document in documents:
-        ids += document
-        labels += document if first or not document else [IGNORED, *document[1:]]
-        first = False
-        start = 0
-        while len(ids) - start >= max_length:
-            yield ids[start : start + max_length], labels[start : start + max_length]
-            start += max_length
-        ids, labels = ids[start:], labels[start:]
-    if len(ids) > 1:
-        yield ids, labels
+def as_blocks(input_ids: np.ndarray, attention_mask: np.ndarray, labels: np.ndarray) -> datasets.Dataset:
+    """A data set of blocks from three (blocks, max_length) arrays of numbers; 9 bytes a token, in memory."""
+    arrays: dict[str, np.ndarray] = {
+        "input_ids": input_ids.astype(np.int32),
+        "attention_mask": attention_mask.astype(np.int8),
+        "labels": labels.astype(np.int32),
+    }
+    columns = {k: pa.FixedSizeListArray.from_arrays(pa.array(v.reshape(-1)), v.shape[1]) for k, v in arrays.items()}
+    return datasets.Dataset(pa.table(columns))
 
 
 def split_blocks(
     blocks: datasets.Dataset, num_train: int | None, num_eval: int | None
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(training blocks from the front, held-out blocks from the tail), never overlapping; None means all there is.
+    """Training blocks from the front, held-out blocks from the tail, never the same block in both.
 
-    With too few blocks for both, the held-out part is at most a tenth and the rest trains, with a warning.
+    With fewer blocks than asked for, but at least 2, a tenth is held out (at least 1, at most `num_eval`, and all that
+    training doesn't ask for), training gets the rest, and a warning gives the figures.
+
+    Args:
+        blocks: what `pack` or `sample_blocks` returned.
+        num_train: training blocks; None is all that evaluation leaves.
+        num_eval: evaluation blocks; None is a tenth of all, 0 is none.
 
     Raises:
-        DataError: fewer than two blocks.
+        DataError: too few blocks, or a count out of range.
     """
     total = len(blocks)
-    if total < 2:
-        raise DataError(
-            f"the text fills {total} block(s), but training and evaluation need one each; give more text or lower "
-            "data.max_length"
-        )
+    keys = f"data.num_train_samples={num_train}, data.num_eval_samples={num_eval}"
     tenth = max(1, total // 10)
-    held_out = min(num_eval if num_eval is not None else tenth, total - 1)
-    if num_train is not None and num_train + held_out > total:
-        held_out = min(held_out, tenth)
-        logger.warning(
-            "text fills %d blocks, fewer than data.num_train_samples=%s + data.num_eval_samples=%s: %d train, %d held out",
-            total, num_train, num_eval, total - held_out, held_out,
-        )  # fmt: skip
+    held_out = tenth if num_eval is None else num_eval
+    wanted = 1 if num_train is None else num_train
+    if held_out < 0 or wanted < 1:
+        raise DataError(f"{keys}: train on at least 1 block and evaluate on at least 0, or null for all there is")
+    least = 2 if held_out else 1
+    if total < least:
+        raise DataError(
+            f"the text makes {total} block(s) of the {wanted + held_out} or more that {keys} ask for, and at least "
+            f"{least} are needed; give more text, or lower data.max_length, data.num_train_samples or "
+            "data.num_eval_samples"
+        )
+    if wanted + held_out > total:
+        spare = 0 if num_train is None else total - num_train
+        held_out = min(held_out, max(tenth, spare))
+        message = "the text makes %d blocks, fewer than %s ask for: %d to train on, %d held out"
+        logger.warning(message, total, keys, total - held_out, held_out)
     train = total - held_out if num_train is None else min(num_train, total - held_out)
-    return blocks.select(range(train)), blocks.select(range(total - held_out, total))
+    # The library refuses an empty range at the very end.
+    tail = range(total - held_out, total) if held_out else range(0)
+    return blocks.select(range(train)), blocks.select(tail)
+
+
+def _tokenise(documents: Iterable[str], tokenizer: Any) -> Iterator[Sequence[int]]:
+    eos = tokenizer.eos_token_id
+    for batch in _batches(documents):
+        # verbose=False: a document longer than the context isn't worth a warning, it is cut into blocks.
+        encoded = tokenizer(batch, truncation=False, padding=False, return_attention_mask=False, verbose=False)
+        for ids in encoded["input_ids"]:
+            if eos is not None and ids and ids[-1] != eos:
+                ids.append(eos)
+            yield ids
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        if not document or document.isspace():
+            continue
+        batch.append(document)
+        size += len(document)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _with_labels(ids: Sequence[int]) -> np.ndarray:
+    """(2, tokens): a document's ids and labels."""
+    pair = np.tile(np.asarray(ids, dtype=np.int32), (2, 1))
+    pair[1, 0] = IGNORED
+    return pair
+
+
+def _padded(pair: np.ndarray, max_length: int, pad_token_id: int) -> np.ndarray:
+    out = np.empty((2, max_length), dtype=np.int32)
+    out[0], out[1] = pad_token_id, IGNORED
+    out[:, : pair.shape[1]] = pair
+    return out

@@ -1,26 +1,47 @@
-"""The `self` source: text the frozen model writes itself."""
+"""Text that the frozen model writes itself: the `self` data source.
+
+Plain ancestral sampling, x_i ~ p(. | x_<i) at temperature 1 with nothing cut off. `generate()` isn't used: it fills
+what an argument leaves unset from the model's generation_config and draws from the global random state.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
-import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
-from rich.progress import Progress
-from torch import Tensor
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from npt.attach import layer_mode
-from npt.data.packing import IGNORED
+from npt.data.packing import IGNORED, as_blocks
+from npt.data.progress import progress_bar
 from npt.errors import DataError
-from npt.tuner import device_of, npt_layers
+
+logger = logging.getLogger(__name__)
+
+# The default batch: at most this many blocks, and no more than keep keys, values and probabilities within this size.
+_MAX_BATCH = 256
+_BATCH_BYTES = 4 << 30
+
+# To be raised whenever the same arguments would give other text, so that older cache files no longer match.
+_FORMAT = 1
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@torch.inference_mode()
 def sample_blocks(
     model: Any,
     tokenizer: Any,
@@ -28,99 +49,222 @@ def sample_blocks(
     max_length: int,
     *,
     seed: int,
-    batch_size: int = 256,
-    cache_dir: str | None = None,
-    progress: bool = False,
+    batch_size: int | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
     label: str = "",
 ) -> datasets.Dataset:
-    """Blocks of `max_length` tokens by plain ancestral sampling: temperature 1, the full distribution, nothing else.
+    """Blocks of text sampled from the base model, whatever its generation_config says and without its adapters.
 
-    `generate` is not used, so that no generation_config can change the distribution. A block starts with BOS; sampling
-    goes on after an end-of-text token, as in the packed text models are pretrained on, and what directly follows such a
-    token does not count (labels -100). The same arguments give the same blocks; (seed, label) name a stream of their
-    own that leaves the global random state alone. With `cache_dir`, blocks are kept there, keyed by the model's weights.
+    Every block starts with BOS (the tokenizer's BOS, else its EOS, else the model's BOS) and has exactly `max_length`
+    tokens: as in packed pretraining text, sampling goes on after a separator. Labels are as for packed text: that a
+    document ends is scored; what follows a separator inside a block is not (it is another document's first token);
+    what follows the block's own BOS is. attention_mask is all ones.
+
+    The same arguments give the same blocks; the global random state is neither read nor changed. Another `batch_size`
+    uses the same random numbers, so blocks differ only where rounding of the logits tips a draw; don't count on it.
+
+    Args:
+        model: a causal language model or a PEFT model around one; every module keeps its train or eval mode.
+        tokenizer: the model's.
+        num_blocks: blocks to sample.
+        max_length: tokens in a block, BOS included.
+        seed, label: choose the random stream; give training and evaluation text different labels.
+        batch_size: blocks sampled at once; None is 256, or less where that would take more than 4 GiB.
+        cache_dir: keep blocks there (safetensors), found again by weights, configuration and all arguments.
+        progress: show a progress bar.
+
+    Returns:
+        `num_blocks` rows of input_ids, attention_mask and labels, each `max_length` ints.
 
     Raises:
-        DataError: no token to start from, or max_length beyond the model's context.
+        DataError: a size out of range, `max_length` above the model's context, or no token to begin with.
     """
-    start = _start_token(model, tokenizer)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if max_length < 2 or (limit is not None and max_length > limit):
-        raise DataError(f"data.max_length={max_length}: use 2 to the model's context length, {limit}")
-    key = {"weights": fingerprint(model), "seed": seed, "label": label, "blocks": num_blocks, "length": max_length}
-    name = hashlib.sha256(json.dumps({**key, "batch": batch_size}, sort_keys=True).encode()).hexdigest()[:24]
-    cached = None if cache_dir is None else Path(cache_dir) / name
-    if cached is not None and cached.is_dir():
-        return datasets.load_from_disk(str(cached))
-    digest = hashlib.sha256(f"{seed}/{label}".encode()).digest()
-    generator = torch.Generator(device_of(model)).manual_seed(int.from_bytes(digest[:7], "big"))
-    was_training, layers = model.training, npt_layers(model)
-    model.eval()
-    rows: list[Tensor] = []
-    with Progress(transient=True, disable=not progress) as bar, layer_mode(layers, override="bypass"):
-        task = bar.add_task(f"sampling {label} text", total=num_blocks)
-        while (done := sum(len(part) for part in rows)) < num_blocks:
-            rows.append(_sample(model, min(batch_size, num_blocks - done), max_length, start, generator).cpu())
-            bar.update(task, completed=done + len(rows[-1]))
-    model.train(was_training)
-    blocks = _as_dataset(torch.cat(rows), {start, *_separators(model, tokenizer)})
-    if cached is not None:
-        temporary = cached.with_name(f".{name}.{os.getpid()}")
-        blocks.save_to_disk(str(temporary))
-        if cached.is_dir():  # another run was faster
-            shutil.rmtree(temporary)
-        else:
-            os.replace(temporary, cached)
-    return blocks
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    _check_sizes(base.config, num_blocks, max_length, batch_size)
+    bos = _first_token(tokenizer, base.config)
+    batch_size = min(num_blocks, batch_size or _default_batch(base, max_length))
+    request: list[Any] = [num_blocks, max_length, seed, label, batch_size, bos]
+    path = None if cache_dir is None else _cache_path(Path(cache_dir), model, base, request)
+    ids = None if path is None else _read_cache(path, (num_blocks, max_length))
+    if ids is None:
+        uniforms = _uniforms(num_blocks, max_length - 1, seed, label)
+        name = f"Sampling {label} text" if label else "Sampling text"
+        with _frozen(model), progress_bar(name, uniforms.numel(), progress, unit="tokens") as advance:
+            ids = _sample(base, bos, uniforms, batch_size, advance)
+        if path is not None:
+            _write_cache(path, ids)
+    separators = {bos, tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    return _with_labels(ids.numpy(), sorted(separators))
 
 
-def _sample(model: Any, batch: int, length: int, start: int, generator: torch.Generator) -> Tensor:
-    """(batch, length) token ids."""
-    ids = torch.full((batch, length), start, device=generator.device)
-    past = None
-    for position in range(length - 1):
-        output = model(input_ids=ids[:, position : position + 1], past_key_values=past, use_cache=True)
-        past = output.past_key_values
-        probabilities = output.logits[:, -1].float().softmax(-1)
-        ids[:, position + 1] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-    return ids
+def _check_sizes(config: Any, num_blocks: int, max_length: int, batch_size: int | None) -> None:
+    sizes = {"num_blocks": (num_blocks, 1), "data.max_length": (max_length, 2), "batch_size": (batch_size, 1)}
+    for name, (value, least) in sizes.items():
+        if value is not None and value < least:
+            raise DataError(f"{name}={value}: sampling text from the model needs at least {least}; raise it")
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise DataError(f"data.max_length={max_length} is above the model's context of {context} tokens; lower it")
 
 
-def _start_token(model: Any, tokenizer: Any) -> int:
-    for token in (tokenizer.bos_token_id, model.config.bos_token_id, tokenizer.eos_token_id):
+def _first_token(tokenizer: Any, config: Any) -> int:
+    config = config.get_text_config(decoder=True)
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, getattr(config, "bos_token_id", None)):
         if token is not None:
             return int(token)
     raise DataError(
-        "data.dataset_name=self needs a token to start from, and the tokenizer has neither BOS nor EOS; use "
-        "dataset_name=text with data_files, or set tokenizer.bos_token"
+        "data.dataset_name=self: neither tokenizer nor model has a BOS or EOS token to begin text with; "
+        "set tokenizer.bos_token, or use data.dataset_name=text with data.data_files"
     )
 
 
-def _separators(model: Any, tokenizer: Any) -> set[int]:
-    eos = model.config.eos_token_id
-    return {t for t in (tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])) if t is not None}
+def _default_batch(base: Any, max_length: int) -> int:
+    config = base.config.get_text_config(decoder=True)
+    keys_and_values = 2 * config.num_hidden_layers * config.hidden_size * max_length * base.dtype.itemsize
+    probabilities = 3 * config.vocab_size * torch.float64.itemsize
+    return max(1, min(_MAX_BATCH, _BATCH_BYTES // (keys_and_values + probabilities)))
 
 
-def _as_dataset(ids: Tensor, separators: set[int]) -> datasets.Dataset:
-    labels = ids.clone()
-    ends = torch.isin(ids[:, 1:-1], torch.tensor(sorted(separators)))
-    labels[:, 2:][ends] = IGNORED
-    columns = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(), "labels": labels.tolist()}
-    features = datasets.Features({name: datasets.List(datasets.Value("int64")) for name in columns})
-    return datasets.Dataset.from_dict(columns, features=features)
+def _uniforms(rows: int, columns: int, seed: int, label: str) -> torch.Tensor:
+    """(rows, columns) float64 in [0, 1), on the CPU so that every device draws the same."""
+    digest = hashlib.sha256(json.dumps([seed, label]).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.rand(rows, columns, generator=generator, dtype=torch.float64)
 
 
-def fingerprint(model: Any) -> str:
-    """SHA-256 over the base's config and, per weight, its name, shape and 64 values spread over it."""
-    own = {id(p) for layer in npt_layers(model) for p in layer.parameters()}
-    config = model.config.to_dict()
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The base model alone, in eval mode, without autograd; every module's own mode is put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        if isinstance(model, PeftModel):
+            stack.enter_context(model.disable_adapter())
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _sample(
+    base: Any, bos: int, uniforms: torch.Tensor, batch_size: int, advance: Callable[[int], None]
+) -> torch.Tensor:
+    """(blocks, 1 + draws) int32 ids; one draw for every number in `uniforms`."""
+    blocks, draws = uniforms.shape
+    ids = torch.empty(blocks, draws + 1, dtype=torch.int32)
+    for start in range(0, blocks, batch_size):
+        chunk = uniforms[start : start + batch_size]
+        tokens = torch.full((len(chunk), draws + 1), bos, device=base.device)
+        cache = _preallocated_cache(base, draws)
+        for i in range(draws):
+            logits = base(input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+            tokens[:, i + 1] = _draw(logits, chunk[:, i])
+            advance(len(chunk))
+        ids[start : start + batch_size] = tokens.to("cpu", torch.int32)
+    return ids
+
+
+def _draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """(batch,) ids, one from each row of (batch, vocabulary) logits: the inverse of the distribution function."""
+    # float64: summed over a large vocabulary, float32 would lose the rare tokens. MPS has no float64.
+    wide = logits.cpu().double() if logits.device.type == "mps" else logits.double()
+    cumulative = wide.softmax(-1).cumsum(-1)
+    target = uniforms.to(wide.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+class _PreallocatedLayer(DynamicLayer):
+    """A cache layer for a known length: appending writes in place, where DynamicLayer copies all there is each step."""
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self.max_length = max_length
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._stores = [x.new_empty(*x.shape[:2], self.max_length, x.shape[3]) for x in (key_states, value_states)]
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for store, new in zip(self._stores, (key_states, value_states), strict=True):
+            store[:, :, start:end] = new
+        self.keys, self.values = (store[:, :, :end] for store in self._stores)
+        return self.keys, self.values
+
+
+def _preallocated_cache(base: Any, length: int) -> DynamicCache:
+    cache = DynamicCache(config=base.config)
+    # Sliding windows and recurrent layers keep a cache of their own kind.
+    cache.layers = [_PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _with_labels(ids: np.ndarray, separators: list[int]) -> datasets.Dataset:
+    labels = ids.copy()
+    # From 2 on: the first token predicted, at 1, follows the block's own BOS and counts.
+    labels[:, 2:][np.isin(ids[:, 1:-1], separators)] = IGNORED
+    return as_blocks(ids, np.ones_like(ids), labels)
+
+
+def _cache_path(folder: Path, model: nn.Module, base: Any, request: list[Any]) -> Path:
+    key = json.dumps([_FORMAT, request, _fingerprint(model, base)])
+    return folder / f"self-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+
+def _fingerprint(model: nn.Module, base: Any) -> str:
+    """Digest of the base's configuration and weights, the same with and without adapters around them."""
+    # An adapter's own parameters all carry its method's prefix; `base_layer` is PEFT's wrapper around a base module.
+    prefix = getattr(model.base_model, "prefix", None) if isinstance(model, PeftModel) else None
+    config = {k: v for k, v in base.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        if id(parameter) in own:
-            continue
-        flat = parameter.detach().flatten()
-        values = flat[:: max(1, flat.numel() // 64)].double().cpu()
-        digest.update(
-            f"{name.removeprefix('base_model.model.')}{tuple(parameter.shape)}".encode() + values.numpy().tobytes()
-        )
+    for name, tensor in sorted(base.state_dict(keep_vars=True).items()):
+        of_adapter = prefix is not None and any(part.startswith(prefix) for part in name.split("."))
+        if isinstance(tensor, torch.Tensor) and not of_adapter:
+            digest.update(f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(_tensor_digest(tensor))
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def _tensor_digest(tensor: torch.Tensor) -> bytes:
+    """The bits of three short slices and an exact sum of all bits as integers, which any one change moves."""
+    if tensor.numel() == 0:
+        return b""
+    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    middle = bits.numel() // 2
+    slices = torch.cat((bits[:64], bits[middle : middle + 64], bits[-64:])).cpu().numpy().tobytes()
+    return slices + bits.sum(dtype=torch.int64).cpu().numpy().tobytes()
+
+
+def _read_cache(path: Path, shape: tuple[int, int]) -> torch.Tensor | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            ids: torch.Tensor = file.get_tensor("input_ids")
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s: unreadable cache (%s); sampling the text again", path, error)
+        return None
+    if ids.dtype != torch.int32 or tuple(ids.shape) != shape:
+        logger.warning("%s: cache of the wrong shape; sampling the text again", path)
+        return None
+    return ids
+
+
+def _write_cache(path: Path, ids: torch.Tensor) -> None:
+    """Written whole under another name, then renamed: a run that dies half-way leaves nothing that could be read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file({"input_ids": ids}, name)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,12 +1,11 @@
-"""Documents from the hub or from local txt, jsonl and parquet files, read through `datasets`."""
+"""Text documents from the hub or from local files, checked whole before anything is tokenised."""
 
 from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow
@@ -14,7 +13,40 @@ import pyarrow.parquet
 
 from npt.errors import DataError
 
-READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_LOCAL = "data.dataset_name=text with data.data_files"
+
+
+class TextFiles:
+    """The documents of local files, in order: one per .txt file, .jsonl or .json line, and .parquet row.
+
+    The files are read twice: once here, from end to end, so that every bad one is reported at the start and all in one
+    message, then again whenever the documents are iterated, with one document (1024 rows of parquet) in memory at a
+    time. Blank documents are left out; `len()` counts the others.
+
+    Raises:
+        DataError: a file is missing, unreadable, of an unknown kind, empty, not UTF-8, blank, or has a bad line or row.
+    """
+
+    def __init__(self, data_files: Sequence[str | Path], text_column: str = "text") -> None:
+        self.text_column = text_column
+        if not data_files:
+            raise DataError("data.data_files is empty, but data.dataset_name=text reads local files; name at least one")
+        self.paths, problems = _expand(data_files)
+        self._length = 0
+        for path in self.paths:
+            try:
+                self._length += sum(1 for _ in _documents(path, text_column))
+            except DataError as error:
+                problems.append(str(error))
+        if problems:
+            raise DataError("; ".join(problems))
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self.paths:
+            yield from _documents(path, self.text_column)
+
+    def __len__(self) -> int:
+        return self._length
 
 
 def load_documents(
@@ -25,113 +57,145 @@ def load_documents(
     split: str = "train",
     text_column: str = "text",
     cache_dir: str | None = None,
-) -> Any:
-    """An indexable sequence of text documents.
+) -> Iterable[str]:
+    """The text documents of a hub data set or of local files; sized, and iterable any number of times.
 
     Args:
-        dataset_name: a hub id, or "text" for `data_files`: .txt (one document a file), .jsonl and .parquet with
-            `text_column`; glob patterns are expanded.
+        dataset_name: a hub id (or a folder that `datasets.load_dataset` can read), or "text" for local files.
+        dataset_config: the hub data set's configuration.
+        data_files: with "text" only: .txt, .jsonl or .json (JSON lines) and .parquet paths or globs, freely mixed.
+        split: the hub data set's split.
+        text_column: the column or JSON key that holds the text.
+        cache_dir: where hub data sets are kept; None is the library's own place.
 
     Raises:
-        DataError: every file that is missing, empty, not UTF-8, malformed or without the column, all in one message; a
-            hub id that can't be loaded.
+        DataError: the hub can't be reached, the name or column is unknown, or a local file is unusable. One line that
+            names every culprit; local files are all checked before this returns.
     """
     if dataset_name == "text":
-        return _local_documents([Path(p) for p in data_files], text_column, cache_dir)
+        return TextFiles(data_files, text_column)
+    if dataset_name == "self":
+        raise DataError("data.dataset_name=self has no documents to load; the model writes it, see sample_blocks")
+    if data_files:
+        raise DataError(f"data.data_files needs data.dataset_name=text, not '{dataset_name}'; change one of the two")
+    return _hub_documents(dataset_name, dataset_config, split, text_column, cache_dir)
+
+
+def _hub_documents(name: str, config: str | None, split: str, text_column: str, cache_dir: str | None) -> Iterable[str]:
+    where = f"data.dataset_name='{name}'" + (f", data.dataset_config='{config}'" if config else "")
     try:
-        table = datasets.load_dataset(dataset_name, dataset_config, split=split, cache_dir=cache_dir)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:160]
+        dataset = datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
+    # The library raises all of these for a wrong id, configuration or split, a script data set, and no network.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
-            f"data.dataset_name={dataset_name!r} can't be loaded ({reason}); check the name and the network, or use "
-            "dataset_name=text with data_files=[...], or dataset_name=self"
+            f"{where}: can't be loaded, split '{split}' ({why}); check the name and the network, or use {_LOCAL}"
         ) from error
-    if text_column not in table.column_names:
-        raise DataError(
-            f"data.text_column={text_column!r} is not in {dataset_name}; it has {', '.join(table.column_names)}"
-        )
-    return table[text_column]
+    there = f"there are: {', '.join(dataset.column_names)}"
+    if text_column not in dataset.column_names:
+        raise DataError(f"{where}: no column '{text_column}' ({there}); name another in data.text_column")
+    kind = getattr(dataset.features[text_column], "dtype", "lists")
+    if kind not in ("string", "large_string"):
+        raise DataError(f"{where}: column '{text_column}' holds {kind}, not text ({there}); set data.text_column")
+    return dataset[text_column]
 
 
-def _local_documents(patterns: list[Path], text_column: str, cache_dir: str | None) -> list[str]:
-    if not patterns:
-        raise DataError("data.dataset_name=text needs data.data_files, a list of .txt, .jsonl or .parquet files")
-    files, problems = _expand(patterns)
-    documents: list[str] = []
-    for file in files:
-        try:
-            documents += _read(file, text_column)
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError("; ".join(problems))
-    if not any(document.strip() for document in documents):
-        raise DataError(f"{', '.join(map(str, files))}: nothing but white space; give files with text")
-    return documents
-
-
-def _expand(patterns: list[Path]) -> tuple[list[Path], list[str]]:
-    files: list[Path] = []
+def _expand(data_files: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+    """The files that names and globs stand for, each once, in order, and what is wrong with the rest."""
+    paths: dict[Path, None] = {}
     problems = []
-    for pattern in patterns:
-        found = (
-            [pattern] if pattern.is_file() else sorted(Path(p) for p in glob.glob(str(pattern)) if Path(p).is_file())
-        )
+    for name in data_files:
+        path = Path(name).expanduser()
+        # A name that exists is that file, even if it holds glob characters.
+        found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
         if not found:
-            problems.append(f"{pattern}: no such file; check data.data_files and data.calibration_files")
-        files += found
-    for file in files:
-        if file.suffix.lower() not in READERS:
-            problems.append(f"{file}: unknown kind {file.suffix!r}; use {', '.join(READERS)}")
-    return [file for file in files if file.suffix.lower() in READERS], problems
+            problems.append(f"{name}: no such file; check data.data_files and data.calibration_files")
+        paths.update(dict.fromkeys(found))
+    return list(paths), problems
 
 
-def _read(file: Path, text_column: str) -> list[str]:
-    """The documents of one file; its errors name the line or column."""
-    if file.stat().st_size == 0:
-        raise DataError(f"{file}: the file is empty; give one with text")
-    kind = READERS[file.suffix.lower()]
-    if kind == "parquet":
-        return _read_parquet(file, text_column)
+def _documents(path: Path, text_column: str) -> Iterator[str]:
+    """The documents of one file that aren't blank; a file without any is an error."""
+    reader = _READERS.get(path.suffix.lower())
+    empty = True
     try:
-        text = file.read_text(encoding="utf-8")
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder; name its files, for example {path / '*.txt'}")
+        if reader is None:
+            raise DataError(f"{path}: unknown kind of file '{path.suffix}'; use {', '.join(_READERS)}")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: is empty; give a file with text")
+        for document in reader(path, text_column):
+            if document.strip():
+                empty = False
+                yield document
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror or error}); check the file") from error
+    if empty:
+        raise DataError(f"{path}: holds only white space; give a file with text")
+
+
+def _decode(data: bytes, place: str) -> str:
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: byte {error.start} is not UTF-8; convert it, e.g. iconv -t utf-8") from error
+        bad = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise DataError(f"{place}: not UTF-8 ({bad}); save it as UTF-8 text") from error
     if "\0" in text:
-        raise DataError(f"{file}: holds NUL bytes, so it is not text; give a text file")
-    if kind == "text":
-        return [text]
-    documents = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            documents.append(_json_document(file, number, line, text_column))
-    return documents
+        raise DataError(f"{place}: binary, not text (a NUL at offset {text.index(chr(0))}); save it as UTF-8 text")
+    return text
 
 
-def _json_document(file: Path, number: int, line: str, text_column: str) -> str:
+def _read_txt(path: Path, text_column: str) -> Iterator[str]:
+    yield _decode(path.read_bytes(), str(path)).replace("\r\n", "\n")
+
+
+def _read_jsonl(path: Path, text_column: str) -> Iterator[str]:
+    with path.open("rb") as lines:
+        for number, data in enumerate(lines, start=1):
+            place = f"{path}, line {number}"
+            line = _decode(data, place)
+            if line.strip():
+                yield _json_text(line, place, text_column)
+
+
+def _json_text(line: str, place: str, text_column: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} line {number}: not a JSON object ({error.msg}); mend or remove the line") from error
-    if not isinstance(row, dict) or text_column not in row:
-        columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f"{file} line {number}: no column {text_column!r} (it has {columns}); set data.text_column")
-    if not isinstance(row[text_column], str):
-        kind = type(row[text_column]).__name__
-        raise DataError(f"{file} line {number}: column {text_column!r} is {kind}, not text; set data.text_column")
-    return str(row[text_column])
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON ({error}); write one JSON object per line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: {type(row).__name__}, not an object; write one JSON object per line")
+    if text_column not in row:
+        there = f"there are: {', '.join(row)}"
+        raise DataError(f"{place}: no column '{text_column}' ({there}); name another in data.text_column")
+    text = row[text_column]
+    if text is not None and not isinstance(text, str):
+        kind = type(text).__name__
+        raise DataError(f"{place}: column '{text_column}' holds {kind}, not text; name another in data.text_column")
+    return text or ""
 
 
-def _read_parquet(file: Path, text_column: str) -> list[str]:
+def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
     try:
-        schema = pyarrow.parquet.read_schema(file)
-        if text_column not in schema.names:
-            raise DataError(
-                f"{file}: no column {text_column!r} (it has {', '.join(schema.names)}); set data.text_column"
-            )
-        values = pyarrow.parquet.read_table(file, columns=[text_column])[text_column].to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a readable parquet file ({' '.join(str(error).split())[:100]})") from error
-    if not all(isinstance(value, str) for value in values):
-        raise DataError(f"{file}: column {text_column!r} is not all text; set data.text_column to one that is")
-    return [str(value) for value in values]
+        with pyarrow.parquet.ParquetFile(path) as table:
+            schema = table.schema_arrow
+            if text_column not in schema.names:
+                there = f"there are: {', '.join(schema.names)}"
+                raise DataError(f"{path}: no column '{text_column}' ({there}); name another in data.text_column")
+            kind = schema.field(text_column).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise DataError(f"{path}: column '{text_column}' holds {kind}, not text; set data.text_column")
+            for batch in table.iter_batches(batch_size=1024, columns=[text_column]):
+                yield from (text or "" for text in batch.column(0).to_pylist())
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: not a readable parquet file ({why}); write it again") from error
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".json": _read_jsonl,
+    ".parquet": _read_parquet,
+}
