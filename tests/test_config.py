@@ -72,36 +72,36 @@ def test_saved_configuration_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "override,words",
     [
-        ("model.rnak=3", r"model\.rnak: unknown key; did you mean model\.rank\?"),
-        ("model.learning_rate=3", r"did you mean training\.learning_rate\?"),
-        ("modle.rank=3", r"modle: unknown key; did you mean model\?"),
-        ("model.rank=-1", r"model\.rank: -1: .*greater than or equal to 0"),
-        ("model.rank=true", r"model\.rank: True: .*integer"),
-        ("model.rank=2.5", r"model\.rank: 2\.5: .*integer"),
-        ("model.npt_layers=middle", r"model\.npt_layers: 'middle': .*'upper_half'"),
-        ("model.npt_layers=[]", r"model\.npt_layers: \[\]: .*at least 1"),
-        ("model.npt_layers=[1, 1]", "names an entry twice"),
-        ("model.gain=loud", r"model\.gain: 'loud': .*'overlap' or 'state'"),
-        ("model.target_projections=[side]", r"model\.target_projections: 'side'"),
-        ("model.key=tied", r"target_projections=\[gate, up\]"),
-        ("training.learning_rate=.nan", r"training\.learning_rate: nan: .*finite"),
-        ("training.learning_rate=fast", r"training\.learning_rate: 'fast': .*number"),
-        ("training.learning_rate=0", r"training\.learning_rate: 0: .*greater than 0"),
-        ("training.batch_size=0", r"training\.batch_size: 0"),
-        ("training.objective=magic", r"training\.objective: 'magic'"),
-        ("optimization.mixed_precision=true", r"optimization\.mixed_precision: True: .*'no', 'fp16' or 'bf16'"),
-        ("data.dataset_name=text", r"data\.data_files=\[FILE"),
-        ("data.max_length=1", r"data\.max_length: 1"),
-        ("wandb.enabled=1", r"wandb\.enabled: 1"),
-        ("rank=3", r"write section\.key=value"),
-        ("model.rank", r"write section\.key=value"),
+        ("model.rnak=3", "model.rnak: unknown key; did you mean model.rank?"),
+        ("model.learning_rate=3", "did you mean training.learning_rate?"),
+        ("modle.rank=3", "modle: unknown key; did you mean model?"),
+        ("model.rank=-1", "model.rank: -1: use a value of 0 or more"),
+        ("model.rank=true", "model.rank: true: use a whole number"),
+        ("model.rank=2.5", "model.rank: 2.5: use a whole number"),
+        ("model.npt_layers=middle", 'model.npt_layers: "middle": use upper_half, lower_half, all, or a list'),
+        ("model.npt_layers=[]", "model.npt_layers: []: use upper_half"),
+        ("model.npt_layers=[1, 1]", "model.npt_layers: [1, 1]: names an entry twice"),
+        ("model.gain=loud", "model.gain: \"loud\": use 'none', 'norm', 'overlap' or 'state'"),
+        ("model.target_projections=[side]", "model.target_projections: \"side\": use 'gate', 'up' or 'down'"),
+        ("model.key=tied", "set model.target_projections=[gate, up] or model.key=input"),
+        ("training.learning_rate=.nan", "training.learning_rate: NaN: use a finite number"),
+        ("training.learning_rate=fast", 'training.learning_rate: "fast": use a number'),
+        ("training.learning_rate=0", "training.learning_rate: 0: use a value above 0"),
+        ("training.batch_size=0", "training.batch_size: 0: use a value of 1 or more"),
+        ("training.objective=magic", "training.objective: \"magic\": use 'auto', 'local', 'logits' or 'composite'"),
+        ("optimization.mixed_precision=true", "optimization.mixed_precision: true: use 'no', 'fp16' or 'bf16'"),
+        ("data.dataset_name=text", "set data.data_files=[FILE, ...]"),
+        ("data.max_length=1", "data.max_length: 1: use a value of 2 or more"),
+        ("wandb.enabled=1", "wandb.enabled: 1: use true or false"),
+        ("rank=3", "rank: unknown key; did you mean model.rank?"),
+        ("model.rank", "write section.key=value"),
         ("model.rank=[", "the value is not YAML"),
     ],
 )
 def test_bad_overrides(override: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_config(None, [override])
-    assert "\n" not in str(caught.value)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         "model.rank: -2",
         "model.colour",
         "traning",
-        "data.max_length: 'x'",
-        "wandb.enabled: 'maybe'",
+        'data.max_length: "x"',
+        'wandb.enabled: "maybe"',
     ):
         assert words in str(caught.value)
 
