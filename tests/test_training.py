@@ -83,6 +83,32 @@ def test_training_lowers_its_objective(objective: str, tmp_path: Path) -> None:
     assert value() < 0.8 * before
 
 
+def test_schedule_switches_objectives_and_survives_resume(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole")
+    whole.schedule = [(0, Objective("local")), (5, Objective("logits"))]
+    whole.train()
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["objective"] for row in rows if "loss" in row] == ["local"] * 5 + ["logits"] * 3
+    parts = trainer(tmp_path / "parts")
+    parts.schedule = [(0, Objective("local")), (5, Objective("logits"))]
+    parts.add_callback(_StopAt(4))
+    parts.train()
+    again = trainer(tmp_path / "parts")
+    again.schedule = [(0, Objective("local")), (5, Objective("logits"))]
+    again.train(resume_from_checkpoint=True)
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+
+
+def test_patience_stops_what_no_longer_helps(tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=50, learning_rate=1e-9, eval_strategy="steps", eval_steps=2)
+    run.pop_callback(BestAdapterCallback)
+    run.add_callback(BestAdapterCallback(tmp_path / "best_model", run.model, patience=2))
+    run.evaluate()
+    (tmp_path / "best_model" / "best.json").write_text('{"step": 0, "eval_mean_kl": 0.0}')
+    run.train()
+    assert run.state.global_step == 4
+
+
 class _StopAt(__import__("transformers").TrainerCallback):  # type: ignore[misc]
     def __init__(self, step: int):
         self.step = step

@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from npt import NPTConfig
+from npt import NPTConfig, weight_delta
 from npt.checkpoints import load_adapter
 from npt.errors import CheckpointError, ConversionError
 from npt.tuner import NPTModel, active_layers, npt_layers, parameter_counts
@@ -89,6 +89,24 @@ def test_merge_is_refused_with_the_reason() -> None:
     for call in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(ConversionError, match="depends on the input"):
             call()
+
+
+@torch.no_grad()
+def test_weight_delta_of_one_token_reproduces_its_block(token_ids: torch.Tensor) -> None:
+    """Adding the formed matrices to the weights gives that token's block output from the plain MLP."""
+    model = converted("llama", key="learned", npt_layers=[1])
+    deltas = weight_delta(model, token_ids, layer=1, token=(0, -2))
+    (layer,) = active_layers(model)
+    block, seen = layer.get_base_layer(), {}
+    handle = block.register_forward_hook(lambda m, x, y: seen.update(h=x[0], y=y))
+    model(token_ids)
+    handle.remove()
+    z = block.post_attention_layernorm.forward(seen["h"])[0, -2]
+    weights = {name: layer.module(name).weight + deltas[name] for name in ("gate", "up", "down")}
+    i = torch.nn.functional.silu(weights["gate"] @ z) * (weights["up"] @ z)
+    torch.testing.assert_close(seen["h"][0, -2] + weights["down"] @ i, seen["y"][0, -2], rtol=1e-9, atol=1e-9)
+    with pytest.raises(ConversionError, match=r"layer=0 is not a converted block; use one of \[1\]"):
+        weight_delta(model, token_ids, layer=0, token=(0, 0))
 
 
 def test_parameter_counts_and_print(capsys: pytest.CaptureFixture[str]) -> None:

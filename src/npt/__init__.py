@@ -13,7 +13,7 @@ from npt.component import NPComponent, WeightDelta
 from npt.evaluation import evaluate
 from npt.objectives import Objective
 from npt.training import EquivalenceTrainer
-from npt.tuner import NPTConfig, NPTModel, register
+from npt.tuner import NPTConfig, NPTModel, register, weight_delta
 
 __all__ = [
     "EquivalenceTrainer",
@@ -24,6 +24,7 @@ __all__ = [
     "WeightDelta",
     "calibrate",
     "evaluate",
+    "weight_delta",
 ]
 __version__ = "0.1.0"
 

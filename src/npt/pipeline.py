@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 #: Blocks taken from the end of the training set to choose the best adapter by.
 VALIDATION_BLOCKS = 32
+#: Evaluations without a new best after which objective `auto` stops.
+PATIENCE = 4
 RUN_CONFIG = "npt_run.yaml"
 
 
@@ -220,24 +222,40 @@ def make_trainer(config: RunConfig, model: Any, tokenizer: Any, train: datasets.
         train.select(range(len(train) - validation, len(train))),
     )
     output, t = Path(config.paths.output_dir), config.training
-    objective = Objective(
-        "logits" if t.objective == "auto" else t.objective,
-        equivalence_weight=t.equivalence_weight,
-        regularization_weight=t.regularization_weight,
-        regularizer=t.regularizer,
-    )
     return EquivalenceTrainer(
         model,
         training_arguments(config),
-        objective,
+        objective_schedule(config, len(fit)),
         train_dataset=fit,
         eval_dataset=chosen_by,
         callbacks=[
             JsonLinesCallback(output / "metrics.jsonl"),
             SamplesCallback(output / "samples.jsonl", model, tokenizer, t.prediction_logging_steps),
-            BestAdapterCallback(Path(config.paths.checkpoint_dir) / "best_model", model),
+            BestAdapterCallback(
+                Path(config.paths.checkpoint_dir) / "best_model", model, PATIENCE if t.objective == "auto" else None
+            ),
         ],
     )
+
+
+def objective_schedule(config: RunConfig, blocks: int) -> list[tuple[int, Objective]]:
+    """[(first step, objective)]. `auto` is `logits` after a calibration; without one, `local` for the first half."""
+    t = config.training
+    per_epoch = -(-blocks // (t.batch_size * t.gradient_accumulation_steps))
+    steps = int(per_epoch * t.num_epochs) if t.num_train_steps is None else t.num_train_steps
+    names = {"auto": ["logits"] if t.calibrate else ["local", "logits"]}.get(t.objective, [t.objective])
+    return [
+        (
+            index * steps // len(names),
+            Objective(
+                name,
+                equivalence_weight=t.equivalence_weight,
+                regularization_weight=t.regularization_weight,
+                regularizer=t.regularizer,
+            ),
+        )
+        for index, name in enumerate(names)
+    ]
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from npt.errors import NPTError
 from npt.evaluation.divergence import batches_of, summarize, token_divergences
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 from npt.evaluation.layers import mean_delta_norms
@@ -34,31 +35,47 @@ class EquivalenceTrainer(Trainer):
     Args:
         model: a PEFT model with an active NPT adapter.
         args: HF's TrainingArguments; the datasets hold packed blocks (`npt.data.pack`).
-        objective: an `Objective`, `logits` KL by default.
+        objective: an `Objective` (`logits` KL by default), or a schedule [(first step, Objective), ...] from step 0 on.
         kwargs: as `transformers.Trainer`.
     """
 
-    def __init__(self, model: Any, args: TrainingArguments, objective: Objective | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        objective: Objective | Sequence[tuple[int, Objective]] | None = None,
+        **kwargs: Any,
+    ):
         active_layers(model)  # a readable error before any long work
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         super().__init__(model=model, args=args, **kwargs)
-        self.objective = objective or Objective()
+        objective = objective or Objective()
+        self.schedule = [(0, objective)] if isinstance(objective, Objective) else sorted(objective, key=lambda x: x[0])
+        if self.schedule[0][0] != 0:
+            raise NPTError(f"the objective schedule begins at step {self.schedule[0][0]}; give one for step 0")
         # Losses are divided by the counted tokens of the whole step, over labels[:, 1:].
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._sums = [0.0, 0.0]
         self._steps_at_log = 0
         self._last_inputs: dict[str, Tensor] = {}
+        self._last_objective = ""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As HF's, after the checks and constants the objective needs."""
         first = next(batches_of(self.train_dataset, SCALE_BLOCKS, device_of(self.model)))
-        if self.objective.name == "logits":
-            check_logit_head(self.model, first["input_ids"][:1, :8])
-        if self.objective.name == "local" and not self.objective.scales:
-            self.objective.scales = update_scales(self.model, first)
+        for _, objective in self.schedule:
+            if objective.name == "logits":
+                check_logit_head(self.model, first["input_ids"][:1, :8])
+            if objective.name == "local" and not objective.scales:
+                objective.scales = update_scales(self.model, first)
         return super().train(*args, **kwargs)
+
+    @property
+    def objective(self) -> Objective:
+        """The objective of the current step."""
+        return [objective for start, objective in self.schedule if start <= self.state.global_step][-1]
 
     def compute_loss(
         self,
@@ -74,7 +91,7 @@ class EquivalenceTrainer(Trainer):
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         self._sums[0] += float(losses.equivalence) * scale
         self._sums[1] += float(losses.regularization) * scale
-        self._last_inputs = inputs
+        self._last_inputs, self._last_objective = inputs, self.objective.name
         total = losses.total * scale
         return (total, {}) if return_outputs else total
 
@@ -85,7 +102,7 @@ class EquivalenceTrainer(Trainer):
             logs["equivalence_loss"] = self._sums[0] / steps
             logs["mean_delta_norm"], logs["regularization_loss"] = self._delta_figures(self._sums[1] / steps)
             logs["world_size"] = self.accelerator.num_processes
-            logs["objective"] = self.objective.name  # type: ignore[assignment]
+            logs["objective"] = self._last_objective  # type: ignore[assignment]
             self._sums, self._steps_at_log = [0.0, 0.0], self.state.global_step
         super().log(logs, *args, **kwargs)
 
@@ -160,16 +177,24 @@ class SamplesCallback(TrainerCallback):
 
 
 class BestAdapterCallback(TrainerCallback):
-    """Keeps the adapter with the lowest mean KL in best_model/; the figures it was chosen by stand in best.json."""
+    """Keeps the adapter with the lowest mean KL in best_model/; the figures it was chosen by stand in best.json.
 
-    def __init__(self, folder: Path, model: Any):
-        self.folder, self.model = folder, model
+    With `patience`, training stops after that many evaluations in a row without a new best.
+    """
+
+    def __init__(self, folder: Path, model: Any, patience: int | None = None):
+        self.folder, self.model, self.patience = folder, model, patience
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         """Saves when this evaluation is the best so far."""
-        if state.is_world_process_zero and metrics[BEST_METRIC] < self.best():
+        if metrics[BEST_METRIC] >= self.best():
+            since = state.global_step - json.loads((self.folder / "best.json").read_text())["step"]
+            if self.patience is not None and since >= self.patience * (args.eval_steps or 1):
+                logger.info("no better adapter in %d steps; stopping at step %d", since, state.global_step)
+                control.should_training_stop = True
+        elif state.is_world_process_zero:
             self.model.save_pretrained(str(self.folder))
             write_json(self.folder / "best.json", {"step": state.global_step, **metrics})
 

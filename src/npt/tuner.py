@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from npt import component as maths
-from npt.attach import NPTLayer
+from npt.attach import NPTLayer, layer_mode
+from npt.component import WeightDelta
 from npt.contract import check_contract
 from npt.errors import ConversionError
 from npt.families import blocks_of, family_of, resolve_layers
@@ -254,6 +255,31 @@ def register() -> None:
     types: Any = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
     for mapping, value in zip(types, (NPTConfig, NPTModel, NPTModel.prefix), strict=True):
         mapping[PEFT_TYPE] = value
+
+
+@torch.no_grad()
+def weight_delta(
+    model: Any, input_ids: torch.Tensor, layer: int, token: tuple[int, int], attention_mask: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """dW of one token in one converted block, formed: {projection: (out, in)}, for inspection and permanent updates.
+
+    Args:
+        input_ids: (batch, tokens). layer: the block's index. token: (row, position), negatives from the end.
+
+    Raises:
+        ConversionError: the block is not converted.
+    """
+    layers = {found.index: found for found in active_layers(model)}
+    if layer not in layers:
+        raise ConversionError(f"layer={layer} is not a converted block; use one of {sorted(layers)}")
+    matrices: dict[str, torch.Tensor] = {}
+
+    def see(_: NPTLayer, deltas: dict[str, WeightDelta]) -> None:
+        matrices.update({name: delta.matrix(*token) for name, delta in deltas.items()})
+
+    with layer_mode([layers[layer]], observer=see):
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return matrices
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
