@@ -171,6 +171,8 @@ BAD = [
     (["evaluate", "--checkpoint", "nothing/best_model.pt"], "nothing/best_model.pt: no adapter folder"),
     (["generate", "hello"], "checkpoints/best_model: no adapter folder there"),
     (["plot", "--output-dir", "nothing"], "nothing: no metrics.jsonl"),
+    (["train", "--set", "data.dataset_name=text", "--set", "data.data_files=[none.txt]"], "none.txt"),
+    (["train", "--set", "data.calibration_files=[none.jsonl]"], "none.jsonl"),
     (["train", "--resume"], "holds no checkpoint to resume"),
     (["memory", "--set", "model.base_model_name=no-such-org/no-such-model"], "no-such-org/no-such-model"),
     (["evaluate"], "--checkpoint"),

@@ -160,6 +160,17 @@ def test_every_logged_step_has_the_fields(tmp_path: Path) -> None:
     assert abs(ratio - evaluation["eval_perplexity_ratio"]) < 1e-9
 
 
+def test_blocks_without_labels_or_mask_train_the_same(tmp_path: Path) -> None:
+    """Plain token ids are enough, also accumulated."""
+    bare = [{"input_ids": row} for row in blocks()["input_ids"]]
+    runs = [trainer(tmp_path / name, steps=3, gradient_accumulation_steps=2) for name in ("whole", "bare")]
+    runs[1].train_dataset = bare
+    for run in runs:
+        run.train()
+    for (_, a), (_, b) in zip(logged(tmp_path / "whole"), logged(tmp_path / "bare"), strict=True):
+        assert abs(a - b) <= 1e-5 * abs(a)
+
+
 def test_a_regulariser_shrinks_the_delta(tmp_path: Path) -> None:
     norms = {}
     for weight in (0.0, 10.0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,8 @@ Checkpoint = Annotated[
 
 @app.callback()
 def _setup(quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and results.")] = False) -> None:
+    # peft 0.21 still calls transformers by an older name; nothing a user could change.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     level = logging.WARNING if quiet else logging.INFO
     handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)

@@ -137,6 +137,15 @@ def _text_blocks(config: RunConfig, tokenizer: Any) -> datasets.Dataset:
     return pack(documents, tokenizer, data.max_length, max_blocks=None if local else wanted or None, progress=True)
 
 
+def check_text_files(config: RunConfig, more: Sequence[str | Path] = ()) -> None:
+    """Reads every local text file once, so that a bad one is named before anything long starts."""
+    data = config.data
+    local = data.data_files if data.dataset_name == "text" else None
+    for files in (local, data.calibration_files, more):
+        if files:
+            load_documents("text", data_files=files, text_column=data.text_column)
+
+
 def data_cache(config: RunConfig) -> str | None:
     """Where sampled text is kept; with no cache_dir, nothing is."""
     return None if config.paths.cache_dir is None else str(Path(config.paths.cache_dir) / "npt_samples")
@@ -171,6 +180,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
     if resume and last is None:
         raise CheckpointError(f"paths.checkpoint_dir={checkpoints} holds no checkpoint to resume; run without --resume")
+    check_text_files(config)
     set_seed(config.training.seed)
     adapter = npt_config(config)
     prepare_wandb(config)
@@ -321,6 +331,7 @@ def run_evaluation(
     Text the adapter was trained on is split as in training and only its held-out part is used; other text is used
     whole, up to data.num_eval_samples blocks.
     """
+    check_text_files(config, more_text)
     model, tokenizer = load_npt(config, checkpoint)
     corpora: dict[str, Any] = {config.data.dataset_name: evaluation_blocks(config, checkpoint, model, tokenizer)}
     for path in more_text:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from npt.errors import NPTError
-from npt.evaluation.divergence import batches_of, summarize, token_divergences
+from npt.evaluation.divergence import batches_of, complete_batch, summarize, token_divergences
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 from npt.evaluation.layers import mean_delta_norms
 from npt.objectives import Objective, check_logit_head, factor_norm, update_scales
@@ -85,7 +85,7 @@ class EquivalenceTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective's total for one micro-batch, its share of the optimiser step."""
-        unwrapped = self.accelerator.unwrap_model(model)
+        unwrapped, inputs = self.accelerator.unwrap_model(model), complete_batch(inputs)
         items = (inputs["labels"][:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
         losses = self.objective(unwrapped, inputs, items)
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1

@@ -29,7 +29,7 @@ def evaluate(
     tokenizer: Any,
     texts: Corpus | Mapping[str, Corpus],
     *,
-    context_length: int = 256,
+    context_length: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
     batch_size: int = 16,
@@ -43,7 +43,8 @@ def evaluate(
         model: a PEFT model with an active NPT adapter. tokenizer: its tokenizer.
         texts: documents, a dataset of packed blocks, or {name: either}; with several corpora the first one's figures
             stand at the top level and `evaluations.corpora` holds each.
-        context_length: tokens per block. stride: tokens scored per window, None for context_length (no overlap).
+        context_length: tokens per block, 256 or the model's context if that is shorter.
+        stride: tokens scored per window, None for context_length (no overlap).
         max_tokens: per corpus, at most (rounded down to whole blocks). seed: recorded in the protocol.
         prompts: continued by both models. progress: show bars.
 
@@ -54,6 +55,8 @@ def evaluate(
         DataError: an empty corpus, or a stride that is not in 1 ... context_length.
         ConversionError: the model has no active NPT adapter.
     """
+    if context_length is None:
+        context_length = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
     stride = context_length if stride is None else stride
     if not 1 <= stride <= context_length:
         raise DataError(f"stride={stride}: use 1 to the context length, {context_length}")
