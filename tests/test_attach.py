@@ -148,6 +148,16 @@ def test_wrong_table_lines_are_caught() -> None:
         assert torch.equal(base(ids).logits, expected)
 
 
+def test_post_norm_blocks_are_refused() -> None:
+    """A norm behind the residual add: the exact value would still fit, but the block writes more than its two parts."""
+    base = random_base("llama")
+    for block in base.model.layers:
+        block.register_forward_hook(lambda m, x, y: y * 2)
+    with pytest.raises(ConversionError, match=r"it should return its input.*post-norm"):
+        get_peft_model(base, NPTConfig())
+    assert not npt_layers(base)
+
+
 def test_unknown_family_names_the_known_ones() -> None:
     base = random_base("llama")
     base.config.model_type = "unheard_of"

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 #: Tokens kept per block for step 1.
 CHUNK_TOKENS = 16_384
-#: A token counts as extreme when its |D|^2 is this many times the median.
+#: A token counts as extreme when its |D|^2 or |a|^2 is this many times the median.
 OUTLIER_FACTOR = 10.0
 #: Standard deviation of a A: tanh is then linear to 0.3 %.
 MODULATION_STD = 0.1
@@ -134,23 +134,19 @@ class _BlockFit:
         self.chunk = []
         self.probe = (h[:4096], a[:4096])
         self.error_before = self._update_error()
-        sizes = _delta(self.layer, h, a)[1].square().sum(-1)
-        self.cutoff = OUTLIER_FACTOR * sizes.median()
+        sizes = token_sizes(_delta(self.layer, h, a)[1], a)
+        self.cutoff = OUTLIER_FACTOR * sizes.median(0).values
         if self.component.spec.input_projections:
-            fit_gain_and_carry(self.layer, self.component, h, a, self._weights(sizes))
+            fit_gain_and_carry(self.layer, self.component, h, a, outlier_weights(sizes, self.cutoff))
         for start in range(0, len(h), 4096):
             self._accumulate(h[start : start + 4096], a[start : start + 4096])
-
-    def _weights(self, sizes: Tensor) -> Tensor:
-        """(tokens, 1): one, but cutoff / |D|^2 for tokens beyond the cutoff."""
-        return (self.cutoff / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)).clamp_max(1).unsqueeze(-1)
 
     def _accumulate(self, h: Tensor, a: Tensor) -> None:
         component = self.component
         if not component.spec.has_low_rank or component.spec.key != "input":
             return
         z, delta = _delta(self.layer, h, a)
-        weights = self._weights(delta.square().sum(-1)).double()
+        weights = outlier_weights(token_sizes(delta, a), self.cutoff)
         shift = component.keyed_shift(a, z)
         rest = delta if shift is None else delta - shift
         down = torch.zeros_like(a) if component.spec.carry == "diagonal" else a
@@ -174,6 +170,19 @@ def _delta(layer: NPTLayer, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     norm, dtype = layer.module("norm"), torch.promote_types(h.dtype, torch.float32)
     z = norm.forward(h).to(dtype)
     return z, norm.forward(h + a).to(dtype) - z
+
+
+def token_sizes(delta: Tensor, attention: Tensor) -> Tensor:
+    """(tokens, 2) float64: |D|^2, which the fit explains, and |a|^2, which it explains it with."""
+    return torch.stack([delta.double().square().sum(-1), attention.double().square().sum(-1)], -1)
+
+
+def outlier_weights(sizes: Tensor, cutoff: Tensor) -> Tensor:
+    """(tokens, 1): one, but (cutoff / size)^2 for tokens beyond a cutoff (2,).
+
+    The square because the gain's own features grow with |a|^2: a token's pull on the fit would else still grow.
+    """
+    return (cutoff / sizes.clamp_min(1e-300)).clamp_max(1).amin(-1, keepdim=True).square()
 
 
 def fit_gain_and_carry(layer: NPTLayer, component: NPComponent, h: Tensor, a: Tensor, weights: Tensor) -> None:
