@@ -91,11 +91,35 @@ def test_saved_configuration_is_read_back(tmp_path: Path) -> None:
         ("training.objective=magic", "training.objective: \"magic\": use 'auto', 'local', 'logits' or 'composite'"),
         ("optimization.mixed_precision=true", "optimization.mixed_precision: true: use 'no', 'fp16' or 'bf16'"),
         ("data.dataset_name=text", "set data.data_files=[FILE, ...]"),
+        # A bare `no` is a boolean in YAML 1.1: the most likely slip of all.
+        (
+            "optimization.mixed_precision=no",
+            "optimization.mixed_precision: false: use 'no', 'fp16' or 'bf16', in quotes",
+        ),
+        ("data.data_files=a.txt", 'data.data_files: "a.txt": use a list'),
+        ("data.num_train_samples=null", "data.num_train_samples: null has no end with data.dataset_name=self"),
+        ("model.target_projections=[]", "model.target_projections: []: use at least 1 entry"),
+        ("model.target_projections=[up, up]", 'model.target_projections: ["up", "up"]: names an entry twice'),
+        ("model.npt_layers=[true]", "model.npt_layers: [true]: use upper_half"),
+        ("model.rank='16'", 'model.rank: "16": use a whole number'),
+        ("training.learning_rate=.inf", "training.learning_rate: Infinity: use a finite number"),
+        ("training.learning_rate=inf", 'training.learning_rate: "inf": use a number'),
+        ("training.learning_rate=true", "training.learning_rate: true: use a number"),
+        ("training.num_train_steps=-1", "training.num_train_steps: -1: use a value of 0 or more"),
+        ("training.seed=4294967296", "training.seed: 4294967296: use a value below 4294967296"),
+        ("paths.output_dir=", "paths.output_dir: null: use text"),
+        ("paths.output_dir=''", 'paths.output_dir: "": must not be empty'),
         ("data.max_length=1", "data.max_length: 1: use a value of 2 or more"),
         ("wandb.enabled=1", "wandb.enabled: 1: use true or false"),
         ("rank=3", "rank: unknown key; did you mean model.rank?"),
+        ("training.learning_rat=1", "training.learning_rat: unknown key; did you mean training.learning_rate?"),
+        ("model.zzz=1", "model.zzz: unknown key; remove it (the sections are model, training, data"),
+        ("training.warmup.steps=1", "training.warmup.steps: unknown key"),
+        ("training=1", "training is a section; write training.key=value"),
         ("model.rank", "write section.key=value"),
         ("model.rank=[", "the value is not YAML"),
+        ("model.rank={a: 1, a: 2}", "'a' stands twice"),
+        ("wandb.project=2020-13-45", "the value is not YAML"),
     ],
 )
 def test_bad_overrides(override: str, words: str) -> None:
@@ -120,13 +144,57 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         assert words in str(caught.value)
 
 
+def test_a_wrong_value_does_not_hide_what_contradicts_beside_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["model.rank=-1", "model.key=tied", "training.seed=x", "data.dataset_name=text"])
+    for words in ("model.rank: -1", 'model.key: "tied" can\'t target down', "training.seed", "set data.data_files="):
+        assert str(caught.value).count(words) == 1
+    # What depends on the wrong value itself waits until that is right.
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["data.dataset_name=text", "data.data_files=a.txt"])
+    assert "use a list" in str(caught.value) and "needs files" not in str(caught.value)
+
+
+def test_8_bit_and_offload_exclude_each_other() -> None:
+    switches = ["optimization.use_8bit=true", "optimization.use_cpu_offload=true"]
+    for switch in switches:
+        load_config(None, [switch])
+    with pytest.raises(ConfigError, match=r"optimization\.use_8bit: true can't .* set one of them to false"):
+        load_config(None, switches)
+
+
+def test_tied_key_is_allowed_where_nothing_reads_it_or_down_is_left_out() -> None:
+    for extra in ("model.target_projections=[gate]", "model.rank=0", "model.carry=exact"):
+        assert load_config(None, ["model.key=tied", extra]).model.key == "tied"
+
+
+def test_files_take_defaults_exponents_anchors_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model:\n  # rank: 3\ntraining: {learning_rate: 1e-3, batch_size: 4}\n")
+    config = load_config(path, ["training.batch_size=2", "model.rank=5"])
+    assert (config.training.learning_rate, config.training.batch_size, config.model.rank) == (1e-3, 2, 5)
+    assert config.data == RunConfig().data
+    path.write_text("")
+    assert load_config(path) == RunConfig()
+    path.write_text("training: {<<: &all {seed: 3}, seed: 4}\nmodel: {rank: 7}\n")
+    assert load_config(path).training.seed == 4
+
+
+def test_an_override_mends_a_wrong_value_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {rank: many}\n")
+    assert load_config(path, ["model.rank=2"]).model.rank == 2
+
+
 @pytest.mark.parametrize(
     "text,words",
     [
         ("model: {rank: 1}\nmodel: {rank: 2}\n", "'model' stands twice"),
         ("model:\n  rank: 1\n  rank: 2\n", "'rank' stands twice"),
         ("- a\n", "expected sections"),
-        ("model: [1]\n", "model"),
+        ("model: [1]\n", r"model: \[1\]: not a section; write `model:`"),
+        ("model: 3\nlearning_rate: 1\n", r"learning_rate: unknown key; did you mean training\.learning_rate"),
+        ("wandb: {project: 2020-13-45}\n", "not readable as YAML"),
         ("model: {rank: 1\n", "not readable as YAML"),
         ("model: !!python/object:os.system {}\n", "not readable as YAML"),
         ("1: 2\n", "is not text"),

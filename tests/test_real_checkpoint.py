@@ -12,7 +12,7 @@ import torch
 from npt import calibrate, evaluate
 from npt.cli import main
 from npt.data import sample_blocks
-from npt.evaluation.divergence import batches_of
+from npt.data.batches import batches_of
 
 
 @pytest.fixture(scope="module")

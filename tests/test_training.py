@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 
 from npt import EquivalenceTrainer, NPTConfig, Objective
 from npt.data import pack_token_ids
+from npt.data.batches import batches_of
 from npt.errors import ConversionError
-from npt.evaluation.divergence import batches_of
 from npt.objectives import update_scales
 from npt.training import BestAdapterCallback, JsonLinesCallback
 from npt.tuner import active_layers

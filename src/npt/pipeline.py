@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from npt.calibration import calibrate
 from npt.checkpoints import load_adapter, set_aside
-from npt.config import RunConfig, load_config, save_config
-from npt.data import load_documents, pack, sample_blocks, split_blocks
+from npt.config import RunConfig, save_config
+from npt.corpora import RUN_CONFIG, calibration_batches, check_text_files, corpus_blocks, evaluation_blocks
+from npt.data import load_documents, pack
 from npt.errors import CheckpointError, ConfigError, NPTError
 from npt.evaluation import evaluate
-from npt.evaluation.divergence import batches_of
+from npt.loading import load_base
 from npt.objectives import Objective
 from npt.training import (
     BestAdapterCallback,
@@ -31,7 +29,6 @@ from npt.training import (
     JsonLinesCallback,
     SamplesCallback,
     append_json,
-    torch_dtype,
     write_json,
 )
 from npt.tuner import NPTConfig, adapter_config, device_of, parameter_counts
@@ -42,57 +39,6 @@ logger = logging.getLogger(__name__)
 VALIDATION_BLOCKS = 32
 #: Evaluations without a new best after which objective `auto` stops.
 PATIENCE = 4
-RUN_CONFIG = "npt_run.yaml"
-
-
-def default_device() -> torch.device:
-    """The accelerator, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_base(config: RunConfig) -> tuple[Any, Any]:
-    """(causal LM in eval mode on its device, tokenizer) of `model.base_model_name`.
-
-    Raises:
-        NPTError: neither a local folder nor a reachable hub id; or 8-bit without bitsandbytes.
-    """
-    name, options = config.model.base_model_name, config.optimization
-    arguments: dict[str, Any] = {
-        "cache_dir": config.paths.cache_dir,
-        "trust_remote_code": config.model.trust_remote_code,
-    }
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise NPTError(f"model.base_model_name={name}: the folder has no config.json; name a Hugging Face model folder")
-    loading = {"dtype": torch_dtype(config.model.dtype)}
-    if options.use_8bit:
-        loading |= _eight_bit()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
-        model = AutoModelForCausalLM.from_pretrained(name, **arguments, **loading)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise NPTError(
-            f"model.base_model_name={name!r} can't be loaded: it is no local model folder, and the hub did not deliver it "
-            f"({reason}); check the name, the network or `hf auth login`, or give the path of a local folder"
-        ) from error
-    device = default_device()
-    if options.use_cpu_offload and device.type == "cuda":
-        cpu_offload(model, execution_device=device)
-    elif not options.use_8bit:
-        model.to(device)
-    return model.eval(), tokenizer
-
-
-def _eight_bit() -> dict[str, Any]:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise NPTError(
-            "optimization.use_8bit=true needs bitsandbytes: pip install 'npt[quantization]', or set it to false"
-        ) from error
-    from transformers import BitsAndBytesConfig
-
-    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "auto"}
 
 
 def npt_config(config: RunConfig) -> NPTConfig:
@@ -108,63 +54,6 @@ def npt_config(config: RunConfig) -> NPTConfig:
         low_rank_at=m.low_rank_at,
         target_projections=list(m.target_projections),
     )
-
-
-def corpus_blocks(config: RunConfig, model: Any, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(training blocks, held-out blocks) of the `data` section."""
-    data: Any = config.data
-    seed = config.training.seed
-    if data.dataset_name == "self":
-        common: dict[str, Any] = {"seed": seed, "cache_dir": data_cache(config), "progress": True}
-        train = sample_blocks(model, tokenizer, data.num_train_samples, data.max_length, label="train", **common)
-        held_out = sample_blocks(model, tokenizer, data.num_eval_samples, data.max_length, label="eval", **common)
-        return train, held_out
-    return split_blocks(_text_blocks(config, tokenizer), data.num_train_samples, data.num_eval_samples)
-
-
-def _text_blocks(config: RunConfig, tokenizer: Any) -> datasets.Dataset:
-    data = config.data
-    documents = load_documents(
-        data.dataset_name,
-        dataset_config=data.dataset_config,
-        data_files=data.data_files or (),
-        text_column=data.text_column,
-        cache_dir=config.paths.cache_dir,
-    )
-    local = data.dataset_name == "text"
-    wanted = (data.num_train_samples or 0) + (data.num_eval_samples or 0)
-    # A hub dataset can be far larger than what is asked for; local files are packed whole, held-out text at the end.
-    return pack(documents, tokenizer, data.max_length, max_blocks=None if local else wanted or None, progress=True)
-
-
-def check_text_files(config: RunConfig, more: Sequence[str | Path] = ()) -> None:
-    """Reads every local text file once, so that a bad one is named before anything long starts."""
-    data = config.data
-    local = data.data_files if data.dataset_name == "text" else None
-    for files in (local, data.calibration_files, more):
-        if files:
-            load_documents("text", data_files=files, text_column=data.text_column)
-
-
-def data_cache(config: RunConfig) -> str | None:
-    """Where sampled text is kept; with no cache_dir, nothing is."""
-    return None if config.paths.cache_dir is None else str(Path(config.paths.cache_dir) / "npt_samples")
-
-
-def calibration_batches(
-    config: RunConfig, tokenizer: Any, train: datasets.Dataset, device: torch.device
-) -> list[dict[str, torch.Tensor]]:
-    """Half of the calibration text from the training set, half from `calibration_files` where there are any; mixed."""
-    count = config.data.num_calibration_samples
-    files = config.data.calibration_files or []
-    if not files:
-        return list(batches_of(train.select(range(min(count, len(train)))), 16, device))
-    documents = load_documents("text", data_files=files, text_column=config.data.text_column)
-    prose = pack(documents, tokenizer, config.data.max_length)
-    prose = prose.shuffle(seed=config.training.seed).select(range(min(count // 2, len(prose))))
-    own = train.select(range(min(count - len(prose), len(train))))
-    mixed = datasets.concatenate_datasets([own, prose.cast(own.features)]).shuffle(seed=config.training.seed)
-    return list(batches_of(mixed, 16, device))
 
 
 def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -344,46 +233,4 @@ def run_evaluation(
         context_length=config.data.max_length, seed=config.training.seed, progress=True,
     )  # fmt: skip
     write_json(Path(output), report)
-    return report
-
-
-def evaluation_blocks(config: RunConfig, checkpoint: str | Path, model: Any, tokenizer: Any) -> datasets.Dataset:
-    """The held-out blocks of the configuration's data."""
-    data: Any = config.data
-    if data.dataset_name == "self":
-        return sample_blocks(
-            model, tokenizer, data.num_eval_samples, data.max_length,
-            seed=config.training.seed, label="eval", cache_dir=data_cache(config), progress=True,
-        )  # fmt: skip
-    blocks = _text_blocks(config, tokenizer)
-    if trained_on(config, Path(checkpoint)):
-        return split_blocks(blocks, data.num_train_samples, data.num_eval_samples)[1]
-    return blocks if data.num_eval_samples is None else blocks.select(range(min(data.num_eval_samples, len(blocks))))
-
-
-def trained_on(config: RunConfig, checkpoint: Path) -> bool:
-    """Whether the adapter's own record says that it was trained on this configuration's text."""
-    record = checkpoint.with_suffix("") / RUN_CONFIG
-    if not record.is_file():
-        return True  # unknown: take the careful split
-    theirs = load_config(record).data
-
-    def source(data: Any) -> tuple[Any, ...]:
-        files: Iterable[str] = [*(data.data_files or ()), *(data.calibration_files or ())]
-        return data.dataset_name, data.dataset_config, frozenset(str(Path(f).resolve()) for f in files)
-
-    mine, trained = source(config.data), source(theirs)
-    return mine[:2] == trained[:2] and (mine[0] != "text" or bool(mine[2] & trained[2]))
-
-
-def disk_usage(path: Path) -> int:
-    """Free bytes where `path` will be written."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """An evaluation report from disk."""
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return report

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from npt.data.batches import batches_of, complete_batch
 from npt.errors import NPTError
-from npt.evaluation.divergence import batches_of, complete_batch, summarize, token_divergences
+from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 from npt.evaluation.layers import mean_delta_norms
 from npt.objectives import Objective, check_logit_head, factor_norm, update_scales
@@ -219,8 +219,3 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def torch_dtype(name: str) -> Any:
-    """The torch dtype of a config name; "auto" stays."""
-    return name if name == "auto" else getattr(torch, name)

@@ -6,7 +6,6 @@ full distributions and its percentiles, agreement of the top token, change of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from npt.attach import layer_mode
+from npt.data.batches import batches_of
 from npt.errors import DataError
 from npt.tuner import active_layers, device_of
 
@@ -22,23 +22,6 @@ from npt.tuner import active_layers, device_of
 LOGIT_BUDGET = 256 * 2**20
 #: Entries of float64 distributions compared at once.
 CHUNK_ENTRIES = 2**22
-
-
-def batches_of(blocks: Any, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Batches of a dataset of equally long blocks as tensors on a device, completed as `complete_batch` does."""
-    for start in range(0, len(blocks), batch_size):
-        rows = [blocks[i] for i in range(start, min(start + batch_size, len(blocks)))]
-        names = ("input_ids", "attention_mask", "labels")
-        columns = {n: torch.as_tensor([row[n] for row in rows]).to(device) for n in names if n in rows[0]}
-        yield complete_batch(columns)
-
-
-def complete_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adds what may be left out: an attention_mask of ones, and labels that leave padding out."""
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask", torch.ones_like(ids))
-    labels = batch.get("labels", torch.where(mask.bool(), ids, -100))
-    return {**batch, "attention_mask": mask, "labels": labels}
 
 
 def scored_positions(labels: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import datasets
 import torch
 
 from npt.data import pack
+from npt.data.batches import batches_of
 from npt.errors import DataError
-from npt.evaluation.divergence import batches_of, summarize, token_divergences
+from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 from npt.evaluation.layers import layer_equivalence, weight_delta_stats
 from npt.tuner import active_layers, adapter_config, device_of, parameter_counts

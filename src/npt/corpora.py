@@ -1,0 +1,103 @@
+"""The text of a configuration: what trains, what calibrates, what is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from npt.config import RunConfig, load_config
+from npt.data import load_documents, pack, sample_blocks, split_blocks
+from npt.data.batches import batches_of
+
+#: The configuration an adapter was trained with, beside it in its folder.
+RUN_CONFIG = "npt_run.yaml"
+
+
+def corpus_blocks(config: RunConfig, model: Any, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(training blocks, held-out blocks) of the `data` section."""
+    data: Any = config.data
+    seed = config.training.seed
+    if data.dataset_name == "self":
+        common: dict[str, Any] = {"seed": seed, "cache_dir": data_cache(config), "progress": True}
+        train = sample_blocks(model, tokenizer, data.num_train_samples, data.max_length, label="train", **common)
+        held_out = sample_blocks(model, tokenizer, data.num_eval_samples, data.max_length, label="eval", **common)
+        return train, held_out
+    return split_blocks(_text_blocks(config, tokenizer), data.num_train_samples, data.num_eval_samples)
+
+
+def _text_blocks(config: RunConfig, tokenizer: Any) -> datasets.Dataset:
+    data = config.data
+    documents = load_documents(
+        data.dataset_name,
+        dataset_config=data.dataset_config,
+        data_files=data.data_files or (),
+        text_column=data.text_column,
+        cache_dir=config.paths.cache_dir,
+    )
+    local = data.dataset_name == "text"
+    wanted = (data.num_train_samples or 0) + (data.num_eval_samples or 0)
+    # A hub dataset can be far larger than what is asked for; local files are packed whole, held-out text at the end.
+    return pack(documents, tokenizer, data.max_length, max_blocks=None if local else wanted or None, progress=True)
+
+
+def check_text_files(config: RunConfig, more: Sequence[str | Path] = ()) -> None:
+    """Reads every local text file once, so that a bad one is named before anything long starts."""
+    data = config.data
+    local = data.data_files if data.dataset_name == "text" else None
+    for files in (local, data.calibration_files, more):
+        if files:
+            load_documents("text", data_files=files, text_column=data.text_column)
+
+
+def data_cache(config: RunConfig) -> str | None:
+    """Where sampled text is kept; with no cache_dir, nothing is."""
+    return None if config.paths.cache_dir is None else str(Path(config.paths.cache_dir) / "npt_samples")
+
+
+def calibration_batches(
+    config: RunConfig, tokenizer: Any, train: datasets.Dataset, device: torch.device
+) -> list[dict[str, torch.Tensor]]:
+    """Half of the calibration text from the training set, half from `calibration_files` where there are any; mixed."""
+    count = config.data.num_calibration_samples
+    files = config.data.calibration_files or []
+    if not files:
+        return list(batches_of(train.select(range(min(count, len(train)))), 16, device))
+    documents = load_documents("text", data_files=files, text_column=config.data.text_column)
+    prose = pack(documents, tokenizer, config.data.max_length)
+    prose = prose.shuffle(seed=config.training.seed).select(range(min(count // 2, len(prose))))
+    own = train.select(range(min(count - len(prose), len(train))))
+    mixed = datasets.concatenate_datasets([own, prose.cast(own.features)]).shuffle(seed=config.training.seed)
+    return list(batches_of(mixed, 16, device))
+
+
+def evaluation_blocks(config: RunConfig, checkpoint: str | Path, model: Any, tokenizer: Any) -> datasets.Dataset:
+    """The held-out blocks of the configuration's data."""
+    data: Any = config.data
+    if data.dataset_name == "self":
+        return sample_blocks(
+            model, tokenizer, data.num_eval_samples, data.max_length,
+            seed=config.training.seed, label="eval", cache_dir=data_cache(config), progress=True,
+        )  # fmt: skip
+    blocks = _text_blocks(config, tokenizer)
+    if trained_on(config, Path(checkpoint)):
+        return split_blocks(blocks, data.num_train_samples, data.num_eval_samples)[1]
+    return blocks if data.num_eval_samples is None else blocks.select(range(min(data.num_eval_samples, len(blocks))))
+
+
+def trained_on(config: RunConfig, checkpoint: Path) -> bool:
+    """Whether the adapter's own record says that it was trained on this configuration's text."""
+    record = checkpoint.with_suffix("") / RUN_CONFIG
+    if not record.is_file():
+        return True  # unknown: take the careful split
+    theirs = load_config(record).data
+
+    def source(data: Any) -> tuple[Any, ...]:
+        files: Iterable[str] = [*(data.data_files or ()), *(data.calibration_files or ())]
+        return data.dataset_name, data.dataset_config, frozenset(str(Path(f).resolve()) for f in files)
+
+    mine, trained = source(config.data), source(theirs)
+    return mine[:2] == trained[:2] and (mine[0] != "text" or bool(mine[2] & trained[2]))

@@ -1,0 +1,63 @@
+"""The base model of a configuration, on its device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import cpu_offload
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from npt.config import RunConfig
+from npt.errors import NPTError
+
+
+def default_device() -> torch.device:
+    """The accelerator, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_base(config: RunConfig) -> tuple[Any, Any]:
+    """(causal LM in eval mode on its device, tokenizer) of `model.base_model_name`.
+
+    Raises:
+        NPTError: neither a local folder nor a reachable hub id; or 8-bit without bitsandbytes.
+    """
+    name, options = config.model.base_model_name, config.optimization
+    arguments: dict[str, Any] = {
+        "cache_dir": config.paths.cache_dir,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise NPTError(f"model.base_model_name={name}: the folder has no config.json; name a Hugging Face model folder")
+    loading = {"dtype": config.model.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)}
+    if options.use_8bit:
+        loading |= _eight_bit()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(name, **arguments, **loading)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise NPTError(
+            f"model.base_model_name={name!r} can't be loaded: it is no local model folder, and the hub did not deliver it "
+            f"({reason}); check the name, the network or `hf auth login`, or give the path of a local folder"
+        ) from error
+    device = default_device()
+    if options.use_cpu_offload and device.type == "cuda":
+        cpu_offload(model, execution_device=device)
+    elif not options.use_8bit:
+        model.to(device)
+    return model.eval(), tokenizer
+
+
+def _eight_bit() -> dict[str, Any]:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise NPTError(
+            "optimization.use_8bit=true needs bitsandbytes: pip install 'npt[quantization]', or set it to false"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "auto"}
