@@ -173,6 +173,7 @@ BAD = [
     (["plot", "--output-dir", "nothing"], "nothing: no metrics.jsonl"),
     (["train", "--set", "data.dataset_name=text", "--set", "data.data_files=[none.txt]"], "none.txt"),
     (["train", "--set", "data.calibration_files=[none.jsonl]"], "none.jsonl"),
+    (["train", "--set", "training.report_to=[abacus]"], "training.report_to=['abacus']"),
     (["train", "--resume"], "holds no checkpoint to resume"),
     (["memory", "--set", "model.base_model_name=no-such-org/no-such-model"], "no-such-org/no-such-model"),
     (["evaluate"], "--checkpoint"),

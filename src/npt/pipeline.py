@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from npt.calibration import calibrate
@@ -70,6 +71,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     if resume and last is None:
         raise CheckpointError(f"paths.checkpoint_dir={checkpoints} holds no checkpoint to resume; run without --resume")
     check_text_files(config)
+    check_trackers(config)
     set_seed(config.training.seed)
     adapter = npt_config(config)
     prepare_wandb(config)
@@ -186,6 +188,21 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         report_to=[*t.report_to, *(["wandb"] if config.wandb.enabled else [])],
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Trackers that Trainer would only miss after sampling and calibration.
+
+    Raises:
+        ConfigError: a name that is unknown or whose package is not installed.
+    """
+    available = get_available_reporting_integrations()
+    missing = [name for name in config.training.report_to if name not in available]
+    if missing:
+        raise ConfigError(
+            f"training.report_to={missing}: not installed or unknown; installed: {', '.join(available) or 'none'}; "
+            "install the package or take the name out"
+        )
 
 
 def prepare_wandb(config: RunConfig) -> None:
