@@ -63,6 +63,11 @@ def test_overrides_are_yaml_and_the_last_wins() -> None:
     )
 
 
+def test_one_file_need_not_be_a_list() -> None:
+    config = load_config(None, ["data.data_files=a.txt", "data.calibration_files=b.txt"])
+    assert config.data.data_files == ["a.txt"] and config.data.calibration_files == ["b.txt"]
+
+
 def test_saved_configuration_is_read_back(tmp_path: Path) -> None:
     config = load_config(None, ["model.rank=3", "training.learning_rate=3e-5", "model.npt_layers=[0]"])
     save_config(config, tmp_path / "c.yaml")
@@ -96,7 +101,7 @@ def test_saved_configuration_is_read_back(tmp_path: Path) -> None:
             "optimization.mixed_precision=no",
             "optimization.mixed_precision: false: use 'no', 'fp16' or 'bf16', in quotes",
         ),
-        ("data.data_files=a.txt", 'data.data_files: "a.txt": use a list'),
+        ("data.data_files=3", "data.data_files: 3: use a list"),
         ("data.num_train_samples=null", "data.num_train_samples: null has no end with data.dataset_name=self"),
         ("model.target_projections=[]", "model.target_projections: []: use at least 1 entry"),
         ("model.target_projections=[up, up]", 'model.target_projections: ["up", "up"]: names an entry twice'),
@@ -151,7 +156,7 @@ def test_a_wrong_value_does_not_hide_what_contradicts_beside_it() -> None:
         assert str(caught.value).count(words) == 1
     # What depends on the wrong value itself waits until that is right.
     with pytest.raises(ConfigError) as caught:
-        load_config(None, ["data.dataset_name=text", "data.data_files=a.txt"])
+        load_config(None, ["data.dataset_name=text", "data.data_files=3"])
     assert "use a list" in str(caught.value) and "needs files" not in str(caught.value)
 
 

@@ -54,6 +54,7 @@ Indices = Annotated[list[int], Field(min_length=1)]
 Layers = Annotated[
     Literal["upper_half", "lower_half", "all"] | Indices, WrapValidator(_layers), AfterValidator(_no_duplicates)
 ]
+Files = Annotated[list[Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 #: (the keys that contradict each other, what is wrong and what to do)
 Conflict = tuple[tuple[str, ...], str]
 
@@ -126,8 +127,8 @@ class DataSection(_Section):
 
     dataset_name: Text = "self"
     dataset_config: Text | None = None
-    data_files: list[Text] | None = None
-    calibration_files: list[Text] | None = None
+    data_files: Files | None = None
+    calibration_files: Files | None = None
     text_column: Text = "text"
     max_length: Annotated[int, Field(ge=2)] = 256
     num_train_samples: Positive | None = 1632
