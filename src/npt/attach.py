@@ -287,9 +287,19 @@ def linear_shape(module: Any) -> tuple[int, int]:
 
 
 def linear_product(module: Any) -> Callable[[Tensor], Tensor]:
-    """x -> W x without bias. The linear is called, never its raw weight, so that quantised ones work too."""
-    bias = getattr(module, "bias", None)
-    return module.forward if bias is None else lambda x: module.forward(x) - bias
+    """x -> W x without bias. The linear is called, never its raw weight, so that quantised and offloaded ones work too."""
+    if getattr(module, "bias", None) is None:
+        return module.forward  # type: ignore[no-any-return]
+    return lambda x: module.forward(x) - module.forward(torch.zeros_like(x[..., :1, :]))
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or where accelerate brings them when it keeps them elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", [hook]):
+        if getattr(part, "execution_device", None) is not None:
+            return torch.device(part.execution_device)
+    return next(module.parameters()).device
 
 
 def probe_norm(norm: Any) -> tuple[Tensor, Tensor | None, bool]:

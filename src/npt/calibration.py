@@ -135,7 +135,8 @@ class _BlockFit:
         self.probe = (h[:4096], a[:4096])
         self.error_before = self._update_error()
         sizes = token_sizes(_delta(self.layer, h, a)[1], a)
-        self.cutoff = OUTLIER_FACTOR * sizes.median(0).values
+        medians = sizes.median(0).values
+        self.cutoff = torch.where(medians > 0, OUTLIER_FACTOR * medians, torch.inf)
         if self.component.spec.input_projections:
             fit_gain_and_carry(self.layer, self.component, h, a, outlier_weights(sizes, self.cutoff))
         for start in range(0, len(h), 4096):

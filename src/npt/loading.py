@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npt.config import RunConfig
 from npt.errors import NPTError
+from npt.families import blocks_of, family_of
+from npt.tuner import npt_layers
 
 
 def default_device() -> torch.device:
@@ -43,12 +45,37 @@ def load_base(config: RunConfig) -> tuple[Any, Any]:
             f"model.base_model_name={name!r} can't be loaded: it is no local model folder, and the hub did not deliver it "
             f"({reason}); check the name, the network or `hf auth login`, or give the path of a local folder"
         ) from error
-    device = default_device()
-    if options.use_cpu_offload and device.type == "cuda":
-        cpu_offload(model, execution_device=device)
-    elif not options.use_8bit:
-        model.to(device)
+    if not options.use_8bit and not options.use_cpu_offload:
+        model.to(default_device())
     return model.eval(), tokenizer
+
+
+def offload_frozen(model: Any, device: torch.device) -> None:
+    """Keeps the frozen weights of all decoder blocks in CPU memory; accelerate brings each to `device` as it is used.
+
+    For a converted model, still on the CPU: components, embeddings and head go to the device and stay there.
+    """
+    base = model.get_base_model()
+    blocks = blocks_of(base)
+    ours = {id(m) for layer in npt_layers(model) for m in layer.modules()}
+    leaves = [
+        m
+        for block in blocks
+        for m in block.modules()
+        if id(m) not in ours and next(m.parameters(False), None) is not None
+    ]
+    offloaded = {id(m) for m in leaves}
+    for module in model.modules():
+        if id(module) not in offloaded:
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if isinstance(tensor, torch.nn.Parameter):
+                    tensor.data = tensor.data.to(device)
+                else:
+                    setattr(module, name, tensor.to(device))
+    for module in leaves:
+        cpu_offload(module, execution_device=device)
+    # As accelerate's own dispatch leaves it: Trainer and Accelerator then don't try to move the model.
+    base.hf_device_map = {"": str(device), family_of(base).blocks: "cpu"}
 
 
 def _eight_bit() -> dict[str, Any]:

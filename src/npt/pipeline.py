@@ -22,7 +22,7 @@ from npt.corpora import RUN_CONFIG, calibration_batches, check_text_files, corpu
 from npt.data import load_documents, pack
 from npt.errors import CheckpointError, ConfigError, NPTError
 from npt.evaluation import evaluate
-from npt.loading import load_base
+from npt.loading import default_device, load_base, offload_frozen
 from npt.objectives import Objective
 from npt.training import (
     BestAdapterCallback,
@@ -77,6 +77,8 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     prepare_wandb(config)
     base, tokenizer = load_base(config)
     model = get_peft_model(base, adapter)
+    if config.optimization.use_cpu_offload:
+        offload_frozen(model, default_device())
     own, frozen = parameter_counts(model)
     logger.info(
         "blocks %s are now neuro-plastic: %s new parameters (%.3g %% of %s)",
@@ -226,7 +228,10 @@ def prepare_wandb(config: RunConfig) -> None:
 def load_npt(config: RunConfig, checkpoint: str | Path) -> tuple[PeftModel, Any]:
     """(NPT model, tokenizer): the base of the configuration with the adapter at `checkpoint` (see `load_adapter`)."""
     base, tokenizer = load_base(config)
-    return load_adapter(base, checkpoint), tokenizer
+    model = load_adapter(base, checkpoint)
+    if config.optimization.use_cpu_offload:
+        offload_frozen(model, default_device())
+    return model, tokenizer
 
 
 def run_evaluation(

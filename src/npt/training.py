@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -76,6 +77,11 @@ class EquivalenceTrainer(Trainer):
     def objective(self) -> Objective:
         """The objective of the current step."""
         return [objective for start, objective in self.schedule if start <= self.state.global_step][-1]
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """As HF's, but a model whose frozen weights are offloaded is where it should be already."""
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            super()._move_model_to_device(model, device)
 
     def compute_loss(
         self,

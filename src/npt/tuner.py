@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from npt import component as maths
-from npt.attach import NPTLayer, layer_mode
+from npt.attach import NPTLayer, execution_device, layer_mode
 from npt.component import WeightDelta
 from npt.contract import check_contract
 from npt.errors import ConversionError
@@ -292,4 +292,4 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def device_of(model: nn.Module) -> torch.device:
     """The device inputs go to: that of the input embedding."""
-    return next(model.get_input_embeddings().parameters()).device  # type: ignore[operator]
+    return execution_device(model.get_input_embeddings())  # type: ignore[operator]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npt.attach import BlockRecord, NPTLayer, layer_mode, linear_product, linear_shape
+from npt.attach import BlockRecord, NPTLayer, execution_device, layer_mode, linear_product, linear_shape
 from npt.calibration import backbone
 from npt.component import WeightDelta
 from npt.tuner import active_layers
@@ -97,7 +97,7 @@ def weight_norm(module: Any) -> float:
     rows = linear_shape(module)[0]
     parameter = next(module.parameters())
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-    unit, product, square = torch.eye(rows, dtype=dtype, device=parameter.device), linear_product(module), 0.0
+    unit, product, square = torch.eye(rows, dtype=dtype, device=execution_device(module)), linear_product(module), 0.0
     for chunk in unit.split(512):
         square += float(product(chunk).double().square().sum())
     return square**0.5
