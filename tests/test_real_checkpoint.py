@@ -68,6 +68,7 @@ def test_cached_generation_equals_uncached(stories_model: Any, text: Any) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "overrides,ratio,kl,top",
     [
@@ -94,6 +95,7 @@ def test_the_command_reaches_the_documented_figures(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_prose_the_model_never_saw(shared_dir: Path, stories: Path, tmp_path: Path) -> None:
     folder = shared_dir / "data" / "text"
     prose = [
