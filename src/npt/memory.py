@@ -1,28 +1,46 @@
-"""What a per-token weight delta would cost if it were formed, and what this implementation allocates, measured.
+"""What a per-token weight delta would cost if it were formed, and what this implementation allocates.
 
-Measured means counted in tensor allocations by torch's own profiler, not in the process's resident size.
+Measured: tensors really allocated on the CPU, counted at every operator (not the process's resident size).
+Computed: arithmetic on shapes, or the very same code run on the meta device, where tensors have sizes but no memory.
 """
 
 from __future__ import annotations
 
+import logging
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
+from peft import get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from npt.attach import linear_shape
 from npt.component import ComponentSpec, NPComponent
 from npt.errors import NPTError
-from npt.families import blocks_of, family_of, resolve_layers
+from npt.objectives import Objective
+from npt.tuner import NPTConfig, active_layers, parameter_counts
 
 #: Shapes of Llama-2-7b, so that no hub is needed to talk about 7B.
-LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
+LLAMA_7B = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "vocab_size": 32000,
+}  # fmt: skip
+#: Models known by shape: `model.base_model_name` for `npt memory`.
+KNOWN_SHAPES = {"llama-2-7b": LLAMA_7B}
 BATCH, TOKENS = 4, 512
+#: Tokens measured at once; more are computed, so that a large batch does not fill the memory it asks about.
+MEASURED_TOKENS = BATCH * TOKENS
+#: The name under which transformers finds `_fused_attention`.
+FUSED = "npt_fused_shapes"
+ADAPTER_KEYS = (
+    "npt_layers", "rank", "modulation_scale", "key", "carry", "gain", "low_rank_at", "target_projections",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,8 +52,30 @@ class MemoryRow:
     how: str
 
 
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a run needs, in bytes, computed from shapes. Steps are the peak above weights: activations and gradients.
+
+    layers: converted blocks. spec: of one component. base_*: the frozen model in its dtype. new_*: all components,
+    float32. optimizer: AdamW's two moments. materialized: one (out, in) float32 matrix per token, block and projection.
+    Not included: autocast's copies of weights, workspace inside kernels, what an allocator keeps in reserve.
+    """
+
+    layers: list[int]
+    spec: ComponentSpec
+    base_parameters: int
+    base_bytes: int
+    new_parameters: int
+    new_bytes: int
+    optimizer_bytes: int
+    local_step_bytes: int
+    logits_step_bytes: int
+    logits_checkpointed_bytes: int
+    materialized_bytes: int
+
+
 class AllocationCounter(TorchDispatchMode):
-    """Counts bytes of tensor storage alive at once, above what was alive on entry."""
+    """Counts bytes of tensor storage alive at once, above what was alive on entry; works on the meta device too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,27 +83,30 @@ class AllocationCounter(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage().data_ptr() for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        known = {_storage_id(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known | self._seen:
+            if isinstance(tensor, Tensor) and _storage_id(tensor) not in known | self._seen:
                 self._watch(tensor)
         return result
 
     def _watch(self, tensor: Tensor) -> None:
-        import weakref
-
-        storage = tensor.untyped_storage()
-        pointer, size = storage.data_ptr(), storage.nbytes()
-        self._seen.add(pointer)
+        storage, key = tensor.untyped_storage(), _storage_id(tensor)
+        size = storage.nbytes()
+        self._seen.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
 
         def freed() -> None:
-            self._seen.discard(pointer)
+            self._seen.discard(key)
             self.live -= size
 
         weakref.finalize(storage, freed)
+
+
+def _storage_id(tensor: Tensor) -> int:
+    """A storage has one Python object for as long as it lives; addresses of data are all zero on the meta device."""
+    return id(tensor.untyped_storage())
 
 
 def materialized_delta_bytes(
@@ -81,36 +124,59 @@ def materialized_delta_bytes(
 
 
 def example(
-    hidden_size: int, intermediate_size: int, rank: int, tokens: int
+    spec: ComponentSpec, tokens: int, *, seed: int = 0, device: str = "cpu"
 ) -> tuple[NPComponent, Tensor, Tensor, Tensor]:
     """(component with random values, a (tokens, d), z (tokens, d), i (tokens, f)), float32, seeded."""
-    generator = torch.Generator().manual_seed(0)
-    spec = ComponentSpec(hidden_size, intermediate_size, rank=rank)
-    component = NPComponent(spec, torch.ones(hidden_size))
+    d, f = spec.hidden_size, spec.intermediate_size
+    component = NPComponent(spec, torch.ones(d, device=device))
+    if device == "meta":
+        a, z, i = (torch.empty(tokens, size, device=device) for size in (d, d, f))
+        return component, a, z, i
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in component.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    sizes = (hidden_size, hidden_size, intermediate_size)
-    a, z, i = (torch.randn(tokens, size, generator=generator) for size in sizes)
+    a, z, i = (torch.randn(tokens, size, generator=generator) for size in (d, d, f))
     return component, a, z, i
 
 
 @torch.no_grad()
-def measure_component(hidden_size: int, intermediate_size: int, rank: int = 16, tokens: int = BATCH * TOKENS) -> int:
-    """Peak bytes one block's values take beyond inputs and weights, for `tokens` tokens at once."""
-    component, a, z, i = example(hidden_size, intermediate_size, rank, tokens)
+def values_peak(spec: ComponentSpec, tokens: int, *, seed: int = 0, device: str = "cpu") -> int:
+    """Peak bytes that one block's NPT part allocates beyond inputs and weights: values, and adding them.
+
+    As the hooks do it, float32, all tokens at once: z + shift, each projection's output + value.
+    """
+    component, a, z, i = example(spec, tokens, seed=seed, device=device)
     with AllocationCounter() as counter:
-        values = component(a, z, "input")
-        component(a, i, "down", modulation=values.modulation)
+        values = component(a, z, "input", exact_input=a)
+        shifted = z if values.shift is None else z + values.shift
+        added = [i + value for value in values.values.values()]  # i has the shape of gate's and up's output
+        down = component(a, i, "down", modulation=values.modulation)
+        output = z if down is None else z + down
+        del shifted, added, down, output
     return counter.peak
+
+
+def component_bytes(spec: ComponentSpec, tokens: int, *, bytes_per_parameter: int = 4) -> tuple[int, int]:
+    """(bytes of one component's parameters, peak bytes of its values for `tokens` tokens), computed."""
+    parameters = sum(p.numel() for p in NPComponent(spec, torch.ones(spec.hidden_size, device="meta")).parameters())
+    return parameters * bytes_per_parameter, values_peak(spec, tokens, device="meta")
+
+
+def measure_component(
+    hidden_size: int, intermediate_size: int, rank: int = 16, tokens: int = MEASURED_TOKENS, seed: int = 0
+) -> int:
+    """`values_peak` of a component with default options, really run on the CPU."""
+    return values_peak(ComponentSpec(hidden_size, intermediate_size, rank=rank), tokens, seed=seed)
 
 
 @torch.no_grad()
 def measure_materialized(
-    hidden_size: int, intermediate_size: int, rank: int = 16, tokens: int = 64
+    hidden_size: int, intermediate_size: int, rank: int = 16, tokens: int = 64, seed: int = 0
 ) -> tuple[int, float]:
-    """(peak bytes, largest relative difference to the component) of forming each token's dW of `down` and applying it."""
-    component, a, _, i = example(hidden_size, intermediate_size, rank, tokens)
+    """(peak bytes, relative difference to the component) of forming each token's dW of `down` and applying it."""
+    spec = ComponentSpec(hidden_size, intermediate_size, rank=rank)
+    component, a, _, i = example(spec, tokens, seed=seed)
     expected = component(a, i, "down")
     with AllocationCounter() as counter:
         key = i / i.square().sum(-1, keepdim=True)
@@ -119,45 +185,181 @@ def measure_materialized(
     return counter.peak, float((product - expected).norm() / expected.norm())
 
 
+def estimate(
+    hf_config: Any,
+    options: Any = None,
+    batch: int = BATCH,
+    tokens: int = TOKENS,
+    dtype: torch.dtype = torch.bfloat16,
+) -> MemoryEstimate:
+    """What a model of these shapes needs in a training step of `batch` x `tokens`; no weights are loaded.
+
+    Args:
+        hf_config: a transformers configuration. dtype: of the base.
+        options: a `ModelSection`, an `NPTConfig`, a mapping of its fields, or None for its defaults.
+
+    Raises:
+        NPTError: no causal LM has this configuration, or it can't be converted with these options.
+    """
+    model = _shapes_of(hf_config, options, dtype)
+    layers = active_layers(model)
+    own, base = parameter_counts(model)
+    spec: Any = layers[0].component.spec  # type: ignore[union-attr]
+    frozen = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    for parameter in (p for layer in layers for p in layer.parameters()):
+        frozen.pop(id(parameter))
+    local, logits = (_step_peak(model, name, batch, tokens) for name in ("local", "logits"))
+    _enable_checkpointing(model.get_base_model())
+    formed = materialized_delta_bytes(
+        spec.hidden_size, spec.intermediate_size, len(spec.projections), layers=len(layers), batch=batch, tokens=tokens
+    )
+    return MemoryEstimate(
+        layers=[layer.index for layer in layers],
+        spec=spec,
+        base_parameters=base,
+        base_bytes=sum(frozen.values()),
+        new_parameters=own,
+        new_bytes=4 * own,
+        optimizer_bytes=8 * own,
+        local_step_bytes=local,
+        logits_step_bytes=logits,
+        logits_checkpointed_bytes=_step_peak(model, "logits", batch, tokens),
+        materialized_bytes=formed,
+    )
+
+
+def _shapes_of(hf_config: Any, options: Any, dtype: torch.dtype) -> Any:
+    """The converted model on the meta device."""
+    if options is None or isinstance(options, Mapping):
+        adapter = NPTConfig(**(options or {}))
+    else:
+        adapter = NPTConfig(**{name: getattr(options, name) for name in ADAPTER_KEYS})
+    try:
+        with torch.device("meta"):
+            base: Any = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=FUSED)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise NPTError(f"{type(hf_config).__name__} is no causal language model ({reason}); name another") from error
+    with _without_contract_warning():
+        return get_peft_model(base, adapter)
+
+
+@contextmanager
+def _without_contract_warning() -> Iterator[None]:
+    """On the meta device there is nothing the conversion contract could check, and nobody to warn."""
+    contract = logging.getLogger("npt.contract")
+    before, contract.disabled = contract.disabled, True
+    try:
+        yield
+    finally:
+        contract.disabled = before
+
+
+def _enable_checkpointing(base: Any) -> None:
+    """The old name draws a warning in transformers 5.23, and the new one does not exist before it."""
+    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+
+
+def _step_peak(model: Any, objective: str, batch: int, tokens: int) -> int:
+    """Peak bytes of one micro-batch's forward and backward, with the real objective, on the meta device."""
+    shape, scales = (batch, tokens), {layer.index: 1.0 for layer in active_layers(model)}
+    inputs = {name: torch.zeros(shape, dtype=torch.long, device="meta") for name in ("input_ids", "labels")}
+    # A mask of four dimensions is taken as it is; transformers would read the values of any other.
+    inputs["attention_mask"] = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device="meta")
+    model.train()
+    with _EveryTokenCounts(), AllocationCounter() as counter:
+        total = Objective(objective, scales=scales)(model, inputs, float(batch * tokens)).total
+        if total.requires_grad:
+            total.backward()
+    model.zero_grad(set_to_none=True)
+    return counter.peak
+
+
+class _EveryTokenCounts(TorchDispatchMode):
+    """Selecting by a boolean mask depends on values; on the meta device the mask is taken to be all true."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index.Tensor and args[0].is_meta and args[1][0].dtype == torch.bool:
+            mask = args[1][0]
+            return args[0].new_empty(mask.numel(), *args[0].shape[mask.dim() :])
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: Any = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Causal attention as the CPU fuses it: scaled_dot_product_attention on the meta device would take the unfused
+    path, and count (tokens, tokens) matrices that no fused kernel keeps."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output = fused(query, key, value, 0.0, True, scale=scaling)[0]
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(FUSED, _fused_attention)
+
+
 def memory_table(config: Any = None) -> list[MemoryRow]:
     """The rows of `npt memory`, for the model of a run configuration, or 7B shapes without one.
 
     Raises:
-        NPTError: the model's configuration can't be loaded.
+        NPTError: the model's configuration can't be loaded, or the model can't be converted.
     """
     hf_config = LlamaConfig(**LLAMA_7B) if config is None else _load_hf_config(config)
-    with init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(hf_config)
-    blocks, family = blocks_of(model), family_of(model)
-    hidden, intermediate = linear_shape(blocks[0].get_submodule(family.up))
-    layers = resolve_layers("upper_half" if config is None else config.model.npt_layers, len(blocks))
-    rank = 16 if config is None else config.model.rank
     batch, tokens = (BATCH, TOKENS) if config is None else (config.training.batch_size, config.data.max_length)
-    count = len(family.projections)
-    spec = ComponentSpec(hidden, intermediate, tuple(family.projections), rank)
-    parameters = sum(p.numel() for p in NPComponent(spec, torch.ones(hidden, device="meta")).parameters())
-    one = materialized_delta_bytes(hidden, intermediate, count, batch=batch, tokens=tokens)
-    shape = f"batch {batch} x {tokens} tokens, d {hidden}, f {intermediate}"
-    values = measure_component(hidden, intermediate, rank, batch * tokens)
+    dtype = torch.bfloat16 if config is None else _dtype(config.model.dtype, hf_config)
+    found = estimate(hf_config, None if config is None else config.model, batch, tokens, dtype)
+    spec, count = found.spec, len(found.layers)
+    shape = f"batch {batch} x {tokens} tokens, d {spec.hidden_size}, f {spec.intermediate_size}"
+    step = f"step of batch {batch} x {tokens}"
+    depth = hf_config.num_hidden_layers
     small, _ = measure_materialized(512, 1376)
     small_ours = measure_component(512, 1376, tokens=64)
     return [
-        MemoryRow(f"base weights, {len(blocks)} blocks, bfloat16", 2 * sum(p.numel() for p in model.parameters()), "computed"),
-        MemoryRow(f"formed dW, one block ({shape})", one, "computed"),
-        MemoryRow(f"formed dW, {len(layers)} converted blocks", one * len(layers), "computed"),
-        MemoryRow(f"npt values, one block ({shape}, rank {rank})", values, "measured"),
-        MemoryRow(f"npt parameters, {len(layers)} blocks, float32", 4 * parameters * len(layers), "computed"),
+        MemoryRow(f"base weights, {depth} blocks, {str(dtype).removeprefix('torch.')}", found.base_bytes, "computed"),
+        MemoryRow(f"formed dW, one block ({shape})", found.materialized_bytes // count, "computed"),
+        MemoryRow(f"formed dW, {count} converted blocks", found.materialized_bytes, "computed"),
+        *_value_rows(spec, shape, batch * tokens),
+        MemoryRow(f"npt parameters, {count} blocks, float32", found.new_bytes, "computed"),
+        MemoryRow("AdamW's two moments, float32", found.optimizer_bytes, "computed"),
+        MemoryRow(f"{step}, objective local", found.local_step_bytes, "computed"),
+        MemoryRow(f"{step}, objective logits", found.logits_step_bytes, "computed"),
+        MemoryRow("the same with gradient checkpointing", found.logits_checkpointed_bytes, "computed"),
         MemoryRow("formed dW of down, d 512, f 1376, 64 tokens", small, "measured"),
         MemoryRow("npt values, d 512, f 1376, 64 tokens", small_ours, "measured"),
-    ]  # fmt: skip
+    ]
+
+
+def _value_rows(spec: ComponentSpec, shape: str, tokens: int) -> list[MemoryRow]:
+    what = f"npt values, one block ({shape}, rank {spec.rank})"
+    if tokens <= MEASURED_TOKENS:
+        return [MemoryRow(what, values_peak(spec, tokens), "measured")]
+    part = f"npt values, one block, the first {MEASURED_TOKENS:,} of these tokens"
+    return [
+        MemoryRow(what, component_bytes(spec, tokens)[1], "computed"),
+        MemoryRow(part, values_peak(spec, MEASURED_TOKENS), "measured"),
+    ]
+
+
+def _dtype(name: str, hf_config: Any) -> torch.dtype:
+    """`auto` is what the checkpoint says, float32 where it says nothing."""
+    if name == "auto":
+        name = str(getattr(hf_config, "dtype", None) or "float32").removeprefix("torch.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _load_hf_config(config: Any) -> Any:
     name = config.model.base_model_name
+    if name in KNOWN_SHAPES and not Path(name).is_dir():
+        return LlamaConfig(**KNOWN_SHAPES[name])
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
+        return AutoConfig.from_pretrained(
+            name, cache_dir=config.paths.cache_dir, trust_remote_code=config.model.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise NPTError(
             f"model.base_model_name={name!r}: its configuration can't be loaded ({' '.join(str(error).split())[:120]}); "
-            "check the name or the network, give a local folder, or leave out --config for 7B shapes"
+            f"check the name or the network, give a local folder, {' or '.join(KNOWN_SHAPES)}, or leave out --config"
         ) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice, zip_longest
 from typing import Any
 
 from rich.console import Console
@@ -13,65 +14,89 @@ NOT_MEASURED = "not measured"
 
 
 def render_report(report: dict[str, Any], console: Console, prompts: int = 2) -> None:
-    """A short table of an evaluation report, the verdict on each expected outcome, and text of both models."""
-    model, evaluations = report["model_config"], report["evaluations"]
-    share = 100 * model["trainable_parameters"] / max(1, model.get("base_parameters", 0))
-    console.print(
-        f"\nBlocks [bold]{model['npt_layers']}[/bold] of {escape(str(model['base_model']))} are neuro-plastic: "
-        f"{model['trainable_parameters']:,} new parameters ({share:.3g} %), rank {model['rank']}"
-    )
-    console.print(_corpora_table(report))
-    console.print(_delta_line(evaluations.get("weight_delta_stats")))
-    for name, outcome in report["expected_outcomes"].items():
-        mark = "[green]met[/green]" if outcome["met"] else "[red]not met[/red]"
-        value = outcome["value"]
-        console.print(f"  {name:<22} {_number(value):>9}  target {escape(str(outcome['target']))}: {mark}")
-    samples = evaluations.get("generation_samples", {})
-    columns = (samples.get(key, []) for key in ("prompts", "npt_generations", "original_generations"))
-    for _prompt, npt, original in list(zip(*columns, strict=False))[:prompts]:
+    """A short table of an evaluation report, the verdict on each expected outcome, and text of both models.
+
+    A field the report lacks is shown as "not measured".
+    """
+    evaluations = report.get("evaluations") or {}
+    console.print(_headline(report.get("model_config") or {}))
+    console.print(_corpora_table(report.get("protocol") or {}, evaluations))
+    console.print(_delta_line(evaluations.get("weight_delta_stats") or {}))
+    for name, outcome in (report.get("expected_outcomes") or {}).items():
+        console.print(_verdict(name, outcome))
+    samples = evaluations.get("generation_samples") or {}
+    columns = (samples.get(key) or [] for key in ("npt_generations", "original_generations"))
+    for npt, original in islice(zip_longest(*columns, fillvalue=NOT_MEASURED), prompts):
         same = "the same text" if npt == original else "different text"
-        console.print(f"\n[bold]NPT[/bold]       {escape(npt)}\n[bold]original[/bold]  {escape(original)}\n({same})")
+        console.print(f"\n[bold]NPT[/bold]       {_text(npt)}\n[bold]original[/bold]  {_text(original)}\n({same})")
 
 
-def _corpora_table(report: dict[str, Any]) -> Table:
+def _headline(model: Mapping[str, Any]) -> str:
+    own, base = model.get("trainable_parameters"), model.get("base_parameters")
+    share = f"{100 * own / base:.3g} %" if own is not None and base else f"share {NOT_MEASURED}"
+    count = NOT_MEASURED if own is None else f"{own:,}"
+    return (
+        f"\nBlocks [bold]{_text(model.get('npt_layers'))}[/bold] of {_text(model.get('base_model'))} are neuro-plastic: "
+        f"{count} new parameters ({share}), rank {_text(model.get('rank'))}"
+    )
+
+
+def _corpora_table(protocol: Mapping[str, Any], evaluations: Mapping[str, Any]) -> Table:
     """Figures down, corpora across: it fits a narrow terminal."""
-    protocol, corpora = report["protocol"], report["evaluations"]["corpora"]
+    corpora = evaluations.get("corpora") or {"": {**evaluations, "tokens": protocol.get("tokens")}}
+    context, stride, dtype, seed = (_text(protocol.get(k)) for k in ("context_length", "stride", "dtype", "seed"))
     table = Table(
-        caption=f"context {protocol['context_length']}, stride {protocol['stride']}, {protocol['dtype']}, "
-        f"seed {protocol['seed']}; ± one standard error over blocks",
+        caption=f"context {context}, stride {stride}, {dtype}, seed {seed}; ± one standard error over blocks",
         caption_justify="left",
     )
     table.add_column("")
     for name in corpora:
         table.add_column(escape(name), justify="right")
-    rows = (
-        ("scored tokens", lambda r: f"{r['tokens']:,}"),
-        ("perplexity, original", lambda r: f"{r['perplexity']['original_perplexity']:.4f}"),
-        ("perplexity, NPT", lambda r: f"{r['perplexity']['npt_perplexity']:.4f}"),
-        ("perplexity ratio", lambda r: _with_error(r["perplexity"], "perplexity_ratio")),
-        ("mean KL", lambda r: _with_error(r["divergence"], "mean_kl")),
-        ("median KL", lambda r: f"{r['divergence']['median_kl']:.5f}"),
-        ("KL, 99 %", lambda r: f"{r['divergence']['kl_p99']:.4f}"),
-        ("same top token", lambda r: f"{100 * r['divergence']['top1_agreement']:.2f} %"),
+    rows: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
+        ("perplexity, original", "perplexity", "original_perplexity", "{:.4f}".format),
+        ("perplexity, NPT", "perplexity", "npt_perplexity", "{:.4f}".format),
+        ("perplexity ratio", "perplexity", "perplexity_ratio", "{:.5f}".format),
+        ("mean KL", "divergence", "mean_kl", "{:.5f}".format),
+        ("median KL", "divergence", "median_kl", "{:.5f}".format),
+        ("KL, 99 %", "divergence", "kl_p99", "{:.4f}".format),
+        ("same top token", "divergence", "top1_agreement", "{:.2%}".format),
     )
-    for label, value in rows:
-        table.add_row(label, *(value(result) for result in corpora.values()))
+    table.add_row("scored tokens", *(_figure(result, "tokens", "{:,}".format) for result in corpora.values()))
+    for label, group, key, show in rows:
+        table.add_row(label, *(_figure(result.get(group) or {}, key, show) for result in corpora.values()))
     return table
 
 
-def _with_error(figures: dict[str, float], name: str) -> str:
-    error = figures.get(f"{name}_standard_error")
-    return f"{figures[name]:.5f}" + ("" if error is None else f" ± {error:.5f}")
+def _figure(figures: Mapping[str, Any], key: str, show: Callable[[Any], str]) -> str:
+    """One figure with its standard error, where there is one."""
+    value, error = figures.get(key), figures.get(f"{key}_standard_error")
+    if value is None:
+        return NOT_MEASURED
+    return show(value).replace("%", " %") + ("" if error is None else f" ± {error:.5f}")
 
 
-def _delta_line(stats: dict[str, Any] | None) -> str:
+def _delta_line(stats: Mapping[str, Any]) -> str:
     if not stats:
         return f"weight delta: {NOT_MEASURED}"
+    relative = stats.get("relative_frobenius")
+    share = NOT_MEASURED if relative is None else f"{100 * relative:.2f} %"
     return (
-        f"weight delta: mean norm {_number(stats['mean_frobenius'])} (exact reference "
-        f"{_number(stats['exact_frobenius'])}), {100 * stats['relative_frobenius']:.2f} % of the weight's, "
-        f"root-mean-square entry {_number(stats['rms_entry'])}"
+        f"weight delta: mean norm {_number(stats.get('mean_frobenius'))} (exact reference "
+        f"{_number(stats.get('exact_frobenius'))}), {share} of the weight's, "
+        f"root-mean-square entry {_number(stats.get('rms_entry'))}"
     )
+
+
+def _verdict(name: str, outcome: Mapping[str, Any]) -> str:
+    met = outcome.get("met")
+    mark = NOT_MEASURED if met is None else "[green]met[/green]" if met else "[red]not met[/red]"
+    value, target = escape(_number(outcome.get("value"))), _text(outcome.get("target"))
+    return f"  {escape(name):<22} {value:>9}  target {target}: {mark}"
+
+
+def _text(value: Any) -> str:
+    """Text of a model or a file name is never markup."""
+    return NOT_MEASURED if value is None else escape(str(value))
 
 
 def _number(value: Any) -> str:
