@@ -136,6 +136,26 @@ def test_local_gradient_equals_autograd_through_the_sum() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(one.abs().max()))
 
 
+@KINDS
+def test_checkpointing_gives_the_same_gradients_and_keeps_nothing(kind: str) -> None:
+    """transformers recomputes a block's forward without the block's own hooks: what a tap kept must go all the same."""
+    found = []
+    for checkpointed in (False, True):
+        model, inputs = converted(kind), batch()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        loss, runs = Objective("logits")(model, inputs, items(inputs)).total, []
+        active_layers(model)[0].module("down").register_forward_pre_hook(lambda m, x, r=runs: r.append(1))
+        loss.backward()
+        assert len(runs) == checkpointed, "the block was recomputed, or was not, against what was asked"
+        kept = [(layer._attention, layer._values, layer._residual) for layer in active_layers(model)]
+        assert kept == [(None, None, None)] * len(kept)
+        found.append(gradients(model))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(NPTError, match="training.objective='magic': use one of local, logits, composite"):
         Objective("magic")

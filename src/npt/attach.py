@@ -220,12 +220,14 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     def _add_down(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self.override == ZERO:
             return torch.zeros_like(output)
-        component, values = self.active(), self._values
-        if component is None or values is None or self._attention is None:
+        component, values, attention = self.active(), self._values, self._attention
+        if component is None or values is None or attention is None:
             return None
+        # Let go here, the last use: a recomputed forward under gradient checkpointing never reaches the block's hook.
+        self._attention = self._values = self._residual = None
         if self.observer is not None:
-            self.observer(self, component.weight_deltas(self._attention, args[0], "down", {}))
-        value = component(self._attention, args[0], "down", modulation=values.modulation)
+            self.observer(self, component.weight_deltas(attention, args[0], "down", {}))
+        value = component(attention, args[0], "down", modulation=values.modulation)
         return None if value is None else output + value
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
