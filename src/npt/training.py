@@ -59,7 +59,7 @@ class EquivalenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._sums = [0.0, 0.0]
-        self._steps_at_log = 0
+        self._sums_from: int | None = None  # the step before the first one in the sums
         self._last_inputs: dict[str, Tensor] = {}
         self._last_objective = ""
 
@@ -95,6 +95,8 @@ class EquivalenceTrainer(Trainer):
         items = (inputs["labels"][:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
         losses = self.objective(unwrapped, inputs, items)
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        if self._sums_from is None:
+            self._sums_from = self.state.global_step
         self._sums[0] += float(losses.equivalence) * scale
         self._sums[1] += float(losses.regularization) * scale
         self._last_inputs, self._last_objective = inputs, self.objective.name
@@ -104,12 +106,12 @@ class EquivalenceTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what equivalence training is judged by to every logged training step."""
         if "loss" in logs:
-            steps = max(1, self.state.global_step - self._steps_at_log)
+            steps = max(1, self.state.global_step - (self._sums_from or 0))
             logs["equivalence_loss"] = self._sums[0] / steps
             logs["mean_delta_norm"], logs["regularization_loss"] = self._delta_figures(self._sums[1] / steps)
             logs["world_size"] = self.accelerator.num_processes
             logs["objective"] = self._last_objective  # type: ignore[assignment]
-            self._sums, self._steps_at_log = [0.0, 0.0], self.state.global_step
+            self._sums, self._sums_from = [0.0, 0.0], None
         super().log(logs, *args, **kwargs)
 
     def _delta_figures(self, regularization: float) -> tuple[float, float]:
