@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from npt.errors import NPTError
 from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 from npt.evaluation.layers import mean_delta_norms
-from npt.objectives import Objective, check_logit_head, factor_norm, update_scales
+from npt.objectives import Objective, check_logit_head, update_scales
 from npt.tuner import active_layers, device_of
 
 logger = logging.getLogger(__name__)
@@ -117,19 +118,19 @@ class EquivalenceTrainer(Trainer):
     def _delta_figures(self, regularization: float) -> tuple[float, float]:
         """(mean |dW|_F over real tokens, blocks and projections of the last batch; the regularisation loss).
 
-        A regulariser of weight zero is not part of the graph, so its value is taken here.
+        The objective leaves out a `delta` regulariser of weight zero, so its value is taken here.
         """
         model = self.accelerator.unwrap_model(self.model)
         rows = {name: value[:4] for name, value in self._last_inputs.items() if name != "labels"}
         norms = mean_delta_norms(model, [rows])
-        per_layer = [[p["frobenius"] for p in projections.values()] for projections in norms.values()]
-        mean = sum(sum(values) / len(values) for values in per_layer) / len(per_layer)
+
+        def mean(key: str) -> float:
+            per_layer = [fmean(figures[key] for figures in projections.values()) for projections in norms.values()]
+            return fmean(per_layer)
+
         if self.objective.regularizer == "delta" and not self.objective.regularization_weight:
-            squares = [sum(v * v for v in values) / len(values) for values in per_layer]
-            regularization = sum(squares) / len(squares)
-        elif self.objective.regularizer == "factors":
-            regularization = float(factor_norm(active_layers(model)).detach())
-        return mean, regularization
+            regularization = mean("square")
+        return mean("frobenius"), regularization
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

@@ -63,7 +63,7 @@ def layer_equivalence(model: Any, batches: Batches) -> dict[str, dict[str, float
 def mean_delta_norms(
     model: Any, batches: Batches, override: str | None = None
 ) -> dict[int, dict[str, dict[str, float]]]:
-    """{block: {projection: {"frobenius", "tokens", "skipped"}}}: mean |dW|_F over real tokens of the model's own stream.
+    """{block: {projection: {"frobenius", "square", "tokens", "skipped"}}}: mean |dW|_F and |dW|_F^2 over real tokens of the model's own stream.
 
     `override="exact"` measures the exact value's dW instead. `skipped` counts tokens without an input key.
     """
@@ -73,10 +73,12 @@ def mean_delta_norms(
 
     def see(layer: NPTLayer, deltas: dict[str, WeightDelta]) -> None:
         for name, delta in deltas.items():
-            total = sums[layer.index].setdefault(name, [0.0, 0.0, 0.0])
-            total[0] += float(delta.frobenius_norm()[mask[0]].double().sum())
-            total[1] += float(mask[0].sum())
-            total[2] += float(delta.skipped[mask[0]].sum())
+            total = sums[layer.index].setdefault(name, [0.0, 0.0, 0.0, 0.0])
+            square = delta.frobenius_norm_square()[mask[0]].double()
+            total[0] += float(square.sqrt().sum())
+            total[1] += float(square.sum())
+            total[2] += float(mask[0].sum())
+            total[3] += float(delta.skipped[mask[0]].sum())
 
     with layer_mode(layers, observer=see, override=override):
         for batch in batches:
@@ -84,8 +86,13 @@ def mean_delta_norms(
             _run(model, batch)
     return {
         index: {
-            name: {"frobenius": total / max(count, 1), "tokens": count, "skipped": skipped}
-            for name, (total, count, skipped) in projections.items()
+            name: {
+                "frobenius": total / max(count, 1),
+                "square": square / max(count, 1),
+                "tokens": count,
+                "skipped": skipped,
+            }
+            for name, (total, square, count, skipped) in projections.items()
         }
         for index, projections in sums.items()
     }
