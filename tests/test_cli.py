@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from npt.cli import main
+from npt.config import load_config
+from npt.corpora import trained_on
 from tests.conftest import REPOSITORY
 
 SMALL = {
@@ -97,6 +100,14 @@ def test_evaluate_on_other_text(run: Path, local_model: Path, tmp_path: Path) ->
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["protocol"]["corpora"] == ["text", "third"]
     assert report["protocol"]["tokens"] == 8 * 31  # all of it: the adapter was not trained on this text
+
+
+def test_a_checkpoint_folder_may_have_a_dot_in_its_name(run: Path, tmp_path: Path) -> None:
+    """Its record of the training text is found: other text is not taken for text it was trained on."""
+    folder = shutil.copytree(run / "checkpoints" / "best_model", tmp_path / "adapter.v2")
+    other = load_config(None, ["data.dataset_name=text", "data.data_files=other.txt"])
+    assert not trained_on(other, folder)
+    assert trained_on(load_config(folder / "npt_run.yaml"), folder)
 
 
 def test_training_on_text_holds_the_tail_out(local_model: Path, tmp_path: Path) -> None:

@@ -60,7 +60,6 @@ def load_adapter(base: Any, path: str | Path) -> PeftModel:
             f"checkpoint {folder}: {WEIGHTS} is damaged ({error}); restore it from a backup"
         ) from error
     config = NPTConfig.from_pretrained(str(folder))
-    expected_layers = {key.split(".npt_adapter.")[0].rsplit(".", 1)[1] for key in shapes}
     try:
         model = PeftModel.from_pretrained(base, str(folder), config=config)
     except RuntimeError as error:
@@ -69,7 +68,7 @@ def load_adapter(base: Any, path: str | Path) -> PeftModel:
     if wanted != shapes:
         odd = sorted(set(wanted.items()) ^ set(shapes.items()))[0]
         raise CheckpointError(
-            f"checkpoint {folder}: its weights (blocks {', '.join(sorted(expected_layers))}) do not fit its config or this "
+            f"checkpoint {folder}: its weights (blocks {config.npt_layers}) do not fit its config or this "
             f"base, first at {odd[0]} {list(odd[1])}; use the base it was made from"
         )
     return model.eval()

@@ -71,13 +71,11 @@ def evaluate(
     set_: Set = None,
 ) -> None:
     """Compares a checkpoint with the model it was made from."""
-    from npt.checkpoints import resolve_checkpoint
     from npt.pipeline import run_evaluation
     from npt.report.terminal import render_report
 
     run = _load(config, set_)
-    folder = resolve_checkpoint(checkpoint)
-    report = run_evaluation(run, folder, output, more_text=text or ())
+    report = run_evaluation(run, checkpoint, output, more_text=text or ())
     render_report(report, console)
     _say(f"report: {output}")
 
@@ -91,12 +89,10 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
 ) -> None:
     """Continues prompts with the NPT model and with the original, side by side."""
-    from npt.checkpoints import resolve_checkpoint
     from npt.evaluation.generation import side_by_side
     from npt.pipeline import load_npt
 
-    folder = resolve_checkpoint(checkpoint)
-    model, tokenizer = load_npt(_load(config, set_), folder)
+    model, tokenizer = load_npt(_load(config, set_), checkpoint)
     for sample in side_by_side(model, tokenizer, prompts, max_new_tokens):
         for name in ("npt", "original"):
             console.print(f"[bold]{name:>8}[/bold]  {escape(sample[name])}")

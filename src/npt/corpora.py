@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import torch
 
+from npt.checkpoints import resolve_checkpoint
 from npt.config import RunConfig, load_config
 from npt.data import load_documents, pack, sample_blocks, split_blocks
 from npt.data.batches import batches_of
@@ -83,14 +84,14 @@ def evaluation_blocks(config: RunConfig, checkpoint: str | Path, model: Any, tok
             seed=config.training.seed, label="eval", cache_dir=data_cache(config), progress=True,
         )  # fmt: skip
     blocks = _text_blocks(config, tokenizer)
-    if trained_on(config, Path(checkpoint)):
+    if trained_on(config, checkpoint):
         return split_blocks(blocks, data.num_train_samples, data.num_eval_samples)[1]
     return blocks if data.num_eval_samples is None else blocks.select(range(min(data.num_eval_samples, len(blocks))))
 
 
-def trained_on(config: RunConfig, checkpoint: Path) -> bool:
+def trained_on(config: RunConfig, checkpoint: str | Path) -> bool:
     """Whether the adapter's own record says that it was trained on this configuration's text."""
-    record = checkpoint.with_suffix("") / RUN_CONFIG
+    record = resolve_checkpoint(checkpoint) / RUN_CONFIG
     if not record.is_file():
         return True  # unknown: take the careful split
     theirs = load_config(record).data

@@ -16,7 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from npt.calibration import calibrate
-from npt.checkpoints import load_adapter, set_aside
+from npt.checkpoints import load_adapter, resolve_checkpoint, set_aside
 from npt.config import RunConfig, save_config
 from npt.corpora import RUN_CONFIG, calibration_batches, check_text_files, corpus_blocks, evaluation_blocks
 from npt.data import load_documents, pack
@@ -42,21 +42,6 @@ VALIDATION_BLOCKS = 32
 PATIENCE = 4
 
 
-def npt_config(config: RunConfig) -> NPTConfig:
-    """The adapter's configuration: the `model` section without what belongs to the base."""
-    m = config.model
-    return NPTConfig(
-        npt_layers=m.npt_layers,
-        rank=m.rank,
-        modulation_scale=m.modulation_scale,
-        key=m.key,
-        carry=m.carry,
-        gain=m.gain,
-        low_rank_at=m.low_rank_at,
-        target_projections=list(m.target_projections),
-    )
-
-
 def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     """Phase 1 from a configuration; returns the evaluation report it also writes.
 
@@ -73,7 +58,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     check_text_files(config)
     check_trackers(config)
     set_seed(config.training.seed)
-    adapter = npt_config(config)
+    adapter = NPTConfig.from_options(config.model)
     prepare_wandb(config)
     base, tokenizer = load_base(config)
     model = get_peft_model(base, adapter)
@@ -227,8 +212,9 @@ def prepare_wandb(config: RunConfig) -> None:
 
 def load_npt(config: RunConfig, checkpoint: str | Path) -> tuple[PeftModel, Any]:
     """(NPT model, tokenizer): the base of the configuration with the adapter at `checkpoint` (see `load_adapter`)."""
+    folder = resolve_checkpoint(checkpoint)  # a missing one is named before the base is loaded
     base, tokenizer = load_base(config)
-    model = load_adapter(base, checkpoint)
+    model = load_adapter(base, folder)
     if config.optimization.use_cpu_offload:
         offload_frozen(model, default_device())
     return model, tokenizer
