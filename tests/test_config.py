@@ -8,7 +8,7 @@ import pytest
 
 from npt.config import RunConfig, known_keys, load_config, save_config
 from npt.errors import ConfigError
-from npt.tuner import NPTConfig
+from npt.tuner import OPTIONS, NPTConfig
 from tests.conftest import REPOSITORY
 
 ORIGINAL_KEYS = """
@@ -40,7 +40,17 @@ def test_shipped_files_load_and_keep_the_fixed_values(name: str) -> None:
 
 def test_defaults_are_those_of_the_adapter_and_of_config_yaml() -> None:
     model, adapter = RunConfig().model, NPTConfig()
-    for name in ("npt_layers", "rank", "modulation_scale", "key", "carry", "gain", "low_rank_at", "target_projections"):
+    assert OPTIONS == (
+        "npt_layers",
+        "rank",
+        "modulation_scale",
+        "key",
+        "carry",
+        "gain",
+        "low_rank_at",
+        "target_projections",
+    )
+    for name in OPTIONS:
         assert getattr(model, name) == getattr(adapter, name), name
     assert load_config(REPOSITORY / "config.yaml") == RunConfig()
 

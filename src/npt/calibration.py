@@ -22,7 +22,7 @@ from torch import Tensor
 from npt.attach import BlockRecord, NPTLayer, layer_mode, linear_product
 from npt.component import NPComponent
 from npt.errors import NPTError
-from npt.tuner import active_layers, device_of
+from npt.tuner import active_layers, device_of, eval_mode, run_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -66,26 +66,18 @@ def calibrate(
     def see(layer: NPTLayer, record: BlockRecord) -> None:
         fits[layer.index].see(record, mask[0])
 
-    device, was_training, seen = device_of(model), model.training, 0
-    model.eval()
-    with layer_mode(active_layers(model), override="bypass"), layer_mode(layers, on_block=see):
+    device, seen = device_of(model), 0
+    with eval_mode(model), layer_mode(active_layers(model), override="bypass"), layer_mode(layers, on_block=see):
         for batch in track(batches, "calibrating", transient=True, disable=not progress):
             ids = torch.as_tensor(batch["input_ids"]).to(device)
             attention_mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).to(device)
             mask[:] = [attention_mask.bool()]
             seen += int(attention_mask.sum())
-            backbone(model)(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-    model.train(was_training)
+            run_backbone(model, {"input_ids": ids, "attention_mask": attention_mask})
     if not seen:
         raise NPTError("calibration got no text: pass at least one batch with real tokens")
     logger.info("calibrating on %d tokens", seen)
     return {f"layer_{index}": fit.finish() for index, fit in fits.items()}
-
-
-def backbone(model: Any) -> Any:
-    """The decoder without its language-model head (whose logits nobody reads here)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(base, base.base_model_prefix, base)
 
 
 class _BlockFit:

@@ -38,9 +38,6 @@ BATCH, TOKENS = 4, 512
 MEASURED_TOKENS = BATCH * TOKENS
 #: The name under which transformers finds `_fused_attention`.
 FUSED = "npt_fused_shapes"
-ADAPTER_KEYS = (
-    "npt_layers", "rank", "modulation_scale", "key", "carry", "gain", "low_rank_at", "target_projections",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -233,7 +230,7 @@ def _shapes_of(hf_config: Any, options: Any, dtype: torch.dtype) -> Any:
     if options is None or isinstance(options, Mapping):
         adapter = NPTConfig(**(options or {}))
     else:
-        adapter = NPTConfig(**{name: getattr(options, name) for name in ADAPTER_KEYS})
+        adapter = NPTConfig.from_options(options)
     try:
         with torch.device("meta"):
             base: Any = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=FUSED)

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from npt.attach import BlockRecord, NPTLayer, layer_mode
-from npt.calibration import backbone
 from npt.component import WeightDelta
+from npt.data.batches import scored_positions
 from npt.errors import NPTError
-from npt.tuner import active_layers
+from npt.tuner import active_layers, run_backbone
 
 OBJECTIVES = ("local", "logits", "composite")
 REGULARIZERS = ("factors", "delta")
@@ -66,8 +66,7 @@ class Objective:
 
     def __call__(self, model: Any, inputs: dict[str, Tensor], items: Tensor | float) -> Losses:
         """The losses of one micro-batch {"input_ids", "attention_mask", "labels"}, each (batch, tokens)."""
-        counted = torch.zeros_like(inputs["labels"], dtype=torch.bool)
-        counted[:, :-1] = inputs["labels"][:, 1:] != -100
+        counted = torch.nn.functional.pad(scored_positions(inputs["labels"]), (0, 1))
         share = counted.sum() / items
         if self.name == "logits":
             losses = self._logits(model, inputs, counted, items)
@@ -103,7 +102,7 @@ class Objective:
             sums[1] += delta.detach()
 
         with torch.no_grad(), layer_mode(layers, override="bypass", on_block=see):
-            backbone(model)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            run_backbone(model, inputs)
         total = self.equivalence_weight * sums[0] + self.regularization_weight * sums[1]
         if parameters and torch.is_grad_enabled():
             total = _WithGradients.apply(total, gradients, *parameters)
@@ -121,12 +120,11 @@ class Objective:
 
     def _logits(self, model: Any, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float) -> Losses:
         layers, head = active_layers(model), logit_head(model)
-        call = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
         with torch.no_grad(), layer_mode(layers, override="bypass"):
-            teacher = backbone(model)(**call).last_hidden_state[counted]
+            teacher = run_backbone(model, inputs)[counted]
         norms = _DeltaSquares(counted)
         with layer_mode(layers, observer=norms.see if self._needs_deltas else None):
-            student = backbone(model)(**call).last_hidden_state[counted]
+            student = run_backbone(model, inputs)[counted]
         kl = student.new_zeros((), dtype=torch.float32)
         for chunk in torch.arange(len(student), device=student.device).split(POSITION_CHUNK):
             kl = kl + checkpoint(_chunk_kl, head, teacher[chunk], student[chunk], use_reentrant=False)
@@ -198,7 +196,7 @@ def check_logit_head(model: Any, input_ids: Tensor) -> None:
     Raises:
         NPTError: it does not, so the `logits` objective would train towards something else.
     """
-    hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden = run_backbone(model, {"input_ids": input_ids})
     logits = model(input_ids=input_ids, use_cache=False).logits
     error = (logit_head(model)(hidden).float() - logits.float()).abs().max() / logits.float().abs().max()
     if not error < 1e-2:
@@ -218,7 +216,7 @@ def update_scales(model: Any, inputs: dict[str, Tensor]) -> dict[int, float]:
         scales[layer.index] = max(float(update.float().square().mean()), 1e-12)
 
     with layer_mode(layers, override="bypass", on_block=see):
-        backbone(model)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        run_backbone(model, inputs)
     return scales
 
 

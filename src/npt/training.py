@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from npt.data.batches import batches_of, complete_batch
+from npt.data.batches import batches_of, complete_batch, scored_positions
 from npt.errors import NPTError
 from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
@@ -93,7 +93,7 @@ class EquivalenceTrainer(Trainer):
     ) -> Any:
         """The objective's total for one micro-batch, its share of the optimiser step."""
         unwrapped, inputs = self.accelerator.unwrap_model(model), complete_batch(inputs)
-        items = (inputs["labels"][:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        items = scored_positions(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch
         losses = self.objective(unwrapped, inputs, items)
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         if self._sums_from is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,10 @@ logger = logging.getLogger(__name__)
 PEFT_TYPE = "NPT"
 #: The attribute of a decoder block that holds its NPTLayer; begins with the PEFT prefix.
 LAYER_NAME = "npt_adapter"
+
+
+#: The fields a person chooses; the `model` section of a run configuration has them under the same names.
+OPTIONS = ("npt_layers", "rank", "modulation_scale", "key", "carry", "gain", "low_rank_at", "target_projections")
 
 
 @dataclass
@@ -89,15 +95,14 @@ class NPTConfig(PeftConfig):
 
     def component_options(self) -> dict[str, Any]:
         """The fields of `ComponentSpec` this config fixes."""
-        return {
-            "projections": tuple(self.target_projections),
-            "rank": self.rank,
-            "modulation_scale": self.modulation_scale,
-            "key": self.key,
-            "carry": self.carry,
-            "gain": self.gain,
-            "low_rank_at": self.low_rank_at,
-        }
+        options = {name: getattr(self, name) for name in OPTIONS}
+        del options["npt_layers"]
+        return {"projections": tuple(options.pop("target_projections")), **options}
+
+    @classmethod
+    def from_options(cls, source: Any) -> NPTConfig:
+        """A new adapter's configuration from anything with the fields `OPTIONS`."""
+        return cls(**copy.deepcopy({name: getattr(source, name) for name in OPTIONS}))
 
 
 class NPTModel(BaseTuner):
@@ -288,6 +293,26 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     active = sum(p.numel() for layer in npt_layers(model) if layer.component for p in layer.component.parameters())
     base = sum(p.numel() for p in model.parameters() if id(p) not in own)
     return active, base
+
+
+def run_backbone(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Last hidden states (batch, tokens, d) of {"input_ids", "attention_mask"}, without the language-model head."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = getattr(base, base.base_model_prefix, base)
+    output = decoder(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
+    hidden: torch.Tensor = output.last_hidden_state
+    return hidden
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of a block; the mode it was in comes back, also after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def device_of(model: nn.Module) -> torch.device:

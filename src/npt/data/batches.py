@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npt.data.packing import IGNORED
+
 
 def batches_of(blocks: Any, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
     """Batches of a dataset of equally long blocks as tensors on a device, completed as `complete_batch` does."""
@@ -22,5 +24,10 @@ def complete_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Adds what may be left out: an attention_mask of ones, and labels that leave padding out."""
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids))
-    labels = batch.get("labels", torch.where(mask.bool(), ids, -100))
+    labels = batch.get("labels", torch.where(mask.bool(), ids, IGNORED))
     return {**batch, "attention_mask": mask, "labels": labels}
+
+
+def scored_positions(labels: Tensor) -> Tensor:
+    """(batch, tokens - 1) bool: positions whose next token counts (no padding, no join between documents)."""
+    return labels[:, 1:] != IGNORED

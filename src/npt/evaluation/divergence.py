@@ -14,19 +14,14 @@ from rich.progress import track
 from torch import Tensor
 
 from npt.attach import layer_mode
-from npt.data.batches import batches_of
+from npt.data.batches import batches_of, scored_positions
 from npt.errors import DataError
-from npt.tuner import active_layers, device_of
+from npt.tuner import active_layers, device_of, eval_mode
 
 #: Bytes one batch of float32 logits may take; a longer batch is split by sequences.
 LOGIT_BUDGET = 256 * 2**20
 #: Entries of float64 distributions compared at once.
 CHUNK_ENTRIES = 2**22
-
-
-def scored_positions(labels: Tensor) -> Tensor:
-    """(batch, tokens - 1) bool: positions whose next token counts (no padding, no join between documents)."""
-    return labels[:, 1:] != -100
 
 
 @torch.no_grad()
@@ -39,8 +34,6 @@ def token_divergences(
         DataError: not one token counts.
     """
     layers, device = active_layers(model), device_of(model)
-    was_training = model.training
-    model.eval()
     vocabulary = model.get_output_embeddings().weight.shape[0]
     length = len(blocks[0]["input_ids"]) if len(blocks) else 1
     batch_size = max(1, min(batch_size, LOGIT_BUDGET // (4 * vocabulary * length)))
@@ -48,19 +41,19 @@ def token_divergences(
     first = 0
     batches = batches_of(blocks, batch_size, device)
     total = -(-len(blocks) // batch_size)
-    for batch in track(batches, "evaluating", total=total, transient=True, disable=not progress):
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        counted = scored_positions(batch["labels"])
-        with layer_mode(layers, override="bypass"):
-            teacher = model(**inputs).logits[:, :-1][counted]
-        student = model(**inputs).logits[:, :-1][counted]
-        target = batch["input_ids"][:, 1:][counted]
-        row = torch.arange(len(counted), device=device)[:, None].expand_as(counted)[counted] + first
-        first += len(counted)
-        for chunk in torch.arange(len(target), device=device).split(max(1, CHUNK_ENTRIES // vocabulary)):
-            figures = compare(teacher[chunk], student[chunk], target[chunk])
-            parts.append(torch.cat([figures, row[chunk, None].double()], -1).cpu())
-    model.train(was_training)
+    with eval_mode(model):
+        for batch in track(batches, "evaluating", total=total, transient=True, disable=not progress):
+            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+            counted = scored_positions(batch["labels"])
+            with layer_mode(layers, override="bypass"):
+                teacher = model(**inputs).logits[:, :-1][counted]
+            student = model(**inputs).logits[:, :-1][counted]
+            target = batch["input_ids"][:, 1:][counted]
+            row = torch.arange(len(counted), device=device)[:, None].expand_as(counted)[counted] + first
+            first += len(counted)
+            for chunk in torch.arange(len(target), device=device).split(max(1, CHUNK_ENTRIES // vocabulary)):
+                figures = compare(teacher[chunk], student[chunk], target[chunk])
+                parts.append(torch.cat([figures, row[chunk, None].double()], -1).cpu())
     table = torch.cat(parts).numpy() if parts else np.zeros((0, 6))
     if not len(table):
         raise DataError("evaluation text holds no token that counts: every block is padding or a single token")

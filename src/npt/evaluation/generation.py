@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from npt.attach import layer_mode
-from npt.tuner import active_layers, device_of
+from npt.tuner import active_layers, device_of, eval_mode
 
 DEFAULT_PROMPTS = (
     "Once upon a time",
@@ -41,13 +41,11 @@ def side_by_side(
     model: Any, tokenizer: Any, prompts: Sequence[str] = DEFAULT_PROMPTS, max_new_tokens: int = 48
 ) -> list[dict[str, str]]:
     """[{"prompt", "npt", "original"}], both greedy."""
-    was_training = model.training
-    model.eval()
     samples = []
-    for prompt in prompts:
-        npt = continue_text(model, tokenizer, prompt, max_new_tokens)
-        with layer_mode(active_layers(model), override="bypass"):
-            original = continue_text(model, tokenizer, prompt, max_new_tokens)
-        samples.append({"prompt": prompt, "npt": npt, "original": original})
-    model.train(was_training)
+    with eval_mode(model):
+        for prompt in prompts:
+            npt = continue_text(model, tokenizer, prompt, max_new_tokens)
+            with layer_mode(active_layers(model), override="bypass"):
+                original = continue_text(model, tokenizer, prompt, max_new_tokens)
+            samples.append({"prompt": prompt, "npt": npt, "original": original})
     return samples

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 
 from npt.attach import BlockRecord, NPTLayer, execution_device, layer_mode, linear_product, linear_shape
-from npt.calibration import backbone
 from npt.component import WeightDelta
-from npt.tuner import active_layers
+from npt.tuner import active_layers, run_backbone
 
 Batches = Iterable[dict[str, Tensor]]
-
-
-def _run(model: Any, batch: dict[str, Tensor]) -> None:
-    backbone(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
 @torch.no_grad()
@@ -47,7 +42,7 @@ def layer_equivalence(model: Any, batches: Batches) -> dict[str, dict[str, float
     with layer_mode(layers, override="bypass", on_block=see):
         for batch in batches:
             mask[:] = [batch["attention_mask"].bool()]
-            _run(model, batch)
+            run_backbone(model, batch)
     return {
         f"layer_{index}": {
             "mse": f["square"] / f["entries"],
@@ -63,7 +58,9 @@ def layer_equivalence(model: Any, batches: Batches) -> dict[str, dict[str, float
 def mean_delta_norms(
     model: Any, batches: Batches, override: str | None = None
 ) -> dict[int, dict[str, dict[str, float]]]:
-    """{block: {projection: {"frobenius", "square", "tokens", "skipped"}}}: mean |dW|_F and |dW|_F^2 over real tokens of the model's own stream.
+    """{block: {projection: {"frobenius", "square", "tokens", "skipped"}}} over real tokens of the model's own stream.
+
+    frobenius is the mean |dW|_F, square the mean |dW|_F^2.
 
     `override="exact"` measures the exact value's dW instead. `skipped` counts tokens without an input key.
     """
@@ -83,7 +80,7 @@ def mean_delta_norms(
     with layer_mode(layers, observer=see, override=override):
         for batch in batches:
             mask[:] = [batch["attention_mask"].bool()]
-            _run(model, batch)
+            run_backbone(model, batch)
     return {
         index: {
             name: {

@@ -11,11 +11,12 @@ import torch
 
 from npt.data import pack
 from npt.data.batches import batches_of
+from npt.data.packing import IGNORED
 from npt.errors import DataError
 from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 from npt.evaluation.layers import layer_equivalence, weight_delta_stats
-from npt.tuner import active_layers, adapter_config, device_of, parameter_counts
+from npt.tuner import active_layers, adapter_config, device_of, eval_mode, parameter_counts
 
 #: Blocks used for the per-layer figures and the weight deltas, which cost more per token.
 DETAIL_BLOCKS = 32
@@ -70,14 +71,16 @@ def evaluate(
         figures = token_divergences(model, packed, batch_size=batch_size, progress=progress)
         results[name], tokens[name] = summarize(figures), len(figures["kl"])
     first = next(iter(blocks.values()))
-    was_training = model.training
-    model.eval()
     detail = list(batches_of(first.select(range(min(DETAIL_BLOCKS, len(first)))), batch_size, device_of(model)))
     samples = side_by_side(model, tokenizer, prompts)
+    with eval_mode(model):
+        blockwise = {
+            "layer_equivalence": layer_equivalence(model, detail),
+            "weight_delta_stats": weight_delta_stats(model, detail),
+        }
     evaluations = {
         **next(iter(results.values())),
-        "layer_equivalence": layer_equivalence(model, detail),
-        "weight_delta_stats": weight_delta_stats(model, detail),
+        **blockwise,
         "generation_samples": {
             "prompts": [s["prompt"] for s in samples],
             "npt_generations": [s["npt"] for s in samples],
@@ -85,7 +88,6 @@ def evaluate(
         },
         "corpora": {name: {**result, "tokens": tokens[name]} for name, result in results.items()},
     }
-    model.train(was_training)
     trainable, base = parameter_counts(model)
     config = adapter_config(model)
     return {
@@ -153,5 +155,5 @@ def overlapping(blocks: datasets.Dataset, context_length: int, stride: int) -> d
     starts = range(0, max(1, len(flat["input_ids"]) - context_length + 1), stride)
     windows = {name: [values[s : s + context_length].tolist() for s in starts] for name, values in flat.items()}
     for labels in windows["labels"][1:]:
-        labels[: context_length - stride] = [-100] * (context_length - stride)
+        labels[: context_length - stride] = [IGNORED] * (context_length - stride)
     return datasets.Dataset.from_dict(windows)
