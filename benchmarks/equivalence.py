@@ -1,8 +1,8 @@
-"""Regenerates the README's result table: python -m benchmarks.equivalence --model FOLDER [--text FILE ...] [--prose FILE ...]
+"""Regenerates a table of the README: python -m benchmarks.equivalence [--model FOLDER] [--text FILE ...] [--prose FILE ...]
 
 Every row is one `npt train` on the model's own text, then an evaluation on held-out text of three seeds (the model's own)
-and on each --text file. --prose files are mixed into the calibration text of the last row only. Writes
-benchmarks/results/equivalence.json and the table between the markers in README.md.
+and on each --text. --prose files are mixed into the calibration text of the last row only. Writes
+benchmarks/results/equivalence-<model>.json and the table between that model's markers in README.md, where it has any.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from npt.config import RunConfig, load_config
 from npt.pipeline import run_evaluation, run_training
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "equivalence.json"
-START, END = "<!-- equivalence: start -->", "<!-- equivalence: end -->"
+RESULTS = ROOT / "benchmarks" / "results"
 SEEDS = (0, 1, 2)
 
 ORIGINAL = [
@@ -45,7 +44,7 @@ ROWS: list[tuple[str, list[str], bool]] = [
 ]
 
 
-def run_row(model: Path, overrides: list[str], texts: list[Path], prose: list[Path], cache: Path) -> dict[str, Any]:
+def run_row(model: str, overrides: list[str], texts: list[str], prose: list[Path], cache: Path) -> dict[str, Any]:
     """One training and its evaluations: {"seeds": [report figures], "texts": {name: figures}, ...}."""
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
@@ -55,6 +54,7 @@ def run_row(model: Path, overrides: list[str], texts: list[Path], prose: list[Pa
                 f"paths.output_dir={folder}/outputs",
                 f"paths.checkpoint_dir={folder}/checkpoints",
                 f"paths.cache_dir={cache}",
+                "data.eval_texts=[]",
                 *overrides,
                 *([f"data.calibration_files=[{','.join(map(str, prose))}]"] if prose else []),
             ],
@@ -117,33 +117,38 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(results: dict[str, Any]) -> None:
-    """Puts the table between the markers of README.md."""
-    path = ROOT / "README.md"
-    before, rest = path.read_text(encoding="utf-8").split(START)
-    _, after = rest.split(END)
-    path.write_text(f"{before}{START}\n{table(results)}\n{END}{after}", encoding="utf-8")
+def write_readme(name: str, results: dict[str, Any]) -> None:
+    """Puts the table between the model's markers in README.md, if they are there."""
+    path, start, end = ROOT / "README.md", f"<!-- equivalence {name}: start -->", f"<!-- equivalence {name}: end -->"
+    text = path.read_text(encoding="utf-8")
+    if start in text and end in text:
+        before, rest = text.split(start)
+        path.write_text(f"{before}{start}\n{table(results)}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def main() -> None:
     """Parses, runs every row, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="model folder or hub id", required=True)
-    parser.add_argument("--text", type=Path, action="append", default=[], help="evaluated beside the model's own text")
+    parser.add_argument("--model", default="builtin:tiny", help="builtin:tiny, a model folder or a hub id")
+    parser.add_argument("--text", action="append", help="evaluated beside the model's own text; builtin:python-docs")
     parser.add_argument("--prose", type=Path, action="append", default=[], help="mixed into the last row's calibration")
     parser.add_argument("--only", default="", help="run only rows whose label contains this; the others are kept")
     arguments = parser.parse_args()
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    name = Path(arguments.model.replace(":", "-")).name
+    path = RESULTS / f"equivalence-{name}.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    RESULTS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as cache:
         for label, overrides, mixed in ROWS:
             if arguments.only in label and (arguments.prose or not mixed):
                 prose = arguments.prose if mixed else []
-                results[label] = run_row(arguments.model, overrides, arguments.text, prose, Path(cache))
+                results[label] = run_row(
+                    arguments.model, overrides, arguments.text or ["builtin:python-docs"], prose, Path(cache)
+                )
                 print(label, json.dumps(results[label]["seeds"][0]), flush=True)
-                ordered = {name: results[name] for name, _, _ in ROWS if name in results}
-                RESULTS.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
-                write_readme(ordered)
+                ordered = {row: results[row] for row, _, _ in ROWS if row in results}
+                path.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
+                write_readme(name, ordered)
 
 
 if __name__ == "__main__":

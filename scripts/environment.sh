@@ -1,44 +1,93 @@
 # Sourced by the launch scripts: an environment with npt in it, the active one or .venv in the repository.
-# Says what it does; on failure prints one line and exits with 1.
+# Says what it does; on failure prints one line and exits with 1. Running it again does nothing that is done.
 
 fail() { printf 'npt: %s\n' "$1" >&2; exit 1; }
+say() { printf 'npt: %s\n' "$1"; }
 
 prepare_environment() {
-  local root="$1" python
+  local root="$1" wanted
   if [ -z "${VIRTUAL_ENV:-}" ]; then
-    if [ ! -f "$root/.venv/bin/activate" ]; then
-      python="$(command -v python3 || command -v python)" || fail "no python3 on the PATH; install Python 3.10 or later"
-      require_version "$python"
-      echo "npt: making $root/.venv"
-      "$python" -m venv "$root/.venv" || fail "python -m venv failed; on Debian: apt install python3-venv"
-    fi
+    [ -f "$root/.venv/bin/activate" ] || make_environment "$root"
     # shellcheck disable=SC1091
     . "$root/.venv/bin/activate"
   fi
-  require_version python
-  if ! python -c 'import npt, pytest' 2>/dev/null; then
-    echo "npt: installing the pinned dependencies into $VIRTUAL_ENV (a few minutes)"
+  require_version python || fail "$(python --version 2>&1) in $VIRTUAL_ENV is too old; npt needs Python 3.10 or later"
+  # What is installed is recorded, so that another clone, or new pins after a pull, are noticed.
+  wanted="$(cat "$root/pyproject.toml" "$root/constraints.txt" "$root/requirements.txt" | cksum) $root"
+  if [ "$(cat "$VIRTUAL_ENV/npt-installed" 2>/dev/null)" != "$wanted" ] || ! python -c 'import npt, pytest' 2>/dev/null; then
+    require_space "$root"
     install_torch "$root"
+    say "installing the pinned dependencies into $VIRTUAL_ENV (1 to 3 minutes)"
     # From the root: pip reads the requirements' -e . from where it runs.
-    (cd "$root" && python -m pip install --quiet -r requirements.txt) \
-      || fail "pip could not install requirements.txt; check the network and the free disk space"
+    (cd "$root" && pip_install -r requirements.txt) || fail "$(reason)"
+    printf '%s' "$wanted" >"$VIRTUAL_ENV/npt-installed"
   fi
 }
 
-require_version() {
-  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
-    || fail "$("$1" --version 2>&1) in ${VIRTUAL_ENV:-the PATH} is too old; npt needs Python 3.10 or later"
+make_environment() {
+  local candidate python=""
+  for candidate in ${PYTHON:-} python3 python python3.13 python3.12 python3.11 python3.10; do
+    if command -v "$candidate" >/dev/null && require_version "$candidate"; then python="$candidate"; break; fi
+  done
+  [ -n "$python" ] || fail "npt needs Python 3.10 or later, and found $(found_versions); install one, or name it: PYTHON=/path/to/python $0"
+  require_space "$1"
+  say "making $1/.venv with $("$python" --version 2>&1)"
+  if ! "$python" -m venv "$1/.venv" >/dev/null; then
+    rm -rf "$1/.venv"
+    fail "$python -m venv $1/.venv failed, see above; on Debian and Ubuntu: apt install python3-venv"
+  fi
+}
+
+require_version() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+
+found_versions() {
+  local candidate names=""
+  for candidate in python3 python; do
+    command -v "$candidate" >/dev/null && names="$names $candidate ($("$candidate" --version 2>&1))"
+  done
+  printf '%s' "${names:- none on the PATH}" | sed 's/^ //'
+}
+
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; }
+
+# About 2 GB without CUDA, 9 GB with it.
+require_space() {
+  local target="${VIRTUAL_ENV:-$1}" need=3 free
+  has_gpu && need=10
+  free="$(df -Pk "$target" | awk 'NR == 2 { print int($4 / 1048576) }')"
+  [ "$free" -ge "$need" ] || fail "the disk is too full: $free GB free at $target, and the dependencies need about $need GB; make room"
+}
+
+# What pip does, without what is there already; its complaints are kept for `reason`.
+pip_install() {
+  PIP_LOG="${TMPDIR:-/tmp}/npt-install-$$.log"
+  python -m pip install --disable-pip-version-check --progress-bar off "$@" 2>"$PIP_LOG" \
+    | awk '/^(Collecting|Installing|Successfully)|^ *(Downloading|Using cached) .*\(.* [MG]B\)/ { print "  " substr($0, 1, 110); fflush() }'
+  [ "${PIPESTATUS[0]}" -eq 0 ]
+}
+
+# One line for what pip complained about.
+reason() {
+  if grep -q 'No space left' "$PIP_LOG"; then
+    echo "the disk is full: make room in $VIRTUAL_ENV and in ${TMPDIR:-/tmp}, then run this again"
+  elif grep -Eqi 'connection|name resolution|timed out|proxy|SSL|No matching distribution' "$PIP_LOG"; then
+    echo "pip could not reach the package registry, or it lacks a version; check the network, a proxy or pip's index, then run this again (log: $PIP_LOG)"
+  else
+    echo "pip failed: $(grep -i error "$PIP_LOG" | head -1 | cut -c1-200) (log: $PIP_LOG)"
+  fi
 }
 
 install_torch() {
   local version
   python -c 'import torch' 2>/dev/null && return
   version="$(sed -n 's/^torch==//p' "$1/constraints.txt")"
-  if command -v nvidia-smi >/dev/null || [ "$(uname -s)" != Linux ]; then
-    python -m pip install --quiet "torch==$version" || fail "pip could not install torch==$version; check the network and the disk"
+  if has_gpu || [ "$(uname -s)" != Linux ]; then
+    say "installing torch $version$(has_gpu && echo ' with CUDA, several GB' || true)"
+    pip_install "torch==$version" || fail "$(reason)"
   else
-    # No GPU: the CPU build, 0.2 GB instead of several; the plain index where PyTorch's own can't be reached.
-    python -m pip install --quiet --retries 1 "torch==$version" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
-      || python -m pip install --quiet "torch==$version" || fail "pip could not install torch==$version; check the network and the disk"
+    say "installing torch $version for the CPU, 0.2 GB: no GPU here"
+    # PyTorch's own index has the CPU build; the plain one where that can't be reached.
+    pip_install --retries 1 "torch==$version" --index-url https://download.pytorch.org/whl/cpu \
+      || pip_install "torch==$version" || fail "$(reason)"
   fi
 }

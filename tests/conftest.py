@@ -13,6 +13,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from npt import NPTConfig
+from npt.builtin import model_folder
 from npt.tuner import active_layers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -33,13 +34,22 @@ def stories(shared_dir: Path) -> Path:
     return shared_dir / "models" / "stories260k"
 
 
+@pytest.fixture(scope="session", params=["builtin:tiny", "stories260k"])
+def pretrained(request: pytest.FixtureRequest) -> Path:
+    """The folder of a pretrained checkpoint: the one in the package, and the real one where it is at hand."""
+    if request.param == "builtin:tiny":
+        return model_folder(request.param)
+    folder: Path = request.getfixturevalue("stories")
+    return folder
+
+
 @pytest.fixture
-def stories_model(stories: Path) -> Callable[..., Any]:
-    """Builds (model, tokenizer): the real checkpoint, converted with NPTConfig(**options)."""
+def pretrained_model(pretrained: Path) -> Callable[..., Any]:
+    """Builds (model, tokenizer): a pretrained checkpoint, converted with NPTConfig(**options)."""
 
     def build(**options: Any) -> tuple[Any, Any]:
-        base = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
-        return get_peft_model(base, NPTConfig(**options)), AutoTokenizer.from_pretrained(stories)
+        base = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).eval()
+        return get_peft_model(base, NPTConfig(**options)), AutoTokenizer.from_pretrained(pretrained)
 
     return build
 

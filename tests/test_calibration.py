@@ -132,19 +132,19 @@ def test_base_is_not_touched_and_mode_is_kept() -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_real_checkpoint_without_a_gradient_step(stories_model: Any) -> None:
+def test_real_checkpoint_without_a_gradient_step(pretrained_model: Any) -> None:
     """The design's table for the closed form: gain `overlap` 0.045 relative block error, `state` a third less."""
     errors = {}
-    text = real_batches(stories_model)
+    text = real_batches(pretrained_model)
     for gain in ("overlap", "state"):
-        model, _ = stories_model(gain=gain)
+        model, _ = pretrained_model(gain=gain)
         errors[gain] = [e["error_after"] for e in calibrate(model, text).values()]
     assert all(s < 0.8 * o < 0.05 for s, o in zip(errors["state"], errors["overlap"], strict=True)), errors
 
 
-def real_batches(stories_model: Any) -> list[dict[str, torch.Tensor]]:
+def real_batches(pretrained_model: Any) -> list[dict[str, torch.Tensor]]:
     from npt.data import sample_blocks
 
-    model, tokenizer = stories_model()
+    model, tokenizer = pretrained_model()
     blocks = sample_blocks(model, tokenizer, 64, 256, seed=0, label="calibration")
     return [{"input_ids": torch.tensor(blocks[i : i + 16]["input_ids"])} for i in range(0, 64, 16)]

@@ -92,8 +92,8 @@ def test_packing_errors() -> None:
         pack(["0"], Words(), 8, max_blocks=0)
 
 
-def test_real_tokenizer_round_trip_without_a_length_warning(stories: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(stories)
+def test_real_tokenizer_round_trip_without_a_length_warning(pretrained: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
     text = "Once upon a time, there was a little girl named Lily. " * 200
     logging.getLogger("transformers").addHandler(caplog.handler)
     try:

@@ -188,8 +188,8 @@ def test_errors() -> None:
         sample_blocks(base, none, 1, 8, seed=0)
 
 
-def test_real_checkpoint_writes_its_stories(stories: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+def test_real_checkpoint_writes_its_stories(pretrained: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(pretrained), AutoTokenizer.from_pretrained(pretrained)
     blocks = sample_blocks(model, tokenizer, 16, 256, seed=0, progress=False)
     ids = torch.tensor(list(blocks["input_ids"]))
     with torch.no_grad():

@@ -28,7 +28,9 @@ console = Console()
 #: Newer versions of typer carry click inside, older ones import it; the exported exception has the same parent.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-Config = Annotated[Path | None, typer.Option("--config", help="YAML file; defaults are used without one.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="YAML file; without one, the defaults: those of config.yaml.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, the value in YAML; the last one wins.")]
 Checkpoint = Annotated[
     Path, typer.Option("--checkpoint", help="Adapter folder; a .pt name means the folder of that name.")
@@ -67,7 +69,9 @@ def evaluate(
     checkpoint: Checkpoint,
     config: Config = None,
     output: Annotated[Path, typer.Option("--output", help="Where the report goes.")] = Path("evaluation_report.json"),
-    text: Annotated[list[Path] | None, typer.Option("--text", help="A further text file, reported beside.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="A further text file (or builtin:python-docs), reported beside.")
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Compares a checkpoint with the model it was made from."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from npt.builtin import MODELS, PREFIX, TEXTS
 from npt.errors import ConfigError
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -46,6 +47,22 @@ def _layers(value: Any, validate: Callable[[Any], Any]) -> Any:
         raise ValueError("use upper_half, lower_half, all, or a list of block indices such as [2, 3, -1]") from None
 
 
+def _known(names: Iterable[str]) -> Callable[[str], str]:
+    """A `builtin:` name has to be one of `names`; any other is checked when it is loaded."""
+
+    def check(name: str) -> str:
+        if name.startswith(PREFIX) and name not in names:
+            raise ValueError(f"no such name in the package; use {' or '.join(names)}")
+        return name
+
+    return check
+
+
+def _listed(value: Any) -> Any:
+    """One name need not be a list."""
+    return [value] if isinstance(value, str) else value
+
+
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -54,7 +71,9 @@ Indices = Annotated[list[int], Field(min_length=1)]
 Layers = Annotated[
     Literal["upper_half", "lower_half", "all"] | Indices, WrapValidator(_layers), AfterValidator(_no_duplicates)
 ]
-Files = Annotated[list[Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Files = Annotated[list[Text], BeforeValidator(_listed)]
+TextName = Annotated[Text, AfterValidator(_known(TEXTS))]
+TextNames = Annotated[list[TextName], BeforeValidator(_listed), AfterValidator(_no_duplicates)]
 #: (the keys that contradict each other, what is wrong and what to do)
 Conflict = tuple[tuple[str, ...], str]
 
@@ -77,7 +96,7 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """Which model, and which of its blocks become neuro-plastic, how."""
 
-    base_model_name: Text = "meta-llama/Llama-3.2-1B"
+    base_model_name: Annotated[Text, AfterValidator(_known(MODELS))] = "builtin:tiny"
     npt_layers: Layers = "upper_half"
     rank: Annotated[int, Field(ge=0)] = 16
     modulation_scale: Annotated[Real, Field(gt=0)] = 1.0
@@ -123,12 +142,16 @@ class TrainingSection(_Section):
 
 
 class DataSection(_Section):
-    """Text: `self` (the frozen model's own), `text` with data_files, or a hub id. A sample is a block of max_length."""
+    """Text: `self` (the frozen model's own), `text` with data_files, a builtin name, or a hub id.
 
-    dataset_name: Text = "self"
+    A sample is a block of max_length. `eval_texts` (files or builtin names) are reported beside the held-out text.
+    """
+
+    dataset_name: TextName = "self"
     dataset_config: Text | None = None
     data_files: Files | None = None
     calibration_files: Files | None = None
+    eval_texts: TextNames = [f"{PREFIX}python-docs"]
     text_column: Text = "text"
     max_length: Annotated[int, Field(ge=2)] = 256
     num_train_samples: Positive | None = 1632
@@ -142,6 +165,10 @@ class DataSection(_Section):
         for name in ("num_train_samples", "num_eval_samples"):
             if self.dataset_name == "self" and getattr(self, name) is None:
                 yield (name, "dataset_name"), "null has no end with data.dataset_name=self; use a whole number"
+        for name in ("data_files", "calibration_files"):
+            if both := sorted(set(self.eval_texts) & set(getattr(self, name) or ())):
+                text = f"{', '.join(both)} would be evaluated on after training on it; take it out of one of the two"
+                yield ("eval_texts", name), text
 
 
 class WandbSection(_Section):

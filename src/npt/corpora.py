@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import torch
 
+from npt.builtin import PREFIX
 from npt.checkpoints import resolve_checkpoint
 from npt.config import RunConfig, load_config
 from npt.data import load_documents, pack, sample_blocks, split_blocks
@@ -39,7 +40,7 @@ def _text_blocks(config: RunConfig, tokenizer: Any) -> datasets.Dataset:
         text_column=data.text_column,
         cache_dir=config.paths.cache_dir,
     )
-    local = data.dataset_name == "text"
+    local = data.dataset_name == "text" or data.dataset_name.startswith(PREFIX)
     wanted = (data.num_train_samples or 0) + (data.num_eval_samples or 0)
     # A hub dataset can be far larger than what is asked for; local files are packed whole, held-out text at the end.
     return pack(documents, tokenizer, data.max_length, max_blocks=None if local else wanted or None, progress=True)
@@ -49,9 +50,34 @@ def check_text_files(config: RunConfig, more: Sequence[str | Path] = ()) -> None
     """Reads every local text file once, so that a bad one is named before anything long starts."""
     data = config.data
     local = data.data_files if data.dataset_name == "text" else None
-    for files in (local, data.calibration_files, more):
+    for files in (local, data.calibration_files):
         if files:
             load_documents("text", data_files=files, text_column=data.text_column)
+    for name in (*data.eval_texts, *more):
+        _documents(config, name)
+
+
+def _documents(config: RunConfig, name: str | Path) -> Iterable[str]:
+    """The documents of a builtin text or of a file."""
+    if str(name).startswith(PREFIX):
+        return load_documents(str(name))
+    return load_documents("text", data_files=[name], text_column=config.data.text_column)
+
+
+def further_corpora(config: RunConfig, tokenizer: Any, more: Sequence[str | Path] = ()) -> dict[str, datasets.Dataset]:
+    """{name: up to data.num_eval_samples blocks} of `data.eval_texts` and `more`, each under its file's short name.
+
+    The text that is trained on is left out: its held-out part is evaluated anyway.
+    """
+    texts = dict.fromkeys(str(name) for name in (*config.data.eval_texts, *more) if name != config.data.dataset_name)
+    short = {name: name if name.startswith(PREFIX) else Path(name).stem for name in texts}
+    stems = list(short.values())
+    return {
+        (short[name] if stems.count(short[name]) == 1 else name): pack(
+            _documents(config, name), tokenizer, config.data.max_length, max_blocks=config.data.num_eval_samples
+        )
+        for name in texts
+    }
 
 
 def data_cache(config: RunConfig) -> str | None:

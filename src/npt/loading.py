@@ -9,6 +9,7 @@ import torch
 from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from npt.builtin import source_of
 from npt.config import RunConfig
 from npt.errors import NPTError
 from npt.families import blocks_of, family_of
@@ -26,7 +27,7 @@ def load_base(config: RunConfig) -> tuple[Any, Any]:
     Raises:
         NPTError: neither a local folder nor a reachable hub id; or 8-bit without bitsandbytes.
     """
-    name, options = config.model.base_model_name, config.optimization
+    name, options = source_of(config.model.base_model_name), config.optimization
     arguments: dict[str, Any] = {
         "cache_dir": config.paths.cache_dir,
         "trust_remote_code": config.model.trust_remote_code,
@@ -43,7 +44,8 @@ def load_base(config: RunConfig) -> tuple[Any, Any]:
         reason = " ".join(str(error).split())[:200]
         raise NPTError(
             f"model.base_model_name={name!r} can't be loaded: it is no local model folder, and the hub did not deliver it "
-            f"({reason}); check the name, the network or `hf auth login`, or give the path of a local folder"
+            f"({reason}); check the name, the network or `hf auth login`, or give the path of a local folder "
+            "(builtin:tiny needs nothing)"
         ) from error
     if not options.use_8bit and not options.use_cpu_offload:
         model.to(default_device())

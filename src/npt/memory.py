@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from npt.builtin import source_of
 from npt.component import ComponentSpec, NPComponent
 from npt.errors import NPTError
 from npt.objectives import Objective
@@ -348,7 +349,7 @@ def _dtype(name: str, hf_config: Any) -> torch.dtype:
 
 
 def _load_hf_config(config: Any) -> Any:
-    name = config.model.base_model_name
+    name = source_of(config.model.base_model_name)
     if name in KNOWN_SHAPES and not Path(name).is_dir():
         return LlamaConfig(**KNOWN_SHAPES[name])
     try:

@@ -18,8 +18,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from npt.calibration import calibrate
 from npt.checkpoints import load_adapter, resolve_checkpoint, set_aside
 from npt.config import RunConfig, save_config
-from npt.corpora import RUN_CONFIG, calibration_batches, check_text_files, corpus_blocks, evaluation_blocks
-from npt.data import load_documents, pack
+from npt.corpora import (
+    RUN_CONFIG,
+    calibration_batches,
+    check_text_files,
+    corpus_blocks,
+    evaluation_blocks,
+    further_corpora,
+)
 from npt.errors import CheckpointError, ConfigError, NPTError
 from npt.evaluation import evaluate
 from npt.loading import default_device, load_base, offload_frozen
@@ -93,7 +99,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     tokenizer.save_pretrained(str(best))
     set_peft_model_state_dict(model, load_peft_weights(str(best), device=str(device_of(model))))
     report = evaluate(
-        model, tokenizer, {config.data.dataset_name: held_out},
+        model, tokenizer, {config.data.dataset_name: held_out} | further_corpora(config, tokenizer),
         context_length=config.data.max_length, seed=config.training.seed, progress=True,
     )  # fmt: skip
     write_json(output / "evaluation_report.json", report)
@@ -223,21 +229,16 @@ def load_npt(config: RunConfig, checkpoint: str | Path) -> tuple[PeftModel, Any]
 def run_evaluation(
     config: RunConfig, checkpoint: str | Path, output: str | Path, *, more_text: Sequence[str | Path] = ()
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint on the configuration's data, and on each file of `more_text` beside; writes the report.
+    """Evaluates a checkpoint on the configuration's data, beside on its eval_texts and `more_text`; writes the report.
 
     Text the adapter was trained on is split as in training and only its held-out part is used; other text is used
     whole, up to data.num_eval_samples blocks.
     """
     check_text_files(config, more_text)
     model, tokenizer = load_npt(config, checkpoint)
-    corpora: dict[str, Any] = {config.data.dataset_name: evaluation_blocks(config, checkpoint, model, tokenizer)}
-    for path in more_text:
-        documents = load_documents("text", data_files=[path], text_column=config.data.text_column)
-        corpora[Path(path).stem] = pack(
-            documents, tokenizer, config.data.max_length, max_blocks=config.data.num_eval_samples
-        )
+    own = evaluation_blocks(config, checkpoint, model, tokenizer)
     report = evaluate(
-        model, tokenizer, corpora,
+        model, tokenizer, {config.data.dataset_name: own} | further_corpora(config, tokenizer, more_text),
         context_length=config.data.max_length, seed=config.training.seed, progress=True,
     )  # fmt: skip
     write_json(Path(output), report)

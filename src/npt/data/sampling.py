@@ -159,7 +159,7 @@ def _sample(
     for start in range(0, blocks, batch_size):
         chunk = uniforms[start : start + batch_size]
         tokens = torch.full((len(chunk), draws + 1), bos, device=base.device)
-        cache = _preallocated_cache(base, draws)
+        cache = preallocated_cache(base, draws)
         for i in range(draws):
             logits = base(input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1]
             tokens[:, i + 1] = _draw(logits, chunk[:, i])
@@ -197,8 +197,13 @@ class _PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (store[:, :, :end] for store in self._stores)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._stores = [store[indices] for store in self._stores]
+        self.keys, self.values = (store[:, :, : self.get_seq_length()] for store in self._stores)
 
-def _preallocated_cache(base: Any, length: int) -> DynamicCache:
+
+def preallocated_cache(base: Any, length: int) -> DynamicCache:
+    """A cache for `length` tokens that are appended one by one; for the model `base`."""
     cache = DynamicCache(config=base.config)
     # Sliding windows and recurrent layers keep a cache of their own kind.
     cache.layers = [_PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]

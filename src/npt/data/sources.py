@@ -11,6 +11,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from npt import builtin
 from npt.errors import DataError
 
 _LOCAL = "data.dataset_name=text with data.data_files"
@@ -58,10 +59,11 @@ def load_documents(
     text_column: str = "text",
     cache_dir: str | None = None,
 ) -> Iterable[str]:
-    """The text documents of a hub data set or of local files; sized, and iterable any number of times.
+    """The text documents of a hub data set, of local files or in the package; sized, and iterable any number of times.
 
     Args:
-        dataset_name: a hub id (or a folder that `datasets.load_dataset` can read), or "text" for local files.
+        dataset_name: a hub id (or a folder that `datasets.load_dataset` can read), "text" for local files, or
+            "builtin:python-docs".
         dataset_config: the hub data set's configuration.
         data_files: with "text" only: .txt, .jsonl or .json (JSON lines) and .parquet paths or globs, freely mixed.
         split: the hub data set's split.
@@ -78,6 +80,8 @@ def load_documents(
         raise DataError("data.dataset_name=self has no documents to load; the model writes it, see sample_blocks")
     if data_files:
         raise DataError(f"data.data_files needs data.dataset_name=text, not '{dataset_name}'; change one of the two")
+    if dataset_name.startswith(builtin.PREFIX):
+        return builtin.documents(dataset_name)
     return _hub_documents(dataset_name, dataset_config, split, text_column, cache_dir)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import torch
 
+from npt.builtin import name_of
 from npt.data import pack
 from npt.data.batches import batches_of
 from npt.data.packing import IGNORED
@@ -92,7 +93,7 @@ def evaluate(
     config = adapter_config(model)
     return {
         "model_config": {
-            "base_model": config.base_model_name_or_path,
+            "base_model": name_of(config.base_model_name_or_path),
             "npt_layers": [layer.index for layer in layers],
             "rank": config.rank,
             **{name: getattr(config, name) for name in ("key", "carry", "gain", "low_rank_at", "target_projections")},

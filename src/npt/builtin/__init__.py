@@ -1,0 +1,62 @@
+"""What comes with the package, by the names `builtin:...`: a small model, and a text every Python has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from npt.errors import DataError, NPTError
+
+PREFIX = "builtin:"
+_FOLDER = Path(__file__).parent
+MODELS = {f"{PREFIX}tiny": _FOLDER / "tiny"}
+
+
+def model_folder(name: str) -> Path:
+    """The Hugging Face folder of a model that comes with the package, for `from_pretrained`.
+
+    Raises:
+        NPTError: no such model, or its files are missing from the installation.
+    """
+    if name not in MODELS:
+        raise NPTError(f"{name!r}: no such model in the package; there is {', '.join(MODELS)}")
+    folder = MODELS[name]
+    if not (folder / "model.safetensors").is_file():
+        raise NPTError(f"{name}: its weights are missing from {folder}; reinstall the package")
+    return folder
+
+
+def source_of(name: str) -> str:
+    """What `from_pretrained` takes for a model's name: the folder of a builtin one, else the name itself."""
+    return str(model_folder(name)) if name.startswith(PREFIX) else name
+
+
+def name_of(source: str | None) -> str | None:
+    """The inverse of `source_of`, for reports."""
+    return next((name for name, folder in MODELS.items() if str(folder) == source), source)
+
+
+def documents(name: str) -> list[str]:
+    """The documents of a text that needs no download.
+
+    Raises:
+        DataError: no such text, or this Python was installed without it.
+    """
+    if name not in TEXTS:
+        raise DataError(f"{name!r}: no such text in the package; there is {', '.join(TEXTS)}")
+    return TEXTS[name]()
+
+
+def _python_docs() -> list[str]:
+    """Python's language reference by topic: about 450,000 characters, which differ a little between versions."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DataError(
+            f"{PREFIX}python-docs: this Python was installed without pydoc_data; take it out of data.eval_texts "
+            "(--set 'data.eval_texts=[]'), or name a text file"
+        ) from error
+    return [topics[name] for name in sorted(topics)]
+
+
+TEXTS: dict[str, Callable[[], list[str]]] = {f"{PREFIX}python-docs": _python_docs}
