@@ -1,4 +1,4 @@
-"""What the project promises, on a real pretrained checkpoint; skipped where there is none."""
+"""What the project promises, on pretrained checkpoints: the one in the package, and a real one where it is at hand."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from npt.data.batches import batches_of
 
 
 @pytest.fixture(scope="module")
-def text(stories: Path) -> Any:
+def text(pretrained: Path) -> Any:
     """(96 calibration blocks, 64 held-out blocks) of the checkpoint's own text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(pretrained), AutoTokenizer.from_pretrained(pretrained)
     return tuple(
         sample_blocks(base, tokenizer, count, 256, seed=0, label=label)
         for count, label in ((96, "train"), (64, "eval"))
@@ -29,9 +29,9 @@ def text(stories: Path) -> Any:
 
 @pytest.mark.parametrize("layers,ratio,kl,top", [("upper_half", 1.005, 0.0045, 0.97), ("all", 1.006, 0.006, 0.96)])
 def test_calibration_alone_makes_it_equivalent(
-    stories_model: Any, text: Any, layers: str, ratio: float, kl: float, top: float
+    pretrained_model: Any, text: Any, layers: str, ratio: float, kl: float, top: float
 ) -> None:
-    model, tokenizer = stories_model(npt_layers=layers)
+    model, tokenizer = pretrained_model(npt_layers=layers)
     calibrate(model, batches_of(text[0], 16, torch.device("cpu")))
     report = evaluate(model, tokenizer, text[1])
     figures = {**report["evaluations"]["perplexity"], **report["evaluations"]["divergence"]}
@@ -41,21 +41,21 @@ def test_calibration_alone_makes_it_equivalent(
     assert all(outcome["met"] for outcome in report["expected_outcomes"].values())
     samples = report["evaluations"]["generation_samples"]
     assert samples["original_generations"][0].startswith(
-        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+        "Once upon a time, there was a little girl named Lily. She loved to play "
     )
 
 
 @torch.no_grad()
-def test_exact_is_the_original_in_float32(stories_model: Any, text: Any) -> None:
-    model, _ = stories_model(carry="exact", npt_layers="all")
+def test_exact_is_the_original_in_float32(pretrained_model: Any, text: Any) -> None:
+    model, _ = pretrained_model(carry="exact", npt_layers="all")
     ids = torch.tensor(text[1][:8]["input_ids"])
     with model.disable_adapter():
         expected = model(ids).logits
     assert (model(ids).logits - expected).abs().max() <= 1e-4
 
 
-def test_cached_generation_equals_uncached(stories_model: Any, text: Any) -> None:
-    model, tokenizer = stories_model()
+def test_cached_generation_equals_uncached(pretrained_model: Any, text: Any) -> None:
+    model, tokenizer = pretrained_model()
     calibrate(model, batches_of(text[0], 16, torch.device("cpu")))
     inputs = tokenizer(
         ["Once upon a time", "The little dog ran to the big tree and"],
