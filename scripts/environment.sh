@@ -62,7 +62,7 @@ require_space() {
 pip_install() {
   PIP_LOG="${TMPDIR:-/tmp}/npt-install-$$.log"
   python -m pip install --disable-pip-version-check --progress-bar off "$@" 2>"$PIP_LOG" \
-    | awk '/^(Collecting|Installing|Successfully)|^ *(Downloading|Using cached) .*\(.* [MG]B\)/ { print "  " substr($0, 1, 110); fflush() }'
+    | awk '/^(Collecting|Installing|Successfully)|^ *(Downloading|Using cached) .*\(.* [MG]B\)/ { sub(/ \(from .*/, ""); print "  " substr($0, 1, 110); fflush() }'
   [ "${PIPESTATUS[0]}" -eq 0 ]
 }
 
