@@ -98,7 +98,7 @@ def test_evaluate_on_other_text(run: Path, local_model: Path, tmp_path: Path) ->
     ]
     assert main(["--quiet", *command, "--text", str(tmp_path / "third.txt"), *arguments]) == 0
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["protocol"]["corpora"] == ["text", "third"]
+    assert report["protocol"]["corpora"] == ["text", "builtin:python-docs", "third"]
     assert report["protocol"]["tokens"] == 8 * 31  # all of it: the adapter was not trained on this text
 
 
