@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from npt.data import pack
+from npt.data.batches import batches_of, scored_positions
 from npt.data.sampling import preallocated_cache
+from npt.tuner import device_of
 
 CONTEXT = 512
 VOCABULARY = 2048
@@ -42,6 +45,7 @@ ARCHITECTURE: dict[str, Any] = {
 OPENING, TEMPERATURE = 24, 0.6
 #: One document in so many is held out, of every source.
 HELD_OUT = 50
+#: Folders of the standard library whose docstrings are left out: tests, other people's code, and the evaluation text.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "lib2to3", "pydoc_data", "idlelib", "ensurepip", "encodings"}
 
 
@@ -161,7 +165,7 @@ def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def train(tokenizer: Any, blocks: datasets.Dataset, steps: int, batch: int, seed: int, work: Path) -> LlamaForCausalLM:
-    """The weights after `steps` of AdamW with a cosine schedule, 8,192 tokens each; resumes from `work`."""
+    """The weights after `steps` of AdamW with a cosine schedule, `batch` blocks each; resumes from `work`."""
     transformers.set_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -194,7 +198,6 @@ def train(tokenizer: Any, blocks: datasets.Dataset, steps: int, batch: int, seed
         seed=seed,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
-        dataloader_num_workers=0,
     )
     trainer = transformers.Trainer(model, arguments, train_dataset=blocks)
     trainer.train(resume_from_checkpoint=transformers.trainer_utils.get_last_checkpoint(str(work / "trainer")))
@@ -204,17 +207,14 @@ def train(tokenizer: Any, blocks: datasets.Dataset, steps: int, batch: int, seed
 @torch.inference_mode()
 def perplexity(model: Any, tokenizer: Any, documents: Sequence[str]) -> tuple[float, float, int]:
     """(perplexity per token, bits per character, tokens) over all text, in blocks of the context."""
-    blocks = pack(documents, tokenizer, CONTEXT, keep_remainder=True).with_format("torch")
+    blocks = pack(documents, tokenizer, CONTEXT, keep_remainder=True)
     total, count = 0.0, 0
-    for start in range(0, len(blocks), 8):
-        rows = blocks[start : start + 8]
-        labels = rows["labels"].long()
-        logits = model(input_ids=rows["input_ids"].long(), attention_mask=rows["attention_mask"].long()).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-        total += loss.item()
-        count += int((labels[:, 1:] != -100).sum())
-    characters = sum(map(len, documents))
-    return float(torch.tensor(total / count).exp()), total / characters / 0.6931471805599453, count
+    for rows in batches_of(blocks, 8, device_of(model)):
+        logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits.float()
+        targets = rows["labels"][:, 1:].flatten()
+        total += torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum").item()
+        count += int(scored_positions(rows["labels"]).sum())
+    return math.exp(total / count), total / sum(map(len, documents)) / math.log(2), count
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> str:

@@ -92,6 +92,8 @@ def test_two_files_of_one_name_stay_two(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     assert list(further_corpora(config, tokenizer, [names[1]])) == names
     assert list(further_corpora(config, tokenizer)) == ["t"]
+    own = config.model_copy(update={"data": config.data.model_copy(update={"dataset_name": "t"})})
+    assert list(further_corpora(own, tokenizer)) == [names[0]], "it would take the held-out text's place in the report"
 
 
 def test_train_needs_nothing_but_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,9 +71,9 @@ def further_corpora(config: RunConfig, tokenizer: Any, more: Sequence[str | Path
     """
     texts = dict.fromkeys(str(name) for name in (*config.data.eval_texts, *more) if name != config.data.dataset_name)
     short = {name: name if name.startswith(PREFIX) else Path(name).stem for name in texts}
-    stems = list(short.values())
+    taken = [config.data.dataset_name, *short.values()]
     return {
-        (short[name] if stems.count(short[name]) == 1 else name): pack(
+        (short[name] if taken.count(short[name]) == 1 else name): pack(
             _documents(config, name), tokenizer, config.data.max_length, max_blocks=config.data.num_eval_samples
         )
         for name in texts
