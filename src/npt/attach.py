@@ -2,7 +2,7 @@
 
     tap        on the last module whose output attention adds to the residual: keeps a, returns zeros
     input site on the MLP (or on single projections): z -> z + shift
-    values     on gate and up: output + value; on down: output + v_down
+    values     on gate and up: output + value; on down (or on the norm after it): output + v_down
 
 All hooks are methods of one `NPTLayer`, a child of the block, registered once and switched by flags: torch.compile
 ignores hooks that are added after it.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from npt.component import INPUT_PROJECTIONS, ComponentSpec, InputValues, NPComponent, WeightDelta
 from npt.errors import ConversionError
 from npt.families import Family
+from npt.modules import linear_product, linear_shape, probe_norm
 
 #: What a hooked block does instead of its adapter; None means the adapter as configured.
 BYPASS = "bypass"  # the original block
@@ -64,8 +65,12 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         self._attention: Tensor | None = None
         self._residual: Tensor | None = None
         self._values: InputValues | None = None
-        weight, bias, self.centered = probe_norm(block.get_submodule(family.norm))
-        self._norm = {"weight": weight, "bias": bias}
+        self._down: Tensor | None = None
+        self._norm: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.centered = False
+        if family.norm is not None:
+            like = next(p for p in block.parameters() if p.is_floating_point())
+            *self._norm, self.centered = probe_norm(self.module("norm"), self.shape("up")[0], like)  # type: ignore[assignment]
         self.oracle = NPComponent(self._spec(carry="exact", projections=tuple(family.projections)))
         self._handles = self._register_hooks()
 
@@ -103,17 +108,42 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             raise ConversionError(
                 f"rank={spec.rank} is larger than the model's hidden size {spec.hidden_size}; use a rank up to that"
             )
-        self.components[adapter_name] = NPComponent(spec, self._norm["weight"], self._norm["bias"])
+        self.components[adapter_name] = NPComponent(spec, *self._norm, like=self.weight)
 
     def _spec(self, **options: Any) -> ComponentSpec:
-        hidden, intermediate = linear_shape(self.module("up"))
-        return ComponentSpec(hidden, intermediate, centered=self.centered, **options)
+        hidden, intermediate = self.shape("up")
+        return ComponentSpec(hidden, intermediate, centered=self.centered, reads=self.family.reads, **options)
 
     # -- what is active ----------------------------------------------------------------------------------------------
 
     def module(self, name: str) -> Any:
-        """A module of the block by its role: tap, norm, mlp, gate, up or down."""
+        """A module of the block by its role: tap, norm, mlp, gate, up, down or out."""
         return self.get_base_layer().get_submodule(getattr(self.family, name))
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(in, out) of a projection; of its own half where gate and up are one."""
+        size_in, size_out = linear_shape(self.module(name))
+        return size_in, size_out // (2 if self.family.fused and name != "down" else 1)
+
+    def product(self, name: str) -> Callable[[Tensor], Tensor]:
+        """x -> W_t x of a projection, without bias."""
+        product = linear_product(self.module(name))
+        if not self.family.fused or name == "down":
+            return product
+        half = INPUT_PROJECTIONS.index(name)
+        return lambda x: product(x).chunk(2, -1)[half]
+
+    @property
+    def multiplier(self) -> float:
+        """What the block scales attention's and the MLP's output by; npt keeps a as it joins the residual stream."""
+        name = self.family.multiplier
+        return 1.0 if name is None else float(getattr(self.get_base_layer(), name))
+
+    def mlp_inputs(self, hidden_states: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """(the MLP's input in the NPT block, that in the original block), (..., d), from h and a."""
+        norm: Any = (lambda x: x) if self.family.norm is None else self.module("norm").forward
+        z = norm(hidden_states)
+        return z, z if self.family.parallel else norm(hidden_states + attention)
 
     @property
     def active_name(self) -> str | None:
@@ -147,14 +177,20 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def _register_hooks(self) -> list[Any]:
-        projections = {name: self.module(name) for name in self.family.projections}
+        family = self.family
+        projections = {name: self.module(name) for name in family.projections}
         handles = [
             self.module("tap").register_forward_hook(self._tap),
-            self.module("norm").register_forward_pre_hook(self._keep_residual),
-            self.module("mlp").register_forward_pre_hook(self._shift_mlp),
+            self.module("mlp" if family.mlp else "up").register_forward_pre_hook(self._shift_mlp),
             projections["down"].register_forward_hook(self._add_down),
             self.get_base_layer().register_forward_hook(self._finish, with_kwargs=True, always_call=True),
         ]
+        if family.norm is not None and not family.parallel:
+            handles.append(self.module("norm").register_forward_pre_hook(self._keep_residual))
+        if family.out is not None:
+            handles.append(self.module("out").register_forward_hook(self._add_out))
+        if family.fused:
+            return [*handles, projections["up"].register_forward_hook(self._add_fused)]
         for name, shift, add in (
             ("gate", self._shift_gate, self._add_gate),
             ("up", self._shift_up, self._add_up),
@@ -171,13 +207,11 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         self._handles = []
 
     def _tap(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        component = self.active()
-        if component is None:
-            if self.on_block is not None:
-                self._attention = output
+        component, multiplier = self.active(), self.multiplier
+        if component is None and self.on_block is None:
             return None
-        self._attention = output
-        return torch.zeros_like(output)
+        self._attention = output if multiplier == 1 else output * multiplier
+        return None if component is None else torch.zeros_like(output)
 
     def _keep_residual(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         component = self.active()
@@ -188,10 +222,11 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         component = self.active()
         if component is None or self._attention is None or self.override == ZERO:
             return None
-        self._values = self._input_values(component, args[0])
+        # Some models flatten batch and tokens before the MLP: the maths keeps the shape attention had.
+        self._values = self._input_values(component, _shaped(args[0], self._attention))
         if self._values.shift is None or not self._shares_input(component):
             return None
-        return (args[0] + self._values.shift, *args[1:])
+        return (args[0] + self._values.shift.view_as(args[0]), *args[1:])
 
     def _shift_gate(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return self._shift_projection("gate", args)
@@ -205,7 +240,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             return None
         if self._shares_input(component):
             return None
-        return (args[0] + values.shift, *args[1:])
+        return (args[0] + values.shift.view_as(args[0]), *args[1:])
 
     def _add_gate(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         return self._add_value("gate", output)
@@ -215,7 +250,19 @@ class NPTLayer(nn.Module, BaseTunerLayer):
 
     def _add_value(self, name: str, output: Tensor) -> Tensor | None:
         value = None if self._values is None else self._values.values.get(name)
-        return None if value is None else output + value
+        return None if value is None else output + value.view_as(output)
+
+    def _add_fused(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        component, values = self.active(), self._values
+        if component is None or values is None:
+            return None
+        halves = list(output.chunk(2, -1))
+        for i, name in enumerate(INPUT_PROJECTIONS):
+            if name in values.values:
+                halves[i] = halves[i] + values.values[name].view_as(halves[i])
+            if name in component.spec.projections and values.shift is not None and not self._shares_input(component):
+                halves[i] = halves[i] + self.product(name)(values.shift).view_as(halves[i])
+        return torch.cat(halves, -1)
 
     def _add_down(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self.override == ZERO:
@@ -225,15 +272,29 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             return None
         # Let go here, the last use: a recomputed forward under gradient checkpointing never reaches the block's hook.
         self._attention = self._values = self._residual = None
+        inputs = _shaped(args[0], attention)
         if self.observer is not None:
-            self.observer(self, component.weight_deltas(attention, args[0], "down", {}))
-        value = component(attention, args[0], "down", modulation=values.modulation)
-        return None if value is None else output + value
+            deltas = component.weight_deltas(attention, inputs, "down", {})
+            self.observer(self, {name: delta.scaled(1 / self.multiplier) for name, delta in deltas.items()})
+        value = component(attention, inputs, "down", modulation=values.modulation)
+        if value is not None and self.multiplier != 1:
+            value = value / self.multiplier
+        if self.family.out is not None:
+            self._down = value
+            return None
+        return None if value is None else output + value.view_as(output)
+
+    def _add_out(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Where a norm follows the MLP, `down`'s value joins after it."""
+        if self.override == ZERO:
+            return torch.zeros_like(output)
+        value, self._down = self._down, None
+        return None if value is None else output + value.view_as(output)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hands a bypassed pass to `on_block`; always lets go of what was kept, also when a forward died half-way."""
         attention, self._attention = self._attention, None
-        self._values = self._residual = None
+        self._values = self._residual = self._down = None
         if self.on_block is None or attention is None or output is None or self.active() is not None:
             return
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -245,32 +306,37 @@ class NPTLayer(nn.Module, BaseTunerLayer):
 
     def _input_values(self, component: NPComponent, z: Tensor) -> InputValues:
         attention: Any = self._attention
-        exact_input = self._exact_input() if component.spec.carry == "exact" else None
+        exact_input = self._exact_input(z) if component.spec.carry == "exact" else None
         if self.observer is not None:
-            names = component.spec.input_projections
-            products = {name: linear_product(self.module(name)) for name in names}
+            products = {name: self.product(name) for name in component.spec.input_projections}
             self.observer(self, component.weight_deltas(attention, z, "input", products, exact_input))
         values: InputValues = component(attention, z, "input", exact_input=exact_input)
         return values
 
-    def _exact_input(self) -> Tensor:
-        """Norm2(h + a). `forward` is called as a function: its hooks belong to the block's own pass."""
-        if self._residual is None or self._attention is None:
+    def _exact_input(self, z: Tensor) -> Tensor:
+        """The original block's MLP input, from h: what the norm read, or z itself where there is no norm."""
+        attention: Any = self._attention
+        if self.family.parallel:
+            return z
+        residual = z if self.family.norm is None else self._residual
+        if residual is None:
             raise ConversionError(f"block {self.index}: the MLP ran before its norm, so carry 'exact' has no h to read")
-        output: Tensor = self.module("norm").forward(self._residual + self._attention)
-        return output
+        return self.mlp_inputs(_shaped(residual, attention), attention)[1]
 
     # -- a block on its own --------------------------------------------------------------------------------------------
 
     def update_from(self, hidden_states: Tensor, attention: Tensor) -> Tensor:
         """The NPT block's update y - h from given h and a, (..., d): one norm and one MLP, no attention."""
+        family, block = self.family, self.get_base_layer()
         self._attention = attention
         try:
-            z = self.module("norm")(hidden_states)
+            z = hidden_states if family.norm is None else self.module("norm")(hidden_states)
+            if family.run is not None:
+                return family.run(block, z)
             update: Tensor = self.module("mlp")(z)
+            return (update if family.out is None else self.module("out")(update)) * self.multiplier
         finally:
-            self._attention = self._values = self._residual = None
-        return update
+            self._attention = self._values = self._residual = self._down = None
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -279,53 +345,9 @@ def first_tensor(output: Any) -> Tensor:
     return tensor
 
 
-def linear_shape(module: Any) -> tuple[int, int]:
-    """(in_features, out_features) of a Linear, a Conv1D or a quantised linear."""
-    if hasattr(module, "in_features"):
-        return int(module.in_features), int(module.out_features)
-    if hasattr(module, "nf"):  # transformers' Conv1D keeps its weight as (in, out)
-        return int(module.nx), int(module.nf)
-    raise ConversionError(f"{type(module).__name__} is neither Linear nor Conv1D; NPT can't read its sizes")
-
-
-def linear_product(module: Any) -> Callable[[Tensor], Tensor]:
-    """x -> W x without bias. The linear is called, never its raw weight, so that quantised and offloaded ones work too."""
-    if getattr(module, "bias", None) is None:
-        return module.forward  # type: ignore[no-any-return]
-    return lambda x: module.forward(x) - module.forward(torch.zeros_like(x[..., :1, :]))
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weights are, or where accelerate brings them when it keeps them elsewhere."""
-    hook = getattr(module, "_hf_hook", None)
-    for part in getattr(hook, "hooks", [hook]):
-        if getattr(part, "execution_device", None) is not None:
-            return torch.device(part.execution_device)
-    return next(module.parameters()).device
-
-
-def probe_norm(norm: Any) -> tuple[Tensor, Tensor | None, bool]:
-    """(weight (d,), bias (d,) or None, whether it centres) of a norm, measured by calling it.
-
-    Two inputs x and -x of unit variance and zero mean, scaled up so that the norm's epsilon vanishes, give
-    weight = (f(x) - f(-x)) / 2x and bias = (f(x) + f(-x)) / 2, whatever the class calls them.
-    """
-    parameter = next(iter(norm.parameters()), None)
-    if parameter is None:
-        raise ConversionError(f"{type(norm).__name__} has no weight, so its size is unknown; register its family first")
-    d, scale = parameter.shape[-1], 4096.0
-    sign = torch.ones(d, device=parameter.device, dtype=parameter.dtype)
-    sign[1::2] = -1
-    with torch.no_grad():
-        plus, minus = norm.forward((sign * scale)[None])[0], norm.forward((-sign * scale)[None])[0]
-        constant = norm.forward(torch.full_like(sign, scale)[None])[0]
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    bias = (plus.to(dtype) + minus.to(dtype)) / 2
-    weight = (plus.to(dtype) - minus.to(dtype)) / 2 * sign
-    if parameter.is_meta:
-        return weight, None if getattr(norm, "bias", None) is None else bias, isinstance(norm, nn.LayerNorm)
-    centered = bool((constant.to(dtype) - bias).abs().max() < weight.abs().max() / 2)
-    return weight, bias if bool(bias.any()) else None, centered
+def _shaped(x: Tensor, like: Tensor) -> Tensor:
+    """x with the leading dimensions of `like`."""
+    return x.view(*like.shape[:-1], x.shape[-1])
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from npt.attach import BlockRecord, NPTLayer, layer_mode, linear_product
+from npt.attach import EXACT, BlockRecord, NPTLayer, layer_mode
 from npt.component import NPComponent
 from npt.errors import NPTError
 from npt.tuner import active_layers, device_of, eval_mode, run_backbone
@@ -151,8 +151,8 @@ class _BlockFit:
     def _update_error(self) -> float:
         h, a = self.probe
         layer = self.layer
-        with layer_mode([layer], on_block=None, override="bypass"):
-            target = layer.module("mlp")(layer.module("norm")(h + a)) + a
+        with layer_mode([layer], on_block=None, override=EXACT):
+            target = layer.update_from(h[None], a[None])[0]
         with layer_mode([layer], on_block=None, override=None):
             update = layer.update_from(h[None], a[None])[0]
         return float((update - target).double().norm() / target.double().norm().clamp_min(1e-300))
@@ -160,9 +160,8 @@ class _BlockFit:
 
 def _delta(layer: NPTLayer, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """(z, D), each (tokens, d), float32 or better."""
-    norm, dtype = layer.module("norm"), torch.promote_types(h.dtype, torch.float32)
-    z = norm.forward(h).to(dtype)
-    return z, norm.forward(h + a).to(dtype) - z
+    z, original = (x.to(torch.promote_types(h.dtype, torch.float32)) for x in layer.mlp_inputs(h, a))
+    return z, original - z
 
 
 def token_sizes(delta: Tensor, attention: Tensor) -> Tensor:
@@ -190,14 +189,14 @@ def fit_gain_and_carry(layer: NPTLayer, component: NPComponent, h: Tensor, a: Te
         component.gain.fill_(1)
         g, w = component.gains(z, phi)
         for _ in range(3):
-            if spec.carry == "diagonal":
+            if component.has_carry:
                 component.c.copy_(_diagonal(delta - component.gain * g * z, w * a, weights))
-            rest = delta - component.c * w * a if spec.carry == "diagonal" else delta
+            rest = delta - component.c * w * a if component.has_carry else delta
             square = (weights * (g * z).square()).sum()
             if float(square) > 0:
                 component.gain.copy_((weights * rest * g * z).sum() / square)
         return
-    if spec.carry == "diagonal":
+    if component.has_carry:
         component.c.copy_(_diagonal(delta, a, weights))
     for _ in range(10 if component.has_gain else 0):
         _fit_linear_gain(component, delta, a, z, phi, weights)
@@ -205,15 +204,15 @@ def fit_gain_and_carry(layer: NPTLayer, component: NPComponent, h: Tensor, a: Te
 
 def _fit_linear_gain(component: NPComponent, delta: Tensor, a: Tensor, z: Tensor, phi: Tensor, weights: Tensor) -> None:
     """One round of alternating least squares: (k, l) given c, then c given (k, l)."""
-    carried = component.c * a if component.spec.carry == "diagonal" else torch.zeros_like(a)
+    carried = component.c * a if component.has_carry else torch.zeros_like(a)
     columns = [z, *(phi[:, [i]] * z for i in range(phi.shape[-1]))]
-    if component.spec.carry == "diagonal":
+    if component.has_carry:
         columns += [phi[:, [i]] * carried for i in range(phi.shape[-1])]
     gram = torch.stack([torch.stack([(weights * x * y).sum() for y in columns]) for x in columns])
     right = torch.stack([(weights * x * (delta - carried)).sum() for x in columns])
     solution = solve_ridge(gram, right, 1e-10)
     component.gain.copy_(solution[: 1 + phi.shape[-1]])
-    if component.spec.carry == "diagonal":
+    if component.has_carry:
         component.carry_gain.copy_(solution[1 + phi.shape[-1] :])
         g, w = component.gains(z, phi)
         component.c.copy_(_diagonal(delta - g * z, w * a, weights))
@@ -265,7 +264,7 @@ def _fit_low_rank(layer: NPTLayer, component: NPComponent, gram: Any, cross: Any
     component.A.copy_(a_matrix)
     b_in, b_down = fitted.split(d, -1)
     for name, (b, _) in component.low_rank_factors("input").items():
-        b.copy_(b_in if name == "in" else linear_product(layer.module(name))(b_in.to(layer.weight.dtype)))
+        b.copy_(b_in if name == "in" else layer.product(name)(b_in.to(layer.weight.dtype)))
     if "down" in spec.projections:
         component.low_rank_factors("down")["down"][0].copy_(b_down)
 

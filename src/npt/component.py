@@ -39,7 +39,9 @@ class ComponentSpec:
     """Everything that fixes a component's parameters and shapes.
 
     `hidden_size` d, `intermediate_size` f; `projections` is the subset of gate, up, down that receives a delta;
-    `centered` says that Norm2 subtracts the mean (LayerNorm), so the mean of `a` is taken out too.
+    `centered` says that Norm2 subtracts the mean (LayerNorm), so the mean of `a` is taken out too. `reads` is what the
+    original MLP reads: "norm(h + a)", "h + a" (no norm before the MLP: no gain) or "h" (a parallel block: attention
+    leaves the MLP's input alone, so gate and up need no carry either).
     """
 
     hidden_size: int
@@ -52,6 +54,7 @@ class ComponentSpec:
     gain: str = "state"
     low_rank_at: str = "input"
     centered: bool = False
+    reads: str = "norm(h + a)"
 
     @property
     def input_projections(self) -> tuple[str, ...]:
@@ -101,6 +104,13 @@ class WeightDelta:
             square = square + ((m @ gram) * m).sum(-1)
             square = square + 2 * (self.value * self._low_rank_product(m, c, b)).sum(-1) * inverse
         return square.clamp_min(0)
+
+    def scaled(self, factor: float) -> WeightDelta:
+        """factor * dW."""
+        if factor == 1:
+            return self
+        low_rank = None if self.low_rank is None else (factor * self.low_rank[0], *self.low_rank[1:])
+        return WeightDelta(factor * self.value, self.inputs, low_rank)
 
     def matrix(self, *token: int) -> Tensor:
         """dW of the token at index `token` of the leading dimensions, as an (out, in) matrix."""
@@ -167,14 +177,20 @@ class NPComponent(nn.Module):
     Args:
         spec: the options and sizes.
         norm_weight: (d,) weight of Norm2, None for one without. norm_bias: (d,) its bias or None.
+        like: gives dtype and device where there is no norm_weight.
     """
 
-    def __init__(self, spec: ComponentSpec, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None):
+    def __init__(
+        self,
+        spec: ComponentSpec,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
+        like: Tensor | None = None,
+    ):
         super().__init__()
         self.spec = spec
-        d, dtype = spec.hidden_size, None if norm_weight is None else norm_weight.dtype
-        device = None if norm_weight is None else norm_weight.device
-        self._new: dict[str, Any] = {"dtype": dtype, "device": device}
+        d, like = spec.hidden_size, like if norm_weight is None else norm_weight
+        self._new: dict[str, Any] = {} if like is None else {"dtype": like.dtype, "device": like.device}
         inverse = None
         if norm_weight is not None:
             inverse = norm_weight / (norm_weight.square() + NORM_WEIGHT_EPSILON)
@@ -184,12 +200,13 @@ class NPComponent(nn.Module):
         self.register_buffer("norm_bias", norm_bias, persistent=False)
         if spec.has_low_rank:
             self._add_low_rank()
-        if spec.carry == "diagonal":
-            if spec.input_projections:
-                self.c = nn.Parameter(torch.zeros(d, **self._new))
-            if "down" in spec.projections:
-                self.e = nn.Parameter(torch.ones(d, **self._new))
-        self.has_gain = spec.gain != "none" and spec.carry != "exact" and bool(spec.input_projections)
+        reads_attention = bool(spec.input_projections) and spec.reads != "h"
+        self.has_carry = spec.carry == "diagonal" and reads_attention
+        self.has_gain = spec.gain != "none" and spec.carry != "exact" and reads_attention and spec.reads != "h + a"
+        if self.has_carry:
+            self.c = nn.Parameter(torch.zeros(d, **self._new))
+        if spec.carry == "diagonal" and "down" in spec.projections:
+            self.e = nn.Parameter(torch.ones(d, **self._new))
         if self.has_gain and spec.gain == "state":
             self.gain = nn.Parameter(torch.zeros(1, **self._new))
             self.log_scale = nn.Parameter(torch.zeros(1, **self._new))
@@ -197,7 +214,7 @@ class NPComponent(nn.Module):
         elif self.has_gain:
             num_features = {"norm": 1, "overlap": 2}[spec.gain]
             self.gain = nn.Parameter(torch.zeros(1 + num_features, **self._new))
-            if spec.carry == "diagonal":
+            if self.has_carry:
                 self.carry_gain = nn.Parameter(torch.zeros(num_features, **self._new))
 
     def _add_low_rank(self) -> None:
@@ -302,7 +319,7 @@ class NPComponent(nn.Module):
             norm_ratio = (1 + 2 * scale * phi[..., 1] + scale.square() * phi[..., 0]).clamp_min(1e-4).rsqrt()
             return (self.gain * (norm_ratio - 1)).unsqueeze(-1), (scale * norm_ratio).unsqueeze(-1)
         g = self.gain[0] + (phi * self.gain[1:]).sum(-1)
-        w = 1 + (phi * self.carry_gain).sum(-1) if self.spec.carry == "diagonal" else torch.ones_like(g)
+        w = 1 + (phi * self.carry_gain).sum(-1) if self.has_carry else torch.ones_like(g)
         return g.unsqueeze(-1), w.unsqueeze(-1)
 
     def centered(self, attention: Tensor) -> Tensor:
@@ -318,13 +335,13 @@ class NPComponent(nn.Module):
 
     def keyed_shift(self, attention: Tensor, z: Tensor) -> Tensor | None:
         """w (c * a) + g (z - b), (..., d): what carry and gain add to z; None when both are off."""
-        if self.spec.carry != "diagonal" and not self.has_gain:
+        if not self.has_carry and not self.has_gain:
             return None
         a, z, phi = self.features(attention, z)
         if not self.has_gain:
             return self.c * a
         g, w = self.gains(z, phi)
-        return g * z if self.spec.carry != "diagonal" else g * z + w * (self.c * a)
+        return g * z if not self.has_carry else g * z + w * (self.c * a)
 
     def low_rank_factors(self, site: str) -> dict[str, tuple[Tensor, Any]]:
         """{"in" | "gate" | "up" | "down": (B (r, out), C (in, r) or None for the input key)} of one site."""

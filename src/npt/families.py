@@ -1,15 +1,16 @@
 """Where the pieces of a block are, one line per model family.
 
-A new family is one call: `register_family("my_type", Family(...))`. The conversion contract (`attach.py`) runs at
+A new family is one call: `register_family("my_type", Family(...))`. The conversion contract (`contract.py`) runs at
 conversion and rejects a wrong line, so a typo here can't produce wrong results silently.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from npt.errors import ConversionError
 
@@ -18,18 +19,28 @@ from npt.errors import ConversionError
 class Family:
     """Paths of modules, relative to the causal LM (`blocks`) or to one block (the others).
 
-    tap: the last module whose output attention adds to the residual stream.
-    norm: Norm2, which reads the residual stream after attention. mlp: the module from Norm2's output to the update.
-    up, down, gate: the MLP's projections (Linear or Conv1D); gate is None where there is none.
+    tap: the last module whose output attention adds to the residual stream, a norm after attention included.
+    norm: Norm2, which the MLP's input comes from; None where the MLP reads the residual stream itself.
+    mlp: the module from Norm2's output to the update; None where a block holds the projections itself.
+    up, down, gate: the MLP's projections (Linear or Conv1D); gate is None where there is none. gate == up is one
+        projection of both, the gate's rows first.
+    out: the norm after the MLP, where there is one; `down`'s value joins its output (docs/maths.md, section 5).
+    parallel: the MLP reads Norm2(h), not Norm2(h + a): attention changes nothing but the residual stream.
+    multiplier: the block's attribute that scales both attention and MLP on their way into the residual stream.
+    run: (block, z) -> the MLP's update y - h, where it isn't out(mlp(z)) times the multiplier.
     """
 
     blocks: str
     tap: str
-    norm: str
-    mlp: str
+    norm: str | None
+    mlp: str | None
     up: str
     down: str
     gate: str | None = None
+    out: str | None = None
+    parallel: bool = False
+    multiplier: str | None = None
+    run: Callable[[Any, Tensor], Tensor] | None = None
 
     @property
     def projections(self) -> dict[str, str]:
@@ -37,21 +48,86 @@ class Family:
         paths = {"gate": self.gate, "up": self.up, "down": self.down}
         return {name: path for name, path in paths.items() if path is not None}
 
+    @property
+    def fused(self) -> bool:
+        """Whether gate and up are one projection."""
+        return self.gate == self.up
 
-_GATED = {"mlp": "mlp", "up": "mlp.up_proj", "down": "mlp.down_proj", "gate": "mlp.gate_proj"}
+    @property
+    def reads(self) -> str:
+        """What the MLP reads, as `ComponentSpec.reads`: norm(h + a), h + a, or nothing of a."""
+        return "h" if self.parallel else "h + a" if self.norm is None else "norm(h + a)"
+
+
+_GATED: dict[str, Any] = {"mlp": "mlp", "up": "mlp.up_proj", "down": "mlp.down_proj", "gate": "mlp.gate_proj"}
+_FUSED: dict[str, Any] = {"mlp": "mlp", "up": "mlp.gate_up_proj", "down": "mlp.down_proj", "gate": "mlp.gate_up_proj"}
+_PLAIN: dict[str, Any] = {"mlp": "mlp", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+_FC: dict[str, Any] = {"mlp": "mlp", "up": "mlp.fc1", "down": "mlp.fc2"}
+_CONV: dict[str, Any] = {"mlp": "mlp", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+_4H: dict[str, Any] = {"mlp": "mlp", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
 _LLAMA = Family("model.layers", "self_attn.o_proj", "post_attention_layernorm", **_GATED)
+_SANDWICH = replace(
+    _LLAMA, tap="post_attention_layernorm", norm="pre_feedforward_layernorm", out="post_feedforward_layernorm"
+)
+_POST_NORM = replace(_SANDWICH, norm=None)
+_GPT_NEOX = Family("gpt_neox.layers", "attention.dense", "post_attention_layernorm", **_4H)
+_FALCON = Family("transformer.h", "self_attention.dense", "post_attention_layernorm", **_4H)
 
-FAMILIES: dict[str, Family] = {
+
+def _falcon(config: Any) -> Family:
+    if config.new_decoder_architecture or config.parallel_attn:
+        norms = config.num_ln_in_parallel_attn or (2 if config.new_decoder_architecture else 1)
+        own_norm = config.new_decoder_architecture and norms == 2
+        return replace(_FALCON, norm="ln_mlp" if own_norm else "input_layernorm", parallel=True)
+    return _FALCON
+
+
+def _opt(config: Any) -> Family:
+    if not config.do_layer_norm_before:
+        raise ConversionError(
+            "OPT with do_layer_norm_before=false (opt-350m) normalises the residual stream itself after each block, so no "
+            "weight delta can replace attention; use an OPT of another size"
+        )
+    return Family(
+        "model.decoder.layers", "self_attn.out_proj", "final_layer_norm", None, "fc1", "fc2",
+        run=lambda block, z: block.fc2(block.activation_fn(block.fc1(z))),
+    )  # fmt: skip
+
+
+#: By config.json's model_type; a function of the config where that decides.
+FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
+    "bloom": replace(_FALCON, run=lambda block, z: block.mlp(z, z.new_zeros(1))),
+    "cohere": replace(_LLAMA, norm="input_layernorm", parallel=True),
+    "falcon": _falcon,
+    "gemma": _LLAMA,
+    "gemma2": _SANDWICH,
+    "gemma3_text": _SANDWICH,
+    "gpt2": Family("transformer.h", "attn.resid_dropout", "ln_2", **_CONV),
+    "gpt_neo": Family("transformer.h", "attn.attention.out_proj", "ln_2", **_CONV),
+    "gpt_neox": lambda config: replace(_GPT_NEOX, parallel=config.use_parallel_residual),
+    "gptj": Family(
+        "transformer.h", "attn.out_proj", "ln_1", mlp="mlp", up="mlp.fc_in", down="mlp.fc_out", parallel=True
+    ),
+    "granite": replace(_LLAMA, multiplier="residual_multiplier"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "olmo": _LLAMA,
+    "olmo2": _POST_NORM,
+    "opt": _opt,
+    "phi": Family("model.layers", "self_attn.dense", "input_layernorm", **_FC, parallel=True),
+    "phi3": Family("model.layers", "self_attn.o_proj", "post_attention_layernorm", **_FUSED),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gpt2": Family("transformer.h", "attn.resid_dropout", "ln_2", "mlp", "mlp.c_fc", "mlp.c_proj"),
+    "smollm3": _LLAMA,
+    "stablelm": lambda config: (
+        replace(_LLAMA, norm="input_layernorm", parallel=True) if config.use_parallel_residual else _LLAMA
+    ),
+    "starcoder2": Family("model.layers", "self_attn.o_proj", "post_attention_layernorm", **_CONV),
 }
 
 
-def register_family(model_type: str, family: Family) -> None:
-    """Teach npt a model family: `model_type` as in the model's config.json."""
+def register_family(model_type: str, family: Family | Callable[[Any], Family]) -> None:
+    """Teach npt a model family: `model_type` as in the model's config.json; a function of the config where that decides."""
     FAMILIES[model_type] = family
 
 
@@ -59,7 +135,7 @@ def family_of(model: nn.Module) -> Family:
     """The family of a causal LM.
 
     Raises:
-        ConversionError: the model has no `config.model_type`, or one that isn't in the table.
+        ConversionError: the model has no `config.model_type`, or one that isn't in the table, or can't be converted.
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -68,7 +144,8 @@ def family_of(model: nn.Module) -> Family:
             f"model type {model_type!r} of {type(model).__name__} is not supported; known: {', '.join(sorted(FAMILIES))}. "
             "Add one with npt.families.register_family(model_type, Family(...))"
         )
-    return FAMILIES[model_type]
+    entry = FAMILIES[model_type]
+    return entry if isinstance(entry, Family) else entry(config)
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:

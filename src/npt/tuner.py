@@ -16,11 +16,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from npt import component as maths
-from npt.attach import NPTLayer, execution_device, layer_mode
+from npt.attach import NPTLayer, layer_mode
 from npt.component import WeightDelta
 from npt.contract import check_contract
 from npt.errors import ConversionError
 from npt.families import blocks_of, family_of, resolve_layers
+from npt.modules import execution_device
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npt.attach import BlockRecord, NPTLayer, execution_device, layer_mode, linear_product, linear_shape
+from npt.attach import BlockRecord, NPTLayer, layer_mode
 from npt.component import WeightDelta
+from npt.modules import execution_device
 from npt.tuner import active_layers, run_backbone
 
 Batches = Iterable[dict[str, Tensor]]
@@ -96,12 +97,12 @@ def mean_delta_norms(
 
 
 @torch.no_grad()
-def weight_norm(module: Any) -> float:
-    """|W|_F of a linear of any kind, from its products with the unit vectors."""
-    rows = linear_shape(module)[0]
-    parameter = next(module.parameters())
+def weight_norm(layer: NPTLayer, name: str) -> float:
+    """|W_t|_F of a linear of any kind, from its products with the unit vectors."""
+    rows, module, product = layer.shape(name)[0], layer.module(name), layer.product(name)
+    parameter, square = next(module.parameters()), 0.0
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-    unit, product, square = torch.eye(rows, dtype=dtype, device=execution_device(module)), linear_product(module), 0.0
+    unit = torch.eye(rows, dtype=dtype, device=execution_device(module))
     for chunk in unit.split(512):
         square += float(product(chunk).double().square().sum())
     return square**0.5
@@ -117,11 +118,11 @@ def weight_delta_stats(model: Any, batches: list[dict[str, Tensor]]) -> dict[str
     for layer in active_layers(model):
         entry = per_layer.setdefault(f"layer_{layer.index}", {})
         for name, figures in own[layer.index].items():
-            rows, columns = linear_shape(layer.module(name))
+            rows, columns = layer.shape(name)
             norm = figures["frobenius"]
             entry[name] = {
                 "frobenius": norm,
-                "relative": norm / max(weight_norm(layer.module(name)), 1e-300),
+                "relative": norm / max(weight_norm(layer, name), 1e-300),
                 "rms_entry": norm / (rows * columns) ** 0.5,
                 "exact_frobenius": exact[layer.index][name]["frobenius"],
                 "tokens_without_key": figures["skipped"],

@@ -1,0 +1,144 @@
+"""Small random models of every supported family and variant, and what a block of each computes, from its own submodules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def raw(module: Any) -> tuple[Tensor, Tensor]:
+    """(W (out, in), bias) of a Linear or Conv1D."""
+    weight = module.weight.T if hasattr(module, "nf") else module.weight
+    bias = module.bias if getattr(module, "bias", None) is not None else weight.new_zeros(len(weight))
+    return weight, bias
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant of a family.
+
+    source: attention's output projection; after_attention: (block, its output) -> what joins the residual stream.
+    before: (block, x) -> what the MLP reads from the residual stream x; norm: the norm in it; parallel: of h alone.
+    gate, up, down: the projections, "path:0" and "path:1" for the halves of a fused one; act: (block) -> activation.
+    after: (block, down's output) -> what joins the residual stream, times multiplier.
+    """
+
+    model_type: str
+    options: dict[str, Any] = field(default_factory=dict)
+    source: str = "self_attn.o_proj"
+    after_attention: Callable[[Any, Tensor], Tensor] = lambda block, a: a
+    before: Callable[[Any, Tensor], Tensor] = lambda block, x: block.post_attention_layernorm.forward(x)
+    parallel: bool = False
+    gate: str | None = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    act: Callable[[Any], Callable[[Tensor], Tensor]] = lambda block: block.mlp.act_fn
+    after: Callable[[Any, Tensor], Tensor] = lambda block, u: u
+    multiplier: float = 1.0
+    blocks: str = "model.layers"
+    norm: str | None = "post_attention_layernorm"
+
+    @property
+    def name(self) -> str:
+        """For test ids."""
+        return "-".join([self.model_type, *(f"{k}={v}" for k, v in self.options.items())])
+
+    def projection(self, block: Any, name: str) -> tuple[Tensor, Tensor]:
+        """(W (out, in), bias) of gate, up or down."""
+        path, _, half = getattr(self, name).partition(":")
+        weight, bias = raw(block.get_submodule(path))
+        return (weight.chunk(2)[int(half)], bias.chunk(2)[int(half)]) if half else (weight, bias)
+
+    def norm_parts(self, block: Any) -> tuple[Tensor, Tensor, bool]:
+        """(weight, bias, whether it centres) of the norm the MLP's input comes from; ones where there is none."""
+        size = self.projection(block, "up")[0].shape[1]
+        ones, zeros = torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        if self.norm is None:
+            return ones, zeros, False
+        norm = block.get_submodule(self.norm)
+        weight = getattr(norm, "weight", ones)
+        if "Gemma" in type(norm).__name__:
+            weight = (1.0 + weight.float()).double()
+        bias = getattr(norm, "bias", None)
+        return weight, zeros if bias is None else bias, "LayerNorm" in type(norm).__name__
+
+    def build(self, dtype: torch.dtype = torch.float64) -> Any:
+        """The model, whose norms, biases and attention are far from their initial values."""
+        torch.manual_seed(0)
+        config_class = transformers.CONFIG_MAPPING[self.model_type]
+        config = config_class(**{**SIZES, **self.options})
+        base = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.add_(0.15 * torch.randn_like(parameter))
+        return base.to(dtype).eval()
+
+
+def _plain(model_type: str, prefix: str, up: str, down: str, norm: str | None, **more: Any) -> Case:
+    return Case(model_type, gate=None, up=f"{prefix}{up}", down=f"{prefix}{down}", norm=norm, **more)
+
+
+def _norm(name: str) -> Callable[[Any, Tensor], Tensor]:
+    return lambda block, x: getattr(block, name).forward(x)  # without the hooks
+
+
+_GELU: Any = lambda block: block.mlp.act  # noqa: E731
+_SANDWICH: dict[str, Any] = {
+    "after_attention": _norm("post_attention_layernorm"),
+    "after": _norm("post_feedforward_layernorm"),
+    "before": _norm("pre_feedforward_layernorm"),
+    "norm": "pre_feedforward_layernorm",
+}
+
+CASES = [
+    *(Case(name) for name in ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo")),
+    Case("llama", {"attention_bias": True, "mlp_bias": True}),
+    Case("gemma", {"head_dim": 8}),
+    Case("gemma2", {"head_dim": 8, "sliding_window": 4}, **_SANDWICH),
+    Case("gemma3_text", {"head_dim": 8, "sliding_window": 4}, **_SANDWICH),
+    Case("granite", {"residual_multiplier": 0.4}, multiplier=0.4),
+    Case("olmo2", **{**_SANDWICH, "before": lambda block, x: x, "norm": None}),
+    Case("cohere", parallel=True, before=_norm("input_layernorm"), norm="input_layernorm"),
+    Case("stablelm"),
+    Case("stablelm", {"use_parallel_residual": True}, parallel=True, before=_norm("input_layernorm"), norm="input_layernorm"),
+    Case("phi3", act=lambda block: block.mlp.activation_fn, gate="mlp.gate_up_proj:0", up="mlp.gate_up_proj:1"),
+    _plain("phi", "mlp.", "fc1", "fc2", "input_layernorm", source="self_attn.dense", parallel=True,
+           before=_norm("input_layernorm"), act=lambda block: block.mlp.activation_fn),
+    _plain("starcoder2", "mlp.", "c_fc", "c_proj", "post_attention_layernorm", act=_GELU),
+    _plain("gpt2", "mlp.", "c_fc", "c_proj", "ln_2", source="attn.c_proj", before=_norm("ln_2"), act=_GELU,
+           blocks="transformer.h"),
+    _plain("gpt_neo", "mlp.", "c_fc", "c_proj", "ln_2", source="attn.attention.out_proj", before=_norm("ln_2"), act=_GELU,
+           blocks="transformer.h", options={"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]}),
+    _plain("gptj", "mlp.", "fc_in", "fc_out", "ln_1", source="attn.out_proj", before=_norm("ln_1"), act=_GELU,
+           blocks="transformer.h", parallel=True, options={"rotary_dim": 4}),
+    *(
+        _plain("gpt_neox", "mlp.", "dense_h_to_4h", "dense_4h_to_h", "post_attention_layernorm", source="attention.dense",
+               act=_GELU, blocks="gpt_neox.layers", parallel=parallel, options={"use_parallel_residual": parallel})
+        for parallel in (True, False)
+    ),
+    *(
+        _plain("falcon", "mlp.", "dense_h_to_4h", "dense_4h_to_h", norm, source="self_attention.dense", act=_GELU,
+               blocks="transformer.h", before=_norm(norm), parallel=norm != "post_attention_layernorm",
+               options={"alibi": False, "bias": True, **options})
+        for norm, options in (
+            ("input_layernorm", {"parallel_attn": True}),
+            ("post_attention_layernorm", {"parallel_attn": False}),
+            ("ln_mlp", {"new_decoder_architecture": True}),
+        )
+    ),
+    _plain("bloom", "mlp.", "dense_h_to_4h", "dense_4h_to_h", "post_attention_layernorm", source="self_attention.dense",
+           act=lambda block: block.mlp.gelu_impl, blocks="transformer.h"),
+    _plain("opt", "", "fc1", "fc2", "final_layer_norm", source="self_attn.out_proj", before=_norm("final_layer_norm"),
+           act=lambda block: block.activation_fn, blocks="model.decoder.layers",
+           options={"ffn_dim": 40, "word_embed_proj_dim": 32, "activation_function": "gelu"}),
+]  # fmt: skip

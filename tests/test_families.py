@@ -1,0 +1,231 @@
+"""Every family in the table, on small random models in float64, against a formula written from the block's own submodules."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from npt import NPTConfig
+from npt.component import NORM_WEIGHT_EPSILON
+from npt.errors import ConversionError
+from npt.families import FAMILIES, Family, family_of, register_family
+from npt.tuner import active_layers, npt_layers
+from tests.conftest import randomize
+from tests.families import CASES, Case, raw
+
+EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
+OPTIONS = [
+    dict(zip(("key", "carry", "gain", "low_rank_at"), options, strict=True))
+    for options in itertools.product(
+        ("input", "tied", "learned"),
+        ("none", "diagonal", "exact"),
+        ("none", "norm", "overlap", "state"),
+        ("input", "projection"),
+    )
+    if options[1] != "exact" or options[2:] == ("none", "input")
+]
+
+
+def test_every_family_has_a_case() -> None:
+    assert {case.model_type for case in CASES} == set(FAMILIES)
+
+
+def run_blocks(case: Case, model: Any) -> dict[int, dict[str, Tensor]]:
+    """Per converted block h, a and its output, over the NPT model's own stream; a from the output projection's input."""
+    seen: dict[int, dict[str, Tensor]] = {}
+    handles = []
+    for layer in npt_layers(model):
+        entry, block = seen.setdefault(layer.index, {}), layer.get_base_layer()
+
+        def attention(module: Any, args: Any, entry: Any = entry, block: Any = block) -> None:
+            weight, bias = raw(module)
+            entry["a"] = case.multiplier * case.after_attention(block, args[0] @ weight.T + bias)
+
+        def keep(module: Any, args: Any, kwargs: Any, output: Any, entry: Any = entry) -> None:
+            entry["h"] = args[0] if args else kwargs["hidden_states"]
+            entry["y"] = output[0] if isinstance(output, tuple) else output
+
+        handles.append(block.get_submodule(case.source).register_forward_pre_hook(attention))
+        handles.append(block.register_forward_hook(keep, with_kwargs=True))
+    model(IDS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def explicit_update(case: Case, layer: Any, a: Tensor, z: Tensor, original: Tensor) -> Tensor:
+    """One token's update y - h from raw weights, every dW formed as an (out, in) matrix; vectors (d,)."""
+    p, spec, block = layer.component, layer.component.spec, layer.get_base_layer()
+    norm_weight, norm_bias, centered = case.norm_parts(block)
+    ac = a - a.mean() if centered else a
+    zb = z - norm_bias
+    size, overlap = ac @ ac / len(a), zb * norm_weight / (norm_weight**2 + NORM_WEIGHT_EPSILON) @ ac / len(a)
+    m = spec.modulation_scale * torch.tanh(ac @ p.A) if hasattr(p, "A") else None
+    g: Any = 0.0
+    w: Any = 1.0
+    has_gain = not case.parallel and case.norm is not None and spec.gain != "none" and spec.carry != "exact"
+    has_gain = has_gain and spec.projections != ("down",)
+    if has_gain and spec.gain == "state":
+        sigma = torch.exp(p.log_scale[0] + p.scale_direction @ zb)
+        q = (1 + 2 * sigma * overlap + sigma**2 * size) ** -0.5
+        g, w = p.gain[0] * (q - 1), sigma * q
+    elif has_gain:
+        phi = torch.stack([size, overlap] if spec.gain == "overlap" else [size])
+        g = p.gain[0] + phi @ p.gain[1:]
+        w = 1 + phi @ p.carry_gain if spec.carry == "diagonal" else 1.0
+
+    def value_and_delta(name: str, x: Tensor, weight: Tensor) -> Tensor:
+        """dW of one projection; for down in the units of the residual stream."""
+        key = x / (x @ x)
+        if spec.carry == "exact":
+            return torch.outer(a if name == "down" else weight @ (original - z), key)
+        value = torch.zeros(len(weight), dtype=x.dtype)
+        if name == "down" and spec.carry == "diagonal":
+            value = p.e * a
+        if name != "down":
+            shift = g * zb
+            if spec.carry == "diagonal" and not case.parallel:
+                shift = shift + w * p.c * ac
+            value = weight @ shift
+        at_input = name != "down" and spec.low_rank_at == "input"
+        b = p.B_in @ weight.T if at_input else getattr(p, f"B_{name}")
+        if spec.key == "input":
+            return torch.outer(value + m @ b, key)
+        c = p.A if spec.key == "tied" else getattr(p, "C_in" if at_input else f"C_{name}")
+        return torch.outer(value, key) + b.T @ torch.diag(m) @ c.T
+
+    def project(name: str, x: Tensor) -> Tensor:
+        weight, bias = case.projection(block, name)
+        delta = value_and_delta(name, x, weight) if name in spec.projections else torch.zeros_like(weight)
+        return (weight + delta) @ x + bias
+
+    act = case.act(block)
+    up = project("up", z)
+    i = act(up) if case.gate is None else act(project("gate", z)) * up
+    weight, bias = case.projection(block, "down")
+    # In the batch's shape: norms that compute in float32 round a lone row differently.
+    update = case.multiplier * case.after(block, (weight @ i + bias).repeat(*IDS.shape, 1))[0, 0]
+    return update + value_and_delta("down", i, weight) @ i if "down" in spec.projections else update
+
+
+@EACH
+@torch.no_grad()
+def test_block_equals_explicit_formula_for_every_option(case: Case) -> None:
+    model: Any = None
+    for number, options in enumerate(OPTIONS):
+        targets = ["gate", "up"] if options["key"] == "tied" else ["gate", "up", "down"]
+        config = NPTConfig(npt_layers=[1, 3], rank=3, target_projections=targets, **options)
+        if model is None:
+            model = get_peft_model(case.build(), config, adapter_name="0").eval()
+        else:
+            model.add_adapter(str(number), config)
+            model.set_adapter(str(number))
+        randomize(model)
+        seen = run_blocks(case, model)
+        for layer in active_layers(model):
+            block, (h, a, y) = layer.get_base_layer(), (seen[layer.index][k] for k in "hay")
+            z = case.before(block, h)
+            original = z if case.parallel else case.before(block, h + a)
+            for token in ((0, 0), (1, 7)):
+                expected = explicit_update(case, layer, a[token], z[token], original[token])
+                error = (y[token] - h[token] - expected).norm() / expected.norm()
+                assert error <= 1e-10, f"{options}, block {layer.index}, token {token}: {error:.2g}"
+
+
+@EACH
+@pytest.mark.parametrize("targets", [["gate"], ["up"], ["down"], ["gate", "down"]])
+@torch.no_grad()
+def test_any_subset_of_projections(case: Case, targets: list[str]) -> None:
+    if case.gate is None and targets == ["gate"]:
+        pytest.skip("no gate in this family")
+    for site in ("input", "projection"):
+        config = NPTConfig(npt_layers=[2], rank=3, target_projections=targets, low_rank_at=site)
+        model = get_peft_model(case.build(), config).eval()
+        randomize(model)
+        (layer,) = active_layers(model)
+        h, a, y = (run_blocks(case, model)[2][k] for k in "hay")
+        z = case.before(layer.get_base_layer(), h)
+        expected = explicit_update(case, layer, a[1, 5], z[1, 5], z[1, 5])
+        assert (y[1, 5] - h[1, 5] - expected).norm() <= 1e-10 * expected.norm()
+
+
+@EACH
+@torch.no_grad()
+def test_exact_is_the_original_and_disabling_gives_it_back_bit_for_bit(case: Case) -> None:
+    base = case.build()
+    expected = base(IDS).logits
+    model = get_peft_model(base, NPTConfig(npt_layers="all", carry="exact")).eval()
+    assert (model(IDS).logits - expected).abs().max() <= 1e-10 * expected.abs().max()
+    model = get_peft_model(case.build(), NPTConfig(npt_layers="all", rank=3)).eval()
+    randomize(model)
+    assert not torch.equal(model(IDS).logits, expected)
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, expected)
+    assert torch.equal(model.unload()(IDS).logits, expected)
+
+
+@EACH
+@torch.no_grad()
+def test_cached_generation_equals_uncached_also_after_save_and_load(case: Case, tmp_path: Path) -> None:
+    model = get_peft_model(case.build(), NPTConfig(npt_layers="upper_half", rank=3)).eval()
+    randomize(model)
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    arguments: dict[str, Any] = {
+        "input_ids": IDS.masked_fill(mask == 0, 0), "attention_mask": mask, "max_new_tokens": 12, "do_sample": False,
+        "eos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    cached = model.generate(**arguments, use_cache=True)
+    assert torch.equal(cached, model.generate(**arguments, use_cache=False))
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(case.build(), str(tmp_path)).eval()
+    assert torch.equal(loaded.generate(**arguments, use_cache=True), cached)
+
+
+def wrong_lines(right: Family) -> list[tuple[str, Family]]:
+    """The table's line with one thing wrong each, where that makes a difference."""
+    lines = [("parallel", replace(right, parallel=not right.parallel))]
+    if not right.parallel and right.norm is not None:
+        lines.append(("norm", replace(right, norm="input_layernorm" if right.norm != "ln_2" else "ln_1")))
+    if right.multiplier:
+        lines.append(("multiplier", replace(right, multiplier=None)))
+    if right.out:
+        lines += [("out", replace(right, out=None)), ("tap", replace(right, tap="self_attn.o_proj"))]
+    return lines
+
+
+@EACH
+def test_a_planted_wrong_line_is_caught_at_conversion(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = case.build()
+    for name, line in wrong_lines(family_of(base)):
+        if name == "norm" and not hasattr(base.get_submodule(line.blocks)[0], str(line.norm)):
+            continue
+        monkeypatch.setitem(FAMILIES, case.model_type, line)
+        with pytest.raises(ConversionError):
+            get_peft_model(case.build(), NPTConfig(npt_layers="all"))
+            pytest.fail(f"a wrong {name} was not noticed")
+
+
+def test_post_norm_opt_is_refused_with_the_reason() -> None:
+    (opt,) = (case for case in CASES if case.model_type == "opt")
+    base = replace(opt, options={**opt.options, "do_layer_norm_before": False}).build()
+    with pytest.raises(ConversionError, match="do_layer_norm_before=false.*another size"):
+        get_peft_model(base, NPTConfig())
+
+
+def test_a_family_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(FAMILIES, "starcoder2")
+    (case,) = (case for case in CASES if case.model_type == "starcoder2")
+    with pytest.raises(ConversionError, match="'starcoder2'.*register_family"):
+        get_peft_model(case.build(), NPTConfig())
+    line = Family("model.layers", "self_attn.o_proj", "post_attention_layernorm", "mlp", "mlp.c_fc", "mlp.c_proj")
+    register_family("starcoder2", line)
+    get_peft_model(case.build(), NPTConfig())
