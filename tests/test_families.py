@@ -214,6 +214,13 @@ def test_a_planted_wrong_line_is_caught_at_conversion(case: Case, monkeypatch: p
             pytest.fail(f"a wrong {name} was not noticed")
 
 
+def test_the_readme_lists_the_table() -> None:
+    from scripts.readme_families import README, with_families
+
+    text = README.read_text(encoding="utf-8")
+    assert text == with_families(text), "run python scripts/readme_families.py"
+
+
 def test_post_norm_opt_is_refused_with_the_reason() -> None:
     (opt,) = (case for case in CASES if case.model_type == "opt")
     base = replace(opt, options={**opt.options, "do_layer_norm_before": False}).build()

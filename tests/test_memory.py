@@ -155,12 +155,12 @@ def test_estimate_of_7b_reads_no_weights() -> None:
 
 
 def test_what_is_no_causal_lm_is_an_error() -> None:
-    from transformers import CLIPConfig, GPTNeoXConfig
+    from transformers import CLIPConfig, MptConfig
 
     with pytest.raises(NPTError, match="no causal language model"):
         estimate(CLIPConfig())
-    with pytest.raises(NPTError, match="gpt_neox"):
-        estimate(GPTNeoXConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2))
+    with pytest.raises(NPTError, match="mpt"):
+        estimate(MptConfig(d_model=16, n_layers=2, n_heads=2))
 
 
 def test_the_table_has_both_sides() -> None:
