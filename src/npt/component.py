@@ -168,7 +168,7 @@ class NPComponent(nn.Module):
     | A                            | (d, r)       | normal, std 1/sqrt(d)         |
     | B_in, B_gate, B_up, B_down   | (r, d or f)  | zero                          |
     | C_in, C_gate, C_up, C_down   | (in, r)      | normal, std 1/sqrt(in)        |
-    | c                            | (d,)         | zero                          |
+    | c                            | (d,)         | zero; one where MLP reads h+a |
     | e                            | (d,)         | one                           |
     | gain (k0, k1, k2)            | (1,) to (3,) | zero                          |
     | carry_gain (l1, l2)          | (2,) or (1,) | zero                          |
@@ -204,7 +204,7 @@ class NPComponent(nn.Module):
         self.has_carry = spec.carry == "diagonal" and reads_attention
         self.has_gain = spec.gain != "none" and spec.carry != "exact" and reads_attention and spec.reads != "h + a"
         if self.has_carry:
-            self.c = nn.Parameter(torch.zeros(d, **self._new))
+            self.c = nn.Parameter(torch.full((d,), float(spec.reads == "h + a"), **self._new))
         if spec.carry == "diagonal" and "down" in spec.projections:
             self.e = nn.Parameter(torch.ones(d, **self._new))
         if self.has_gain and spec.gain == "state":
