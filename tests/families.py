@@ -12,8 +12,11 @@ from torch import Tensor
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+
+#: Of a model that also sees: small, and never run.
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
 
 
 def raw(module: Any) -> tuple[Tensor, Tensor]:
@@ -27,15 +30,15 @@ def raw(module: Any) -> tuple[Tensor, Tensor]:
 class Case:
     """A variant of a family.
 
-    source: attention's output projection; after_attention: (block, its output) -> what joins the residual stream.
+    source: attention's output projection, or those of blocks that differ; after_attention: (block, its output) -> what joins the residual stream.
     before: (block, x) -> what the MLP reads from the residual stream x; norm: the norm in it; parallel: of h alone.
     gate, up, down: the projections, "path:0" and "path:1" for the halves of a fused one; act: (block) -> activation.
-    after: (block, down's output) -> what joins the residual stream, times multiplier.
+    inner: (block, act(gate) * up) -> what down reads. after: (block, down's output) -> what joins the residual stream, times multiplier.
     """
 
     model_type: str
     options: dict[str, Any] = field(default_factory=dict)
-    source: str = "self_attn.o_proj"
+    source: str | tuple[str, ...] = "self_attn.o_proj"
     after_attention: Callable[[Any, Tensor], Tensor] = lambda block, a: a
     before: Callable[[Any, Tensor], Tensor] = lambda block, x: block.post_attention_layernorm.forward(x)
     parallel: bool = False
@@ -43,21 +46,31 @@ class Case:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     act: Callable[[Any], Callable[[Tensor], Tensor]] = lambda block: block.mlp.act_fn
+    inner: Callable[[Any, Tensor], Tensor] = lambda block, i: i
     after: Callable[[Any, Tensor], Tensor] = lambda block, u: u
     multiplier: float = 1.0
     blocks: str = "model.layers"
     norm: str | None = "post_attention_layernorm"
+    composite: bool = False
 
     @property
     def name(self) -> str:
         """For test ids."""
-        return "-".join([self.model_type, *(f"{k}={v}" for k, v in self.options.items())])
+        switches = [f"{name}={value}" for name, value in self.options.items() if isinstance(value, bool)]
+        return "-".join([self.model_type, *switches])
 
     def projection(self, block: Any, name: str) -> tuple[Tensor, Tensor]:
         """(W (out, in), bias) of gate, up or down."""
         path, _, half = getattr(self, name).partition(":")
         weight, bias = raw(block.get_submodule(path))
         return (weight.chunk(2)[int(half)], bias.chunk(2)[int(half)]) if half else (weight, bias)
+
+    def source_of(self, block: Any) -> Any:
+        """Attention's output projection."""
+        paths = (self.source,) if isinstance(self.source, str) else self.source
+        names = {name for name, _ in block.named_modules()}
+        (path,) = (path for path in paths if path in names)
+        return block.get_submodule(path)
 
     def norm_parts(self, block: Any) -> tuple[Tensor, Tensor, bool]:
         """(weight, bias, whether it centres) of the norm the MLP's input comes from; ones where there is none."""
@@ -67,8 +80,10 @@ class Case:
             return ones, zeros, False
         norm = block.get_submodule(self.norm)
         weight = getattr(norm, "weight", ones)
-        if "Gemma" in type(norm).__name__:
-            weight = (1.0 + weight.float()).double()
+        if "Gemma" in type(norm).__name__ or "Qwen3_5" in type(norm).__name__:
+            weight = (1.0 + weight.float()).double()  # these classes do so in float32
+        elif "1P" in type(norm).__name__:
+            weight = 1.0 + weight
         bias = getattr(norm, "bias", None)
         return weight, zeros if bias is None else bias, "LayerNorm" in type(norm).__name__
 
@@ -76,7 +91,8 @@ class Case:
         """The model, whose norms, biases and attention are far from their initial values."""
         torch.manual_seed(0)
         config_class = transformers.CONFIG_MAPPING[self.model_type]
-        config = config_class(**{**SIZES, **self.options})
+        options = {name: value for name, value in {**SIZES, **self.options}.items() if value is not None}
+        config = config_class(**({"text_config": options, "vision_config": VISION} if self.composite else options))
         base = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in base.parameters():
@@ -100,23 +116,65 @@ _SANDWICH: dict[str, Any] = {
     "norm": "pre_feedforward_layernorm",
 }
 
+_HYBRID: dict[str, Any] = {
+    "source": ("self_attn.o_proj", "linear_attn.out_proj"),
+    "options": {"layer_types": ["linear_attention", "linear_attention", "full_attention", "full_attention"],
+                "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+                                    "mrope_section": [1, 1, 0]}},
+}  # fmt: skip
+_POST_NORM = {**_SANDWICH, "before": lambda block, x: x, "norm": None}
+_PARALLEL: dict[str, Any] = {"parallel": True, "before": _norm("input_layernorm"), "norm": "input_layernorm"}
+_FUSED: dict[str, Any] = {
+    "act": lambda block: block.mlp.activation_fn, "gate": "mlp.gate_up_proj:0", "up": "mlp.gate_up_proj:1"
+}  # fmt: skip
+_BARE: dict[str, Any] = {
+    "source": "self_attn.out_proj", "before": _norm("final_layer_norm"), "act": lambda block: block.activation_fn
+}  # fmt: skip
+
 CASES = [
-    *(Case(name) for name in ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo")),
+    *(Case(name) for name in ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo", "ernie4_5", "diffllama",
+                              "helium", "hunyuan_v1_dense", "ministral", "ministral3", "seed_oss")),
+    Case("cwm", {"sliding_window": 4}),
+    Case("youtu", {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
+                   "num_key_value_heads": 4}),
+    Case("minicpm3", {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+                      "num_key_value_heads": 4, "scale_depth": 1.4}, multiplier=1.4 / 4**0.5),
+    Case("bitnet", inner=lambda block, i: block.mlp.ffn_sub_norm(i)),
+    Case("apertus", gate=None, norm="feedforward_layernorm", before=_norm("feedforward_layernorm")),
+    *(Case(name, gate=None) for name in ("arcee", "jais2", "nemotron")),
+    Case("nanochat", gate=None, up="mlp.fc1", down="mlp.fc2", act=lambda block: block.mlp.activation_fn),
+    Case("vaultgemma", norm="pre_feedforward_layernorm", before=_norm("pre_feedforward_layernorm")),
+    Case("lfm2", {"layer_types": ["conv", "conv", "full_attention", "full_attention"], "block_auto_adjust_ff_dim": False},
+         source=("self_attn.out_proj", "conv.out_proj"), norm="ffn_norm", before=_norm("ffn_norm"), gate="feed_forward.w1",
+         up="feed_forward.w3", down="feed_forward.w2", act=lambda block: torch.nn.functional.silu),
+    Case("qwen3_5_text", **_HYBRID),
     Case("llama", {"attention_bias": True, "mlp_bias": True}),
-    Case("gemma", {"head_dim": 8}),
-    Case("gemma2", {"head_dim": 8, "sliding_window": 4}, **_SANDWICH),
-    Case("gemma3_text", {"head_dim": 8, "sliding_window": 4}, **_SANDWICH),
-    Case("granite", {"residual_multiplier": 0.4}, multiplier=0.4),
-    Case("olmo2", **{**_SANDWICH, "before": lambda block, x: x, "norm": None}),
-    Case("cohere", parallel=True, before=_norm("input_layernorm"), norm="input_layernorm"),
+    Case("gemma"),
+    Case("gemma2", {"sliding_window": 4}, **_SANDWICH),
+    Case("gemma3_text", {"sliding_window": 4}, **_SANDWICH),
+    Case("gemma3", {"sliding_window": 4}, composite=True, blocks="model.language_model.layers", **_SANDWICH),
+    *(Case(name, {"residual_multiplier": 0.4}, multiplier=0.4) for name in ("granite", "granite_swa")),
+    Case("hyperclovax", {"residual_multiplier": 0.4}, multiplier=0.4, after_attention=_norm("post_norm1"),
+         after=_norm("post_norm2")),
+    *(Case(name, **_POST_NORM) for name in ("olmo2", "olmo3", "exaone4")),
+    *(Case(name, **_PARALLEL) for name in ("cohere", "cohere2")),
     Case("stablelm"),
-    Case("stablelm", {"use_parallel_residual": True}, parallel=True, before=_norm("input_layernorm"), norm="input_layernorm"),
-    Case("phi3", act=lambda block: block.mlp.activation_fn, gate="mlp.gate_up_proj:0", up="mlp.gate_up_proj:1"),
+    Case("stablelm", {"use_parallel_residual": True}, **_PARALLEL),
+    *(Case(name, **_FUSED) for name in ("phi3", "glm")),
+    Case("glm4", **_FUSED, after_attention=_norm("post_self_attn_layernorm"), after=_norm("post_mlp_layernorm")),
     _plain("phi", "mlp.", "fc1", "fc2", "input_layernorm", source="self_attn.dense", parallel=True,
            before=_norm("input_layernorm"), act=lambda block: block.mlp.activation_fn),
+    _plain("persimmon", "mlp.", "dense_h_to_4h", "dense_4h_to_h", "post_attention_layernorm", source="self_attn.dense", act=_GELU),
     _plain("starcoder2", "mlp.", "c_fc", "c_proj", "post_attention_layernorm", act=_GELU),
     _plain("gpt2", "mlp.", "c_fc", "c_proj", "ln_2", source="attn.c_proj", before=_norm("ln_2"), act=_GELU,
            blocks="transformer.h"),
+    _plain("gpt_bigcode", "mlp.", "c_fc", "c_proj", "ln_2", source="attn.c_proj", before=_norm("ln_2"), act=_GELU,
+           blocks="transformer.h"),
+    _plain("mpt", "ffn.", "up_proj", "down_proj", "norm_2", source="attn.out_proj", before=_norm("norm_2"),
+           act=lambda block: block.ffn.act, blocks="transformer.blocks"),
+    _plain("codegen", "mlp.", "fc_in", "fc_out", "ln_1", source="attn.out_proj", before=_norm("ln_1"), act=_GELU,
+           blocks="transformer.h", parallel=True, options={"rotary_dim": 4}),
     _plain("gpt_neo", "mlp.", "c_fc", "c_proj", "ln_2", source="attn.attention.out_proj", before=_norm("ln_2"), act=_GELU,
            blocks="transformer.h", options={"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]}),
     _plain("gptj", "mlp.", "fc_in", "fc_out", "ln_1", source="attn.out_proj", before=_norm("ln_1"), act=_GELU,
@@ -129,7 +187,7 @@ CASES = [
     *(
         _plain("falcon", "mlp.", "dense_h_to_4h", "dense_4h_to_h", norm, source="self_attention.dense", act=_GELU,
                blocks="transformer.h", before=_norm(norm), parallel=norm != "post_attention_layernorm",
-               options={"alibi": False, "bias": True, **options})
+               options={"head_dim": None, "alibi": False, "bias": True, **options})
         for norm, options in (
             ("input_layernorm", {"parallel_attn": True}),
             ("post_attention_layernorm", {"parallel_attn": False}),
@@ -138,7 +196,7 @@ CASES = [
     ),
     _plain("bloom", "mlp.", "dense_h_to_4h", "dense_4h_to_h", "post_attention_layernorm", source="self_attention.dense",
            act=lambda block: block.mlp.gelu_impl, blocks="transformer.h"),
-    _plain("opt", "", "fc1", "fc2", "final_layer_norm", source="self_attn.out_proj", before=_norm("final_layer_norm"),
-           act=lambda block: block.activation_fn, blocks="model.decoder.layers",
+    _plain("biogpt", "", "fc1", "fc2", "final_layer_norm", **_BARE, blocks="biogpt.layers"),
+    _plain("opt", "", "fc1", "fc2", "final_layer_norm", **_BARE, blocks="model.decoder.layers",
            options={"ffn_dim": 40, "word_embed_proj_dim": 32, "activation_function": "gelu"}),
 ]  # fmt: skip

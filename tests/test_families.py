@@ -53,7 +53,7 @@ def run_blocks(case: Case, model: Any) -> dict[int, dict[str, Tensor]]:
             entry["h"] = args[0] if args else kwargs["hidden_states"]
             entry["y"] = output[0] if isinstance(output, tuple) else output
 
-        handles.append(block.get_submodule(case.source).register_forward_pre_hook(attention))
+        handles.append(case.source_of(block).register_forward_pre_hook(attention))
         handles.append(block.register_forward_hook(keep, with_kwargs=True))
     model(IDS, use_cache=False)
     for handle in handles:
@@ -110,6 +110,7 @@ def explicit_update(case: Case, layer: Any, a: Tensor, z: Tensor, original: Tens
     act = case.act(block)
     up = project("up", z)
     i = act(up) if case.gate is None else act(project("gate", z)) * up
+    i = case.inner(block, i)
     weight, bias = case.projection(block, "down")
     # In the batch's shape: norms that compute in float32 round a lone row differently.
     update = case.multiplier * case.after(block, (weight @ i + bias).repeat(*IDS.shape, 1))[0, 0]
@@ -190,10 +191,10 @@ def test_cached_generation_equals_uncached_also_after_save_and_load(case: Case, 
     assert torch.equal(loaded.generate(**arguments, use_cache=True), cached)
 
 
-def wrong_lines(right: Family) -> list[tuple[str, Family]]:
+def wrong_lines(right: Family, weightless: bool) -> list[tuple[str, Family]]:
     """The table's line with one thing wrong each, where that makes a difference."""
     lines = [("parallel", replace(right, parallel=not right.parallel))]
-    if not right.parallel and right.norm is not None:
+    if not right.parallel and right.norm is not None and not weightless:
         lines.append(("norm", replace(right, norm="input_layernorm" if right.norm != "ln_2" else "ln_1")))
     if right.multiplier:
         lines.append(("multiplier", replace(right, multiplier=None)))
@@ -205,7 +206,8 @@ def wrong_lines(right: Family) -> list[tuple[str, Family]]:
 @EACH
 def test_a_planted_wrong_line_is_caught_at_conversion(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     base = case.build()
-    for name, line in wrong_lines(family_of(base)):
+    weightless = case.model_type in ("olmo", "nanochat")  # one norm of theirs is as good as the other
+    for name, line in wrong_lines(family_of(base), weightless):
         if name == "norm" and not hasattr(base.get_submodule(line.blocks)[0], str(line.norm)):
             continue
         monkeypatch.setitem(FAMILIES, case.model_type, line)

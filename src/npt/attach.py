@@ -117,8 +117,21 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     # -- what is active ----------------------------------------------------------------------------------------------
 
     def module(self, name: str) -> Any:
-        """A module of the block by its role: tap, norm, mlp, gate, up, down or out."""
-        return self.get_base_layer().get_submodule(getattr(self.family, name))
+        """A module of the block by its role: tap, norm, mlp, gate, up, down or out.
+
+        Raises:
+            ConversionError: the block has none at the table's path.
+        """
+        paths, block = getattr(self.family, name), self.get_base_layer()
+        for path in paths if isinstance(paths, tuple) else (paths,):
+            try:
+                return block.get_submodule(path)
+            except AttributeError:
+                continue
+        raise ConversionError(
+            f"block {self.index} ({type(block).__name__}) has no {name} at {paths!r}, where the family's line says it is: "
+            "a mixture of experts, or another architecture under this model type"
+        )
 
     def shape(self, name: str) -> tuple[int, int]:
         """(in, out) of a projection; of its own half where gate and up are one."""

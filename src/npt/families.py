@@ -19,7 +19,8 @@ from npt.errors import ConversionError
 class Family:
     """Paths of modules, relative to the causal LM (`blocks`) or to one block (the others).
 
-    tap: the last module whose output attention adds to the residual stream, a norm after attention included.
+    tap: the last module whose output attention adds to the residual stream, a norm after attention included; where
+        blocks of one model differ (attention here, a linear recurrence there), all of them: the one a block has counts.
     norm: Norm2, which the MLP's input comes from; None where the MLP reads the residual stream itself.
     mlp: the module from Norm2's output to the update; None where a block holds the projections itself.
     up, down, gate: the MLP's projections (Linear or Conv1D); gate is None where there is none. gate == up is one
@@ -31,7 +32,7 @@ class Family:
     """
 
     blocks: str
-    tap: str
+    tap: str | tuple[str, ...]
     norm: str | None
     mlp: str | None
     up: str
@@ -61,15 +62,25 @@ class Family:
 
 _GATED: dict[str, Any] = {"mlp": "mlp", "up": "mlp.up_proj", "down": "mlp.down_proj", "gate": "mlp.gate_proj"}
 _FUSED: dict[str, Any] = {"mlp": "mlp", "up": "mlp.gate_up_proj", "down": "mlp.down_proj", "gate": "mlp.gate_up_proj"}
-_PLAIN: dict[str, Any] = {"mlp": "mlp", "up": "mlp.up_proj", "down": "mlp.down_proj"}
-_FC: dict[str, Any] = {"mlp": "mlp", "up": "mlp.fc1", "down": "mlp.fc2"}
-_CONV: dict[str, Any] = {"mlp": "mlp", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+_FC: dict[str, Any] = {"mlp": "mlp", "up": "mlp.fc1", "down": "mlp.fc2", "gate": None}
+_CONV: dict[str, Any] = {"mlp": "mlp", "up": "mlp.c_fc", "down": "mlp.c_proj", "gate": None}
 _4H: dict[str, Any] = {"mlp": "mlp", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
 _LLAMA = Family("model.layers", "self_attn.o_proj", "post_attention_layernorm", **_GATED)
 _SANDWICH = replace(
     _LLAMA, tap="post_attention_layernorm", norm="pre_feedforward_layernorm", out="post_feedforward_layernorm"
 )
 _POST_NORM = replace(_SANDWICH, norm=None)
+_FUSED_LLAMA = replace(_LLAMA, **_FUSED)
+_UNGATED_LLAMA = replace(_LLAMA, gate=None)
+_PARALLEL_LLAMA = replace(_LLAMA, norm="input_layernorm", parallel=True)
+_HYBRID_LLAMA = replace(_LLAMA, tap=("self_attn.o_proj", "linear_attn.out_proj"))
+_GPTJ = Family("transformer.h", "attn.out_proj", "ln_1", mlp="mlp", up="mlp.fc_in", down="mlp.fc_out", parallel=True)
+_GPT2 = Family("transformer.h", "attn.resid_dropout", "ln_2", **_CONV)
+# The block holds the projections itself, as OPT's does.
+_BARE = Family(
+    "model.layers", "self_attn.out_proj", "final_layer_norm", None, "fc1", "fc2",
+    run=lambda block, z: block.fc2(block.activation_fn(block.fc1(z))),
+)  # fmt: skip
 _GPT_NEOX = Family("gpt_neox.layers", "attention.dense", "post_attention_layernorm", **_4H)
 _FALCON = Family("transformer.h", "self_attention.dense", "post_attention_layernorm", **_4H)
 
@@ -88,42 +99,73 @@ def _opt(config: Any) -> Family:
             "OPT with do_layer_norm_before=false (opt-350m) normalises the residual stream itself after each block, so no "
             "weight delta can replace attention; use an OPT of another size"
         )
-    return Family(
-        "model.decoder.layers", "self_attn.out_proj", "final_layer_norm", None, "fc1", "fc2",
-        run=lambda block, z: block.fc2(block.activation_fn(block.fc1(z))),
-    )  # fmt: skip
+    return replace(_BARE, blocks="model.decoder.layers")
 
 
 #: By config.json's model_type; a function of the config where that decides.
 FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
+    "apertus": replace(_UNGATED_LLAMA, norm="feedforward_layernorm"),
+    "arcee": _UNGATED_LLAMA,
+    "biogpt": replace(_BARE, blocks="biogpt.layers"),
+    "bitnet": _LLAMA,
     "bloom": replace(_FALCON, run=lambda block, z: block.mlp(z, z.new_zeros(1))),
-    "cohere": replace(_LLAMA, norm="input_layernorm", parallel=True),
+    "codegen": replace(_GPTJ, tap="attn.resid_dropout"),
+    "cohere": _PARALLEL_LLAMA,
+    "cohere2": _PARALLEL_LLAMA,
+    "cwm": _LLAMA,
+    "diffllama": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "exaone4": _POST_NORM,
     "falcon": _falcon,
     "gemma": _LLAMA,
     "gemma2": _SANDWICH,
+    "gemma3": replace(_SANDWICH, blocks="model.language_model.layers"),
     "gemma3_text": _SANDWICH,
-    "gpt2": Family("transformer.h", "attn.resid_dropout", "ln_2", **_CONV),
-    "gpt_neo": Family("transformer.h", "attn.attention.out_proj", "ln_2", **_CONV),
+    "glm": _FUSED_LLAMA,
+    "glm4": replace(_FUSED_LLAMA, tap="post_self_attn_layernorm", out="post_mlp_layernorm"),
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "gpt_neo": replace(_GPT2, tap="attn.attention.out_proj"),
     "gpt_neox": lambda config: replace(_GPT_NEOX, parallel=config.use_parallel_residual),
-    "gptj": Family(
-        "transformer.h", "attn.out_proj", "ln_1", mlp="mlp", up="mlp.fc_in", down="mlp.fc_out", parallel=True
-    ),
+    "gptj": _GPTJ,
     "granite": replace(_LLAMA, multiplier="residual_multiplier"),
+    "granite_swa": replace(_LLAMA, multiplier="residual_multiplier"),
+    "helium": _LLAMA,
+    "hunyuan_v1_dense": _LLAMA,
+    "hyperclovax": replace(_LLAMA, tap="post_norm1", out="post_norm2", multiplier="residual_multiplier"),
+    "jais2": _UNGATED_LLAMA,
+    "lfm2": Family(
+        "model.layers", ("self_attn.out_proj", "conv.out_proj"), "ffn_norm", "feed_forward",
+        up="feed_forward.w3", down="feed_forward.w2", gate="feed_forward.w1",
+    ),
     "llama": _LLAMA,
+    "minicpm3": replace(_LLAMA, multiplier="residual_scale"),
+    "ministral": _LLAMA,
+    "ministral3": _LLAMA,
     "mistral": _LLAMA,
+    "mpt": Family(
+        "transformer.blocks", "resid_attn_dropout", "norm_2", "ffn", up="ffn.up_proj", down="ffn.down_proj",
+        run=lambda block, z: block.ffn(z, z.new_zeros(1)),
+    ),
+    "nanochat": replace(_LLAMA, **_FC),
+    "nemotron": _UNGATED_LLAMA,
     "olmo": _LLAMA,
     "olmo2": _POST_NORM,
+    "olmo3": _POST_NORM,
     "opt": _opt,
+    "persimmon": replace(_FALCON, blocks="model.layers", tap="self_attn.dense"),
     "phi": Family("model.layers", "self_attn.dense", "input_layernorm", **_FC, parallel=True),
-    "phi3": Family("model.layers", "self_attn.o_proj", "post_attention_layernorm", **_FUSED),
+    "phi3": _FUSED_LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_5_text": _HYBRID_LLAMA,
+    "seed_oss": _LLAMA,
     "smollm3": _LLAMA,
-    "stablelm": lambda config: (
-        replace(_LLAMA, norm="input_layernorm", parallel=True) if config.use_parallel_residual else _LLAMA
-    ),
-    "starcoder2": Family("model.layers", "self_attn.o_proj", "post_attention_layernorm", **_CONV),
-}
+    "stablelm": lambda config: _PARALLEL_LLAMA if config.use_parallel_residual else _LLAMA,
+    "starcoder2": replace(_LLAMA, **_CONV),
+    "vaultgemma": replace(_LLAMA, norm="pre_feedforward_layernorm"),
+    "youtu": _LLAMA,
+}  # fmt: skip
 
 
 def register_family(model_type: str, family: Family | Callable[[Any], Family]) -> None:
