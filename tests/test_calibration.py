@@ -58,7 +58,7 @@ def test_result_does_not_depend_on_how_text_is_batched() -> None:
     joined = torch.cat([b["input_ids"] for b in text])
     calibrate(other, [{"input_ids": row[None]} for row in joined])
     for (name, p), (_, q) in zip(one.named_parameters(), other.named_parameters(), strict=True):
-        if "components" in name and ".A" not in name and ".B" not in name:
+        if "npt_components" in name and ".A" not in name and ".B" not in name:
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
     ids = text[0]["input_ids"]
     torch.testing.assert_close(one(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-4)
@@ -124,7 +124,7 @@ def test_no_text_is_an_error() -> None:
 
 def test_base_is_not_touched_and_mode_is_kept() -> None:
     model = model_with()
-    before = {n: p.clone() for n, p in model.named_parameters() if "components" not in n}
+    before = {n: p.clone() for n, p in model.named_parameters() if "npt_components" not in n}
     model.train()
     calibrate(model, batches())
     assert model.training

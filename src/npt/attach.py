@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from npt.component import INPUT_PROJECTIONS, ComponentSpec, InputValues, NPComponent, WeightDelta
 from npt.errors import ConversionError
 from npt.families import Family
-from npt.modules import linear_product, linear_shape, probe_norm
+from npt.modules import find, linear_product, probe_norm, projection_shape
 
 #: What a hooked block does instead of its adapter; None means the adapter as configured.
 BYPASS = "bypass"  # the original block
@@ -49,12 +49,12 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         block: the decoder block. family: where its pieces are. index: its place in the model, 0-based.
     """
 
-    adapter_layer_names = ("components",)
+    adapter_layer_names = ("npt_components",)
     other_param_names = ()
 
     def __init__(self, block: nn.Module, family: Family, index: int):
         super().__init__()
-        self.components = nn.ModuleDict()
+        self.npt_components = nn.ModuleDict()
         self.index, self.family = index, family
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -72,7 +72,9 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             like = next(p for p in block.parameters() if p.is_floating_point())
             *self._norm, self.centered = probe_norm(self.module("norm"), self.shape("up")[0], like)  # type: ignore[assignment]
         self.oracle = NPComponent(self._spec(carry="exact", projections=tuple(family.projections)))
-        self._handles = self._register_hooks()
+        self._handles: list[Any] = []
+        self._sites: list[tuple[dict[str, Any], str, nn.Module]] = []
+        self._register_hooks()
 
     # -- PEFT's surface ----------------------------------------------------------------------------------------------
 
@@ -108,7 +110,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             raise ConversionError(
                 f"rank={spec.rank} is larger than the model's hidden size {spec.hidden_size}; use a rank up to that"
             )
-        self.components[adapter_name] = NPComponent(spec, *self._norm, like=self.weight)
+        self.npt_components[adapter_name] = NPComponent(spec, *self._norm, like=self.weight)
 
     def _spec(self, **options: Any) -> ComponentSpec:
         hidden, intermediate = self.shape("up")
@@ -117,26 +119,12 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     # -- what is active ----------------------------------------------------------------------------------------------
 
     def module(self, name: str) -> Any:
-        """A module of the block by its role: tap, norm, mlp, gate, up, down or out.
-
-        Raises:
-            ConversionError: the block has none at the table's path.
-        """
-        paths, block = getattr(self.family, name), self.get_base_layer()
-        for path in paths if isinstance(paths, tuple) else (paths,):
-            try:
-                return block.get_submodule(path)
-            except AttributeError:
-                continue
-        raise ConversionError(
-            f"block {self.index} ({type(block).__name__}) has no {name} at {paths!r}, where the family's line says it is: "
-            "a mixture of experts, or another architecture under this model type"
-        )
+        """A module of the block by its role: tap, norm, mlp, gate, up, down or out."""
+        return find(self.get_base_layer(), self.family, name)
 
     def shape(self, name: str) -> tuple[int, int]:
         """(in, out) of a projection; of its own half where gate and up are one."""
-        size_in, size_out = linear_shape(self.module(name))
-        return size_in, size_out // (2 if self.family.fused and name != "down" else 1)
+        return projection_shape(self.get_base_layer(), self.family, name)
 
     def product(self, name: str) -> Callable[[Tensor], Tensor]:
         """x -> W_t x of a projection, without bias."""
@@ -162,19 +150,19 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     def active_name(self) -> str | None:
         """The active adapter that has a component in this block."""
         names: Any = self.active_adapters
-        return next((name for name in names if name in self.components), None)
+        return next((name for name in names if name in self.npt_components), None)
 
     @property
     def component(self) -> NPComponent | None:
         """The active adapter's component; None where it has none in this block."""
         name = self.active_name
-        found: Any = None if name is None else self.components[name]
+        found: Any = None if name is None else self.npt_components[name]
         return found  # type: ignore[no-any-return]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activates one adapter; two at once in one block would each replace attention, so that is an error."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        here = [name for name in names if name in self.components]
+        here = [name for name in names if name in self.npt_components]
         if len(here) > 1:
             raise ConversionError(f"adapters {here} are both for block {self.index}; activate one of them at a time")
         super().set_adapter(names, inference_mode=inference_mode)
@@ -189,35 +177,39 @@ class NPTLayer(nn.Module, BaseTunerLayer):
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
-    def _register_hooks(self) -> list[Any]:
-        family = self.family
-        projections = {name: self.module(name) for name in family.projections}
-        handles = [
-            self.module("tap").register_forward_hook(self._tap),
-            self.module("mlp" if family.mlp else "up").register_forward_pre_hook(self._shift_mlp),
-            projections["down"].register_forward_hook(self._add_down),
-            self.get_base_layer().register_forward_hook(self._finish, with_kwargs=True, always_call=True),
-        ]
+    def _register_hooks(self) -> None:
+        family, block = self.family, self.get_base_layer()
+        hooks: list[tuple[str, bool, Any]] = [("tap", False, self._tap), ("down", False, self._add_down)]
+        hooks.append(("mlp" if family.mlp else "up", True, self._shift_mlp))
         if family.norm is not None and not family.parallel:
-            handles.append(self.module("norm").register_forward_pre_hook(self._keep_residual))
+            hooks.append(("norm", True, self._keep_residual))
         if family.out is not None:
-            handles.append(self.module("out").register_forward_hook(self._add_out))
+            hooks.append(("out", False, self._add_out))
         if family.fused:
-            return [*handles, projections["up"].register_forward_hook(self._add_fused)]
-        for name, shift, add in (
-            ("gate", self._shift_gate, self._add_gate),
-            ("up", self._shift_up, self._add_up),
-        ):
-            if name in projections:
-                handles.append(projections[name].register_forward_pre_hook(shift))
-                handles.append(projections[name].register_forward_hook(add))
-        return handles
+            hooks.append(("up", False, self._add_fused))
+        else:
+            hooks += [("up", True, self._shift_up), ("up", False, self._add_up)]
+            if family.gate is not None:
+                hooks += [("gate", True, self._shift_gate), ("gate", False, self._add_gate)]
+        for role, before, hook in hooks:
+            module = self.module(role)
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            self._handles.append(register(hook))
+            self._sites += [(m._modules, n, c) for m in block.modules() for n, c in m.named_children() if c is module]
+        self._handles.append(block.register_forward_pre_hook(self._follow))
+        self._handles.append(block.register_forward_hook(self._finish, with_kwargs=True, always_call=True))
 
     def detach(self) -> None:
         """Takes the hooks off; the block is the original one again."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._sites = [], []
+
+    def _follow(self, module: nn.Module, args: Any) -> None:
+        """Moves the hooks where a module was wrapped after conversion, as LoRA wraps linears."""
+        if any(children[name] is not hooked for children, name, hooked in self._sites):
+            self.detach()
+            self._register_hooks()
 
     def _tap(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         component, multiplier = self.active(), self.multiplier

@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from npt.errors import CheckpointError
+from npt.errors import CheckpointError, ConversionError
 from npt.tuner import PEFT_TYPE, NPTConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -62,6 +62,8 @@ def load_adapter(base: Any, path: str | Path) -> PeftModel:
     config = NPTConfig.from_pretrained(str(folder))
     try:
         model = PeftModel.from_pretrained(base, str(folder), config=config)
+    except ConversionError as error:
+        raise CheckpointError(f"checkpoint {folder}: {error}") from error
     except RuntimeError as error:
         raise CheckpointError(f"checkpoint {folder}: made for a base of other sizes: {_first_line(error)}") from error
     wanted = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}

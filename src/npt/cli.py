@@ -137,6 +137,20 @@ def check(config: Config = None, set_: Set = None) -> None:
         raise NPTError(f"{failed} check(s) failed; reinstall with: pip install -c constraints.txt -e .")
 
 
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="--model_args peft=FOLDER --tasks NAMES [options of the harness]",
+)
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness on an NPT model: its own command and options, with the model type npt."""
+    try:
+        from npt.integrations.lm_eval import run_harness
+    except ImportError as error:
+        raise NPTError(f"npt lm-eval needs lm-evaluation-harness ({error}): pip install 'npt[lm-eval]'") from error
+    run_harness(context.args)
+
+
 def _load(config: Path | None, overrides: Sequence[str] | None) -> Any:
     from npt.config import load_config
 

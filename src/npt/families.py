@@ -168,6 +168,21 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
 }  # fmt: skip
 
 
+def _experts(config: Any) -> bool:
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    counts = [getattr(config, name, None) for name in names]
+    return any(isinstance(count, int) and count > 1 for count in counts) and getattr(config, "is_moe", True) is True
+
+
+#: Why a whole architecture is refused: a test of its config, asked only of what has one.
+_REFUSALS: dict[str, Callable[[Any], bool]] = {
+    "it has an encoder, and its decoder's blocks add cross-attention to the residual stream as well; "
+    "npt converts decoder-only models": lambda config: bool(getattr(config, "is_encoder_decoder", False)),
+    "its MLPs are mixtures of experts, and a weight delta would be needed for every expert a token is routed to; "
+    "use a dense model of the family": _experts,
+}
+
+
 def register_family(model_type: str, family: Family | Callable[[Any], Family]) -> None:
     """Teach npt a model family: `model_type` as in the model's config.json; a function of the config where that decides."""
     FAMILIES[model_type] = family
@@ -181,6 +196,9 @@ def family_of(model: nn.Module) -> Family:
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
+    for reason, applies in _REFUSALS.items():
+        if applies(config):
+            raise ConversionError(f"{type(model).__name__} can't be converted: {reason}")
     if model_type not in FAMILIES:
         raise ConversionError(
             f"model type {model_type!r} of {type(model).__name__} is not supported; known: {', '.join(sorted(FAMILIES))}. "

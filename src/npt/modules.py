@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from npt.errors import ConversionError
+from npt.families import Family
 
 
 def linear_shape(module: Any) -> tuple[int, int]:
@@ -18,6 +19,30 @@ def linear_shape(module: Any) -> tuple[int, int]:
     if hasattr(module, "nf"):  # transformers' Conv1D keeps its weight as (in, out)
         return int(module.nx), int(module.nf)
     raise ConversionError(f"{type(module).__name__} is neither Linear nor Conv1D; NPT can't read its sizes")
+
+
+def find(block: nn.Module, family: Family, role: str) -> Any:
+    """A module of a block by its role in the family's line: tap, norm, mlp, gate, up, down or out.
+
+    Raises:
+        ConversionError: the block has none at the path.
+    """
+    paths = getattr(family, role)
+    for path in paths if isinstance(paths, tuple) else (paths,):
+        try:
+            return block.get_submodule(path)
+        except AttributeError:
+            continue
+    raise ConversionError(
+        f"{type(block).__name__} has no {role} at {paths!r}, where the family's line says it is: a mixture of experts, or "
+        "another architecture under this model type"
+    )
+
+
+def projection_shape(block: nn.Module, family: Family, name: str) -> tuple[int, int]:
+    """(in, out) of a block's projection; of its own half where gate and up are one."""
+    size_in, size_out = linear_shape(find(block, family, name))
+    return size_in, size_out // (2 if family.fused and name != "down" else 1)
 
 
 def linear_product(module: Any) -> Callable[[Tensor], Tensor]:

@@ -16,6 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from npt.calibration import calibrate
+from npt.card import write_model_card
 from npt.checkpoints import load_adapter, resolve_checkpoint, set_aside
 from npt.config import RunConfig, save_config
 from npt.corpora import (
@@ -103,6 +104,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         context_length=config.data.max_length, seed=config.training.seed, progress=True,
     )  # fmt: skip
     write_json(output / "evaluation_report.json", report)
+    write_model_card(best, adapter_config(model), report)
     return report
 
 

@@ -7,9 +7,12 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
@@ -17,17 +20,28 @@ from torch import nn
 
 from npt import component as maths
 from npt.attach import NPTLayer, layer_mode
+from npt.card import write_model_card
 from npt.component import WeightDelta
 from npt.contract import check_contract
 from npt.errors import ConversionError
 from npt.families import blocks_of, family_of, resolve_layers
-from npt.modules import execution_device
+from npt.modules import execution_device, projection_shape
 
 logger = logging.getLogger(__name__)
 
-PEFT_TYPE = "NPT"
-#: The attribute of a decoder block that holds its NPTLayer; begins with the PEFT prefix.
-LAYER_NAME = "npt_adapter"
+
+
+class Method(str, Enum):
+    """Our name among PEFT's methods; an enum, because transformers and TRL ask a config's `peft_type` for its `.value`."""
+
+    NPT = "NPT"
+    __str__ = str.__str__
+
+
+PEFT_TYPE = Method.NPT
+#: The attribute of a decoder block that holds its NPTLayer. The prefix "npt_" stands in `NPTLayer.npt_components` alone:
+#: PEFT and transformers put the adapter's name right after the word that begins with it.
+LAYER_NAME = "neuroplastic"
 
 
 #: The fields a person chooses; the `model` section of a run configuration has them under the same names.
@@ -48,6 +62,7 @@ class NPTConfig(PeftConfig):
         low_rank_at: "input" or "projection". target_projections: subset of gate, up, down; a name the family does not
             have is an error, except gate, which plain MLPs lack by nature.
         target_modules: filled in by npt with the converted blocks' names; leave it alone.
+        base_shape: filled in by npt: [hidden size, intermediate size, number of blocks] of the base it was made for.
     """
 
     npt_layers: str | list[int] = "upper_half"
@@ -60,6 +75,7 @@ class NPTConfig(PeftConfig):
     target_projections: list[str] = field(default_factory=lambda: ["gate", "up", "down"])
     target_modules: list[str] | None = None
     exclude_modules: list[str] | None = None
+    base_shape: list[int] | None = None
 
     def __post_init__(self) -> None:
         """Validates everything that can be without the model.
@@ -93,6 +109,11 @@ class NPTConfig(PeftConfig):
             )
         if problems:
             raise ConversionError("; ".join(problems))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes adapter_config.json, and the model card beside it unless a person's own is there."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_model_card(save_directory, self)
 
     def component_options(self) -> dict[str, Any]:
         """The fields of `ComponentSpec` this config fixes."""
@@ -135,6 +156,7 @@ class NPTModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: NPTConfig, model_config: dict[str, Any]) -> NPTConfig:
         blocks = blocks_of(self.model)
+        _check_base_shape(peft_config, self.model, len(blocks))
         peft_config.npt_layers = resolve_layers(peft_config.npt_layers, len(blocks))
         prefix = family_of(self.model).blocks
         peft_config.target_modules = [f"{prefix}.{i}" for i in peft_config.npt_layers]
@@ -170,7 +192,8 @@ class NPTModel(BaseTuner):
     def train(self, mode: bool = True) -> NPTModel:
         """Puts the components in training mode; the base never leaves eval mode (dropout stays off).
 
-        A block under gradient checkpointing carries the flag itself, since transformers checkpoints in training only.
+        A block under gradient checkpointing carries the flag itself, since transformers checkpoints in training only; it
+        drops the flag inside its forward, where some families read it for dropout.
         """
         self.training = mode
         self.model.eval()
@@ -179,6 +202,9 @@ class NPTModel(BaseTuner):
         for module in self.model.modules():
             if getattr(module, "gradient_checkpointing", False) is True:
                 module.training = mode
+                function = getattr(module, "_gradient_checkpointing_func", None)
+                if function is not None and getattr(function, "func", None) is not _checkpoint_in_eval:
+                    module._gradient_checkpointing_func = partial(_checkpoint_in_eval, module, function)
         return self
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -205,6 +231,10 @@ class NPTModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """Takes all NPT parts off and returns the base model."""
+        for module in self.model.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(function, "func", None) is _checkpoint_in_eval:
+                module._gradient_checkpointing_func = function.args[1]  # type: ignore[union-attr, assignment]
         self._remove(npt_layers(self.model))
         return self.model
 
@@ -212,6 +242,30 @@ class NPTModel(BaseTuner):
         for layer in layers:
             layer.detach()
             delattr(layer.get_base_layer(), LAYER_NAME)
+
+
+def _checkpoint_in_eval(module: nn.Module, checkpoint: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' checkpoint function of a block, for which the block leaves training mode."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before, module.training = module.training, False
+        try:
+            return function(*args, **kwargs)
+        finally:
+            module.training = before
+
+    return checkpoint(run, *args, **kwargs)
+
+
+def _check_base_shape(config: NPTConfig, model: nn.Module, num_blocks: int) -> None:
+    hidden, intermediate = projection_shape(blocks_of(model)[0], family_of(model), "up")
+    here = [hidden, intermediate, num_blocks]
+    if config.base_shape not in (None, here):
+        made, got = (f"hidden size {h}, intermediate size {i}, {n} blocks" for h, i, n in (config.base_shape, here))
+        raise ConversionError(
+            f"the adapter was made for a base with {made}; this one has {got}. Load it on {config.base_model_name_or_path!r}"
+        )
+    config.base_shape = here
 
 
 def npt_layers(model: nn.Module) -> list[NPTLayer]:
@@ -243,8 +297,14 @@ def refuse_unsupported(model: nn.Module) -> None:
     """Refuses what would give wrong results silently.
 
     Raises:
-        ConversionError: a compiled, DataParallel or tensor-parallel model, or an unknown family.
+        ConversionError: a PEFT-wrapped, compiled, DataParallel or tensor-parallel model, one with an encoder, or a family
+            that is not in the table.
     """
+    if isinstance(model, PeftModel):
+        raise ConversionError(
+            f"the model is wrapped by PEFT already ({', '.join(model.peft_config)}); convert what is inside: "
+            "get_peft_model(model.get_base_model(), NPTConfig(...)), which keeps the other adapter at work"
+        )
     if isinstance(model, nn.DataParallel):
         raise ConversionError("nn.DataParallel shares hooks between threads; use DistributedDataParallel (accelerate)")
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:

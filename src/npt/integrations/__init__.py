@@ -1,0 +1,1 @@
+"""Bridges to tools that need more than a PEFT model."""
