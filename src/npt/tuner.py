@@ -17,6 +17,7 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from npt import component as maths
 from npt.attach import NPTLayer, layer_mode
@@ -200,7 +201,7 @@ class NPTModel(BaseTuner):
         for layer in npt_layers(self.model):
             layer.train(mode)
         for module in self.model.modules():
-            if getattr(module, "gradient_checkpointing", False) is True:
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                 module.training = mode
                 function = getattr(module, "_gradient_checkpointing_func", None)
                 if function is not None and getattr(function, "func", None) is not _checkpoint_in_eval:
