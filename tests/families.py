@@ -12,11 +12,18 @@ from torch import Tensor
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
 }  # fmt: skip
 
 #: Of a model that also sees: small, and never run.
-VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+}
 
 
 def raw(module: Any) -> tuple[Tensor, Tensor]:
@@ -30,10 +37,12 @@ def raw(module: Any) -> tuple[Tensor, Tensor]:
 class Case:
     """A variant of a family.
 
-    source: attention's output projection, or those of blocks that differ; after_attention: (block, its output) -> what joins the residual stream.
+    source: attention's output projection, or those of blocks that differ.
+    after_attention: (block, its output) -> what joins the residual stream.
     before: (block, x) -> what the MLP reads from the residual stream x; norm: the norm in it; parallel: of h alone.
     gate, up, down: the projections, "path:0" and "path:1" for the halves of a fused one; act: (block) -> activation.
-    inner: (block, act(gate) * up) -> what down reads. after: (block, down's output) -> what joins the residual stream, times multiplier.
+    inner: (block, act(gate) * up) -> what down reads.
+    after: (block, down's output) -> what joins the residual stream, times multiplier.
     """
 
     model_type: str
@@ -136,8 +145,8 @@ CASES = [
     *(Case(name) for name in ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo", "ernie4_5", "diffllama",
                               "helium", "hunyuan_v1_dense", "ministral", "ministral3", "seed_oss")),
     Case("cwm", {"sliding_window": 4}),
-    Case("youtu", {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
-                   "num_key_value_heads": 4}),
+    Case("youtu", {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+                   "head_dim": 4, "num_key_value_heads": 4}),
     Case("minicpm3", {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
                       "num_key_value_heads": 4, "scale_depth": 1.4}, multiplier=1.4 / 4**0.5),
     Case("bitnet", inner=lambda block, i: block.mlp.ffn_sub_norm(i)),
@@ -165,7 +174,8 @@ CASES = [
     Case("glm4", **_FUSED, after_attention=_norm("post_self_attn_layernorm"), after=_norm("post_mlp_layernorm")),
     _plain("phi", "mlp.", "fc1", "fc2", "input_layernorm", source="self_attn.dense", parallel=True,
            before=_norm("input_layernorm"), act=lambda block: block.mlp.activation_fn),
-    _plain("persimmon", "mlp.", "dense_h_to_4h", "dense_4h_to_h", "post_attention_layernorm", source="self_attn.dense", act=_GELU),
+    _plain("persimmon", "mlp.", "dense_h_to_4h", "dense_4h_to_h", "post_attention_layernorm", source="self_attn.dense",
+           act=_GELU),
     _plain("starcoder2", "mlp.", "c_fc", "c_proj", "post_attention_layernorm", act=_GELU),
     _plain("gpt2", "mlp.", "c_fc", "c_proj", "ln_2", source="attn.c_proj", before=_norm("ln_2"), act=_GELU,
            blocks="transformer.h"),

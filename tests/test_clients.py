@@ -20,7 +20,10 @@ from npt.data.batches import batches_of
 from npt.evaluation.divergence import token_divergences
 from npt.tuner import npt_layers
 
-SENTENCES = ["One day, a little girl named Lily found a needle in her room.", "Tom had a red ball. He liked the ball."] * 8
+SENTENCES = [
+    "One day, a little girl named Lily found a needle in her room.",
+    "Tom had a red ball. He liked the ball.",
+] * 8
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -34,7 +37,9 @@ def values(model: Any, own: bool) -> list[torch.Tensor]:
 
 def test_pipeline(local_model: Path, tmp_path: Path) -> None:
     base, tokenizer = load(local_model)
-    expected = pipeline("text-generation", model=base, tokenizer=tokenizer)("Tom had", max_new_tokens=8, do_sample=False)
+    expected = pipeline("text-generation", model=base, tokenizer=tokenizer)(
+        "Tom had", max_new_tokens=8, do_sample=False
+    )
     model = get_peft_model(base, NPTConfig(carry="exact"))
     for converted in (model, model.get_base_model()):
         writer = pipeline("text-generation", model=converted, tokenizer=tokenizer)
@@ -101,8 +106,26 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in names
         for thing in things
     ] + [
-        {"question": f"Once upon a time, there was a little {thing}. The", "options": [f"{thing} was", "of was"], "answer": 0}
-        for thing in [*things, "girl", "boy", "bird", "dog", "fish", "frog", "tree", "duck", "bear", "bug", "bee", "fox"]
+        {
+            "question": f"Once upon a time, there was a little {thing}. The",
+            "options": [f"{thing} was", "of was"],
+            "answer": 0,
+        }
+        for thing in [
+            *things,
+            "girl",
+            "boy",
+            "bird",
+            "dog",
+            "fish",
+            "frog",
+            "tree",
+            "duck",
+            "bear",
+            "bug",
+            "bee",
+            "fox",
+        ]
     ]
     for number, row in enumerate(rows):  # so that a constant guess is no good
         turn = number % len(row["options"])
@@ -141,11 +164,14 @@ def test_harness_gives_the_accuracy_of_our_own_log_likelihoods(
 ) -> None:
     """Calibration alone, saved and loaded again: through the command, through Python, and through `evaluate`'s scores."""
     lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
     import npt.integrations.lm_eval  # noqa: F401
 
     base, tokenizer = load(stories)
     model = get_peft_model(base, NPTConfig())
-    text = next(shared_dir.glob("data/*train*.txt")).read_text(encoding="utf-8")[:200_000].split("<|endoftext|>")
+    texts = sorted((shared_dir / "data" / "text").glob("*.txt"))
+    text = [path.read_text(encoding="utf-8")[:100_000] for path in texts[:2]]
     calibrate(model, batches_of(pack(text, tokenizer, 128, max_blocks=64), 16, torch.device("cpu")))
     model.save_pretrained(str(tmp_path / "adapter"))
 
@@ -153,9 +179,13 @@ def test_harness_gives_the_accuracy_of_our_own_log_likelihoods(
     scores, accuracy = own_log_likelihoods(model.eval(), tokenizer, rows)
     assert 0.5 < accuracy < 1
 
-    manager = lm_eval.tasks.TaskManager(include_path=str(choices), include_defaults=False)
+    manager = TaskManager(include_path=str(choices), include_defaults=False)
     result = lm_eval.simple_evaluate(
-        model="npt", model_args=f"peft={tmp_path / 'adapter'}", tasks=["local_choices"], task_manager=manager, batch_size=8
+        model="npt",
+        model_args=f"peft={tmp_path / 'adapter'}",
+        tasks=["local_choices"],
+        task_manager=manager,
+        batch_size=8,
     )
     assert result["results"]["local_choices"]["acc,none"] == accuracy
     harness = [float(pair[0]) for sample in result["samples"]["local_choices"] for pair in sample["filtered_resps"]]
@@ -168,21 +198,29 @@ def test_harness_gives_the_accuracy_of_our_own_log_likelihoods(
     assert "local_choices" in capfd.readouterr().out
 
     loader = f"pretrained={stories},peft={tmp_path / 'adapter'}"  # the harness's own way, which knows PEFT methods
-    result = lm_eval.simple_evaluate(model="hf", model_args=loader, tasks=["local_choices"], task_manager=manager, device="cpu")
+    options = {"tasks": ["local_choices"], "task_manager": manager, "device": "cpu"}
+    result = lm_eval.simple_evaluate(model="hf", model_args=loader, **options)
     assert result["results"]["local_choices"]["acc,none"] == accuracy
 
 
 def test_harness_on_a_builtin_base_and_a_wrong_adapter(choices: Path, tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
     import npt.integrations.lm_eval  # noqa: F401
 
-    manager = lm_eval.tasks.TaskManager(include_path=str(choices), include_defaults=False)
+    manager = TaskManager(include_path=str(choices), include_defaults=False)
     result = lm_eval.simple_evaluate(
         model="npt", model_args="pretrained=builtin:tiny", tasks=["local_choices"], task_manager=manager, limit=4
     )
     assert 0 <= result["results"]["local_choices"]["acc,none"] <= 1
     arguments = ["--tasks", "local_choices", "--include_path", str(choices)]
-    assert main(["lm-eval", "--model_args", f"peft={tmp_path}", *arguments]) == 2
+    for wrong in (
+        ["--model_args", f"peft={tmp_path}", *arguments],
+        ["--model_args", "pretrained=builtin:tiny", "--tasks", "no_such_task"],
+        ["--model_args", "dtype=float32", *arguments],
+    ):
+        assert main(["lm-eval", *wrong]) == 2
 
 
 def test_harness_options_are_its_own(capfd: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +238,11 @@ def test_hub_layout_and_model_card(local_model: Path, tmp_path: Path) -> None:
     base, _ = load(local_model)
     model = get_peft_model(base, NPTConfig(npt_layers=[1, 2]))
     model.save_pretrained(str(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation" and "npt" in card.data.tags
     assert card.data.base_model is None, "a folder is no name on a hub"

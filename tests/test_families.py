@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from npt import NPTConfig
+from npt import NPTConfig, calibrate
 from npt.component import NORM_WEIGHT_EPSILON
 from npt.errors import ConversionError
 from npt.families import FAMILIES, Family, family_of, register_family
 from npt.tuner import active_layers, npt_layers
 from tests.conftest import randomize
-from tests.families import CASES, Case, raw
+from tests.families import CASES, SIZES, Case, raw
 
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -191,6 +193,20 @@ def test_cached_generation_equals_uncached_also_after_save_and_load(case: Case, 
     assert torch.equal(loaded.generate(**arguments, use_cache=True), cached)
 
 
+@EACH
+def test_calibration_brings_every_family_nearer_to_its_base(case: Case) -> None:
+    base = case.build(torch.float32)
+    ids = torch.randint(3, 96, (48, 16), generator=torch.Generator().manual_seed(7))
+    model = get_peft_model(base, NPTConfig(npt_layers=[1, 3], rank=4))
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids[:32].split(8)]
+    errors = calibrate(model, batches)
+    for figures in errors.values():
+        if case.parallel or case.norm is None:  # nothing but sums to replace, and the start has them already
+            assert figures["error_before"] < 1e-6 and figures["error_after"] < 1e-6, errors
+        else:
+            assert figures["error_after"] <= 0.95 * figures["error_before"], errors
+
+
 def wrong_lines(right: Family, weightless: bool) -> list[tuple[str, Family]]:
     """The table's line with one thing wrong each, where that makes a difference."""
     lines = [("parallel", replace(right, parallel=not right.parallel))]
@@ -228,6 +244,36 @@ def test_post_norm_opt_is_refused_with_the_reason() -> None:
     base = replace(opt, options={**opt.options, "do_layer_norm_before": False}).build()
     with pytest.raises(ConversionError, match="do_layer_norm_before=false.*another size"):
         get_peft_model(base, NPTConfig())
+
+
+MOE = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
+REFUSED = [
+    *((name, MOE, "mixtures of experts") for name in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe")),
+    ("t5", {}, "encoder"),
+    ("bart", {}, "is not supported; known: apertus"),
+    ("mamba", {}, "is not supported; known: apertus"),
+    ("openai-gpt", {}, "is not supported; known: apertus"),
+]
+
+
+@pytest.mark.parametrize("model_type, options, reason", REFUSED)
+def test_architectures_that_do_not_fit_are_refused_with_the_reason(model_type: str, options: Any, reason: str) -> None:
+    config = transformers.CONFIG_MAPPING[model_type](**SIZES, **{k: v for k, v in options.items() if k not in SIZES})
+    kind = transformers.AutoModelForSeq2SeqLM if model_type == "t5" else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        base = kind.from_config(config)
+    with pytest.raises(ConversionError, match=reason):
+        get_peft_model(base, NPTConfig())
+
+
+def test_every_test_the_documentation_names_exists() -> None:
+    folder = Path(__file__).parent
+    named = re.findall(
+        r"`(test_\w+\.py)::(\w+)`", (folder.parent / "docs" / "ecosystem.md").read_text(encoding="utf-8")
+    )
+    assert len(named) > 35
+    for file, test in named:
+        assert f"def {test}(" in (folder / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
 def test_a_family_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:

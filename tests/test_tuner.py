@@ -152,6 +152,25 @@ def test_options_that_do_not_fit_the_model() -> None:
 def test_compiled_and_data_parallel_models_are_refused() -> None:
     with pytest.raises(ConversionError, match="compiled"):
         get_peft_model(torch.compile(random_base("llama")), NPTConfig())
+    in_place = random_base("llama")
+    in_place.compile()
+    with pytest.raises(ConversionError, match="convert, then compile"):
+        get_peft_model(in_place, NPTConfig())
+    parallel: Any = torch.nn.DataParallel(random_base("llama"))
+    parallel.config = parallel.module.config
+    with pytest.raises(ConversionError, match="DistributedDataParallel"):
+        NPTModel(parallel, NPTConfig(), "default")
+    split = random_base("llama")
+    split._tp_size = 2
+    with pytest.raises(ConversionError, match="without tp_plan"):
+        get_peft_model(split, NPTConfig())
+
+
+def test_two_active_adapters_in_one_block_are_refused() -> None:
+    model = converted("llama", npt_layers=[0, 1])
+    model.add_adapter("second", NPTConfig(npt_layers=[1, 3], rank=2))
+    with pytest.raises(ConversionError, match=r"\['default', 'second'\] are both for block 1"):
+        model.base_model.set_adapter(["default", "second"])
 
 
 def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:

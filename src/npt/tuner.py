@@ -31,7 +31,6 @@ from npt.modules import execution_device, projection_shape
 logger = logging.getLogger(__name__)
 
 
-
 class Method(str, Enum):
     """Our name among PEFT's methods; an enum, because transformers and TRL ask a config's `peft_type` for its `.value`."""
 

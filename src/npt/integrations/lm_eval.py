@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npt.builtin import source_of
 from npt.checkpoints import load_adapter, resolve_checkpoint
+from npt.errors import NPTError
 from npt.loading import default_device
 from npt.tuner import NPTConfig
 
@@ -50,19 +52,25 @@ class NPTLM(HFLM):  # type: ignore[misc]
         if name is None and folder is not None:
             name = NPTConfig.from_pretrained(str(folder)).base_model_name_or_path
         if name is None:
-            raise ValueError("the harness's model type npt needs peft=ADAPTER or pretrained=BASE in --model_args")
+            raise NPTError("the harness's model type npt needs peft=ADAPTER or pretrained=BASE in --model_args")
         source = source_of(name)
         loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(source, **loading)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **loading)
-        model.to(default_device() if device is None else device)
+        # The command's default is cuda:0; like the harness's `hf`, take the CPU where there is no such thing.
+        absent = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
+        model.to(default_device() if absent else device)
         if folder is not None:
             model = load_adapter(model, folder)
         super().__init__(pretrained=model.eval(), tokenizer=kwargs.pop("tokenizer", tokenizer), **kwargs)
 
 
 def run_harness(arguments: Sequence[str]) -> None:
-    """The harness's own command with `arguments`; its model type is `npt` where none is named."""
+    """The harness's own command with `arguments`; its model type is `npt` where none is named.
+
+    Raises:
+        NPTError: what the harness refuses, an unknown task for one.
+    """
     words = list(arguments)
     named = any(word == "-M" or word.split("=")[0] == "--model" for word in words)
     if words and words[0] not in ("ls", "validate") and not named and not {"-h", "--help"} & set(words):
@@ -72,5 +80,7 @@ def run_harness(arguments: Sequence[str]) -> None:
         setup_logging()
         command = HarnessCLI()
         command.execute(command.parse_args())
+    except ValueError as error:
+        raise NPTError(f"lm-eval: {error}") from error
     finally:
         sys.argv = before
