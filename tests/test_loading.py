@@ -7,7 +7,7 @@ import torch
 
 from npt import Objective, calibrate
 from npt.attach import layer_mode
-from npt.evaluation.layers import weight_delta_stats
+from npt.evaluation.deltas import weight_delta_stats
 from npt.loading import offload_frozen
 from npt.tuner import active_layers, device_of
 from tests.conftest import converted

@@ -155,12 +155,12 @@ def test_estimate_of_7b_reads_no_weights() -> None:
 
 
 def test_what_is_no_causal_lm_is_an_error() -> None:
-    from transformers import CLIPConfig, MptConfig
+    from transformers import CLIPConfig, CTRLConfig
 
     with pytest.raises(NPTError, match="no causal language model"):
         estimate(CLIPConfig())
-    with pytest.raises(NPTError, match="mpt"):
-        estimate(MptConfig(d_model=16, n_layers=2, n_heads=2))
+    with pytest.raises(NPTError, match="ctrl"):
+        estimate(CTRLConfig(n_embd=16, n_layer=2, n_head=2, dff=16))
 
 
 def test_the_table_has_both_sides() -> None:

@@ -93,7 +93,7 @@ def test_ratio_has_the_target_band() -> None:
 
 def test_a_step_logged_twice_counts_once_the_later_time() -> None:
     rows = [*ROWS, {"step": 10, "loss": 0.45}, {"step": None, "loss": None}]
-    assert plots._curve(rows, "loss") == ([10, 20], [0.45, 0.4])
+    assert plots.curve(rows, "loss") == ([10, 20], [0.45, 0.4])
 
 
 def test_weight_delta_stands_beside_exact_over_steps_and_per_block() -> None:

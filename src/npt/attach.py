@@ -32,7 +32,7 @@ EXACT = "exact"  # the exact value, no parameters
 
 @dataclass
 class BlockRecord:
-    """One pass through a block in bypass mode: h, a and the block's output, each (batch, tokens, d)."""
+    """One pass through a block: h, a and the block's output, each (batch, tokens, d)."""
 
     hidden_states: Tensor
     attention: Tensor
@@ -63,6 +63,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         self.on_block: Callable[[NPTLayer, BlockRecord], None] | None = None
         self.observer: Observer | None = None
         self._attention: Tensor | None = None
+        self._observed: Tensor | None = None
         self._residual: Tensor | None = None
         self._values: InputValues | None = None
         self._down: Tensor | None = None
@@ -216,6 +217,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         if component is None and self.on_block is None:
             return None
         self._attention = output if multiplier == 1 else output * multiplier
+        self._observed = None if self.on_block is None else self._attention
         return None if component is None else torch.zeros_like(output)
 
     def _keep_residual(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -297,10 +299,10 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         return None if value is None else output + value.view_as(output)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Hands a bypassed pass to `on_block`; always lets go of what was kept, also when a forward died half-way."""
-        attention, self._attention = self._attention, None
-        self._values = self._residual = self._down = None
-        if self.on_block is None or attention is None or output is None or self.active() is not None:
+        """Hands a pass to `on_block`; always lets go of what was kept, also when a forward died half-way."""
+        attention, self._observed = self._observed, None
+        self._attention = self._values = self._residual = self._down = None
+        if self.on_block is None or attention is None or output is None:
             return
         hidden_states = args[0] if args else kwargs["hidden_states"]
         self.on_block(self, BlockRecord(hidden_states, attention, first_tensor(output)))

@@ -45,8 +45,8 @@ Measured on {tokens:,} tokens of {corpus}, {context} tokens of context, {dtype}.
 
 | figure | value |
 |---|---|
-| perplexity ratio, NPT / base | {ratio:.5f} ± {ratio_error:.5f} |
-| mean KL (nats per token) | {kl:.5f} ± {kl_error:.5f} |
+| perplexity ratio, NPT / base | {ratio} |
+| mean KL (nats per token) | {kl} |
 | same top token | {top:.2%} |
 | root-mean-square entry of ΔW | {rms:.4g} |
 | new parameters | {own:,} ({share:.3g} % of the base) |
@@ -92,12 +92,15 @@ def _results(report: Mapping[str, Any]) -> str:
         corpus=protocol["corpora"][0],
         context=protocol["context_length"],
         dtype=protocol["dtype"],
-        ratio=perplexity["perplexity_ratio"],
-        ratio_error=perplexity["perplexity_ratio_standard_error"],
-        kl=divergence["mean_kl"],
-        kl_error=divergence["mean_kl_standard_error"],
+        ratio=_with_error(perplexity, "perplexity_ratio"),
+        kl=_with_error(divergence, "mean_kl"),
         top=divergence["top1_agreement"],
         rms=figures["weight_delta_stats"]["rms_entry"],
         own=model["trainable_parameters"],
         share=100 * model["trainable_parameters"] / model["base_parameters"],
     )
+
+
+def _with_error(figures: Mapping[str, Any], key: str) -> str:
+    error = figures.get(f"{key}_standard_error")
+    return f"{figures[key]:.5f}" + ("" if error is None else f" ± {error:.5f}")

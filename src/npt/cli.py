@@ -58,10 +58,10 @@ def train(
     from npt.report.terminal import render_report
 
     run = _load(config, set_)
-    report = run_training(run, resume=resume)
-    render_report(report, console)
+    found = run_training(run, resume=resume)
+    render_report(found, console)
     _say(f"adapter: {Path(run.paths.checkpoint_dir) / 'best_model'}")
-    _say(f"report:  {Path(run.paths.output_dir) / 'evaluation_report.json'}")
+    _say(f"report:  {Path(run.paths.output_dir) / 'report.html'}, figures in evaluation_report.json beside it")
 
 
 @app.command()
@@ -79,9 +79,8 @@ def evaluate(
     from npt.report.terminal import render_report
 
     run = _load(config, set_)
-    report = run_evaluation(run, checkpoint, output, more_text=text or ())
-    render_report(report, console)
-    _say(f"report: {output}")
+    render_report(run_evaluation(run, checkpoint, output, more_text=text or ()), console)
+    _say(f"report: {output.with_suffix('.html')}, figures in {output}")
 
 
 @app.command()
@@ -102,15 +101,53 @@ def generate(
             console.print(f"[bold]{name:>8}[/bold]  {escape(sample[name])}")
 
 
+Run = Annotated[Path, typer.Argument(help="A run's output folder.")]
+
+
 @app.command()
 def plot(
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="A run's output folder.")] = Path("outputs"),
+    run: Annotated[Path | None, typer.Argument(help="A run's output folder.")] = None,
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="The same, as an option.")] = Path("outputs"),
 ) -> None:
-    """Draws loss, perplexity ratio, weight delta, learning rate and per-layer error of a run."""
+    """Draws the plots of a run from metrics.jsonl and, if there is one, its report, as PNG and SVG."""
     from npt.report.plots import plot_run
 
-    for path in plot_run(output_dir):
+    for path in plot_run(output_dir if run is None else run):
         _say(str(path))
+
+
+@app.command()
+def report(run: Run = Path("outputs")) -> None:
+    """Writes report.html, one self-contained page, from what a run's output folder holds."""
+    from npt.report.page import write_page
+
+    _say(f"report: {write_page(run)}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of runs.")],
+    output: Annotated[Path, typer.Option("--output", help="Where the plot goes.")] = Path("comparison.png"),
+) -> None:
+    """Runs side by side: one table, and one plot of perplexity ratio and KL over steps."""
+    from npt.report.compare import comparison_table, plot_comparison, read_runs
+
+    found = read_runs(runs)
+    console.print(comparison_table(found))
+    path = plot_comparison(found, output)
+    _say(f"plot: {path}" if path else "plot: none of the runs has an evaluation over steps to draw")
+
+
+@app.command()
+def watch(
+    run: Run = Path("outputs"),
+    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Show it once and leave.")] = False,
+) -> None:
+    """Shows a live run: step, loss, perplexity ratio, KL, calibration; leaves when the report is written."""
+    from npt.report.watch import watch_run
+
+    watch_run(run, console, interval=interval, once=once)
 
 
 @app.command()

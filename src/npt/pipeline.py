@@ -31,6 +31,9 @@ from npt.errors import CheckpointError, ConfigError, NPTError
 from npt.evaluation import evaluate
 from npt.loading import default_device, load_base, offload_frozen
 from npt.objectives import Objective
+from npt.report.page import write_page
+from npt.report.plots import draw_run, read_json_lines
+from npt.report.trackers import log_evaluation
 from npt.training import (
     BestAdapterCallback,
     EquivalenceTrainer,
@@ -78,7 +81,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     )  # fmt: skip
     train, held_out = corpus_blocks(config, model, tokenizer)
     if not resume:
-        set_aside(output, ("metrics.jsonl", "samples.jsonl", "evaluation_report.json", "plots"))
+        set_aside(output, ("metrics.jsonl", "samples.jsonl", "evaluation_report.json", "report.html", "plots"))
         set_aside(checkpoints, ("best_model", "checkpoint-*"))
     output.mkdir(parents=True, exist_ok=True)
     save_config(config, output / "config.yaml")
@@ -105,6 +108,11 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     )  # fmt: skip
     write_json(output / "evaluation_report.json", report)
     write_model_card(best, adapter_config(model), report)
+    write_page(output)
+    names = [*config.training.report_to, *(["wandb"] if config.wandb.enabled else [])]
+    if names:
+        pictures = draw_run(read_json_lines(output / "metrics.jsonl"), report)
+        log_evaluation(report, pictures, trainer.state.global_step, output / "tensorboard", names)
     return report
 
 
@@ -244,4 +252,6 @@ def run_evaluation(
         context_length=config.data.max_length, seed=config.training.seed, progress=True,
     )  # fmt: skip
     write_json(Path(output), report)
+    # The curves of training belong to the page when the report lies with them.
+    write_page(Path(output).parent, Path(output), Path(output).with_suffix(".html"))
     return report

@@ -16,9 +16,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from npt.data.batches import batches_of, complete_batch, scored_positions
 from npt.errors import NPTError
+from npt.evaluation.deltas import delta_records
 from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
-from npt.evaluation.layers import mean_delta_norms
 from npt.objectives import Objective, check_logit_head, update_scales
 from npt.tuner import active_layers, device_of
 
@@ -122,15 +122,12 @@ class EquivalenceTrainer(Trainer):
         """
         model = self.accelerator.unwrap_model(self.model)
         rows = {name: value[:4] for name, value in self._last_inputs.items() if name != "labels"}
-        norms = mean_delta_norms(model, [rows])
-
-        def mean(key: str) -> float:
-            per_layer = [fmean(figures[key] for figures in projections.values()) for projections in norms.values()]
-            return fmean(per_layer)
-
+        records = delta_records(model, [rows])
+        means = [fmean(float(r.norms().mean()) for r in projections.values()) for projections in records.values()]
         if self.objective.regularizer == "delta" and not self.objective.regularization_weight:
-            regularization = mean("square")
-        return mean("frobenius"), regularization
+            squares = [[float(torch.cat(r.squares).mean()) for r in entry.values()] for entry in records.values()]
+            regularization = fmean(map(fmean, squares))
+        return fmean(means), regularization
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

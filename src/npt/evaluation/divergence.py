@@ -1,7 +1,8 @@
 """How far the NPT model's next-token distributions are from the original's, token by token.
 
-The figures follow the convention of quantisation work (llama.cpp's --kl-divergence): perplexities of both, KL of the
-full distributions and its percentiles, agreement of the top token, change of the right token's probability.
+The figures follow the convention of quantisation work (llama.cpp's --kl-divergence): perplexities of both and their
+correlation, KL of the full distributions and its percentiles, agreement of the top token, change of the right token's
+probability. Definitions: docs/report.md.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ from npt.tuner import active_layers, device_of, eval_mode
 LOGIT_BUDGET = 256 * 2**20
 #: Entries of float64 distributions compared at once.
 CHUNK_ENTRIES = 2**22
+#: What is kept of a scored token, each one float64.
+COLUMNS = (
+    "kl", "npt_nll", "original_nll", "same_top", "delta_p", "npt_top", "original_top", "target", "block", "position"
+)  # fmt: skip
+Tokens = dict[str, np.ndarray]
 
 
 @torch.no_grad()
-def token_divergences(
-    model: Any, blocks: Any, *, batch_size: int = 16, progress: bool = False
-) -> dict[str, np.ndarray]:
-    """Per scored token, as float64 arrays (tokens,): kl, npt_nll, original_nll, same_top, delta_p; and block, its block.
+def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress: bool = False) -> Tokens:
+    """Per scored token, as float64 arrays (tokens,): what `COLUMNS` names.
+
+    kl in nats; *_nll of the right token in nats; same_top 0 or 1; delta_p the change of the right token's probability;
+    npt_top, original_top and target are token ids; block and position say where the scored token stands.
 
     Raises:
         DataError: not one token counts.
@@ -49,60 +56,147 @@ def token_divergences(
                 teacher = model(**inputs).logits[:, :-1][counted]
             student = model(**inputs).logits[:, :-1][counted]
             target = batch["input_ids"][:, 1:][counted]
-            row = torch.arange(len(counted), device=device)[:, None].expand_as(counted)[counted] + first
+            place = counted.nonzero() + torch.tensor([first, 1], device=device)
             first += len(counted)
             for chunk in torch.arange(len(target), device=device).split(max(1, CHUNK_ENTRIES // vocabulary)):
                 figures = compare(teacher[chunk], student[chunk], target[chunk])
-                parts.append(torch.cat([figures, row[chunk, None].double()], -1).cpu())
-    table = torch.cat(parts).numpy() if parts else np.zeros((0, 6))
+                parts.append(torch.cat([figures, place[chunk].double()], -1).cpu())
+    table = torch.cat(parts).numpy() if parts else np.zeros((0, len(COLUMNS)))
     if not len(table):
         raise DataError("evaluation text holds no token that counts: every block is padding or a single token")
-    return dict(zip(("kl", "npt_nll", "original_nll", "same_top", "delta_p", "block"), table.T, strict=True))
+    return dict(zip(COLUMNS, table.T, strict=True))
 
 
 def compare(teacher_logits: Tensor, student_logits: Tensor, target: Tensor) -> Tensor:
-    """(tokens, 5) float64: KL(teacher || student), both NLLs, same top token, change of the target's probability."""
+    """(tokens, 8) float64, the first eight of `COLUMNS`, from logits (tokens, vocabulary) and token ids (tokens,)."""
     teacher = teacher_logits.double().log_softmax(-1)
     student = student_logits.double().log_softmax(-1)
     kl = (teacher.exp() * (teacher - student)).sum(-1).clamp_min(0)
     original_nll = -teacher.gather(-1, target[:, None])[:, 0]
     npt_nll = -student.gather(-1, target[:, None])[:, 0]
-    same = (teacher.argmax(-1) == student.argmax(-1)).double()
-    return torch.stack([kl, npt_nll, original_nll, same, torch.exp(-npt_nll) - torch.exp(-original_nll)], -1)
+    original_top, npt_top = teacher.argmax(-1), student.argmax(-1)
+    same, delta_p = (original_top == npt_top).double(), torch.exp(-npt_nll) - torch.exp(-original_nll)
+    ids = [npt_top.double(), original_top.double(), target.double()]
+    return torch.stack([kl, npt_nll, original_nll, same, delta_p, *ids], -1)
 
 
-def summarize(tokens: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+#: Name of a percentile in the report -> its share.
+KL_PERCENTILES = {
+    "kl_p1": 0.01, "kl_p5": 0.05, "kl_p10": 0.1, "median_kl": 0.5, "kl_p90": 0.9, "kl_p95": 0.95, "kl_p99": 0.99,
+    "kl_p999": 0.999,
+}  # fmt: skip
+DELTA_P_PERCENTILES = {
+    "p0_1": 0.001, "p1": 0.01, "p5": 0.05, "p10": 0.1, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9,
+    "p95": 0.95, "p99": 0.99, "p99_9": 0.999,
+}  # fmt: skip
+
+
+def summarize(tokens: Tokens) -> dict[str, dict[str, Any]]:
     """The report's `perplexity` and `divergence` sections; standard errors are over blocks, not tokens."""
-    npt_mean, original_mean = tokens["npt_nll"].mean(), tokens["original_nll"].mean()
-    ratio = float(np.exp(npt_mean - original_mean))
-    kl = tokens["kl"]
+    npt, original, kl, delta_p = (tokens[key] for key in ("npt_nll", "original_nll", "kl", "delta_p"))
+    ratio = float(np.exp(npt.mean() - original.mean()))
+    spread = npt.std() * original.std()
+    mean_square = float(np.square(delta_p).mean())
+    rms = mean_square**0.5
     return {
         "perplexity": {
-            "npt_perplexity": float(np.exp(npt_mean)),
-            "original_perplexity": float(np.exp(original_mean)),
+            "npt_perplexity": float(np.exp(npt.mean())),
+            "npt_perplexity_standard_error": _scaled(float(np.exp(npt.mean())), block_error(npt, tokens)),
+            "original_perplexity": float(np.exp(original.mean())),
+            "original_perplexity_standard_error": _scaled(
+                float(np.exp(original.mean())), block_error(original, tokens)
+            ),
+            "npt_log_perplexity": float(npt.mean()),
+            "original_log_perplexity": float(original.mean()),
+            "log_perplexity_correlation": float(np.cov(npt, original, bias=True)[0, 1] / spread) if spread else 1.0,
             "perplexity_ratio": ratio,
-            "perplexity_ratio_standard_error": ratio * block_error(tokens["npt_nll"] - tokens["original_nll"], tokens),
-            "perplexity_difference": float(np.exp(npt_mean) - np.exp(original_mean)),
+            "perplexity_ratio_standard_error": _scaled(ratio, block_error(npt - original, tokens)),
+            "perplexity_difference": float(np.exp(npt.mean()) - np.exp(original.mean())),
         },
         "divergence": {
             "mean_kl": float(kl.mean()),
             "mean_kl_standard_error": block_error(kl, tokens),
-            "median_kl": float(np.median(kl)),
-            "kl_p99": float(np.quantile(kl, 0.99)),
-            "kl_p999": float(np.quantile(kl, 0.999)),
+            "min_kl": float(kl.min()),
+            **{name: float(np.quantile(kl, share)) for name, share in KL_PERCENTILES.items()},
             "max_kl": float(kl.max()),
             "top1_agreement": float(tokens["same_top"].mean()),
-            "rms_delta_p": float(np.sqrt(np.square(tokens["delta_p"]).mean())),
+            "top1_agreement_standard_error": block_error(tokens["same_top"], tokens),
+            "mean_delta_p": float(delta_p.mean()),
+            "mean_delta_p_standard_error": block_error(delta_p, tokens),
+            "rms_delta_p": rms,
+            # d sqrt(m) = dm / (2 sqrt(m))
+            "rms_delta_p_standard_error": _scaled(
+                1 / (2 * rms) if rms else 0.0, block_error(np.square(delta_p), tokens)
+            ),
+            "delta_p": {
+                "min": float(delta_p.min()),
+                **{name: float(np.quantile(delta_p, share)) for name, share in DELTA_P_PERCENTILES.items()},
+                "max": float(delta_p.max()),
+            },
+            "kl_histogram": kl_histogram(kl),
         },
     }
 
 
-def block_error(values: np.ndarray, tokens: dict[str, np.ndarray]) -> float:
-    """Standard error of a token mean, blocks being the independent units (a ratio estimator's linearisation)."""
+def _scaled(factor: float, error: float | None) -> float | None:
+    return None if error is None else factor * error
+
+
+def kl_histogram(kl: np.ndarray) -> dict[str, list[float]]:
+    """Tokens per third of a decade of KL: {"edges" (n + 1,), "counts" (n,)}; the first bin takes all that is below it."""
+    edges = 10.0 ** (np.arange(-30, 10) / 3)
+    inside = np.clip(kl, edges[0], np.nextafter(edges[-1], 0))
+    counts, _ = np.histogram(inside, edges)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def kl_by_position(tokens: Tokens, width: int) -> dict[str, list[float]]:
+    """Mean KL of tokens in bins of `width` positions: {"from" (n,), "mean_kl" (n,), "tokens" (n,)}."""
+    bins = (tokens["position"] // width).astype(int)
+    counts, sums = np.bincount(bins), np.bincount(bins, tokens["kl"])
+    found = np.flatnonzero(counts)
+    return {
+        "from": (found * width).tolist(),
+        "mean_kl": (sums[found] / counts[found]).tolist(),
+        "tokens": counts[found].tolist(),
+    }
+
+
+def worst_tokens(
+    tokens: Tokens, blocks: Any, tokenizer: Any, count: int = 20, before: int = 24
+) -> list[dict[str, Any]]:
+    """The tokens with the highest KL: the text before, what each model wanted most, what came, probabilities, KL."""
+    order = np.argsort(-tokens["kl"], kind="stable")[:count]
+    found = []
+    for i in order:
+        block, position = int(tokens["block"][i]), int(tokens["position"][i])
+        ids = blocks[block]["input_ids"]
+        word = {key: tokenizer.decode([int(tokens[key][i])]) for key in ("npt_top", "original_top", "target")}
+        found.append(
+            {
+                "kl": float(tokens["kl"][i]),
+                "block": block,
+                "position": position,
+                "text_before": tokenizer.decode(ids[max(0, position - before) : position]),
+                "token": word["target"],
+                "npt_wanted": word["npt_top"],
+                "original_wanted": word["original_top"],
+                "npt_probability": float(np.exp(-tokens["npt_nll"][i])),
+                "original_probability": float(np.exp(-tokens["original_nll"][i])),
+            }
+        )
+    return found
+
+
+def block_error(values: np.ndarray, tokens: Tokens) -> float | None:
+    """Standard error of a token mean, blocks being the independent units (a ratio estimator's linearisation).
+
+    None with fewer than two blocks.
+    """
     _, rows = np.unique(tokens["block"], return_inverse=True)
     sums, counts = np.bincount(rows, values), np.bincount(rows)
     n = len(counts)
     if n < 2:
-        return float("nan")
+        return None
     residual = sums - values.mean() * counts
     return float(np.sqrt(n / (n - 1) * np.square(residual).sum()) / counts.sum())

@@ -20,32 +20,72 @@ DEFAULT_PROMPTS = (
 
 
 @torch.no_grad()
-def continue_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:
-    """The prompt with its greedy continuation, special tokens left out."""
+def continue_text(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48, seed: int | None = None
+) -> tuple[str, list[int]]:
+    """(the prompt with its continuation, special tokens left out; the continuation's token ids).
+
+    Greedy, or sampled at temperature 1 from the whole distribution with `seed`; the caller's random state is left alone.
+    """
     inputs = tokenizer(prompt, return_tensors="pt").to(device_of(model))
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        do_sample=seed is not None,
+        **({} if seed is None else {"top_k": 0, "top_p": 1.0, "temperature": 1.0}),
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    tokens = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config
-    )
+    devices = [device_of(model)] if device_of(model).type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0 if seed is None else seed)
+        tokens = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config
+        )
     text: str = tokenizer.decode(tokens[0], skip_special_tokens=True)
-    return text
+    return text, tokens[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def side_by_side(
-    model: Any, tokenizer: Any, prompts: Sequence[str] = DEFAULT_PROMPTS, max_new_tokens: int = 48
-) -> list[dict[str, str]]:
-    """[{"prompt", "npt", "original"}], both greedy."""
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str] = DEFAULT_PROMPTS,
+    max_new_tokens: int = 48,
+    seed: int | None = None,
+) -> list[dict[str, Any]]:
+    """[{"prompt", "npt", "original", "matching_tokens", "tokens", "first_difference"}], both greedy, or sampled with `seed`.
+
+    matching_tokens: new tokens before the first that differs, of `tokens`. first_difference: the index of the first
+    character that differs, None where the texts are the same.
+    """
     samples = []
     with eval_mode(model):
         for prompt in prompts:
-            npt = continue_text(model, tokenizer, prompt, max_new_tokens)
+            npt, ids = continue_text(model, tokenizer, prompt, max_new_tokens, seed)
             with layer_mode(active_layers(model), override="bypass"):
-                original = continue_text(model, tokenizer, prompt, max_new_tokens)
-            samples.append({"prompt": prompt, "npt": npt, "original": original})
+                original, original_ids = continue_text(model, tokenizer, prompt, max_new_tokens, seed)
+            samples.append(
+                {
+                    "prompt": prompt,
+                    "npt": npt,
+                    "original": original,
+                    "matching_tokens": _matching(ids, original_ids),
+                    "tokens": max(len(ids), len(original_ids)),
+                    "first_difference": None if npt == original else _matching(npt, original),
+                }
+            )
     return samples
+
+
+def _matching(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Items before the first difference."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def generation_section(greedy: Sequence[dict[str, Any]], sampled: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The report's `generation_samples`: columns of `side_by_side`, and those of sampled text under `sampled`."""
+    names = {"prompt": "prompts", "npt": "npt_generations", "original": "original_generations"}
+    keys = ("prompt", "npt", "original", "matching_tokens", "tokens", "first_difference")
+    columns = [{names.get(key, key): [s[key] for s in samples] for key in keys} for samples in (greedy, sampled)]
+    return {**columns[0], "sampled": columns[1]}

@@ -1,4 +1,4 @@
-"""Per converted block: how close its output is to the original block's, and how large its weight deltas are."""
+"""Per block: how close its output is to the original block's, on the original's stream and on the model's own."""
 
 from __future__ import annotations
 
@@ -9,134 +9,112 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npt.attach import BlockRecord, NPTLayer, layer_mode
-from npt.component import WeightDelta
-from npt.modules import execution_device
+from npt.attach import EXACT, BlockRecord, NPTLayer, first_tensor, layer_mode
+from npt.families import blocks_of
 from npt.tuner import active_layers, run_backbone
 
 Batches = Iterable[dict[str, Tensor]]
+#: Sequences whose hidden states of all blocks are held at once.
+STREAM_ROWS = 4
 
 
-@torch.no_grad()
-def layer_equivalence(model: Any, batches: Batches) -> dict[str, dict[str, float]]:
-    """{"layer_<i>": {mse, cosine_similarity, relative_error, max_absolute_diff}} of block outputs on real tokens.
+class _Comparison:
+    """Sums over tokens of how far `found` is from `expected`, and figures from them."""
 
-    Both blocks get the original model's h and a. relative_error is the error's norm over the norm of the update y - h.
-    """
-    layers = active_layers(model)
-    sums: dict[int, dict[str, float]] = {layer.index: defaultdict(float) for layer in layers}
-    mask: list[Tensor] = []
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
 
-    def see(layer: NPTLayer, record: BlockRecord) -> None:
-        keep, figures = mask[0], sums[layer.index]
-        h, y = record.hidden_states[keep].double(), record.output[keep].double()
-        with layer_mode([layer], override=None, on_block=None):
-            student = h + layer.update_from(record.hidden_states, record.attention)[keep].double()
-        error = student - y
-        figures["square"] += float(error.square().sum())
-        figures["update"] += float((y - h).square().sum())
-        figures["cosine"] += float(torch.cosine_similarity(student, y, dim=-1).sum())
-        figures["max"] = max(figures["max"], float(error.abs().max()))
-        figures["tokens"] += len(h)
-        figures["entries"] += error.numel()
+    def add(self, found: Tensor, expected: Tensor, before: Tensor) -> None:
+        """(tokens, d) each; `before` is what the error is relative to the change from."""
+        error, sums = found - expected, self.sums
+        sums["square"] += float(error.square().sum())
+        sums["update"] += float((expected - before).square().sum())
+        sums["cosine"] += float(torch.cosine_similarity(found, expected, dim=-1).sum())
+        sums["max"] = max(sums["max"], float(error.abs().max()))
+        sums["tokens"] += len(error)
+        sums["entries"] += error.numel()
 
-    with layer_mode(layers, override="bypass", on_block=see):
-        for batch in batches:
-            mask[:] = [batch["attention_mask"].bool()]
-            run_backbone(model, batch)
-    return {
-        f"layer_{index}": {
+    def figures(self) -> dict[str, float]:
+        """mse, cosine_similarity, relative_error, max_absolute_diff."""
+        f = self.sums
+        return {
             "mse": f["square"] / f["entries"],
             "cosine_similarity": f["cosine"] / f["tokens"],
             "relative_error": (f["square"] / max(f["update"], 1e-300)) ** 0.5,
             "max_absolute_diff": f["max"],
         }
-        for index, f in sums.items()
-    }
 
 
 @torch.no_grad()
-def mean_delta_norms(
-    model: Any, batches: Batches, override: str | None = None
-) -> dict[int, dict[str, dict[str, float]]]:
-    """{block: {projection: {"frobenius", "square", "tokens", "skipped"}}} over real tokens of the model's own stream.
+def layer_equivalence(model: Any, batches: Batches) -> dict[str, dict[str, Any]]:
+    """{"layer_<i>": {mse, cosine_similarity, relative_error, max_absolute_diff, own_stream}} of block outputs.
 
-    frobenius is the mean |dW|_F, square the mean |dW|_F^2.
-
-    `override="exact"` measures the exact value's dW instead. `skipped` counts tokens without an input key.
+    Both blocks get the original model's h and a on real tokens; for `own_stream`, with the same figures in it, those of
+    the converted model's own forward. relative_error is the error's norm over the norm of the original update y - h.
     """
     layers = active_layers(model)
-    sums: dict[int, dict[str, list[float]]] = {layer.index: {} for layer in layers}
+    teacher = {layer.index: _Comparison() for layer in layers}
+    own = {layer.index: _Comparison() for layer in layers}
     mask: list[Tensor] = []
 
-    def see(layer: NPTLayer, deltas: dict[str, WeightDelta]) -> None:
-        for name, delta in deltas.items():
-            total = sums[layer.index].setdefault(name, [0.0, 0.0, 0.0, 0.0])
-            square = delta.frobenius_norm_square()[mask[0]].double()
-            total[0] += float(square.sqrt().sum())
-            total[1] += float(square.sum())
-            total[2] += float(mask[0].sum())
-            total[3] += float(delta.skipped[mask[0]].sum())
+    def on_teachers(layer: NPTLayer, record: BlockRecord) -> None:
+        _see(layer, record, None, teacher[layer.index], mask[0])
 
-    with layer_mode(layers, observer=see, override=override):
-        for batch in batches:
-            mask[:] = [batch["attention_mask"].bool()]
+    def on_own(layer: NPTLayer, record: BlockRecord) -> None:
+        _see(layer, record, EXACT, own[layer.index], mask[0])
+
+    for batch in batches:
+        mask[:] = [batch["attention_mask"].bool()]
+        with layer_mode(layers, override="bypass", on_block=on_teachers):
+            run_backbone(model, batch)
+        with layer_mode(layers, on_block=on_own):
             run_backbone(model, batch)
     return {
-        index: {
-            name: {
-                "frobenius": total / max(count, 1),
-                "square": square / max(count, 1),
-                "tokens": count,
-                "skipped": skipped,
-            }
-            for name, (total, square, count, skipped) in projections.items()
-        }
-        for index, projections in sums.items()
+        f"layer_{index}": {**teacher[index].figures(), "own_stream": own[index].figures()} for index in sorted(teacher)
     }
+
+
+def _see(layer: NPTLayer, record: BlockRecord, override: str | None, comparison: _Comparison, mask: Tensor) -> None:
+    """Runs the other block, NPT's or (EXACT) the original, on the h and a of a pass, and compares the two outputs."""
+    with layer_mode([layer], override=override, on_block=None):
+        other = record.hidden_states + layer.update_from(record.hidden_states, record.attention)
+    h, here, there = (x[mask].double() for x in (record.hidden_states, record.output, other))
+    found, expected = (there, here) if override is None else (here, there)
+    comparison.add(found, expected, h)
 
 
 @torch.no_grad()
-def weight_norm(layer: NPTLayer, name: str) -> float:
-    """|W_t|_F of a linear of any kind, from its products with the unit vectors."""
-    rows, module, product = layer.shape(name)[0], layer.module(name), layer.product(name)
-    parameter, square = next(module.parameters()), 0.0
-    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-    unit = torch.eye(rows, dtype=dtype, device=execution_device(module))
-    for chunk in unit.split(512):
-        square += float(product(chunk).double().square().sum())
-    return square**0.5
+def residual_stream(model: Any, batches: Batches) -> dict[str, dict[str, float]]:
+    """{"layer_<i>": {relative_error, cosine_similarity}} of the residual stream after each block from the first converted.
 
-
-def weight_delta_stats(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """The report's `weight_delta_stats`: means over real tokens, converted blocks and target projections, in this order.
-
-    frobenius |dW|_F, relative |dW|_F / |W|_F, rms_entry |dW|_F / sqrt(rows columns); `exact` beside on the same tokens.
+    Each model runs on its own stream, so this is what the blocks' errors add up to; relative to the stream's own norm.
     """
-    own, exact = mean_delta_norms(model, batches), mean_delta_norms(model, batches, override="exact")
-    per_layer: dict[str, dict[str, dict[str, float]]] = {}
-    for layer in active_layers(model):
-        entry = per_layer.setdefault(f"layer_{layer.index}", {})
-        for name, figures in own[layer.index].items():
-            rows, columns = layer.shape(name)
-            norm = figures["frobenius"]
-            entry[name] = {
-                "frobenius": norm,
-                "relative": norm / max(weight_norm(layer, name), 1e-300),
-                "rms_entry": norm / (rows * columns) ** 0.5,
-                "exact_frobenius": exact[layer.index][name]["frobenius"],
-                "tokens_without_key": figures["skipped"],
-            }
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers, blocks = active_layers(model), list(blocks_of(base))
+    kept: dict[int, Tensor] = {}
+    comparisons = {index: _Comparison() for index in range(layers[0].index, len(blocks))}
 
-    def mean(key: str) -> float:
-        by_layer = [sum(p[key] for p in entry.values()) / len(entry) for entry in per_layer.values()]
-        return sum(by_layer) / len(by_layer)
+    def keep(index: int) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            kept[index] = first_tensor(output)
 
-    return {
-        "mean_frobenius": mean("frobenius"),
-        "relative_frobenius": mean("relative"),
-        "rms_entry": mean("rms_entry"),
-        "exact_frobenius": mean("exact_frobenius"),
-        "tokens": int(next(iter(next(iter(own.values())).values()))["tokens"]),
-        "per_layer": per_layer,
-    }
+        return hook
+
+    handles = [blocks[index].register_forward_hook(keep(index)) for index in comparisons]
+    try:
+        for batch in batches:
+            for start in range(0, len(batch["input_ids"]), STREAM_ROWS):
+                rows = {key: value[start : start + STREAM_ROWS] for key, value in batch.items()}
+                mask = rows["attention_mask"].bool()
+                run_backbone(model, rows)
+                own = dict(kept)
+                with layer_mode(layers, override="bypass"):
+                    run_backbone(model, rows)
+                for index, comparison in comparisons.items():
+                    expected = kept[index][mask].double()
+                    comparison.add(own[index][mask].double(), expected, torch.zeros_like(expected))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {f"layer_{index}": comparison.figures() for index, comparison in comparisons.items()}
+    return {name: {key: f[key] for key in ("relative_error", "cosine_similarity")} for name, f in found.items()}

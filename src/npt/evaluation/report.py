@@ -14,14 +14,17 @@ from npt.data import pack
 from npt.data.batches import batches_of
 from npt.data.packing import IGNORED
 from npt.errors import DataError
-from npt.evaluation.divergence import summarize, token_divergences
-from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
-from npt.evaluation.layers import layer_equivalence, weight_delta_stats
+from npt.evaluation.deltas import weight_delta_stats
+from npt.evaluation.divergence import kl_by_position, summarize, token_divergences, worst_tokens
+from npt.evaluation.generation import DEFAULT_PROMPTS, generation_section, side_by_side
+from npt.evaluation.layers import layer_equivalence, residual_stream
+from npt.evaluation.verdict import expected_outcomes, grade
 from npt.tuner import active_layers, adapter_config, device_of, eval_mode, parameter_counts
 
 #: Blocks used for the per-layer figures and the weight deltas, which cost more per token.
 DETAIL_BLOCKS = 32
-KL_TARGET, RMS_ENTRY_TARGET, EXACT_FACTOR, RATIO_TOLERANCE = 0.01, 0.01, 1.1, 0.05
+#: Bins of positions per context length.
+POSITION_BINS = 8
 
 #: Documents, or a dataset of packed blocks.
 Corpus = Any
@@ -48,8 +51,8 @@ def evaluate(
             stand at the top level and `evaluations.corpora` holds each.
         context_length: tokens per block, 256 or the model's context if that is shorter.
         stride: tokens scored per window, None for context_length (no overlap).
-        max_tokens: per corpus, at most (rounded down to whole blocks). seed: recorded in the protocol.
-        prompts: continued by both models. progress: show bars.
+        max_tokens: per corpus, at most (rounded down to whole blocks). seed: of the sampled text.
+        prompts: continued by both models, greedily and sampled. progress: show bars.
 
     Returns:
         The report; its fields are listed in docs/report.md.
@@ -70,25 +73,22 @@ def evaluate(
     results, tokens = {}, {}
     for name, packed in blocks.items():
         figures = token_divergences(model, packed, batch_size=batch_size, progress=progress)
-        results[name], tokens[name] = summarize(figures), len(figures["kl"])
-    first = next(iter(blocks.values()))
-    detail = list(batches_of(first.select(range(min(DETAIL_BLOCKS, len(first)))), batch_size, device_of(model)))
-    samples = side_by_side(model, tokenizer, prompts)
+        results[name] = {**summarize(figures), "worst_tokens": worst_tokens(figures, packed, tokenizer)}
+        tokens[name] = len(figures["kl"])
+    first: Any = next(iter(blocks.values()))
+    detail = first.select(range(min(DETAIL_BLOCKS, len(first))))
+    batches = list(batches_of(detail, batch_size, device_of(model)))
+    samples = [side_by_side(model, tokenizer, prompts, seed=s) for s in (None, seed)]
     with eval_mode(model):
-        blockwise = {
-            "layer_equivalence": layer_equivalence(model, detail),
-            "weight_delta_stats": weight_delta_stats(model, detail),
+        evaluations = {
+            **next(iter(results.values())),
+            "layer_equivalence": layer_equivalence(model, batches),
+            "residual_stream": residual_stream(model, batches),
+            "weight_delta_stats": weight_delta_stats(model, batches, tokenizer),
+            "kl_by_position": _by_position(model, detail, context_length, batch_size),
+            "generation_samples": generation_section(*samples),
+            "corpora": {name: {**result, "tokens": tokens[name]} for name, result in results.items()},
         }
-    evaluations = {
-        **next(iter(results.values())),
-        **blockwise,
-        "generation_samples": {
-            "prompts": [s["prompt"] for s in samples],
-            "npt_generations": [s["npt"] for s in samples],
-            "original_generations": [s["original"] for s in samples],
-        },
-        "corpora": {name: {**result, "tokens": tokens[name]} for name, result in results.items()},
-    }
     trainable, base = parameter_counts(model)
     config = adapter_config(model)
     return {
@@ -103,6 +103,9 @@ def evaluate(
         "protocol": {
             "context_length": context_length,
             "stride": stride,
+            "scored": f"the last {stride} tokens of each window"
+            if stride < context_length
+            else "all tokens but the first",
             "tokens": next(iter(tokens.values())),
             "corpora": list(corpora),
             "dtype": str(layers[0].weight.dtype).removeprefix("torch."),
@@ -112,29 +115,22 @@ def evaluate(
         },
         "evaluations": evaluations,
         "expected_outcomes": expected_outcomes(evaluations),
+        "grade": grade(evaluations["divergence"]["mean_kl"]),
     }
 
 
-def expected_outcomes(evaluations: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The three outcomes the method promises, each {target, value, met}."""
-    kl = evaluations["divergence"]["mean_kl"]
-    ratio = evaluations["perplexity"]["perplexity_ratio"]
-    delta = evaluations["weight_delta_stats"]
-    small = delta["rms_entry"] < RMS_ENTRY_TARGET
-    near_exact = delta["mean_frobenius"] <= EXACT_FACTOR * delta["exact_frobenius"]
-    return {
-        "functional_fidelity": {"target": f"mean KL <= {KL_TARGET}", "value": kl, "met": kl <= KL_TARGET},
-        "low_magnitude_delta": {
-            "target": f"rms entry < {RMS_ENTRY_TARGET}, mean norm <= {EXACT_FACTOR} x exact",
-            "value": delta["rms_entry"],
-            "met": small and near_exact,
-        },
-        "perplexity_ratio": {
-            "target": f"1.0 +/- {RATIO_TOLERANCE}",
-            "value": ratio,
-            "met": abs(ratio - 1) <= RATIO_TOLERANCE,
-        },
-    }
+def _by_position(model: Any, blocks: Any, context_length: int, batch_size: int) -> dict[str, Any]:
+    """Mean KL over positions, to twice the context length where the model reaches that far (blocks joined in pairs)."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    longer = limit >= 2 * context_length and len(blocks) > 1
+    if longer:
+        pairs = range(0, len(blocks) - 1, 2)
+        names = [name for name in ("input_ids", "attention_mask", "labels") if name in blocks.column_names]
+        blocks = datasets.Dataset.from_dict({n: [[*blocks[i][n], *blocks[i + 1][n]] for i in pairs] for n in names})
+    figures = token_divergences(model, blocks, batch_size=batch_size)
+    length = 2 * context_length if longer else context_length
+    bins = kl_by_position(figures, max(1, context_length // POSITION_BINS))
+    return {"context_length": length, "calibration_length": context_length, **bins}
 
 
 def _blocks(

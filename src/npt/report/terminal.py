@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from npt.report.text import visible
+
 NOT_MEASURED = "not measured"
 
 
@@ -22,6 +24,8 @@ def render_report(report: dict[str, Any], console: Console, prompts: int = 2) ->
     console.print(_headline(report.get("model_config") or {}))
     console.print(_corpora_table(report.get("protocol") or {}, evaluations))
     console.print(_delta_line(evaluations.get("weight_delta_stats") or {}))
+    if (report.get("grade") or {}).get("text"):
+        console.print(f"The converted model is {_text(report['grade']['text'])}.")
     for name, outcome in (report.get("expected_outcomes") or {}).items():
         console.print(_verdict(name, outcome))
     samples = evaluations.get("generation_samples") or {}
@@ -51,7 +55,7 @@ def _corpora_table(protocol: Mapping[str, Any], evaluations: Mapping[str, Any]) 
     )
     table.add_column("")
     for name in corpora:
-        table.add_column(escape(name), justify="right")
+        table.add_column(escape(visible(name)), justify="right")
     rows: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
         ("perplexity, original", "perplexity", "original_perplexity", "{:.4f}".format),
         ("perplexity, NPT", "perplexity", "npt_perplexity", "{:.4f}".format),
@@ -61,18 +65,18 @@ def _corpora_table(protocol: Mapping[str, Any], evaluations: Mapping[str, Any]) 
         ("KL, 99 %", "divergence", "kl_p99", "{:.4f}".format),
         ("same top token", "divergence", "top1_agreement", "{:.2%}".format),
     )
-    table.add_row("scored tokens", *(_figure(result, "tokens", "{:,}".format) for result in corpora.values()))
+    table.add_row("scored tokens", *(figure_with_error(result, "tokens", "{:,}".format) for result in corpora.values()))
     for label, group, key, show in rows:
-        table.add_row(label, *(_figure(result.get(group) or {}, key, show) for result in corpora.values()))
+        table.add_row(label, *(figure_with_error(result.get(group) or {}, key, show) for result in corpora.values()))
     return table
 
 
-def _figure(figures: Mapping[str, Any], key: str, show: Callable[[Any], str]) -> str:
+def figure_with_error(figures: Mapping[str, Any], key: str, show: Callable[[Any], str]) -> str:
     """One figure with its standard error, where there is one."""
     value, error = figures.get(key), figures.get(f"{key}_standard_error")
     if value is None:
         return NOT_MEASURED
-    return show(value).replace("%", " %") + ("" if error is None else f" ± {error:.5f}")
+    return (show(value) + ("" if error is None else f" ± {show(error)}")).replace("%", " %")
 
 
 def _delta_line(stats: Mapping[str, Any]) -> str:
@@ -81,25 +85,27 @@ def _delta_line(stats: Mapping[str, Any]) -> str:
     relative = stats.get("relative_frobenius")
     share = NOT_MEASURED if relative is None else f"{100 * relative:.2f} %"
     return (
-        f"weight delta: mean norm {_number(stats.get('mean_frobenius'))} (exact reference "
-        f"{_number(stats.get('exact_frobenius'))}), {share} of the weight's, "
-        f"root-mean-square entry {_number(stats.get('rms_entry'))}"
+        f"weight delta: mean norm {number(stats.get('mean_frobenius'))} (exact reference "
+        f"{number(stats.get('exact_frobenius'))}), {share} of the weight's, "
+        f"root-mean-square entry {number(stats.get('rms_entry'))}"
     )
 
 
 def _verdict(name: str, outcome: Mapping[str, Any]) -> str:
     met = outcome.get("met")
     mark = NOT_MEASURED if met is None else "[green]met[/green]" if met else "[red]not met[/red]"
-    value, target = escape(_number(outcome.get("value"))), _text(outcome.get("target"))
-    return f"  {escape(name):<22} {value:>9}  target {target}: {mark}"
+    value, target = escape(number(outcome.get("value"))), _text(outcome.get("target"))
+    error = outcome.get("standard_error")
+    value += "" if error is None else f" ± {error:.1g}"
+    return f"  {escape(name):<22} {value:>18}  target {target}: {mark}"
 
 
 def _text(value: Any) -> str:
     """Text of a model or a file name is never markup."""
-    return NOT_MEASURED if value is None else escape(str(value))
+    return NOT_MEASURED if value is None else escape(visible(value))
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else NOT_MEASURED if value is None else str(value)
 
 

@@ -1,0 +1,117 @@
+"""The least joint norm of a weight delta of gate, up and down that gives a block's original output, by optimisation.
+
+Per token one minimises, over values v_g and v_u of the input projections,
+
+    (|v_g|^2 + |v_u|^2) / |z|^2 + |t - f(v_g, v_u)|^2 / |i|^2
+
+where a value v enters with the input key, so that |dW|_F = |v| / |x|; f is the block's update y - h with v_g and v_u added
+and t the update wanted; i is what the down projection then reads. What f misses of t is down's own value, so every point is
+a solution and the least value found is an upper bound of the least there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npt.attach import BYPASS, EXACT, BlockRecord, NPTLayer, layer_mode
+from npt.component import INPUT_PROJECTIONS
+from npt.tuner import active_layers, run_backbone
+
+#: Tokens per block it is searched for, and L-BFGS steps.
+TOKENS, STEPS = 16, 80
+
+
+def least_joint_norms(model: Any, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """{"layer_<i>": {exact, least_found, tokens}}: mean joint norm sqrt(sum over projections |dW|_F^2) of some tokens.
+
+    On the original model's h and a of tokens spread over the first sequences of the batch.
+    """
+    layers = active_layers(model)
+    rows = {key: value[:4] for key, value in batch.items()}
+    records: dict[int, BlockRecord] = {}
+
+    def see(layer: NPTLayer, record: BlockRecord) -> None:
+        records[layer.index] = record
+
+    with torch.no_grad(), layer_mode(layers, override=BYPASS, on_block=see):
+        run_backbone(model, rows)
+    real = rows["attention_mask"].bool()
+    chosen = torch.linspace(0, int(real.sum()) - 1, min(TOKENS, int(real.sum()))).round().long().to(real.device)
+    found = {}
+    for layer in layers:
+        record = records[layer.index]
+        h, a = (x[real][chosen][None].detach() for x in (record.hidden_states, record.attention))
+        exact, least = _search(layer, h, a)
+        found[f"layer_{layer.index}"] = {
+            "exact": float(exact.sqrt().mean()),
+            "least_found": float(least.sqrt().mean()),
+            "tokens": len(chosen),
+        }
+    return found
+
+
+def _search(layer: NPTLayer, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared joint norms (tokens,) of the exact value and of the least found, for h and a (1, tokens, d)."""
+    names = [name for name in INPUT_PROJECTIONS if name in layer.family.projections]
+    with torch.no_grad(), layer_mode([layer], override=EXACT):
+        target = layer.update_from(h, a)
+    z, original = layer.mlp_inputs(h, a)
+    start = [layer.product(name)(original - z).detach() for name in names]
+
+    def squares(values: list[Tensor]) -> Tensor:
+        with _added(layer, dict(zip(names, values, strict=True))) as seen, layer_mode([layer], override=BYPASS):
+            missing = (target - layer.update_from(h, a)) / layer.multiplier
+        inputs = torch.stack([v.square().sum(-1) for v in values]).sum(0) / _square(z)
+        return (inputs + missing.square().sum(-1) / _square(seen[0]))[0]
+
+    with torch.no_grad():
+        exact = squares(start)
+    best = exact.clone()
+    for first in (start, [torch.zeros_like(v) for v in start]):
+        values = [v.clone().requires_grad_() for v in first]
+        optimizer = torch.optim.LBFGS(values, max_iter=STEPS, history_size=8, line_search_fn="strong_wolfe")
+
+        def closure(values: list[Tensor] = values, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                loss = squares(values).sum()
+                loss.backward(inputs=values)
+            return loss
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            best = torch.minimum(best, squares(values))
+    return exact, best
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.square().sum(-1).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+@contextmanager
+def _added(layer: NPTLayer, values: dict[str, Tensor]) -> Iterator[list[Tensor]]:
+    """Adds values to the outputs of gate and up; the list it gives holds what down read, (1, tokens, f)."""
+    seen: list[Tensor] = []
+    order = [values[name] for name in INPUT_PROJECTIONS if name in values]
+
+    def keep(module: Any, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].view(*order[0].shape[:-1], -1))
+
+    def add(value: Tensor) -> Any:
+        return lambda module, args, output: output + value.view_as(output)
+
+    handles = [layer.module("down").register_forward_pre_hook(keep)]
+    if layer.family.fused:
+        handles.append(layer.module("up").register_forward_hook(add(torch.cat(order, -1))))
+    else:
+        handles += [layer.module(name).register_forward_hook(add(value)) for name, value in values.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

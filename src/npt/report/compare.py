@@ -1,0 +1,113 @@
+"""Several runs side by side: one table, one plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.markup import escape
+from rich.table import Table
+
+from npt.errors import NPTError
+from npt.evaluation.verdict import grade
+from npt.report.figures import COLOURS, LINES
+from npt.report.plots import Rows, curve, read_json_lines, read_report
+from npt.report.terminal import figure_with_error, number
+from npt.report.text import visible
+
+Run = tuple[str, dict[str, Any], Rows]
+_OPTIONS = ("base_model", "npt_layers", "rank", "key", "carry", "gain", "low_rank_at", "target_projections")
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """[(name, report, metrics)] of output folders; a run that has only one of the two has the other empty.
+
+    Raises:
+        NPTError: a folder with neither, or a damaged file.
+    """
+    runs = []
+    for folder in folders:
+        metrics, report = Path(folder) / "metrics.jsonl", Path(folder) / "evaluation_report.json"
+        if not metrics.is_file() and not report.is_file():
+            raise NPTError(
+                f"{folder}: neither evaluation_report.json nor metrics.jsonl there; name a run's output folder"
+            )
+        rows = read_json_lines(metrics) if metrics.is_file() else []
+        runs.append((str(folder), read_report(report), rows))
+    return runs
+
+
+def comparison_table(runs: Sequence[Run]) -> Table:
+    """Figures down, runs across; of the options only those that differ."""
+    table = Table()
+    table.add_column("")
+    for name, _, _ in runs:
+        table.add_column(escape(visible(name)), justify="right", overflow="fold")
+    configs = [report.get("model_config") or {} for _, report, _ in runs]
+    for option in _OPTIONS:
+        values = [config.get(option) for config in configs]
+        if any(value != values[0] for value in values):
+            table.add_row(option, *(escape(visible(value)) for value in values))
+    table.add_row("new parameters", *(number(config.get("trainable_parameters")) for config in configs))
+    for corpus in dict.fromkeys(name for _, report, _ in runs for name in _corpora(report)):
+        found = [_corpora(report).get(corpus) or {} for _, report, _ in runs]
+        table.add_section()
+        table.add_row(f"[bold]{escape(visible(corpus))}[/bold]")
+        for label, group, key, show in (
+            ("perplexity ratio", "perplexity", "perplexity_ratio", "{:.5f}".format),
+            ("mean KL", "divergence", "mean_kl", "{:.5f}".format),
+            ("KL, 99.9 %", "divergence", "kl_p999", "{:.4f}".format),
+            ("same top token", "divergence", "top1_agreement", "{:.2%}".format),
+        ):
+            table.add_row(label, *(figure_with_error(figures.get(group) or {}, key, show) for figures in found))
+    table.add_section()
+    stats = [(report.get("evaluations") or {}).get("weight_delta_stats") or {} for _, report, _ in runs]
+    for label, key in (
+        ("RMS entry of dW", "rms_entry"),
+        ("norm of dW", "mean_frobenius"),
+        ("exact", "exact_frobenius"),
+    ):
+        table.add_row(label, *(number(s.get(key)) for s in stats))
+    table.add_row("as near as", *(_grade(report) for _, report, _ in runs))
+    return table
+
+
+def _corpora(report: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = (report.get("evaluations") or {}).get("corpora") or {}
+    return found
+
+
+def _grade(report: dict[str, Any]) -> str:
+    kl = ((report.get("evaluations") or {}).get("divergence") or {}).get("mean_kl")
+    if kl is None:
+        return number(None)
+    bits = grade(kl)["bits"]
+    return "further than 2-bit" if bits is None else f"{bits}-bit"
+
+
+def plot_comparison(runs: Sequence[Run], path: Path) -> Path | None:
+    """Perplexity ratio and mean KL over steps, one line per run; None where no run has an evaluation to draw."""
+    panels = (("eval_perplexity_ratio", "perplexity ratio"), ("eval_mean_kl", "mean KL, nats"))
+    lines = [
+        (name, key, label, *curve(rows, key)) for key, label in panels for name, _, rows in runs if curve(rows, key)[0]
+    ]
+    if not lines:
+        return None
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for i, (name, _, _) in enumerate(runs):
+            for line in lines:
+                if line[:2] == (name, key):
+                    text = visible(name).replace("$", r"\$")
+                    axes.plot(line[3], line[4], color=COLOURS[i % 6], linestyle=LINES[i % 4], marker=".", label=text)
+        axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(runs)), fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,145 @@
+"""report.html: one self-contained page from a run's files. No script, no network, all text escaped."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
+from markupsafe import Markup, escape
+
+from npt.errors import NPTError
+from npt.evaluation.verdict import QUANTISATION_SCALE, SCALE_SOURCE
+from npt.report.plots import Rows, draw_run, read_json_lines, read_report
+from npt.report.text import visible
+
+NOT_MEASURED = "not measured"
+REPORT_JSON, METRICS, PAGE = "evaluation_report.json", "metrics.jsonl", "report.html"
+#: What a complete report has, by section of the page: the path in evaluation_report.json.
+PARTS = {
+    "the models": "model_config",
+    "the protocol": "protocol",
+    "perplexity": "evaluations.perplexity",
+    "divergence": "evaluations.divergence",
+    "the expected outcomes": "expected_outcomes",
+    "the blocks' errors": "evaluations.layer_equivalence",
+    "the residual stream": "evaluations.residual_stream",
+    "the weight deltas": "evaluations.weight_delta_stats",
+    "KL by position": "evaluations.kl_by_position",
+    "the worst tokens": "evaluations.worst_tokens",
+    "generated text": "evaluations.generation_samples",
+}
+
+
+def write_page(output_dir: Path, report_path: Path | None = None, destination: Path | None = None) -> Path:
+    """Writes <output_dir>/report.html from what is there; what is missing or damaged is said on the page.
+
+    Args:
+        report_path: another evaluation report than the folder's. destination: another file to write.
+
+    Raises:
+        NPTError: no such folder, or neither a report nor metrics in it.
+    """
+    missing: list[str] = []
+    report_path = Path(output_dir) / REPORT_JSON if report_path is None else report_path
+    metrics = Path(output_dir) / METRICS
+    if not report_path.is_file() and not metrics.is_file():
+        raise NPTError(
+            f"{output_dir}: neither {REPORT_JSON} nor {METRICS} there; run `npt train` or `npt evaluate` first"
+        )
+    report: dict[str, Any] = _attempt(lambda: read_report(report_path), {}, missing)
+    rows: Rows = _attempt(lambda: read_json_lines(metrics), [], missing) if metrics.is_file() else []
+    if not report_path.is_file():
+        missing.append(f"{report_path.name}: there is none yet; `npt evaluate` writes it")
+    if not rows and not missing and metrics.is_file():
+        missing.append(f"{METRICS}: holds no step")
+    if report:
+        missing += [f"{what} ({path} in {report_path.name})" for what, path in PARTS.items() if not _at(report, path)]
+    target = Path(output_dir) / PAGE if destination is None else destination
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(render_page(report, rows, missing), encoding="utf-8")
+    return target
+
+
+def render_page(report: dict[str, Any], rows: Rows, missing: list[str]) -> str:
+    """The page's HTML."""
+    environment = Environment(
+        loader=PackageLoader("npt.report"), autoescape=True, undefined=ChainableUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup | Undefined) else visible(value),
+    )  # fmt: skip
+    environment.filters |= {"fig": _figure, "percent": _percent, "error": _error, "marked": _marked, "quoted": _quoted}
+    pictures: list[Any] = []
+    try:
+        pictures = draw_run(rows, report)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        missing = [*missing, f"plots: a figure in the run's files is malformed ({type(error).__name__}: {error})"]
+    images = [
+        {"name": p.name, "wide": p.wide, "alt": p.alt, "data": base64.b64encode(p.svg.encode()).decode("ascii")}
+        for p in pictures
+    ]
+    template = environment.get_template("report.html.j2")
+    return template.render(
+        **{"model": {}, "evaluations": {}, **report},
+        images=images,
+        missing=missing,
+        scale=QUANTISATION_SCALE,
+        scale_source=SCALE_SOURCE,
+        not_measured=NOT_MEASURED,
+    )
+
+
+def _attempt(read: Callable[[], Any], otherwise: Any, missing: list[str]) -> Any:
+    try:
+        return read()
+    except NPTError as error:
+        missing.append(str(error))
+        return otherwise
+
+
+def _at(report: dict[str, Any], path: str) -> Any:
+    value: Any = report
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _figure(value: Any, digits: int = 5) -> str:
+    """A number with so many significant digits, whole ones in full."""
+    if not _is_number(value):
+        return NOT_MEASURED
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
+
+
+def _percent(value: Any, digits: int = 2) -> str:
+    return f"{100 * value:.{digits}f} %" if _is_number(value) else NOT_MEASURED
+
+
+def _error(figures: Any, key: str, digits: int = 5, percent: bool = False) -> str:
+    """A figure with its standard error, where there is one."""
+    found = figures if isinstance(figures, dict) else {}
+    value: Any = found.get(key)
+    error: Any = found.get(f"{key}_standard_error")
+    if not _is_number(value):
+        return NOT_MEASURED
+    scale, unit = (100, " %") if percent else (1, "")
+    return f"{scale * value:.{digits}f}" + (f" ± {scale * error:.{digits}f}" if _is_number(error) else "") + unit
+
+
+def _quoted(value: Any) -> str:
+    """A token in quotes, so that a space or a line break is seen."""
+    return json.dumps(str(value), ensure_ascii=False) if isinstance(value, str) else NOT_MEASURED
+
+
+def _marked(text: Any, first_difference: Any) -> Markup:
+    """Text of a model with what follows the first difference marked."""
+    text = str(text)
+    at = first_difference if isinstance(first_difference, int) else len(text)
+    head, tail = (escape(visible(part)) for part in (text[:at], text[at:]))
+    return head + (Markup("<mark>{}</mark>").format(tail) if tail else Markup(""))

@@ -1,0 +1,21 @@
+"""Text of models, files and people, made harmless to show."""
+
+from __future__ import annotations
+
+import unicodedata
+
+#: Marks that change the direction of the text around them.
+_BIDIRECTIONAL = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def visible(text: object) -> str:
+    """Control characters, escapes and direction marks as \\x1b or \\u202e; line breaks and tabs stay."""
+    return "".join(_shown(character) for character in str(text))
+
+
+def _shown(character: str) -> str:
+    hidden = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+    if not hidden and character not in _BIDIRECTIONAL:
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
