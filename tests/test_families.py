@@ -15,8 +15,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from npt import NPTConfig, calibrate
+from npt.attach import layer_mode
 from npt.component import NORM_WEIGHT_EPSILON
 from npt.errors import ConversionError
+from npt.evaluation.least_norm import least_joint_norms
 from npt.families import FAMILIES, Family, family_of, register_family
 from npt.tuner import active_layers, npt_layers
 from tests.conftest import randomize
@@ -205,6 +207,22 @@ def test_calibration_brings_every_family_nearer_to_its_base(case: Case) -> None:
             assert figures["error_before"] < 1e-6 and figures["error_after"] < 1e-6, errors
         else:
             assert figures["error_after"] <= 0.95 * figures["error_before"], errors
+
+
+@EACH
+def test_least_joint_norm_is_below_the_exact_values(case: Case) -> None:
+    """Searched for in float64 on every kind of block; the starting point is the exact value's own norm."""
+    model = get_peft_model(case.build(), NPTConfig(npt_layers=[1], rank=2)).eval()
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    found = least_joint_norms(model, batch)["layer_1"]
+    seen: list[Any] = []
+    (layer,) = active_layers(model)
+    with torch.no_grad(), layer_mode([layer], override="exact", observer=lambda q, deltas: seen.append(deltas)):
+        model(IDS, use_cache=False)
+    joint = sum(delta.frobenius_norm_square() for deltas in seen for delta in deltas.values()).sqrt().flatten()
+    chosen = torch.linspace(0, joint.numel() - 1, found["tokens"]).round().long()
+    assert abs(found["exact"] - float(joint[chosen].mean())) < 1e-8 * found["exact"]
+    assert 0 < found["least_found"] < found["exact"]
 
 
 def wrong_lines(right: Family, weightless: bool) -> list[tuple[str, Family]]:

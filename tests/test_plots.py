@@ -75,7 +75,7 @@ def test_what_has_no_data_is_skipped_and_logged(tmp_path: Path, caplog: pytest.L
     write(tmp_path, ROWS[:2])  # calibration only
     with caplog.at_level(logging.INFO, logger="npt"):
         assert {path.stem for path in plot_run(tmp_path)} == {"perplexity_ratio", "layer_error"}
-    assert {record.args[0] for record in caplog.records if record.args} == {"loss", "weight_delta", "learning_rate"}
+    assert {record.args[0] for record in caplog.records if record.args} >= {"loss", "weight_delta", "learning_rate"}
 
 
 def test_a_loss_that_is_zero_has_no_curve_on_the_logarithmic_axis() -> None:

@@ -67,7 +67,8 @@ def delta_records(
 
 def effective_rank(rows: Tensor) -> float:
     """exp of the entropy of the normalised singular values of (tokens, out) (Roy and Vetterli, EUSIPCO 2007)."""
-    values = torch.linalg.eigvalsh((rows @ rows.T).double()).clamp_min(0).sqrt()
+    rows = rows.double()  # the Gram matrix squares the rounding
+    values = torch.linalg.eigvalsh(rows @ rows.T).clamp_min(0).sqrt()
     if not values.sum():
         return 0.0
     share = values[values > 1e-6 * values.max()] / values.sum()
@@ -103,16 +104,19 @@ def weight_delta_stats(model: Any, batches: Sequence[dict[str, Tensor]], tokeniz
     }
 
     def mean(key: str) -> float:
+        if not any(per_layer.values()):  # the adapter is disabled: there is no dW
+            return 0.0
         return fmean(fmean(figures[key] for figures in entry.values()) for entry in per_layer.values())
 
-    joint = sum(np.square(record.norms()) for entry in own.values() for record in entry.values()) ** 0.5
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    joint = np.sqrt(sum((np.square(r.norms()) for entry in own.values() for r in entry.values()), np.zeros(tokens)))
     return {
         "mean_frobenius": mean("frobenius"),
         "relative_frobenius": mean("relative"),
         "rms_entry": mean("rms_entry"),
         "exact_frobenius": mean("exact_frobenius"),
-        "tokens": len(joint),
-        "effective_rank_tokens": min(RANK_TOKENS, len(joint)),
+        "tokens": tokens,
+        "effective_rank_tokens": min(RANK_TOKENS, tokens),
         "least_joint_norm": least_joint_norms(model, batches[0]),
         "largest": [] if tokenizer is None else _largest(joint, batches, tokenizer),
         "per_layer": per_layer,

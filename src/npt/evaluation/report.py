@@ -126,7 +126,8 @@ def _by_position(model: Any, blocks: Any, context_length: int, batch_size: int) 
     if longer:
         pairs = range(0, len(blocks) - 1, 2)
         names = [name for name in ("input_ids", "attention_mask", "labels") if name in blocks.column_names]
-        blocks = datasets.Dataset.from_dict({n: [[*blocks[i][n], *blocks[i + 1][n]] for i in pairs] for n in names})
+        rows: Any = blocks
+        blocks = datasets.Dataset.from_dict({n: [[*rows[i][n], *rows[i + 1][n]] for i in pairs] for n in names})
     figures = token_divergences(model, blocks, batch_size=batch_size)
     length = 2 * context_length if longer else context_length
     bins = kl_by_position(figures, max(1, context_length // POSITION_BINS))

@@ -49,8 +49,9 @@ def comparison_table(runs: Sequence[Run]) -> Table:
     configs = [report.get("model_config") or {} for _, report, _ in runs]
     for option in _OPTIONS:
         values = [config.get(option) for config in configs]
-        if any(value != values[0] for value in values):
-            table.add_row(option, *(escape(visible(value)) for value in values))
+        known = [value for value, config in zip(values, configs, strict=True) if config]
+        if any(value != known[0] for value in known):
+            table.add_row(option, *(escape(visible(number(value))) for value in values))
     table.add_row("new parameters", *(number(config.get("trainable_parameters")) for config in configs))
     for corpus in dict.fromkeys(name for _, report, _ in runs for name in _corpora(report)):
         found = [_corpora(report).get(corpus) or {} for _, report, _ in runs]
