@@ -22,7 +22,7 @@ from npt.tuner import active_layers, device_of, eval_mode
 #: Bytes one batch of float32 logits may take; a longer batch is split by sequences.
 LOGIT_BUDGET = 256 * 2**20
 #: Entries of float64 distributions compared at once.
-CHUNK_ENTRIES = 2**22
+CHUNK_ENTRIES = 2**20
 #: What is kept of a scored token, each one float64.
 COLUMNS = (
     "kl", "npt_nll", "original_nll", "same_top", "delta_p", "npt_top", "original_top", "target", "block", "position"
@@ -44,8 +44,8 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
     vocabulary = model.get_output_embeddings().weight.shape[0]
     length = len(blocks[0]["input_ids"]) if len(blocks) else 1
     batch_size = max(1, min(batch_size, LOGIT_BUDGET // (4 * vocabulary * length)))
-    parts: list[Tensor] = []
-    first = 0
+    # One table from the start: small tensors kept between large ones that come and go would leave the heap in pieces.
+    table, filled, first = np.empty((len(blocks) * (length - 1), len(COLUMNS))), 0, 0
     batches = batches_of(blocks, batch_size, device)
     total = -(-len(blocks) // batch_size)
     with eval_mode(model):
@@ -60,11 +60,12 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
             first += len(counted)
             for chunk in torch.arange(len(target), device=device).split(max(1, CHUNK_ENTRIES // vocabulary)):
                 figures = compare(teacher[chunk], student[chunk], target[chunk])
-                parts.append(torch.cat([figures, place[chunk].double()], -1).cpu())
-    table = torch.cat(parts).numpy() if parts else np.zeros((0, len(COLUMNS)))
-    if not len(table):
+                rows = slice(filled, filled + len(chunk))
+                table[rows] = torch.cat([figures, place[chunk].double()], -1).cpu().numpy()
+                filled = rows.stop
+    if not filled:
         raise DataError("evaluation text holds no token that counts: every block is padding or a single token")
-    return dict(zip(COLUMNS, table.T, strict=True))
+    return dict(zip(COLUMNS, table[:filled].T, strict=True))
 
 
 def compare(teacher_logits: Tensor, student_logits: Tensor, target: Tensor) -> Tensor:
