@@ -80,7 +80,7 @@ def evaluate(
     batches = list(batches_of(detail, batch_size, device_of(model)))
     samples = [side_by_side(model, tokenizer, prompts, seed=s) for s in (None, seed)]
     with eval_mode(model):
-        evaluations = {
+        evaluations: dict[str, Any] = {
             **next(iter(results.values())),
             "layer_equivalence": layer_equivalence(model, batches),
             "residual_stream": residual_stream(model, batches),
