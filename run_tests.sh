@@ -3,6 +3,6 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 . "$root/scripts/environment.sh"
-prepare_environment "$root"
+prepare_environment "$root" requirements-test.txt
 cd "$root"
 exec python -m pytest "$@"

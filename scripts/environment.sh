@@ -1,11 +1,12 @@
 # Sourced by the launch scripts: an environment with npt in it, the active one or .venv in the repository.
-# Says what it does; on failure prints one line and exits with 1. Running it again does nothing that is done.
+# prepare_environment ROOT [requirements.txt | requirements-test.txt]. Says what it does; on failure prints one line and exits with 1. Running it again does nothing that is done.
 
 fail() { printf 'npt: %s\n' "$1" >&2; exit 1; }
 say() { printf 'npt: %s\n' "$1"; }
 
 prepare_environment() {
-  local root="$1" wanted
+  local root="$1" file="${2:-requirements.txt}" probe="import npt" stamp wanted
+  [ "$file" = requirements.txt ] || probe="import npt, pytest"
   if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -f "$root/.venv/bin/activate" ] || make_environment "$root"
     # shellcheck disable=SC1091
@@ -13,14 +14,15 @@ prepare_environment() {
   fi
   require_version python || fail "$(python --version 2>&1) in $VIRTUAL_ENV is too old; npt needs Python 3.10 or later"
   # What is installed is recorded, so that another clone, or new pins after a pull, are noticed.
-  wanted="$(cat "$root/pyproject.toml" "$root/constraints.txt" "$root/requirements.txt" | cksum) $root"
-  if [ "$(cat "$VIRTUAL_ENV/npt-installed" 2>/dev/null)" != "$wanted" ] || ! python -c 'import npt, pytest' 2>/dev/null; then
+  stamp="$VIRTUAL_ENV/npt-installed-${file%.txt}"
+  wanted="$(cat "$root/pyproject.toml" "$root/constraints.txt" "$root/$file" | cksum) $root"
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! python -c "$probe" 2>/dev/null; then
     require_space "$root"
     install_torch "$root"
-    say "installing the pinned dependencies into $VIRTUAL_ENV (1 to 3 minutes)"
+    say "installing the pinned dependencies of $file into $VIRTUAL_ENV (1 to 3 minutes)"
     # From the root: pip reads the requirements' -e . from where it runs.
-    (cd "$root" && pip_install -r requirements.txt) || fail "$(reason)"
-    printf '%s' "$wanted" >"$VIRTUAL_ENV/npt-installed"
+    (cd "$root" && pip_install -r "$file") || fail "$(reason)"
+    printf '%s' "$wanted" >"$stamp"
   fi
 }
 

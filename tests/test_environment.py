@@ -18,7 +18,7 @@ case "$*" in
   --version) echo "Python $VERSION" ;;
   *version_info*) [ "$VERSION" != 3.8.1 ] ;;
   "-c import torch") exit 1 ;;
-  "-c import npt, pytest") [ -f "$CALLS.installed" ] ;;
+  "-c import npt"*) [ -f "$CALLS.installed" ] ;;
   "-m venv "*)
     mkdir -p "$3/bin"
     echo "VIRTUAL_ENV='$3'" >"$3/bin/activate" ;;
@@ -45,19 +45,19 @@ def machine(tmp_path: Path) -> Path:
         (tools / name).chmod(0o755)
     (tools / "df").write_text('#!/bin/sh\necho "Filesystem"\necho "/dev/x 1 1 ${FREE_KB:-99000000} 1% /"\n')
     (tools / "df").chmod(0o755)
-    for name in ("pyproject.toml", "constraints.txt", "requirements.txt"):
+    for name in ("pyproject.toml", "constraints.txt", "requirements.txt", "requirements-test.txt"):
         shutil.copy(REPOSITORY / name, root)
     return tmp_path
 
 
-def prepare(machine: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def prepare(machine: Path, requirements: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     script = REPOSITORY / "scripts" / "environment.sh"
     variables = {
         "PATH": str(machine / "bin"), "CALLS": str(machine / "calls"), "TMPDIR": str(machine), "VERSION": "3.11.2",
         "PIP_SAYS": "",
     }  # fmt: skip
     return subprocess.run(
-        ["bash", "-c", f"set -euo pipefail; . {script}; prepare_environment {machine / 'clone'}; echo ready"],
+        ["bash", "-c", f"set -euo pipefail; . {script}; prepare_environment {machine / 'clone'} {requirements}; echo ready"],
         env={**variables, **environment}, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -96,6 +96,15 @@ def test_it_says_what_it_does_and_does_it_once(machine: Path) -> None:
     constraints = machine / "clone" / "constraints.txt"
     constraints.write_text(constraints.read_text() + "new==1.0\n")
     assert "installing the pinned dependencies" in prepare(machine).stdout
+
+
+def test_the_tests_need_more_than_training(machine: Path) -> None:
+    assert prepare(machine).returncode == 0
+    result = prepare(machine, "requirements-test.txt")
+    assert "installing the pinned dependencies of requirements-test.txt" in result.stdout
+    assert "pip install" in (calls := (machine / "calls").read_text()) and "-r requirements-test.txt" in calls
+    for requirements in ("", "requirements-test.txt"):
+        assert prepare(machine, requirements).stdout == "ready\n", "each is installed once"
 
 
 def test_a_gpu_takes_the_cuda_build(machine: Path) -> None:

@@ -28,16 +28,17 @@ TEXT = ["The cat sat on the mat and looked at the moon.", "A second document, a 
 
 @pytest.fixture
 def pair(local_model: Path) -> Any:
-    def build(**options: Any) -> tuple[Any, Any]:
-        base = AutoModelForCausalLM.from_pretrained(local_model, dtype=torch.float64).eval()
+    def build(folder: Path = local_model, **options: Any) -> tuple[Any, Any]:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
         model = get_peft_model(base, NPTConfig(**{"rank": 3, **options}))
-        return model, AutoTokenizer.from_pretrained(local_model)
+        return model, AutoTokenizer.from_pretrained(folder)
 
     return build
 
 
-def test_report_equals_an_independent_computation(pair: Any) -> None:
-    model, tokenizer = pair()
+@pytest.mark.parametrize("checkpoint", ["local_model", "stories"])
+def test_report_equals_an_independent_computation(pair: Any, checkpoint: str, request: pytest.FixtureRequest) -> None:
+    model, tokenizer = pair(request.getfixturevalue(checkpoint), npt_layers=[2, 3])
     randomize(model, 0.05)
     report = evaluate(model, tokenizer, TEXT, context_length=32, prompts=["The"], seed=4)
     blocks = pack(TEXT, tokenizer, 32)
@@ -159,8 +160,9 @@ def test_layer_equivalence_of_a_perturbed_component(pair: Any) -> None:
     assert all(b > a > 0 for a, b in zip(*errors, strict=True))
 
 
-def test_exact_adapter_is_the_original(pair: Any) -> None:
-    model, tokenizer = pair(carry="exact", npt_layers="all")
+@pytest.mark.parametrize("checkpoint", ["local_model", "stories"])
+def test_exact_adapter_is_the_original(pair: Any, checkpoint: str, request: pytest.FixtureRequest) -> None:
+    model, tokenizer = pair(request.getfixturevalue(checkpoint), carry="exact", npt_layers="all")
     report = evaluate(model, tokenizer, TEXT, context_length=32)
     assert report["evaluations"]["divergence"]["mean_kl"] < 1e-8
     assert abs(report["evaluations"]["perplexity"]["perplexity_ratio"] - 1) < 1e-6
@@ -171,8 +173,9 @@ def test_exact_adapter_is_the_original(pair: Any) -> None:
     assert stats["mean_frobenius"] == stats["exact_frobenius"] > 0
 
 
-def test_the_base_against_itself_differs_by_nothing(pair: Any) -> None:
-    model, tokenizer = pair()
+@pytest.mark.parametrize("checkpoint", ["local_model", "stories"])
+def test_the_base_against_itself_differs_by_nothing(pair: Any, checkpoint: str, request: pytest.FixtureRequest) -> None:
+    model, tokenizer = pair(request.getfixturevalue(checkpoint))
     randomize(model)
     with model.disable_adapter():
         report = evaluate(model, tokenizer, TEXT, context_length=32)
