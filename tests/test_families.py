@@ -225,6 +225,17 @@ def test_least_joint_norm_is_below_the_exact_values(case: Case) -> None:
     assert 0 < found["least_found"] < found["exact"]
 
 
+def test_least_joint_norm_of_a_half_precision_base() -> None:
+    (llama,) = (case for case in CASES if case.name == "llama")
+    model = get_peft_model(llama.build(torch.bfloat16), NPTConfig(npt_layers=[1], rank=2)).eval()
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    figures = least_joint_norms(model, batch)["layer_1"]
+    wide = get_peft_model(llama.build(), NPTConfig(npt_layers=[1], rank=2)).eval()
+    expected = least_joint_norms(wide, batch)["layer_1"]
+    assert abs(figures["exact"] / expected["exact"] - 1) < 0.05
+    assert figures["least_found"] < 0.8 * figures["exact"]
+
+
 def wrong_lines(right: Family, weightless: bool) -> list[tuple[str, Family]]:
     """The table's line with one thing wrong each, where that makes a difference."""
     lines = [("parallel", replace(right, parallel=not right.parallel))]

@@ -61,13 +61,14 @@ def _search(layer: NPTLayer, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), layer_mode([layer], override=EXACT):
         target = layer.update_from(h, a)
     z, original = layer.mlp_inputs(h, a)
-    start = [layer.product(name)(original - z).detach() for name in names]
+    wide = torch.promote_types(z.dtype, torch.float32)  # the search needs more digits than a half-precision base has
+    start = [layer.product(name)(original - z).detach().to(wide) for name in names]
 
     def squares(values: list[Tensor]) -> Tensor:
         with _added(layer, dict(zip(names, values, strict=True))) as seen, layer_mode([layer], override=BYPASS):
-            missing = (target - layer.update_from(h, a)) / layer.multiplier
-        inputs = torch.stack([v.square().sum(-1) for v in values]).sum(0) / _square(z)
-        return (inputs + missing.square().sum(-1) / _square(seen[0]))[0]
+            missing = (target.to(wide) - layer.update_from(h, a).to(wide)) / layer.multiplier
+        inputs = torch.stack([v.square().sum(-1) for v in values]).sum(0) / _square(z.to(wide))
+        return (inputs + missing.square().sum(-1) / _square(seen[0].to(wide)))[0]
 
     with torch.no_grad():
         exact = squares(start)
@@ -103,7 +104,7 @@ def _added(layer: NPTLayer, values: dict[str, Tensor]) -> Iterator[list[Tensor]]
         seen.append(args[0].view(*order[0].shape[:-1], -1))
 
     def add(value: Tensor) -> Any:
-        return lambda module, args, output: output + value.view_as(output)
+        return lambda module, args, output: output + value.to(output.dtype).view_as(output)
 
     handles = [layer.module("down").register_forward_pre_hook(keep)]
     if layer.family.fused:
