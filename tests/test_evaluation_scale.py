@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from npt import NPTConfig
 from npt.builtin import model_folder
 from npt.evaluation.divergence import summarize, token_divergences
+from npt.memory import AllocationCounter
 from tests.conftest import randomize
 
 MEASURE = """
@@ -25,6 +26,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from npt import NPTConfig
 from npt.evaluation.divergence import summarize, token_divergences
+from npt.memory import AllocationCounter
 
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=32000, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
@@ -45,8 +47,19 @@ def peak(tokens: int) -> int:
 
 
 def test_memory_stays_flat() -> None:
-    few, many = peak(2048), peak(8192)
-    assert many <= 1.2 * few, f"{few} KiB for 2,048 tokens, {many} KiB for 8,192"
+    """Counted in allocations; the slow test below counts resident memory, which the heap's pieces can blow up."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8000, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = get_peft_model(LlamaForCausalLM(config), NPTConfig(rank=2))
+    peaks = []
+    for rows in (32, 256):
+        ids = torch.randint(3, 8000, (rows, 64)).tolist()
+        with AllocationCounter() as counter:
+            token_divergences(model, datasets.Dataset.from_dict({"input_ids": ids}))
+        peaks.append(counter.peak)
+    assert peaks[1] <= 1.05 * peaks[0], peaks
 
 
 @pytest.mark.slow
