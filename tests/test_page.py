@@ -23,6 +23,7 @@ from npt.report.page import PARTS, write_page
 from npt.report.text import visible
 from npt.report.watch import sparkline, watch_run
 from tests.conftest import randomize
+from tests.test_cli import settings
 
 TEXT = ["The cat sat on the mat and looked at the moon.", "A second document, a little longer than the first one."] * 6
 ROWS: list[dict[str, Any]] = [
@@ -32,6 +33,7 @@ ROWS: list[dict[str, Any]] = [
     {"step": 4, "loss": 0.4, "equivalence_loss": 0.3, "learning_rate": 0.05, "mean_delta_norm": 0.6},
     {"step": 4, "eval_perplexity_ratio": 1.004, "eval_mean_kl": 0.01},
 ]
+TRAIN = ["--quiet", "train"]
 SECTIONS = ("verdict", "divergence", "plots", "layers", "weight-delta", "worst-tokens", "generation", "protocol")
 PICTURES = (
     "perplexity_ratio", "loss", "kl_histogram", "kl_by_position", "layer_error", "residual_stream", "weight_delta",
@@ -277,22 +279,17 @@ def test_visible() -> None:
     assert visible("a\x1b[31m\u202e\x00\ud800b\n\té") == "a\\x1b[31m\\u202e\\x00\\ud800b\n\té"
 
 
-def run_settings(local_model: Path, folder: Path, *more: str) -> list[str]:
-    values = [
-        f"model.base_model_name={local_model}", f"paths.output_dir={folder / 'outputs'}",
-        f"paths.checkpoint_dir={folder / 'checkpoints'}", "data.max_length=32", "data.num_train_samples=24",
-        "data.num_eval_samples=6", "data.num_calibration_samples=12", "training.batch_size=4",
-        "training.num_train_steps=2", "training.logging_steps=1", "training.warmup_steps=0", "model.rank=2", *more,
-    ]  # fmt: skip
-    return ["--quiet", "train", *(word for value in values for word in ("--set", value))]
-
-
-def test_tensorboard_gets_figures_samples_and_plots(local_model: Path, tmp_path: Path) -> None:
+def test_tensorboard_gets_figures_samples_and_plots(
+    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert main(run_settings(local_model, tmp_path, "training.report_to=[tensorboard]")) == 0
+    assert main([*TRAIN, *settings(local_model, tmp_path, training__report_to="[tensorboard]")]) == 0
     events = event_accumulator.EventAccumulator(str(tmp_path / "outputs" / "tensorboard"))
     events.Reload()
     tags = events.Tags()
+    assert {path.name for path in tmp_path.iterdir()} == {"outputs", "checkpoints"}, "nothing where the command ran"
+    assert {"train/loss", "eval/perplexity_ratio"} <= set(tags["scalars"]), "the curves of training lie with them"
     assert "evaluation/divergence/mean_kl" in tags["scalars"] and "plots/kl_histogram" in tags["images"]
     assert any("generation_samples" in tag for tag in tags["tensors"])
     report = json.loads((tmp_path / "outputs" / "evaluation_report.json").read_text())
@@ -308,7 +305,7 @@ def test_wandb_offline_gets_figures_samples_and_plots(
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     try:
-        assert main(run_settings(local_model, tmp_path, "wandb.enabled=true")) == 0
+        assert main([*TRAIN, *settings(local_model, tmp_path, wandb__enabled="true")]) == 0
         assert wandb.run.summary["evaluation/divergence/mean_kl"] > 0
         folder = Path(wandb.run.dir)
         names = {path.name.split("_")[0] for path in (folder / "media").rglob("*") if path.is_file()}
@@ -319,7 +316,7 @@ def test_wandb_offline_gets_figures_samples_and_plots(
 
 
 def test_without_a_tracker_nothing_is_lost(local_model: Path, tmp_path: Path) -> None:
-    assert main(run_settings(local_model, tmp_path)) == 0
+    assert main([*TRAIN, *settings(local_model, tmp_path)]) == 0
     output = tmp_path / "outputs"
     assert {p.name for p in output.iterdir()} >= {
         "report.html",
@@ -332,6 +329,6 @@ def test_without_a_tracker_nothing_is_lost(local_model: Path, tmp_path: Path) ->
     assert "perplexity ratio, NPT / base" in card
     target = tmp_path / "again" / "report.json"
     checkpoint = str(tmp_path / "checkpoints" / "best_model")
-    more = run_settings(local_model, tmp_path)[2:]
+    more = settings(local_model, tmp_path)
     assert main(["evaluate", "--checkpoint", checkpoint, "--output", str(target), *more]) == 0
     assert target.with_suffix(".html").is_file()

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from transformers import TrainingArguments, set_seed
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from npt.calibration import calibrate
@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 #: Blocks taken from the end of the training set to choose the best adapter by.
 VALIDATION_BLOCKS = 32
+#: Folder of tensorboard's events in a run's output folder.
+TENSORBOARD = "tensorboard"
 #: Evaluations without a new best after which objective `auto` stops.
 PATIENCE = 4
 
@@ -112,7 +114,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     names = [*config.training.report_to, *(["wandb"] if config.wandb.enabled else [])]
     if names:
         pictures = draw_run(read_json_lines(output / "metrics.jsonl"), report)
-        log_evaluation(report, pictures, trainer.state.global_step, output / "tensorboard", names)
+        log_evaluation(report, pictures, trainer.state.global_step, output / TENSORBOARD, names)
     return report
 
 
@@ -126,7 +128,7 @@ def make_trainer(config: RunConfig, model: Any, tokenizer: Any, train: datasets.
         train.select(range(len(train) - validation, len(train))),
     )
     output, t = Path(config.paths.output_dir), config.training
-    return EquivalenceTrainer(
+    trainer = EquivalenceTrainer(
         model,
         training_arguments(config),
         objective_schedule(config, len(fit)),
@@ -140,6 +142,11 @@ def make_trainer(config: RunConfig, model: Any, tokenizer: Any, train: datasets.
             ),
         ],
     )
+    for callback in trainer.callback_handler.callbacks:
+        # The evaluation before training would make it write to ./runs, wherever that is.
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(output / TENSORBOARD)
+    return trainer
 
 
 def objective_schedule(config: RunConfig, blocks: int) -> list[tuple[int, Objective]]:

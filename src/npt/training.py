@@ -122,7 +122,7 @@ class EquivalenceTrainer(Trainer):
         """
         model = self.accelerator.unwrap_model(self.model)
         rows = {name: value[:4] for name, value in self._last_inputs.items() if name != "labels"}
-        records = delta_records(model, [rows])
+        records = delta_records(model, [rows], effect_tokens=0)
         means = [fmean(float(r.norms().mean()) for r in projections.values()) for projections in records.values()]
         if self.objective.regularizer == "delta" and not self.objective.regularization_weight:
             squares = [[float(torch.cat(r.squares).mean()) for r in entry.values()] for entry in records.values()]

@@ -27,7 +27,7 @@ PERCENTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "p99": 0.99}
 class DeltaRecord:
     """The weight deltas of one projection over real tokens.
 
-    squares: |dW|_F^2 (tokens,). skipped: tokens without an input key. effects: dW x of the first ones, (<= RANK_TOKENS, out).
+    squares: |dW|_F^2 (tokens,). skipped: tokens without an input key. effects: dW x of the first ones, (tokens, out).
     """
 
     squares: list[Tensor] = field(default_factory=list)
@@ -42,9 +42,12 @@ class DeltaRecord:
 
 @torch.no_grad()
 def delta_records(
-    model: Any, batches: Sequence[dict[str, Tensor]], override: str | None = None
+    model: Any, batches: Sequence[dict[str, Tensor]], override: str | None = None, *, effect_tokens: int = RANK_TOKENS
 ) -> dict[int, dict[str, DeltaRecord]]:
-    """{block: {projection: record}} on the model's own stream; `override=EXACT` measures the exact value's dW instead."""
+    """{block: {projection: record}} on the model's own stream; `override=EXACT` measures the exact value's dW instead.
+
+    effect_tokens: of how many tokens dW x is kept; 0 where only norms are wanted.
+    """
     layers = active_layers(model)
     records: dict[int, dict[str, DeltaRecord]] = {layer.index: {} for layer in layers}
     mask: list[Tensor] = []
@@ -54,7 +57,7 @@ def delta_records(
             record = records[layer.index].setdefault(name, DeltaRecord())
             record.squares.append(delta.frobenius_norm_square()[mask[0]].double().cpu())
             record.skipped += float(delta.skipped[mask[0]].sum())
-            room = RANK_TOKENS - sum(map(len, record.effects))
+            room = effect_tokens - sum(map(len, record.effects))
             if room > 0:
                 record.effects.append(delta.apply()[mask[0]][:room].float().cpu())
 

@@ -106,6 +106,7 @@ def _text(value: Any) -> str:
 
 
 def number(value: Any) -> str:
+    """A figure with five significant digits, a whole number or text as it is."""
     return f"{value:.5g}" if isinstance(value, float) else NOT_MEASURED if value is None else str(value)
 
 
