@@ -125,8 +125,20 @@ def test_a_forward_that_dies_leaves_nothing_behind(token_ids: torch.Tensor) -> N
     with pytest.raises(RuntimeError, match="died"):
         model(token_ids)
     handle.remove()
-    assert layer._attention is None and layer._values is None
+    assert layer._pass.attention is None and layer._pass.values is None
     assert torch.equal(model(token_ids).logits, expected)
+
+
+def test_a_later_adapter_brings_the_hooks_it_needs(token_ids: torch.Tensor) -> None:
+    """Gate and up carry hooks only while an adapter adds something of their own to them."""
+    alone = converted("llama", low_rank_at="projection")
+    model = converted("llama")
+    assert not active_layers(model)[0].module("gate")._forward_hooks
+    model.add_adapter("second", alone.peft_config["default"])
+    model.set_adapter("second")
+    for own, other in zip(active_layers(model), active_layers(alone), strict=True):
+        own.component.load_state_dict(other.component.state_dict())
+    assert torch.equal(model(token_ids).logits, alone(token_ids).logits)
 
 
 def test_wrong_table_lines_are_caught() -> None:

@@ -42,6 +42,24 @@ class BlockRecord:
 Observer = Callable[["NPTLayer", dict[str, WeightDelta]], None]
 
 
+class _Pass:
+    """What the hooks of one block hand to each other during one forward. Not a module: setting a module's attribute
+    costs as much as a small kernel."""
+
+    def __init__(self) -> None:
+        self.component: NPComponent | None = None
+        self.multiplier = 1.0
+        self.clear()
+
+    def clear(self) -> None:
+        """Lets go of every tensor."""
+        self.attention: Tensor | None = None
+        self.observed: Tensor | None = None
+        self.residual: Tensor | None = None
+        self.values: InputValues | None = None
+        self.down: Tensor | None = None
+
+
 class NPTLayer(nn.Module, BaseTunerLayer):
     """The neuro-plastic part of one decoder block: per adapter one `NPComponent`, and the hooks that apply it.
 
@@ -62,11 +80,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         self.override: str | None = None
         self.on_block: Callable[[NPTLayer, BlockRecord], None] | None = None
         self.observer: Observer | None = None
-        self._attention: Tensor | None = None
-        self._observed: Tensor | None = None
-        self._residual: Tensor | None = None
-        self._values: InputValues | None = None
-        self._down: Tensor | None = None
+        self._pass = _Pass()
         self._norm: tuple[Tensor | None, Tensor | None] = (None, None)
         self.centered = False
         if family.norm is not None:
@@ -111,7 +125,11 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             raise ConversionError(
                 f"rank={spec.rank} is larger than the model's hidden size {spec.hidden_size}; use a rank up to that"
             )
-        self.npt_components[adapter_name] = NPComponent(spec, *self._norm, like=self.weight)
+        component = NPComponent(spec, *self._norm, like=self.weight)
+        self.npt_components[adapter_name] = component
+        if not self._hooks_projections and self._needs_projection_hooks(component):
+            self.detach()
+            self._register_hooks()
 
     def _spec(self, **options: Any) -> ComponentSpec:
         hidden, intermediate = self.shape("up")
@@ -186,9 +204,11 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             hooks.append(("norm", True, self._keep_residual))
         if family.out is not None:
             hooks.append(("out", False, self._add_out))
-        if family.fused:
+        components: Any = self.npt_components.values()
+        self._hooks_projections = any(map(self._needs_projection_hooks, components))
+        if self._hooks_projections and family.fused:
             hooks.append(("up", False, self._add_fused))
-        else:
+        elif self._hooks_projections:
             hooks += [("up", True, self._shift_up), ("up", False, self._add_up)]
             if family.gate is not None:
                 hooks += [("gate", True, self._shift_gate), ("gate", False, self._add_gate)]
@@ -197,7 +217,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             register = module.register_forward_pre_hook if before else module.register_forward_hook
             self._handles.append(register(hook))
             self._sites += [(m._modules, n, c) for m in block.modules() for n, c in m.named_children() if c is module]
-        self._handles.append(block.register_forward_pre_hook(self._follow))
+        self._handles.append(block.register_forward_pre_hook(self._begin))
         self._handles.append(block.register_forward_hook(self._finish, with_kwargs=True, always_call=True))
 
     def detach(self) -> None:
@@ -206,34 +226,42 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             handle.remove()
         self._handles, self._sites = [], []
 
-    def _follow(self, module: nn.Module, args: Any) -> None:
-        """Moves the hooks where a module was wrapped after conversion, as LoRA wraps linears."""
-        if any(children[name] is not hooked for children, name, hooked in self._sites):
-            self.detach()
-            self._register_hooks()
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        """Moves the hooks where a module was wrapped after conversion, as LoRA wraps linears; settles what is active."""
+        for children, name, hooked in self._sites:
+            if children[name] is not hooked:
+                self.detach()
+                self._register_hooks()
+                break
+        self._start()
+
+    def _start(self) -> _Pass:
+        now = self._pass
+        now.component, now.multiplier = self.active(), self.multiplier
+        return now
 
     def _tap(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        component, multiplier = self.active(), self.multiplier
-        if component is None and self.on_block is None:
+        now, observed = self._pass, self.on_block is not None
+        if now.component is None and not observed:
             return None
-        self._attention = output if multiplier == 1 else output * multiplier
-        self._observed = None if self.on_block is None else self._attention
-        return None if component is None else torch.zeros_like(output)
+        now.attention = output if now.multiplier == 1 else output * now.multiplier
+        now.observed = now.attention if observed else None
+        return None if now.component is None else torch.zeros_like(output)
 
     def _keep_residual(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        component = self.active()
-        if component is not None and component.spec.carry == "exact":
-            self._residual = args[0]
+        now = self._pass
+        if now.component is not None and now.component.spec.carry == "exact":
+            now.residual = args[0]
 
     def _shift_mlp(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        component = self.active()
-        if component is None or self._attention is None or self.override == ZERO:
+        now = self._pass
+        if now.component is None or now.attention is None or self.override == ZERO:
             return None
         # Some models flatten batch and tokens before the MLP: the maths keeps the shape attention had.
-        self._values = self._input_values(component, _shaped(args[0], self._attention))
-        if self._values.shift is None or not self._shares_input(component):
+        now.values = self._input_values(now.component, _shaped(args[0], now.attention))
+        if now.values.shift is None or not self._shares_input(now.component):
             return None
-        return (args[0] + self._values.shift.view_as(args[0]), *args[1:])
+        return (args[0] + now.values.shift.view_as(args[0]), *args[1:])
 
     def _shift_gate(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return self._shift_projection("gate", args)
@@ -242,7 +270,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         return self._shift_projection("up", args)
 
     def _shift_projection(self, name: str, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        component, values = self.active(), self._values
+        component, values = self._pass.component, self._pass.values
         if component is None or values is None or values.shift is None or name not in component.spec.projections:
             return None
         if self._shares_input(component):
@@ -256,11 +284,12 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         return self._add_value("up", output)
 
     def _add_value(self, name: str, output: Tensor) -> Tensor | None:
-        value = None if self._values is None else self._values.values.get(name)
+        values = self._pass.values
+        value = None if values is None else values.values.get(name)
         return None if value is None else output + value.view_as(output)
 
     def _add_fused(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        component, values = self.active(), self._values
+        component, values = self._pass.component, self._pass.values
         if component is None or values is None:
             return None
         halves = list(output.chunk(2, -1))
@@ -274,20 +303,21 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     def _add_down(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self.override == ZERO:
             return torch.zeros_like(output)
-        component, values, attention = self.active(), self._values, self._attention
+        now = self._pass
+        component, values, attention = now.component, now.values, now.attention
         if component is None or values is None or attention is None:
             return None
         # Let go here, the last use: a recomputed forward under gradient checkpointing never reaches the block's hook.
-        self._attention = self._values = self._residual = None
+        now.attention = now.values = now.residual = None
         inputs = _shaped(args[0], attention)
         if self.observer is not None:
             deltas = component.weight_deltas(attention, inputs, "down", {})
-            self.observer(self, {name: delta.scaled(1 / self.multiplier) for name, delta in deltas.items()})
+            self.observer(self, {name: delta.scaled(1 / now.multiplier) for name, delta in deltas.items()})
         value = component(attention, inputs, "down", modulation=values.modulation)
-        if value is not None and self.multiplier != 1:
-            value = value / self.multiplier
+        if value is not None and now.multiplier != 1:
+            value = value / now.multiplier
         if self.family.out is not None:
-            self._down = value
+            now.down = value
             return None
         return None if value is None else output + value.view_as(output)
 
@@ -295,13 +325,13 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         """Where a norm follows the MLP, `down`'s value joins after it."""
         if self.override == ZERO:
             return torch.zeros_like(output)
-        value, self._down = self._down, None
+        value, self._pass.down = self._pass.down, None
         return None if value is None else output + value.view_as(output)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hands a pass to `on_block`; always lets go of what was kept, also when a forward died half-way."""
-        attention, self._observed = self._observed, None
-        self._attention = self._values = self._residual = self._down = None
+        attention = self._pass.observed
+        self._pass.clear()
         if self.on_block is None or attention is None or output is None:
             return
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -311,8 +341,13 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         """Whether one shift of the MLP's input serves every projection that reads it."""
         return all(name in component.spec.projections for name in INPUT_PROJECTIONS if name in self.family.projections)
 
+    def _needs_projection_hooks(self, component: NPComponent) -> bool:
+        """Whether gate or up get something of their own. A hook that does nothing still costs a decoding step time; one
+        that comes with a new adapter is seen by torch.compile, which traces again when the active adapter changes."""
+        return component.spec.low_rank_at == "projection" or not self._shares_input(component)
+
     def _input_values(self, component: NPComponent, z: Tensor) -> InputValues:
-        attention: Any = self._attention
+        attention: Any = self._pass.attention
         exact_input = self._exact_input(z) if component.spec.carry == "exact" else None
         if self.observer is not None:
             products = {name: self.product(name) for name in component.spec.input_projections}
@@ -322,10 +357,10 @@ class NPTLayer(nn.Module, BaseTunerLayer):
 
     def _exact_input(self, z: Tensor) -> Tensor:
         """The original block's MLP input, from h: what the norm read, or z itself where there is no norm."""
-        attention: Any = self._attention
+        attention: Any = self._pass.attention
         if self.family.parallel:
             return z
-        residual = z if self.family.norm is None else self._residual
+        residual = z if self.family.norm is None else self._pass.residual
         if residual is None:
             raise ConversionError(f"block {self.index}: the MLP ran before its norm, so carry 'exact' has no h to read")
         return self.mlp_inputs(_shaped(residual, attention), attention)[1]
@@ -335,15 +370,16 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     def update_from(self, hidden_states: Tensor, attention: Tensor) -> Tensor:
         """The NPT block's update y - h from given h and a, (..., d): one norm and one MLP, no attention."""
         family, block = self.family, self.get_base_layer()
-        self._attention = attention
+        now = self._start()
+        now.attention = attention
         try:
             z = hidden_states if family.norm is None else self.module("norm")(hidden_states)
             if family.run is not None:
                 return family.run(block, z)
             update: Tensor = self.module("mlp")(z)
-            return (update if family.out is None else self.module("out")(update)) * self.multiplier
+            return (update if family.out is None else self.module("out")(update)) * now.multiplier
         finally:
-            self._attention = self._values = self._residual = self._down = None
+            now.clear()
 
 
 def first_tensor(output: Any) -> Tensor:

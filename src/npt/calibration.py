@@ -202,18 +202,18 @@ def fit_gain_and_carry(layer: NPTLayer, component: NPComponent, h: Tensor, a: Te
         _fit_linear_gain(component, delta, a, z, phi, weights)
 
 
-def _fit_linear_gain(component: NPComponent, delta: Tensor, a: Tensor, z: Tensor, phi: Tensor, weights: Tensor) -> None:
+def _fit_linear_gain(component: NPComponent, delta: Tensor, a: Tensor, z: Tensor, phi: Any, weights: Tensor) -> None:
     """One round of alternating least squares: (k, l) given c, then c given (k, l)."""
     carried = component.c * a if component.has_carry else torch.zeros_like(a)
-    columns = [z, *(phi[:, [i]] * z for i in range(phi.shape[-1]))]
+    columns = [z, *(feature * z for feature in phi)]
     if component.has_carry:
-        columns += [phi[:, [i]] * carried for i in range(phi.shape[-1])]
+        columns += [feature * carried for feature in phi]
     gram = torch.stack([torch.stack([(weights * x * y).sum() for y in columns]) for x in columns])
     right = torch.stack([(weights * x * (delta - carried)).sum() for x in columns])
     solution = solve_ridge(gram, right, 1e-10)
-    component.gain.copy_(solution[: 1 + phi.shape[-1]])
+    component.gain.copy_(solution[: 1 + len(phi)])
     if component.has_carry:
-        component.carry_gain.copy_(solution[1 + phi.shape[-1] :])
+        component.carry_gain.copy_(solution[1 + len(phi) :])
         g, w = component.gains(z, phi)
         component.c.copy_(_diagonal(delta - g * z, w * a, weights))
 

@@ -198,8 +198,7 @@ class NPComponent(nn.Module):
         self.norm_bias: Tensor | None
         self.register_buffer("norm_inverse", inverse, persistent=False)
         self.register_buffer("norm_bias", norm_bias, persistent=False)
-        if spec.has_low_rank:
-            self._add_low_rank()
+        self._low_rank_sites = self._add_low_rank() if spec.has_low_rank else ()
         reads_attention = bool(spec.input_projections) and spec.reads != "h"
         self.has_carry = spec.carry == "diagonal" and reads_attention
         self.has_gain = spec.gain != "none" and spec.carry != "exact" and reads_attention and spec.reads != "h + a"
@@ -217,7 +216,7 @@ class NPComponent(nn.Module):
             if self.has_carry:
                 self.carry_gain = nn.Parameter(torch.zeros(num_features, **self._new))
 
-    def _add_low_rank(self) -> None:
+    def _add_low_rank(self) -> tuple[str, ...]:
         spec, d, f = self.spec, self.spec.hidden_size, self.spec.intermediate_size
         sites = {}
         if spec.input_projections and spec.low_rank_at == "input":
@@ -232,6 +231,7 @@ class NPComponent(nn.Module):
             if spec.key == "learned":
                 matrix = torch.randn(size_in, spec.rank, **self._new) / size_in**0.5
                 self.register_parameter(f"C_{name}", nn.Parameter(matrix))
+        return tuple(sites)
 
     # -- the forward pass ------------------------------------------------------------------------------------------
 
@@ -295,32 +295,34 @@ class NPComponent(nn.Module):
 
     # -- its pieces ------------------------------------------------------------------------------------------------
 
-    def features(self, attention: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(a centred where the norm centres, (..., d); z - b, (..., d); phi (..., F)), float32 or better.
+    def features(self, attention: Tensor, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """(a centred where the norm centres, (..., d); z - b, (..., d); phi), float32 or better.
 
-        phi holds |a|^2/d and, but for gain `norm`, <zhat, a>/d: F = 1 or 2 (0 without a gain).
+        phi holds |a|^2/d and, but for gain `norm`, <zhat, a>/d, each (..., 1); it is empty without a gain.
         """
-        own = next(self.parameters(), attention).dtype
-        dtype = torch.promote_types(torch.promote_types(attention.dtype, own), torch.float32)
+        own = next(iter(self._parameters.values()), None)
+        dtype = torch.promote_types(attention.dtype if own is None else own.dtype, torch.float32)
         a, z = self.centered(attention.to(dtype)), z.to(dtype)
         z = z if self.norm_bias is None else z - self.norm_bias
-        columns = []
-        if self.has_gain:
-            columns.append(a.square().mean(-1))
-        if self.has_gain and self.spec.gain != "norm":
-            overlap = a if self.norm_inverse is None else a * self.norm_inverse
-            columns.append((z * overlap).mean(-1))
-        return a, z, torch.stack(columns, -1) if columns else a.new_zeros(*a.shape[:-1], 0)
+        if not self.has_gain:
+            return a, z, ()
+        size = a.square().sum(-1, keepdim=True) / a.shape[-1]
+        if self.spec.gain == "norm":
+            return a, z, (size,)
+        overlap = a if self.norm_inverse is None else a * self.norm_inverse
+        return a, z, (size, (z * overlap).sum(-1, keepdim=True) / a.shape[-1])
 
-    def gains(self, z: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+    def gains(self, z: Tensor, phi: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """(g, w), each (..., 1): the factor on z - b and the one on c * a."""
         if self.spec.gain == "state":
-            scale = torch.exp(self.log_scale + (z * self.scale_direction).sum(-1))
-            norm_ratio = (1 + 2 * scale * phi[..., 1] + scale.square() * phi[..., 0]).clamp_min(1e-4).rsqrt()
-            return (self.gain * (norm_ratio - 1)).unsqueeze(-1), (scale * norm_ratio).unsqueeze(-1)
-        g = self.gain[0] + (phi * self.gain[1:]).sum(-1)
-        w = 1 + (phi * self.carry_gain).sum(-1) if self.has_carry else torch.ones_like(g)
-        return g.unsqueeze(-1), w.unsqueeze(-1)
+            size, overlap = phi
+            scale = torch.exp((z * self.scale_direction).sum(-1, keepdim=True) + self.log_scale)
+            norm_ratio = (scale * torch.add(scale * size, overlap, alpha=2) + 1).clamp_min(1e-4).rsqrt()
+            return self.gain * (norm_ratio - 1), scale * norm_ratio
+        features = torch.cat(phi, -1)
+        g = self.gain[0] + (features * self.gain[1:]).sum(-1, keepdim=True)
+        w = 1 + (features * self.carry_gain).sum(-1, keepdim=True) if self.has_carry else torch.ones_like(g)
+        return g, w
 
     def centered(self, attention: Tensor) -> Tensor:
         """a (..., d), its mean taken out where Norm2 would take it out."""
@@ -331,7 +333,8 @@ class NPComponent(nn.Module):
         return self._modulation(attention) if self.spec.has_low_rank else None
 
     def _modulation(self, attention: Tensor) -> Tensor:
-        return self.spec.modulation_scale * torch.tanh(self.centered(attention.to(self.A.dtype)) @ self.A)
+        modulation = torch.tanh(self.centered(attention.to(self.A.dtype)) @ self.A)
+        return modulation if self.spec.modulation_scale == 1 else self.spec.modulation_scale * modulation
 
     def keyed_shift(self, attention: Tensor, z: Tensor) -> Tensor | None:
         """w (c * a) + g (z - b), (..., d): what carry and gain add to z; None when both are off."""
@@ -341,14 +344,12 @@ class NPComponent(nn.Module):
         if not self.has_gain:
             return self.c * a
         g, w = self.gains(z, phi)
-        return g * z if not self.has_carry else g * z + w * (self.c * a)
+        return g * z if not self.has_carry else torch.addcmul(g * z, w, self.c * a)
 
     def low_rank_factors(self, site: str) -> dict[str, tuple[Tensor, Any]]:
         """{"in" | "gate" | "up" | "down": (B (r, out), C (in, r) or None for the input key)} of one site."""
-        names = ("down",) if site == "down" else ("in", *INPUT_PROJECTIONS)
-        return {
-            name: (getattr(self, f"B_{name}"), self._key_matrix(name)) for name in names if hasattr(self, f"B_{name}")
-        }
+        names = [name for name in self._low_rank_sites if (name == "down") == (site == "down")]
+        return {name: (getattr(self, f"B_{name}"), self._key_matrix(name)) for name in names}
 
     def _key_matrix(self, name: str) -> Tensor | None:
         if self.spec.key == "input":
@@ -400,5 +401,6 @@ class NPComponent(nn.Module):
 
 
 def _has_key(x: Tensor, like: Tensor) -> Tensor:
-    """(..., 1) one where x has a non-zero entry (so that the input key exists), else zero, in `like`'s dtype."""
-    return (x.detach() != 0).any(-1, keepdim=True).to(like.dtype)
+    """(..., 1) one where |x|^2 > 0 (so that the input key exists), else zero, in `like`'s dtype."""
+    norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm.sign().to(like.dtype)

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ OBJECTIVES = ("local", "logits", "composite")
 REGULARIZERS = ("factors", "delta")
 #: Positions whose full next-token distributions are in memory at once.
 POSITION_CHUNK = 1024
+#: Least number of tokens that `local` and `composite` put through a block at once; fewer would starve the processor.
+TOKEN_CHUNK = 256
 
 
 @dataclass
@@ -84,28 +86,29 @@ class Objective:
 
     def _local(self, model: Any, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float) -> Losses:
         layers = active_layers(model)
-        parameters: list[Tensor] = []
-        gradients: list[Tensor] = []
+        gradients: dict[Tensor, Tensor] = {}
         sums = [counted.new_zeros((), dtype=torch.float32), counted.new_zeros((), dtype=torch.float32)]
 
         def see(layer: NPTLayer, record: BlockRecord) -> None:
             own = [p for p in layer.component.parameters() if p.requires_grad]  # type: ignore[union-attr]
-            with torch.enable_grad(), layer_mode([layer], override=None, on_block=None):
-                equivalence, delta = self._block_loss(layer, record, counted)
-                equivalence, delta = equivalence / (items * len(layers)), delta / (items * len(layers))
-                loss = self.equivalence_weight * equivalence + self.regularization_weight * delta
-                if own and loss.requires_grad:
-                    parameters.extend(own)
-                    found = torch.autograd.grad(loss, own, allow_unused=True)
-                    gradients.extend(torch.zeros_like(p) if g is None else g for p, g in zip(own, found, strict=True))
-            sums[0] += equivalence.detach()
-            sums[1] += delta.detach()
+            for part, mask in _token_chunks(record, counted):
+                with torch.enable_grad(), layer_mode([layer], override=None, on_block=None):
+                    equivalence, delta = self._block_loss(layer, part, mask)
+                    equivalence, delta = equivalence / (items * len(layers)), delta / (items * len(layers))
+                    loss = self.equivalence_weight * equivalence + self.regularization_weight * delta
+                    if own and loss.requires_grad:
+                        found = torch.autograd.grad(loss, own, allow_unused=True)
+                        for p, g in zip(own, found, strict=True):
+                            g = torch.zeros_like(p) if g is None else g
+                            gradients[p] = gradients[p] + g if p in gradients else g
+                sums[0] += equivalence.detach()
+                sums[1] += delta.detach()
 
         with torch.no_grad(), layer_mode(layers, override="bypass", on_block=see):
             run_backbone(model, inputs)
         total = self.equivalence_weight * sums[0] + self.regularization_weight * sums[1]
-        if parameters and torch.is_grad_enabled():
-            total = _WithGradients.apply(total, gradients, *parameters)
+        if gradients and torch.is_grad_enabled():
+            total = _WithGradients.apply(total, list(gradients.values()), *gradients)
         return Losses(total, sums[0], sums[1])
 
     def _block_loss(self, layer: NPTLayer, record: BlockRecord, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,6 +135,17 @@ class Objective:
         delta = norms.mean_square(kl) / (items * len(layers))
         total = self.equivalence_weight * equivalence + self.regularization_weight * delta
         return Losses(total, equivalence.detach(), delta.detach())
+
+
+def _token_chunks(record: BlockRecord, counted: Tensor) -> Iterator[tuple[BlockRecord, Tensor]]:
+    """(record of (tokens, d), mask (tokens,)): a pass through a block in parts of a quarter of its tokens, at least
+    `TOKEN_CHUNK`, so that training a block never holds much more than the frozen forward does."""
+    parts = [x.flatten(0, 1) for x in (record.hidden_states, record.attention, record.output)]
+    mask = counted.flatten()
+    size = max(TOKEN_CHUNK, -(-len(mask) // 4))
+    for start in range(0, len(mask), size):
+        part = slice(start, start + size)
+        yield BlockRecord(*(x[part] for x in parts)), mask[part]
 
 
 class _DeltaSquares:
