@@ -12,10 +12,11 @@ Tokens are weighted so that a few extreme ones (attention sinks, massive activat
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: Tokens kept per block for step 1.
 CHUNK_TOKENS = 16_384
+#: Tokens whose temporaries are in memory at once, and tokens on which a block's error is measured.
+SLICE_TOKENS, PROBE_TOKENS = 1024, 512
 #: A token counts as extreme when its |D|^2 or |a|^2 is this many times the median.
 OUTLIER_FACTOR = 10.0
 #: Standard deviation of a A: tanh is then linear to 0.3 %.
@@ -87,7 +90,7 @@ class _BlockFit:
         self.layer, self.chunk_tokens = layer, chunk_tokens
         self.component: NPComponent = layer.component  # type: ignore[assignment]
         self.dtype = next(self.component.parameters(), torch.empty(0)).dtype
-        self.component.double()
+        self.component.to(torch.promote_types(self.dtype, torch.float32))
         self.chunk: list[tuple[Tensor, Tensor]] = []
         self.held = self.tokens = 0
         self.cutoff: Any = None
@@ -100,7 +103,7 @@ class _BlockFit:
         h, a = record.hidden_states[mask], record.attention[mask]
         self.tokens += len(h)
         if self.cutoff is not None:
-            self._accumulate(h, a)
+            self._accumulate([(h, a)])
             return
         self.chunk.append((h, a))
         self.held += len(h)
@@ -122,40 +125,57 @@ class _BlockFit:
         return {"error_before": self.error_before, "error_after": self._update_error(), "tokens": self.tokens}
 
     def _fit_chunk(self) -> None:
-        h, a = (torch.cat(parts) for parts in zip(*self.chunk, strict=True))
-        self.chunk = []
-        self.probe = (h[:4096], a[:4096])
+        chunk, self.chunk = self.chunk, []
+        # Not every n-th token: that may be the first of every text.
+        mask = torch.randperm(self.held, generator=torch.Generator().manual_seed(0)) < PROBE_TOKENS
+        picked = mask.to(chunk[0][0].device).split([len(h) for h, _ in chunk])
+        h, a = (torch.cat([x[i] for x, i in zip(parts, picked, strict=True)]) for parts in zip(*chunk, strict=True))
+        with layer_mode([self.layer], on_block=None, override=EXACT):
+            self.probe = (h, a, self.layer.update_from(h[None], a[None])[0])
         self.error_before = self._update_error()
-        sizes = token_sizes(_delta(self.layer, h, a)[1], a)
+        sizes = torch.cat([token_sizes(_delta(self.layer, h, a)[1], a) for h, a in _slices(chunk)])
         medians = sizes.median(0).values
         self.cutoff = torch.where(medians > 0, OUTLIER_FACTOR * medians, torch.inf)
         if self.component.spec.input_projections:
-            fit_gain_and_carry(self.layer, self.component, h, a, outlier_weights(sizes, self.cutoff))
-        for start in range(0, len(h), 4096):
-            self._accumulate(h[start : start + 4096], a[start : start + 4096])
+            fit_gain_and_carry(self.layer, self.component, chunk, self.cutoff)
+        self._accumulate(chunk)
 
-    def _accumulate(self, h: Tensor, a: Tensor) -> None:
-        component = self.component
-        if not component.spec.has_low_rank or component.spec.key != "input":
+    def _accumulate(self, chunk: list[tuple[Tensor, Tensor]]) -> None:
+        component, spec = self.component, self.component.spec
+        parts = _low_rank_targets(component)
+        if not spec.has_low_rank or spec.key != "input" or not parts:
             return
-        z, delta = _delta(self.layer, h, a)
-        weights = outlier_weights(token_sizes(delta, a), self.cutoff)
-        shift = component.keyed_shift(a, z)
-        rest = delta if shift is None else delta - shift
-        down = torch.zeros_like(a) if component.spec.carry == "diagonal" else a
-        features = component.centered(a.double())
-        self.total_weight += float(weights.sum())
-        self.gram = self.gram + features.T @ (weights * features)
-        self.cross = self.cross + (weights * features).T @ torch.cat([rest, down], -1).double()
+        for h, a in _slices(chunk):
+            z, delta = _delta(self.layer, h, a)
+            weights = outlier_weights(token_sizes(delta, a), self.cutoff)
+            shift = component.keyed_shift(a, z) if "in" in parts else None
+            rest = {"in": delta if shift is None else delta - shift, "down": a.to(z.dtype)}
+            features = component.centered(a.to(z.dtype))
+            weighted = weights.to(z.dtype) * features
+            self.total_weight += float(weights.sum())
+            self.gram = self.gram + _product(weighted, features)
+            self.cross = self.cross + torch.cat([_product(weighted, rest[name]) for name in parts], -1)
 
     def _update_error(self) -> float:
-        h, a = self.probe
-        layer = self.layer
-        with layer_mode([layer], on_block=None, override=EXACT):
-            target = layer.update_from(h[None], a[None])[0]
-        with layer_mode([layer], on_block=None, override=None):
-            update = layer.update_from(h[None], a[None])[0]
+        h, a, target = self.probe
+        with layer_mode([self.layer], on_block=None, override=None):
+            update = self.layer.update_from(h[None], a[None])[0]
         return float((update - target).double().norm() / target.double().norm().clamp_min(1e-300))
+
+
+def _slices(chunk: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(h, a) of (tokens, d) in parts whose temporaries stay small."""
+    for h, a in chunk:
+        yield from zip(h.split(SLICE_TOKENS), a.split(SLICE_TOKENS), strict=True)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x^T y (d, e) of one slice (tokens, d), (tokens, e), in float64 for the sum over slices.
+
+    On the CPU the slice itself is multiplied in float32 or better, twice as fast; a GPU may be set to TF32, which would
+    not do, so there it is float64.
+    """
+    return x.double().T @ y.double() if x.is_cuda else (x.T @ y).double()
 
 
 def _delta(layer: NPTLayer, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,86 +186,148 @@ def _delta(layer: NPTLayer, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 
 def token_sizes(delta: Tensor, attention: Tensor) -> Tensor:
     """(tokens, 2) float64: |D|^2, which the fit explains, and |a|^2, which it explains it with."""
-    return torch.stack([delta.double().square().sum(-1), attention.double().square().sum(-1)], -1)
+    norms = [torch.linalg.vector_norm(x, dim=-1, dtype=delta.dtype).double() for x in (delta, attention)]
+    return torch.stack(norms, -1).square()
 
 
 def outlier_weights(sizes: Tensor, cutoff: Tensor) -> Tensor:
-    """(tokens, 1): one, but (cutoff / size)^2 for tokens beyond a cutoff (2,).
+    """(tokens, 1) float64: one, but (cutoff / size)^2 for tokens beyond a cutoff (2,).
 
     The square because the gain's own features grow with |a|^2: a token's pull on the fit would else still grow.
     """
     return (cutoff / sizes.clamp_min(1e-300)).clamp_max(1).amin(-1, keepdim=True).square()
 
 
-def fit_gain_and_carry(layer: NPTLayer, component: NPComponent, h: Tensor, a: Tensor, weights: Tensor) -> None:
-    """Least squares of D (tokens, d) on gain and carry, weighted per token, in float64."""
-    z, delta = _delta(layer, h, a)
-    spec = component.spec
-    delta, weights = delta.double(), weights.double()
-    a, z, phi = component.features(a, z)
-    if component.has_gain and spec.gain == "state":
-        mean_square = h.double().square().mean(-1) if not spec.centered else h.double().var(-1, unbiased=False)
-        _fit_scale(component, z, -mean_square.clamp_min(1e-30).log() / 2, weights)
+def fit_gain_and_carry(
+    layer: NPTLayer, component: NPComponent, chunk: list[tuple[Tensor, Tensor]], cutoff: Tensor
+) -> None:
+    """Weighted least squares of D on gain and carry, over pairs (h, a) of (tokens, d) each.
+
+    Per channel, all that gain and carry can write is k . Z + c (A_0 + l . A_1...): Z is z - b and A is a, each times a
+    few numbers per token. Their products with one another and with D, summed over tokens, are all the fit needs.
+    """
+    if component.has_gain and component.spec.gain == "state":
+        _fit_scale(layer, component, chunk, cutoff)
+    gram: Any = 0.0
+    for h, a in _slices(chunk):
+        z, delta = _delta(layer, h, a)
+        weights = outlier_weights(token_sizes(delta, a), cutoff).to(z.dtype)
+        of_z, of_a = _basis(component, *component.features(a, z))
+        gram = gram + _channel_products([*of_z, *of_a, delta], weights)
+    if not of_z and not of_a:
+        return
+    gain, slope, c = _alternate(gram, len(of_z), len(of_a))
+    if component.has_carry:
+        component.c.copy_(c)
+    if component.has_gain:
+        component.gain.copy_(gain)
+    if component.has_gain and len(slope):
+        component.carry_gain.copy_(slope)
+
+
+def _basis(component: NPComponent, a: Tensor, z: Tensor, phi: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """(Z, A): what the gain's and the carry's coefficients multiply, each (tokens, d)."""
+    if not component.has_gain:
+        return [], [a] if component.has_carry else []
+    if component.spec.gain == "state":
         component.gain.fill_(1)
         g, w = component.gains(z, phi)
-        for _ in range(3):
-            if component.has_carry:
-                component.c.copy_(_diagonal(delta - component.gain * g * z, w * a, weights))
-            rest = delta - component.c * w * a if component.has_carry else delta
-            square = (weights * (g * z).square()).sum()
-            if float(square) > 0:
-                component.gain.copy_((weights * rest * g * z).sum() / square)
-        return
-    if component.has_carry:
-        component.c.copy_(_diagonal(delta, a, weights))
-    for _ in range(10 if component.has_gain else 0):
-        _fit_linear_gain(component, delta, a, z, phi, weights)
+        return [g * z], [w * a] if component.has_carry else []
+    of_z, of_a = ([x, *(feature * x for feature in phi)] for x in (z, a))
+    return of_z, of_a if component.has_carry else []
 
 
-def _fit_linear_gain(component: NPComponent, delta: Tensor, a: Tensor, z: Tensor, phi: Any, weights: Tensor) -> None:
-    """One round of alternating least squares: (k, l) given c, then c given (k, l)."""
-    carried = component.c * a if component.has_carry else torch.zeros_like(a)
-    columns = [z, *(feature * z for feature in phi)]
-    if component.has_carry:
-        columns += [feature * carried for feature in phi]
-    gram = torch.stack([torch.stack([(weights * x * y).sum() for y in columns]) for x in columns])
-    right = torch.stack([(weights * x * (delta - carried)).sum() for x in columns])
-    solution = solve_ridge(gram, right, 1e-10)
-    component.gain.copy_(solution[: 1 + len(phi)])
-    if component.has_carry:
-        component.carry_gain.copy_(solution[1 + len(phi) :])
-        g, w = component.gains(z, phi)
-        component.c.copy_(_diagonal(delta - g * z, w * a, weights))
+def _channel_products(columns: list[Tensor], weights: Tensor) -> Tensor:
+    """(d, n, n) float64: weighted sums over tokens of the products of n columns (tokens, d)."""
+    n = len(columns)
+    products = columns[0].new_zeros(columns[0].shape[-1], n, n, dtype=torch.float64)
+    for i, column in enumerate(columns):
+        weighted = weights * column
+        for j in range(i, n):
+            products[:, i, j] = products[:, j, i] = (weighted * columns[j]).sum(0)
+    return products
 
 
-def _fit_scale(component: NPComponent, z: Tensor, target: Tensor, weights: Tensor) -> None:
-    """Ridge regression of -log rms(h) (tokens,) on z - b, the ridge chosen on the last quarter of the tokens."""
-    mean_z = (weights * z).sum(0) / weights.sum()
-    mean_t = (weights[:, 0] * target).sum() / weights.sum()
-    x, y = z - mean_z, target - mean_t
-    split = max(1, len(x) * 3 // 4)
-    fits = []
-    for ridge in (1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e8):
-        u = _ridge_direction(x[:split], y[:split], weights[:split], ridge)
-        error = (weights[split:, 0] * (y[split:] - x[split:] @ u).square()).sum()
-        fits.append((float(error), ridge))
-    direction = _ridge_direction(x, y, weights, min(fits)[1])
+def _alternate(gram: Tensor, count_z: int, count_a: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(k, l, c) from products (d, n, n) of [Z, A, D]: by turns c given (k, l), then (k, l) given c."""
+    gram, right = gram[:, :-1, :-1], gram[:, :-1, -1]
+    gain, slope, c = gram.new_zeros(count_z), gram.new_zeros(max(0, count_a - 1)), gram.new_zeros(len(gram))
+    shared = [i for i in range(count_z + count_a) if i != count_z or not count_a]
+    for _ in range(10):
+        if count_a:
+            v = F.pad(slope, (1, 0), value=1.0)
+            rest = right[:, count_z:] - gram[:, count_z:, :count_z] @ gain
+            square = v @ gram[:, count_z:, count_z:] @ v
+            c = torch.where(square > 0, rest @ v / square.clamp_min(1e-300), 0)
+        if count_z:
+            scale = torch.stack([torch.ones_like(c)] * count_z + [c] * len(slope), -1)
+            rest = right[:, shared] - (c[:, None] * gram[:, shared, count_z] if count_a else 0)
+            products = (scale[:, :, None] * scale[:, None] * gram[:, shared][:, :, shared]).sum(0)
+            gain, slope = solve_ridge(products, (scale * rest).sum(0), 1e-10).split([count_z, len(slope)])
+    return gain, slope, c
+
+
+def _fit_scale(layer: NPTLayer, component: NPComponent, chunk: list[tuple[Tensor, Tensor]], cutoff: Tensor) -> None:
+    """Ridge regression of -log rms(h) on z - b, the ridge chosen on the last quarter of the tokens."""
+    total, seen, origin = sum(len(h) for h, _ in chunk), 0, None
+    fitted, checked = _Regression(), _Regression()
+    for h, a in _slices(chunk):
+        z, delta = _delta(layer, h, a)
+        weights = outlier_weights(token_sizes(delta, a), cutoff).to(z.dtype)
+        x = component.features(a, z)[1]
+        origin = x.mean(0) if origin is None else origin  # moments about a point close to the mean lose no digits
+        h = component.centered(h.to(x.dtype))
+        target = -h.square().mean(-1).clamp_min(1e-30).log() / 2
+        cut = min(max(0, max(1, total * 3 // 4) - seen), len(h))
+        fitted.add(x[:cut] - origin, target[:cut], weights[:cut])
+        checked.add(x[cut:] - origin, target[cut:], weights[cut:])
+        seen += len(h)
+    errors = [(checked.error(*fitted.solve(ridge)), ridge) for ridge in (1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e8)]
+    direction, offset = fitted.joined(checked).solve(min(errors)[1])
     component.scale_direction.copy_(direction)
-    component.log_scale.copy_(mean_t - mean_z @ direction)
+    component.log_scale.copy_(offset - origin.double() @ direction)  # type: ignore[union-attr]
 
 
-def _ridge_direction(x: Tensor, y: Tensor, weights: Tensor, ridge: float) -> Tensor:
-    return solve_ridge(x.T @ (weights * x), x.T @ (weights[:, 0] * y), ridge)
+class _Regression:
+    """Weighted moments of [x, 1, y], in float64: enough for any ridge regression of y on x and for its error elsewhere."""
+
+    def __init__(self) -> None:
+        self.moments: Any = 0.0
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """x (tokens, d), y (tokens,), weights (tokens, 1)."""
+        columns = torch.cat([x, torch.ones_like(weights), y[:, None]], -1)
+        self.moments = self.moments + _product(weights * columns, columns)
+
+    def joined(self, other: _Regression) -> _Regression:
+        """Both."""
+        both = _Regression()
+        both.moments = self.moments + other.moments
+        return both
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """(direction (d,), offset ()), the ridge relative to the mean variance of x."""
+        xx, x1, xy = self.moments[:-2, :-2], self.moments[:-2, -2], self.moments[:-2, -1]
+        weight, y1 = self.moments[-2, -2], self.moments[-2, -1]
+        mean, mean_y = x1 / weight, y1 / weight
+        direction = solve_ridge(xx - torch.outer(mean, x1), xy - mean * y1, ridge)
+        return direction, mean_y - mean @ direction
+
+    def error(self, direction: Tensor, offset: Tensor) -> float:
+        """Weighted sum of squared errors of a solution."""
+        coefficients = torch.cat([direction, offset[None], -torch.ones_like(offset)[None]])
+        return float(coefficients @ self.moments @ coefficients)
 
 
-def _diagonal(target: Tensor, source: Tensor, weights: Tensor) -> Tensor:
-    """(d,): per channel, the factor that brings source (tokens, d) closest to target."""
-    square = (weights * source.square()).sum(0)
-    return torch.where(square > 0, (weights * target * source).sum(0) / square.clamp_min(1e-300), 0)
+def _low_rank_targets(component: NPComponent) -> list[str]:
+    """What the low-rank part has to explain: "in" for gate and up; "down" where no carry brings a itself."""
+    spec = component.spec
+    down = "down" in spec.projections and spec.carry != "diagonal"
+    return ["in"] * bool(spec.input_projections) + ["down"] * down
 
 
 def _fit_low_rank(layer: NPTLayer, component: NPComponent, gram: Any, cross: Any, total: float) -> None:
-    """Reduced-rank regression from S = a^T a (d, d) and T = a^T [R_in | R_down] (d, 2 d) of `total` weighted tokens."""
+    """Reduced-rank regression from S = a^T a (d, d) and T = a^T R (d, d per target) of `total` weighted tokens."""
     spec = component.spec
     if not isinstance(gram, Tensor) or not float(gram.diagonal().sum()) > 0:
         return
@@ -254,19 +336,18 @@ def _fit_low_rank(layer: NPTLayer, component: NPComponent, gram: Any, cross: Any
     lower = torch.linalg.cholesky(ridged)
     whitened = torch.linalg.solve_triangular(lower, cross, upper=False)
     # Input and down targets have different units: each is scaled to unit energy before directions are chosen.
-    parts = [part / part.norm().clamp_min(1e-300) for part in whitened.split(d, -1)]
-    wanted = [bool(spec.input_projections), "down" in spec.projections and spec.carry != "diagonal"]
-    whitened = torch.cat([part * use for part, use in zip(parts, wanted, strict=True)], -1)
-    directions = torch.linalg.svd(whitened, full_matrices=False)[0][:, : spec.rank]
+    whitened = torch.cat([part / part.norm().clamp_min(1e-300) for part in whitened.split(d, -1)], -1)
+    # The leading left singular vectors, from a matrix a quarter the size where there are two targets.
+    directions = torch.linalg.eigh(whitened @ whitened.T)[1][:, -spec.rank :].flip(-1)
     a_matrix = torch.linalg.solve_triangular(lower.T, directions, upper=True)
     a_matrix = a_matrix * (MODULATION_STD * total**0.5)  # A^T S A = I so far: a A has mean square 1 / total
     fitted = solve_ridge(a_matrix.T @ gram @ a_matrix, a_matrix.T @ cross, 1e-8) / spec.modulation_scale
     component.A.copy_(a_matrix)
-    b_in, b_down = fitted.split(d, -1)
+    found = dict(zip(_low_rank_targets(component), fitted.split(d, -1), strict=True))
     for name, (b, _) in component.low_rank_factors("input").items():
-        b.copy_(b_in if name == "in" else layer.product(name)(b_in.to(layer.weight.dtype)))
+        b.copy_(found["in"] if name == "in" else layer.product(name)(found["in"].to(layer.weight.dtype)))
     if "down" in spec.projections:
-        component.low_rank_factors("down")["down"][0].copy_(b_down)
+        component.low_rank_factors("down")["down"][0].copy_(found.get("down", torch.zeros(())))
 
 
 def solve_ridge(gram: Tensor, right: Tensor, ridge: float) -> Tensor:

@@ -30,7 +30,7 @@ REGULARIZERS = ("factors", "delta")
 #: Positions whose full next-token distributions are in memory at once.
 POSITION_CHUNK = 1024
 #: Least number of tokens that `local` and `composite` put through a block at once; fewer would starve the processor.
-TOKEN_CHUNK = 256
+TOKEN_CHUNK = 512
 
 
 @dataclass
