@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from npt import NPTConfig, calibrate
+from npt import NPTConfig, calibrate, calibration
 from npt.attach import BlockRecord, NPTLayer
 from npt.calibration import _BlockFit, _delta
 from npt.errors import NPTError
@@ -132,8 +132,9 @@ def test_base_is_not_touched_and_mode_is_kept() -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_real_checkpoint_without_a_gradient_step(pretrained_model: Any) -> None:
+def test_real_checkpoint_without_a_gradient_step(pretrained_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The design's table for the closed form: gain `overlap` 0.045 relative block error, `state` a third less."""
+    monkeypatch.setattr(calibration, "PROBE_TOKENS", 1 << 30)  # measured on all that is kept: 512 tokens vary by 5 %
     errors = {}
     text = real_batches(pretrained_model)
     for gain in ("overlap", "state"):

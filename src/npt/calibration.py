@@ -27,8 +27,9 @@ from npt.tuner import active_layers, device_of, eval_mode, run_backbone
 
 logger = logging.getLogger(__name__)
 
-#: Tokens kept per block for step 1.
-CHUNK_TOKENS = 16_384
+#: Tokens kept per block for step 1: at least so many, and so many per channel of the hidden state, each of which has
+#: a coefficient in the regression of the norm.
+CHUNK_TOKENS, CHUNK_TOKENS_PER_CHANNEL = 8_192, 4
 #: Tokens whose temporaries are in memory at once, and tokens on which a block's error is measured.
 SLICE_TOKENS, PROBE_TOKENS = 1024, 512
 #: A token counts as extreme when its |D|^2 or |a|^2 is this many times the median.
@@ -44,7 +45,7 @@ def calibrate(
     model: Any,
     batches: Iterable[Mapping[str, Tensor]],
     *,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     progress: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Fits the active adapter of a converted model to the model it was made from, in place.
@@ -53,6 +54,7 @@ def calibrate(
         model: a PEFT model with an active NPT adapter; its base is not changed.
         batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}; padding is left out.
         chunk_tokens: how many tokens per block are kept in memory for gain and carry; the rest only passes through.
+            None: 8,192, or 4 d where that is more.
         progress: show a bar.
 
     Returns:
@@ -63,7 +65,7 @@ def calibrate(
         NPTError: no text, or text so degenerate that the fit is not finite.
     """
     layers = [layer for layer in active_layers(model) if layer.component and layer.component.spec.carry != "exact"]
-    fits = {layer.index: _BlockFit(layer, chunk_tokens) for layer in layers}
+    fits = {layer.index: _BlockFit(layer, chunk_tokens or first_tokens(layer.shape("up")[0])) for layer in layers}
     mask: list[Tensor] = []
 
     def see(layer: NPTLayer, record: BlockRecord) -> None:
@@ -83,6 +85,11 @@ def calibrate(
     return {f"layer_{index}": fit.finish() for index, fit in fits.items()}
 
 
+def first_tokens(hidden_size: int) -> int:
+    """How many tokens per block `calibrate` keeps in memory for gain and carry."""
+    return max(CHUNK_TOKENS, CHUNK_TOKENS_PER_CHANNEL * hidden_size)
+
+
 class _BlockFit:
     """Accumulates what one block's fit needs, batch by batch."""
 
@@ -100,7 +107,7 @@ class _BlockFit:
 
     def see(self, record: BlockRecord, mask: Tensor) -> None:
         """Takes one batch of (batch, tokens, d) hidden states; mask (batch, tokens) marks the real ones."""
-        h, a = record.hidden_states[mask], record.attention[mask]
+        h, a = (x.flatten(0, 1) if mask.all() else x[mask] for x in (record.hidden_states, record.attention))
         self.tokens += len(h)
         if self.cutoff is not None:
             self._accumulate([(h, a)])
