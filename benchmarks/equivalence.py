@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.readme import ROOT, write_section
 from npt.config import RunConfig, load_config
 from npt.pipeline import run_evaluation, run_training
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SEEDS = (0, 1, 2)
 
@@ -117,15 +117,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(name: str, results: dict[str, Any]) -> None:
-    """Puts the table between the model's markers in README.md, if they are there."""
-    path, start, end = ROOT / "README.md", f"<!-- equivalence {name}: start -->", f"<!-- equivalence {name}: end -->"
-    text = path.read_text(encoding="utf-8")
-    if start in text and end in text:
-        before, rest = text.split(start)
-        path.write_text(f"{before}{start}\n{table(results)}\n{end}{rest.split(end)[1]}", encoding="utf-8")
-
-
 def main() -> None:
     """Parses, runs every row, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -148,7 +139,7 @@ def main() -> None:
                 print(label, json.dumps(results[label]["seeds"][0]), flush=True)
                 ordered = {row: results[row] for row, _, _ in ROWS if row in results}
                 path.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
-                write_readme(name, ordered)
+                write_section("README.md", f"equivalence {name}", table(ordered))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,6 @@ from npt.component import ComponentSpec
 from npt.config import load_config
 from npt.errors import NPTError
 from npt.memory import (
-    LLAMA_7B,
-    AllocationCounter,
-    _enable_checkpointing,
     component_bytes,
     estimate,
     materialized_delta_bytes,
@@ -28,6 +25,7 @@ from npt.memory import (
     memory_table,
     values_peak,
 )
+from npt.meta import LLAMA_7B, AllocationCounter, enable_checkpointing
 from npt.objectives import Objective
 from npt.tuner import active_layers
 
@@ -120,7 +118,7 @@ def test_estimate_of_a_step_is_what_a_real_step_allocates(hf_config: Any, dtype:
     # The estimate also counts the last token of each row, which predicts nothing.
     assert found.local_step_bytes == pytest.approx(_real_step(model, "local"), rel=0.06)
     assert found.logits_step_bytes == pytest.approx(_real_step(model, "logits"), rel=0.06)
-    _enable_checkpointing(base)
+    enable_checkpointing(base)
     assert found.logits_checkpointed_bytes == pytest.approx(_real_step(model, "logits"), rel=0.06)
     assert found.local_step_bytes < found.logits_step_bytes
     assert found.logits_checkpointed_bytes < found.logits_step_bytes

@@ -77,7 +77,8 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._block = (block,)  # in a tuple, so that the parent is not registered as a child of its child
-        self.override: str | None = None
+        self._override: str | None = None
+        self._norm_hook: Any = None
         self.on_block: Callable[[NPTLayer, BlockRecord], None] | None = None
         self.observer: Observer | None = None
         self._pass = _Pass()
@@ -130,6 +131,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         if not self._hooks_projections and self._needs_projection_hooks(component):
             self.detach()
             self._register_hooks()
+        self._hook_norm()
 
     def _spec(self, **options: Any) -> ComponentSpec:
         hidden, intermediate = self.shape("up")
@@ -166,16 +168,29 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         return z, z if self.family.parallel else norm(hidden_states + attention)
 
     @property
+    def override(self) -> str | None:
+        """Instead of the active component: BYPASS the original block, EXACT the oracle, ZERO no attention and no MLP."""
+        return self._override
+
+    @override.setter
+    def override(self, value: str | None) -> None:
+        self._override = value
+        self._hook_norm()
+
+    @property
     def active_name(self) -> str | None:
         """The active adapter that has a component in this block."""
-        names: Any = self.active_adapters
-        return next((name for name in names if name in self.npt_components), None)
+        # Past nn.Module's and PEFT's lookups: this is asked once per block and decoded token.
+        active, components = self._active_adapter, self._modules["npt_components"]._modules  # type: ignore[union-attr]
+        if isinstance(active, str):
+            return active if active in components else None
+        return next((name for name in active if name in components), None)
 
     @property
     def component(self) -> NPComponent | None:
         """The active adapter's component; None where it has none in this block."""
         name = self.active_name
-        found: Any = None if name is None else self.npt_components[name]
+        found: Any = None if name is None else self._modules["npt_components"]._modules[name]  # type: ignore[union-attr]
         return found  # type: ignore[no-any-return]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -200,8 +215,6 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         family, block = self.family, self.get_base_layer()
         hooks: list[tuple[str, bool, Any]] = [("tap", False, self._tap), ("down", False, self._add_down)]
         hooks.append(("mlp" if family.mlp else "up", True, self._shift_mlp))
-        if family.norm is not None and not family.parallel:
-            hooks.append(("norm", True, self._keep_residual))
         if family.out is not None:
             hooks.append(("out", False, self._add_out))
         components: Any = self.npt_components.values()
@@ -216,15 +229,34 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             module = self.module(role)
             register = module.register_forward_pre_hook if before else module.register_forward_hook
             self._handles.append(register(hook))
-            self._sites += [(m._modules, n, c) for m in block.modules() for n, c in m.named_children() if c is module]
+            self._follow(module)
+        if family.norm is not None:
+            self._follow(self.module("norm"))
+            self._hook_norm()
         self._handles.append(block.register_forward_pre_hook(self._begin))
         self._handles.append(block.register_forward_hook(self._finish, with_kwargs=True, always_call=True))
 
+    def _follow(self, module: nn.Module) -> None:
+        """Remembers where a hooked module stands, see `_begin`."""
+        inside = self.get_base_layer().modules()
+        self._sites += [(m._modules, n, c) for m in inside for n, c in m.named_children() if c is module]
+
+    def _hook_norm(self) -> None:
+        """Only the exact value reads h, which the norm sees; the hook is there while it is wanted."""
+        components: Any = self.npt_components.values()
+        wanted = self._override == EXACT or any(component.spec.carry == "exact" for component in components)
+        wanted = wanted and self.family.norm is not None and not self.family.parallel
+        if wanted and self._norm_hook is None:
+            self._norm_hook = self.module("norm").register_forward_pre_hook(self._keep_residual)
+        elif not wanted and self._norm_hook is not None:
+            self._norm_hook.remove()
+            self._norm_hook = None
+
     def detach(self) -> None:
         """Takes the hooks off; the block is the original one again."""
-        for handle in self._handles:
+        for handle in [*self._handles, *([] if self._norm_hook is None else [self._norm_hook])]:
             handle.remove()
-        self._handles, self._sites = [], []
+        self._handles, self._sites, self._norm_hook = [], [], None
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         """Moves the hooks where a module was wrapped after conversion, as LoRA wraps linears; settles what is active."""
@@ -237,7 +269,9 @@ class NPTLayer(nn.Module, BaseTunerLayer):
 
     def _start(self) -> _Pass:
         now = self._pass
-        now.component, now.multiplier = self.active(), self.multiplier
+        now.component = self.active()
+        if self.family.multiplier is not None:
+            now.multiplier = self.multiplier
         return now
 
     def _tap(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:

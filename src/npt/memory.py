@@ -6,39 +6,21 @@ Computed: arithmetic on shapes, or the very same code run on the meta device, wh
 
 from __future__ import annotations
 
-import logging
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
-from npt.builtin import source_of
 from npt.component import ComponentSpec, NPComponent
-from npt.errors import NPTError
+from npt.meta import LLAMA_7B, AllocationCounter, PretendValues, dtype_of, enable_checkpointing, load_shapes, shapes_of
 from npt.objectives import Objective
-from npt.tuner import NPTConfig, active_layers, parameter_counts
+from npt.tuner import active_layers, parameter_counts
 
-#: Shapes of Llama-2-7b, so that no hub is needed to talk about 7B.
-LLAMA_7B = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "vocab_size": 32000,
-}  # fmt: skip
-#: Models known by shape: `model.base_model_name` for `npt memory`.
-KNOWN_SHAPES = {"llama-2-7b": LLAMA_7B}
 BATCH, TOKENS = 4, 512
 #: Tokens measured at once; more are computed, so that a large batch does not fill the memory it asks about.
 MEASURED_TOKENS = BATCH * TOKENS
-#: The name under which transformers finds `_fused_attention`.
-FUSED = "npt_fused_shapes"
 
 
 @dataclass(frozen=True)
@@ -70,41 +52,6 @@ class MemoryEstimate:
     logits_step_bytes: int
     logits_checkpointed_bytes: int
     materialized_bytes: int
-
-
-class AllocationCounter(TorchDispatchMode):
-    """Counts bytes of tensor storage alive at once, above what was alive on entry; works on the meta device too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {_storage_id(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and _storage_id(tensor) not in known | self._seen:
-                self._watch(tensor)
-        return result
-
-    def _watch(self, tensor: Tensor) -> None:
-        storage, key = tensor.untyped_storage(), _storage_id(tensor)
-        size = storage.nbytes()
-        self._seen.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-        def freed() -> None:
-            self._seen.discard(key)
-            self.live -= size
-
-        weakref.finalize(storage, freed)
-
-
-def _storage_id(tensor: Tensor) -> int:
-    """A storage has one Python object for as long as it lives; addresses of data are all zero on the meta device."""
-    return id(tensor.untyped_storage())
 
 
 def materialized_delta_bytes(
@@ -199,7 +146,7 @@ def estimate(
     Raises:
         NPTError: no causal LM has this configuration, or it can't be converted with these options.
     """
-    model = _shapes_of(hf_config, options, dtype)
+    model = shapes_of(hf_config, options, dtype)
     layers = active_layers(model)
     own, base = parameter_counts(model)
     spec: Any = layers[0].component.spec  # type: ignore[union-attr]
@@ -207,7 +154,7 @@ def estimate(
     for parameter in (p for layer in layers for p in layer.parameters()):
         frozen.pop(id(parameter))
     local, logits = (_step_peak(model, name, batch, tokens) for name in ("local", "logits"))
-    _enable_checkpointing(model.get_base_model())
+    enable_checkpointing(model.get_base_model())
     formed = materialized_delta_bytes(
         spec.hidden_size, spec.intermediate_size, len(spec.projections), layers=len(layers), batch=batch, tokens=tokens
     )
@@ -226,38 +173,6 @@ def estimate(
     )
 
 
-def _shapes_of(hf_config: Any, options: Any, dtype: torch.dtype) -> Any:
-    """The converted model on the meta device."""
-    if options is None or isinstance(options, Mapping):
-        adapter = NPTConfig(**(options or {}))
-    else:
-        adapter = NPTConfig.from_options(options)
-    try:
-        with torch.device("meta"):
-            base: Any = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=FUSED)
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:120]
-        raise NPTError(f"{type(hf_config).__name__} is no causal language model ({reason}); name another") from error
-    with _without_contract_warning():
-        return get_peft_model(base, adapter)
-
-
-@contextmanager
-def _without_contract_warning() -> Iterator[None]:
-    """On the meta device there is nothing the conversion contract could check, and nobody to warn."""
-    contract = logging.getLogger("npt.contract")
-    before, contract.disabled = contract.disabled, True
-    try:
-        yield
-    finally:
-        contract.disabled = before
-
-
-def _enable_checkpointing(base: Any) -> None:
-    """The old name draws a warning in transformers 5.23, and the new one does not exist before it."""
-    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
-
-
 def _step_peak(model: Any, objective: str, batch: int, tokens: int) -> int:
     """Peak bytes of one micro-batch's forward and backward, with the real objective, on the meta device."""
     shape, scales = (batch, tokens), {layer.index: 1.0 for layer in active_layers(model)}
@@ -265,37 +180,12 @@ def _step_peak(model: Any, objective: str, batch: int, tokens: int) -> int:
     # A mask of four dimensions is taken as it is; transformers would read the values of any other.
     inputs["attention_mask"] = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device="meta")
     model.train()
-    with _EveryTokenCounts(), AllocationCounter() as counter:
+    with PretendValues(), AllocationCounter() as counter:
         total = Objective(objective, scales=scales)(model, inputs, float(batch * tokens)).total
         if total.requires_grad:
             total.backward()
     model.zero_grad(set_to_none=True)
     return counter.peak
-
-
-class _EveryTokenCounts(TorchDispatchMode):
-    """Selecting by a boolean mask depends on values; on the meta device the mask is taken to be all true."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.index.Tensor and args[0].is_meta and args[1][0].dtype == torch.bool:
-            mask = args[1][0]
-            return args[0].new_empty(mask.numel(), *args[0].shape[mask.dim() :])
-        return func(*args, **(kwargs or {}))
-
-
-def _fused_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: Any = None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Causal attention as the CPU fuses it: scaled_dot_product_attention on the meta device would take the unfused
-    path, and count (tokens, tokens) matrices that no fused kernel keeps."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output = fused(query, key, value, 0.0, True, scale=scaling)[0]
-    return output.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(FUSED, _fused_attention)
 
 
 def memory_table(config: Any = None) -> list[MemoryRow]:
@@ -304,9 +194,9 @@ def memory_table(config: Any = None) -> list[MemoryRow]:
     Raises:
         NPTError: the model's configuration can't be loaded, or the model can't be converted.
     """
-    hf_config = LlamaConfig(**LLAMA_7B) if config is None else _load_hf_config(config)
+    hf_config = LlamaConfig(**LLAMA_7B) if config is None else load_shapes(config)
     batch, tokens = (BATCH, TOKENS) if config is None else (config.training.batch_size, config.data.max_length)
-    dtype = torch.bfloat16 if config is None else _dtype(config.model.dtype, hf_config)
+    dtype = torch.bfloat16 if config is None else dtype_of(config.model.dtype, hf_config)
     found = estimate(hf_config, None if config is None else config.model, batch, tokens, dtype)
     spec, count = found.spec, len(found.layers)
     shape = f"batch {batch} x {tokens} tokens, d {spec.hidden_size}, f {spec.intermediate_size}"
@@ -338,26 +228,3 @@ def _value_rows(spec: ComponentSpec, shape: str, tokens: int) -> list[MemoryRow]
         MemoryRow(what, component_bytes(spec, tokens)[1], "computed"),
         MemoryRow(part, values_peak(spec, MEASURED_TOKENS), "measured"),
     ]
-
-
-def _dtype(name: str, hf_config: Any) -> torch.dtype:
-    """`auto` is what the checkpoint says, float32 where it says nothing."""
-    if name == "auto":
-        name = str(getattr(hf_config, "dtype", None) or "float32").removeprefix("torch.")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _load_hf_config(config: Any) -> Any:
-    name = source_of(config.model.base_model_name)
-    if name in KNOWN_SHAPES and not Path(name).is_dir():
-        return LlamaConfig(**KNOWN_SHAPES[name])
-    try:
-        return AutoConfig.from_pretrained(
-            name, cache_dir=config.paths.cache_dir, trust_remote_code=config.model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise NPTError(
-            f"model.base_model_name={name!r}: its configuration can't be loaded ({' '.join(str(error).split())[:120]}); "
-            f"check the name or the network, give a local folder, {' or '.join(KNOWN_SHAPES)}, or leave out --config"
-        ) from error

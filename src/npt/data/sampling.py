@@ -83,7 +83,7 @@ def sample_blocks(
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     _check_sizes(base.config, num_blocks, max_length, batch_size)
     bos = _first_token(tokenizer, base.config)
-    batch_size = min(num_blocks, batch_size or _default_batch(base, max_length))
+    batch_size = min(num_blocks, batch_size or default_batch(base, max_length))
     request: list[Any] = [num_blocks, max_length, seed, label, batch_size, bos]
     path = None if cache_dir is None else _cache_path(Path(cache_dir), model, base, request)
     ids = None if path is None else _read_cache(path, (num_blocks, max_length))
@@ -119,7 +119,7 @@ def _first_token(tokenizer: Any, config: Any) -> int:
     )
 
 
-def _default_batch(base: Any, max_length: int) -> int:
+def default_batch(base: Any, max_length: int) -> int:
     config = base.config.get_text_config(decoder=True)
     keys_and_values = 2 * config.num_hidden_layers * config.hidden_size * max_length * base.dtype.itemsize
     probabilities = 3 * config.vocab_size * torch.float64.itemsize
