@@ -22,7 +22,7 @@ import transformers
 from benchmarks import contenders as c
 from benchmarks import linear, materialized
 from benchmarks.readme import write_section
-from benchmarks.tables import linear_table, speed_table
+from benchmarks.tables import linear_table, materialized_table, speed_table
 from benchmarks.timing import Run, interleaved, peak, ratios
 from npt.builtin import source_of
 
@@ -39,7 +39,9 @@ def measure_model(source: Any, options: argparse.Namespace, label: str) -> dict[
     for name, (runs, rounds) in parts(models, options).items():
         if options.part in name:
             found[name] = measure_part(runs, rounds, options.memory)
-            print(f"{label}, {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in found[name]["ratios"].items()), flush=True)
+            print(
+                f"{label}, {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in found[name]["ratios"].items()), flush=True
+            )
     return found
 
 
@@ -145,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.readme:
         write_section("README.md", "speed", speed_table(result))
         write_section("docs/speed.md", "speed", speed_table(result))
+        write_section("docs/speed.md", "materialized", materialized_table(result))
         write_section("docs/speed.md", "linear", linear_table(result))
 
 

@@ -55,7 +55,7 @@ def materialized(model: Any) -> Any:
     base = sharing(model.get_base_model())
     for layer in active_layers(base):
         layer.detach()
-        block = layer.get_base_layer()
+        block: Any = layer.get_base_layer()
         block.mlp = MaterializedMLP(layer, block.mlp)
         block.self_attn.o_proj.register_forward_hook(block.mlp.tap)
     return base

@@ -41,6 +41,20 @@ def cell(part: dict[str, Any] | None, who: str, kind: str) -> str:
     return f"{ratio:.3f} ± {time['spread'] / time['seconds'] * ratio:.3f}"
 
 
+def materialized_table(result: dict[str, Any]) -> str:
+    """The strawman beside NPT and the frozen base."""
+    found = result["suites"].get("materialized")
+    if found is None:
+        return ""
+    rows = [
+        [name, f"{1000 * found['times'][key]['seconds']:.0f} ms", f"{found['peaks'][key] / 2**20:.0f} MiB"]
+        for name, key in (("frozen base", "base"), ("NPT", "npt"), ("W + dW formed per token", "materialized"))
+    ]
+    table = markdown([f"forward, d {found['hidden']}, {found['tokens']} tokens", "time", "peak memory"], rows)
+    line = f"{found['slower']:.0f} times slower and {found['memory']:.0f} times the memory of NPT, with the same output"
+    return f"{table}\n\nFormed: {line} (relative difference {found['difference']:.0e})."
+
+
 def linear_table(result: dict[str, Any]) -> str:
     """Microseconds per token over rank and sequence length, and the fitted slopes."""
     found = result["suites"].get("linear")

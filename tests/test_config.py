@@ -17,7 +17,7 @@ training: batch_size gradient_accumulation_steps learning_rate num_epochs warmup
  equivalence_weight regularization_weight logging_steps prediction_logging_steps eval_steps save_steps
 data: dataset_name dataset_config max_length num_train_samples num_eval_samples
 wandb: enabled project entity tags
-optimization: use_cpu_offload use_8bit mixed_precision
+optimization: use_cpu_offload use_8bit use_4bit mixed_precision
 paths: output_dir cache_dir checkpoint_dir
 """
 

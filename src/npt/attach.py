@@ -181,7 +181,8 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     def active_name(self) -> str | None:
         """The active adapter that has a component in this block."""
         # Past nn.Module's and PEFT's lookups: this is asked once per block and decoded token.
-        active, components = self._active_adapter, self._modules["npt_components"]._modules  # type: ignore[union-attr]
+        active: Any = self._active_adapter
+        components = self._modules["npt_components"]._modules  # type: ignore[union-attr]
         if isinstance(active, str):
             return active if active in components else None
         return next((name for name in active if name in components), None)

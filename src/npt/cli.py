@@ -151,12 +151,21 @@ def watch(
 
 
 @app.command()
-def memory(config: Config = None, set_: Set = None) -> None:
-    """What per-token weight deltas would cost if they were formed, and what this implementation uses, measured."""
+def memory(
+    config: Config = None,
+    set_: Set = None,
+    limit: Annotated[
+        str | None, typer.Option(help="memory of the device the run is for, such as 24GiB; this machine's by default")
+    ] = None,
+) -> None:
+    """What a run will need, phase by phase, before it starts, and what formed weight deltas would cost."""
     from npt.memory import memory_table
+    from npt.plan import parse_bytes, render_plan
     from npt.report.terminal import render_memory
 
     run = _load(config, set_) if config or set_ else None
+    if run is not None:
+        render_plan(run, None if limit is None else parse_bytes(limit), console)
     render_memory(memory_table(run), console)
 
 

@@ -338,8 +338,8 @@ class NPComponent(nn.Module):
         return self._modulation(attention) if self.spec.has_low_rank else None
 
     def _modulation(self, attention: Tensor) -> Tensor:
-        A = self.A
-        modulation = torch.tanh(self.centered(_cast(attention, A.dtype)) @ A)
+        to_rank = self.A
+        modulation = torch.tanh(self.centered(_cast(attention, to_rank.dtype)) @ to_rank)
         return modulation if self.spec.modulation_scale == 1 else self.spec.modulation_scale * modulation
 
     def keyed_shift(self, attention: Tensor, z: Tensor) -> Tensor | None:

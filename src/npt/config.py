@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -185,13 +185,15 @@ class OptimizationSection(_Section):
 
     use_cpu_offload: bool = False
     use_8bit: bool = False
+    use_4bit: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
 
     def conflicts(self) -> Iterator[Conflict]:
-        """8-bit weights stay where bitsandbytes put them."""
-        if self.use_8bit and self.use_cpu_offload:
-            text = "true can't be combined with optimization.use_cpu_offload=true; set one of them to false"
-            yield ("use_8bit", "use_cpu_offload"), text
+        """Quantised weights stay where bitsandbytes put them."""
+        for one, other in (("use_8bit", "use_cpu_offload"), ("use_4bit", "use_cpu_offload"), ("use_4bit", "use_8bit")):
+            if getattr(self, one) and getattr(self, other):
+                text = f"true can't be combined with optimization.{other}=true; set one of them to false"
+                yield (one, other), text
 
 
 class PathsSection(_Section):
@@ -257,6 +259,22 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Writes a configuration as YAML, every key."""
     Path(path).write_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def with_overrides(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A copy with {"section.key": value} changed.
+
+    Raises:
+        ConfigError: what comes out contradicts itself.
+    """
+    values = config.model_dump()
+    for name, value in changes.items():
+        section, key = name.split(".")
+        values[section][key] = value
+    changed, problems = _validate(values)
+    if changed is None or problems:
+        raise ConfigError("\n".join(problems))
+    return changed
 
 
 def _parse(text: str) -> Any:

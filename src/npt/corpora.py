@@ -89,16 +89,16 @@ def calibration_batches(
     config: RunConfig, tokenizer: Any, train: datasets.Dataset, device: torch.device
 ) -> list[dict[str, torch.Tensor]]:
     """Half of the calibration text from the training set, half from `calibration_files` where there are any; mixed."""
-    count = config.data.num_calibration_samples
+    count, size = config.data.num_calibration_samples, config.training.batch_size
     files = config.data.calibration_files or []
     if not files:
-        return list(batches_of(train.select(range(min(count, len(train)))), 16, device))
+        return list(batches_of(train.select(range(min(count, len(train)))), size, device))
     documents = load_documents("text", data_files=files, text_column=config.data.text_column)
     prose = pack(documents, tokenizer, config.data.max_length)
     prose = prose.shuffle(seed=config.training.seed).select(range(min(count // 2, len(prose))))
     own = train.select(range(min(count - len(prose), len(train))))
     mixed = datasets.concatenate_datasets([own, prose.cast(own.features)]).shuffle(seed=config.training.seed)
-    return list(batches_of(mixed, 16, device))
+    return list(batches_of(mixed, size, device))
 
 
 def evaluation_blocks(config: RunConfig, checkpoint: str | Path, model: Any, tokenizer: Any) -> datasets.Dataset:

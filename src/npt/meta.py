@@ -73,7 +73,7 @@ class PretendValues(TorchDispatchMode):
         aten, kwargs = torch.ops.aten, kwargs or {}
         if not any(isinstance(x, Tensor) and x.is_meta for x in tree_iter(args)):
             return func(*args, **kwargs)
-        if func is aten.index.Tensor and args[1][0].dtype == torch.bool:
+        if func is aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
             mask = args[1][0]
             return args[0].new_empty(mask.numel(), *args[0].shape[mask.dim() :])
         if func is aten.nonzero.default:
@@ -99,19 +99,19 @@ def shapes_of(hf_config: Any, options: Any, dtype: torch.dtype) -> Any:
     except ValueError as error:
         reason = " ".join(str(error).split())[:120]
         raise NPTError(f"{type(hf_config).__name__} is no causal language model ({reason}); name another") from error
-    with _without_contract_warning():
+    with quiet("npt.contract"):
         return get_peft_model(base, adapter)
 
 
 @contextmanager
-def _without_contract_warning() -> Iterator[None]:
-    """On the meta device there is nothing the conversion contract could check, and nobody to warn."""
-    contract = logging.getLogger("npt.contract")
-    before, contract.disabled = contract.disabled, True
+def quiet(name: str) -> Iterator[None]:
+    """Switches a logger off: on the meta device there is nothing to check, and nobody to tell."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
     try:
         yield
     finally:
-        contract.disabled = before
+        logger.disabled = before
 
 
 def enable_checkpointing(base: Any) -> None:

@@ -29,7 +29,7 @@ from npt.corpora import (
 )
 from npt.errors import CheckpointError, ConfigError, NPTError
 from npt.evaluation import evaluate
-from npt.loading import default_device, load_base, offload_frozen
+from npt.loading import default_device, load_base, offload_frozen, release_memory
 from npt.objectives import Objective
 from npt.report.page import write_page
 from npt.report.plots import draw_run, read_json_lines
@@ -82,6 +82,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         adapter_config(model).npt_layers, f"{own:,}", 100 * own / frozen, f"{frozen:,}",
     )  # fmt: skip
     train, held_out = corpus_blocks(config, model, tokenizer)
+    release_memory()
     if not resume:
         set_aside(output, ("metrics.jsonl", "samples.jsonl", "evaluation_report.json", "report.html", "plots"))
         set_aside(checkpoints, ("best_model", "checkpoint-*"))
@@ -92,10 +93,12 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         append_json(output / "metrics.jsonl", {"step": 0, "calibration": errors})
         for name, figures in errors.items():
             logger.info("%s: update error %.4f -> %.4f", name, figures["error_before"], figures["error_after"])
+    release_memory()
     trainer = make_trainer(config, model, tokenizer, train)
     steps = trainer.args.max_steps
     if not resume:
         trainer.evaluate()
+        release_memory()
     if steps != 0 and config.model.carry != "exact":
         trainer.train(resume_from_checkpoint=last)
         if trainer.state.global_step % (trainer.args.eval_steps or 1):
@@ -104,9 +107,11 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     save_config(config, best / RUN_CONFIG)
     tokenizer.save_pretrained(str(best))
     set_peft_model_state_dict(model, load_peft_weights(str(best), device=str(device_of(model))))
+    release_memory()
     report = evaluate(
         model, tokenizer, {config.data.dataset_name: held_out} | further_corpora(config, tokenizer),
-        context_length=config.data.max_length, seed=config.training.seed, progress=True,
+        context_length=config.data.max_length, batch_size=config.training.batch_size, seed=config.training.seed,
+        progress=True,
     )  # fmt: skip
     write_json(output / "evaluation_report.json", report)
     write_model_card(best, adapter_config(model), report)
@@ -256,7 +261,8 @@ def run_evaluation(
     own = evaluation_blocks(config, checkpoint, model, tokenizer)
     report = evaluate(
         model, tokenizer, {config.data.dataset_name: own} | further_corpora(config, tokenizer, more_text),
-        context_length=config.data.max_length, seed=config.training.seed, progress=True,
+        context_length=config.data.max_length, batch_size=config.training.batch_size, seed=config.training.seed,
+        progress=True,
     )  # fmt: skip
     write_json(Path(output), report)
     # The curves of training belong to the page when the report lies with them.

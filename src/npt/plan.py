@@ -7,36 +7,47 @@ point operations and bytes moved, over what this machine does in a short measure
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
-from npt.calibration import calibrate, first_tokens
-from npt.config import RunConfig
+from npt.attach import EXACT
+from npt.calibration import SLICE_TOKENS, calibrate, first_tokens
+from npt.config import RunConfig, with_overrides
 from npt.data.batches import batches_of
-from npt.data.sampling import _draw, default_batch, preallocated_cache
-from npt.evaluation.deltas import weight_delta_stats
+from npt.data.sampling import _draw as draw
+from npt.data.sampling import default_batch, preallocated_cache
+from npt.errors import NPTError
+from npt.evaluation.deltas import delta_records
 from npt.evaluation.divergence import token_divergences
 from npt.evaluation.layers import layer_equivalence, residual_stream
 from npt.evaluation.report import DETAIL_BLOCKS
-from npt.meta import AllocationCounter, PretendValues, dtype_of, enable_checkpointing, load_shapes, shapes_of
+from npt.families import blocks_of
+from npt.loading import default_device
+from npt.meta import AllocationCounter, PretendValues, dtype_of, enable_checkpointing, load_shapes, quiet, shapes_of
 from npt.objectives import Objective
+from npt.report.terminal import human_bytes
 from npt.tuner import active_layers, eval_mode, parameter_counts
 
 #: Bytes per weight of a quantised linear: 8 bits and a scale per row; 4 bits and a float32 scale per 64 weights.
 BYTES_8BIT, BYTES_4BIT = 1.0, 0.5 + 4 / 64
 #: What the libraries keep once they have worked: kernels' buffers, threads, modules imported on the way.
-OVERHEAD = 160 * 2**20
+OVERHEAD = 220 * 2**20
+
+
+COLUMNS = ("input_ids", "attention_mask", "labels")
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,10 @@ class Plan:
     step_flops: float
     step_traffic: float
 
+    def step_seconds(self, flops: float, traffic: float) -> float:
+        """Of one micro-batch, on a machine of so many floating point operations and bytes moved per second."""
+        return self.step_flops / flops + self.step_traffic / traffic
+
     @property
     def peak(self) -> int:
         """Of the whole run."""
@@ -83,10 +98,10 @@ def plan_run(config: RunConfig, hf_config: Any = None) -> Plan:
     own, _ = parameter_counts(model)
     step = _Work()
     phases = [Phase("loading", 0)]
-    for name, run in _runs(model, config, step):
-        with PretendValues(), AllocationCounter() as counter:
+    for name, more, run in _runs(model, config, step):
+        with quiet("npt.calibration"), PretendValues(), AllocationCounter() as counter:
             run()
-        phases.append(Phase(name, counter.peak))
+        phases.append(Phase(name, more + counter.peak))
         model.zero_grad(set_to_none=True)
     return Plan(
         weights=weight_bytes(model, optimization) + 4 * own,
@@ -100,14 +115,16 @@ def plan_run(config: RunConfig, hf_config: Any = None) -> Plan:
 def weight_bytes(model: Any, optimization: Any) -> int:
     """Bytes of the frozen base on the device."""
     ours = {id(p) for layer in active_layers(model) for p in layer.parameters()}
+    blocks: Any = blocks_of(model.get_base_model())
     linear = {
         id(module.weight): layer
-        for layer, block in enumerate(_blocks(model))
+        for layer, block in enumerate(blocks)
         for module in block.modules()
         if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2
     }
     per_weight = BYTES_8BIT if optimization.use_8bit else BYTES_4BIT if optimization.use_4bit else None
-    total, per_block = 0.0, {}
+    total = 0.0
+    per_block: dict[int, float] = {}
     for parameter in {id(p): p for p in model.parameters() if id(p) not in ours}.values():
         size = parameter.numel() * (per_weight if per_weight and id(parameter) in linear else parameter.element_size())
         if optimization.use_cpu_offload and id(parameter) in linear:
@@ -118,27 +135,28 @@ def weight_bytes(model: Any, optimization: Any) -> int:
     return int(total + max(per_block.values(), default=0))
 
 
-def _blocks(model: Any) -> list[Any]:
-    from npt.families import blocks_of
-
-    return list(blocks_of(model.get_base_model()))
-
-
-def _runs(model: Any, config: RunConfig, step: _Work) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(phase, what it runs), in the order of a run."""
+def _runs(model: Any, config: RunConfig, step: _Work) -> Iterator[tuple[str, int, Callable[[], Any]]]:
+    """(phase, bytes beside those the run below allocates, what it runs), in the order of a run."""
     t, length = config.training, config.data.max_length
     objective = {"auto": "logits"}.get(t.objective, t.objective)
 
     def batch(rows: int) -> dict[str, Tensor]:
-        return {n: torch.ones(rows, length, dtype=torch.long, device="meta") for n in ("input_ids", "attention_mask", "labels")}
+        return {
+            n: torch.ones(rows, length, dtype=torch.long, device="meta")
+            for n in ("input_ids", "attention_mask", "labels")
+        }
 
     if config.data.dataset_name == "self":
-        yield "sampling text", lambda: _sample_step(model, config)
+        yield "sampling text", 0, lambda: _sample_step(model, config)
     if t.calibrate and config.model.carry != "exact":
         hidden = active_layers(model)[0].shape("up")[0]
+        at_once = t.batch_size * length
         tokens = min(first_tokens(hidden), config.data.num_calibration_samples * length)
-        batches = -(-tokens // (t.batch_size * length)) + 1
-        yield "calibration", lambda: calibrate(model, [batch(t.batch_size) for _ in range(batches)])
+        # Followed for a few batches; what is not, is h and a of further tokens kept before the first fit.
+        batches = -(-min(tokens, SLICE_TOKENS) // at_once)
+        kept = 2 * hidden * model.dtype.itemsize * len(active_layers(model)) * max(0, tokens - batches * at_once)
+        rows = [batch(t.batch_size) for _ in range(batches + 1)]
+        yield "calibration", kept, lambda: calibrate(model, rows, chunk_tokens=batches * at_once)
     if t.num_train_steps != 0 and config.model.carry != "exact":
 
         def train() -> None:
@@ -149,21 +167,47 @@ def _runs(model: Any, config: RunConfig, step: _Work) -> Iterator[tuple[str, Cal
 
         if t.gradient_checkpointing:
             enable_checkpointing(model.get_base_model())
-        yield "training step", train
-    rows = min(DETAIL_BLOCKS, config.data.num_eval_samples or DETAIL_BLOCKS)
-    detail = list(batches_of([{n: x.tolist() for n, x in _row(length).items()}] * rows, t.batch_size, torch.device("meta")))
+        yield "training step", 0, train
+    rows = min(DETAIL_BLOCKS, t.batch_size)
+    detail = list(
+        batches_of([{n: x.tolist() for n, x in _row(length).items()}] * rows, t.batch_size, torch.device("meta"))
+    )
     with eval_mode(model):
-        yield "evaluation: divergence", lambda: token_divergences(model, _row_blocks(length, t.batch_size), batch_size=t.batch_size)
-        yield "evaluation: blocks", lambda: (layer_equivalence(model, detail), residual_stream(model, detail))
-        yield "evaluation: weight deltas", lambda: weight_delta_stats(model, detail)
+        # Positions past the training length are evaluated too, where the model reaches that far.
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+        longest = _row_blocks(2 * length if context >= 2 * length else length, t.batch_size)
+        yield "evaluation: divergence", 0, lambda: token_divergences(model, longest, batch_size=t.batch_size)
+        yield "evaluation: blocks", 0, lambda: (layer_equivalence(model, detail), residual_stream(model, detail))
+        yield "evaluation: weight deltas", 0, lambda: _deltas(model, detail)
+
+
+def _deltas(model: Any, batches: list[dict[str, Tensor]]) -> Any:
+    return delta_records(model, batches), delta_records(model, batches, override=EXACT)
 
 
 def _row(length: int) -> dict[str, Tensor]:
-    return {name: torch.ones(length, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
+    return {name: torch.ones(length, dtype=torch.long) for name in COLUMNS}
 
 
 def _row_blocks(length: int, rows: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({n: [x.tolist()] * rows for n, x in _row(length).items()})
+
+
+class _Work(TorchDispatchMode):
+    """Counts floating point operations and the bytes that all other operators read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops, self.traffic = 0.0, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        elif not any(r.alias_info for r in func._schema.returns if not r.alias_info or not r.alias_info.is_write):
+            tensors = [t for t in tree_iter((args, kwargs, result)) if isinstance(t, Tensor)]
+            self.traffic += sum(t.numel() * t.element_size() for t in tensors)
+        return result
 
 
 @torch.no_grad()
@@ -174,4 +218,108 @@ def _sample_step(model: Any, config: RunConfig) -> None:
     cache = preallocated_cache(base, length - 1)
     ids = torch.ones(rows, 1, dtype=torch.long, device="meta")
     logits = base(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
-    _draw(logits, torch.ones(rows, device="meta"))
+    draw(logits, torch.ones(rows, device="meta"))
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes a run may use on this machine: the GPU's memory, or what main memory has left."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().available)
+
+
+#: What saves memory, in the order in which it costs least: (keys to set, whether it is for this run).
+_SAVINGS: list[tuple[dict[str, Any], Callable[[RunConfig], bool]]] = [
+    ({"model.dtype": "bfloat16"}, lambda c: c.model.dtype != "bfloat16"),
+    ({"training.gradient_checkpointing": True}, lambda c: c.training.objective != "local"),
+    ({"training.batch_size": 1}, lambda c: c.training.batch_size > 1),
+    ({"training.objective": "local"}, lambda c: c.training.objective in ("auto", "logits")),
+    ({"optimization.use_8bit": True}, lambda c: not c.optimization.use_cpu_offload),
+    ({"optimization.use_8bit": False, "optimization.use_4bit": True}, lambda c: not c.optimization.use_cpu_offload),
+    ({"optimization.use_4bit": False, "optimization.use_cpu_offload": True}, lambda c: True),
+]
+
+
+def advice(config: RunConfig, limit: int, hf_config: Any = None) -> tuple[list[str], Plan]:
+    """(overrides that bring the run's memory under `limit` bytes, its plan then); all of them where none suffices."""
+    changes: dict[str, Any] = {}
+    plan = plan_run(config, hf_config)
+    for values, concerns in _SAVINGS:
+        if plan.peak <= limit:
+            break
+        if not concerns(config):
+            continue
+        changes |= values
+        if "training.batch_size" in values:
+            changes["training.gradient_accumulation_steps"] = (
+                config.training.batch_size * config.training.gradient_accumulation_steps
+            )
+        config = with_overrides(config, changes)
+        plan = plan_run(config, hf_config)
+    return [f"{key}={str(value).lower()}" for key, value in changes.items() if value is not False], plan
+
+
+@torch.no_grad()
+def machine_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> tuple[float, float]:
+    """(floating point operations, bytes moved) per second of this machine, in products and sums of middling size."""
+    x, w = (torch.ones(shape, dtype=dtype, device=device) for shape in ((1024, 1024), (1024, 2816)))
+    wide = torch.ones(2**23, dtype=dtype, device=device)
+    products = _rate(lambda: x @ w, 2 * x.shape[0] * w.numel(), seconds, device)
+    return products, _rate(lambda: wide + wide, 3 * wide.numel() * wide.element_size(), seconds, device)
+
+
+def _rate(run: Callable[[], Any], work: float, seconds: float, device: torch.device) -> float:
+    times: list[float] = []
+    run()
+    while sum(times) < seconds:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return work / sorted(times)[len(times) // 2]
+
+
+def parse_bytes(text: str) -> int:
+    """ "24GiB" or "24 GB" in bytes.
+
+    Raises:
+        NPTError: not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise NPTError(f"--limit {text}: not a size; write a number and a unit, such as 24GiB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))
+
+
+def render_plan(config: RunConfig, limit: int | None, console: Console) -> None:
+    """Prints what the run needs, and what to turn on when it is more than `limit` bytes (None: this machine's)."""
+    device = default_device()
+    hf_config = load_shapes(config)
+    with console.status("running the run's code on shapes"):
+        plan = plan_run(config, hf_config)
+    table = Table(title=f"what `npt train` needs for {config.model.base_model_name}", title_justify="left")
+    table.add_column("phase")
+    table.add_column("above the weights", justify="right")
+    for phase in plan.phases:
+        table.add_row(phase.name, human_bytes(phase.bytes))
+    table.add_section()
+    table.add_row("weights on the device", human_bytes(plan.weights))
+    table.add_row("AdamW's moments, from training on", human_bytes(plan.optimizer))
+    table.add_row("libraries at work", human_bytes(OVERHEAD))
+    table.add_row("peak of the run", human_bytes(plan.peak), style="bold")
+    console.print(table)
+    if plan.step_flops:
+        speed = machine_speed(device, dtype_of(config.model.dtype, hf_config))
+        steps, seconds = config.training.gradient_accumulation_steps, plan.step_seconds(*speed)
+        console.print(f"a training step on this machine: about {steps * seconds:.2g} s ({steps} x {seconds:.2g} s)")
+    limit = device_memory(device) if limit is None else limit
+    if plan.peak <= limit:
+        console.print(f"fits: {human_bytes(limit)} available")
+        return
+    with console.status("looking for what would fit"):
+        changes, least = advice(config, limit, hf_config)
+    verdict = "fits with" if least.peak <= limit else "does not fit even with"
+    options = " ".join(f"--set {change}" for change in changes)
+    console.print(f"{human_bytes(limit)} available: {verdict} {options} ({human_bytes(least.peak)})", soft_wrap=True)

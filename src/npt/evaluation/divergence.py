@@ -63,6 +63,7 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
                 rows = slice(filled, filled + len(chunk))
                 table[rows] = torch.cat([figures, place[chunk].double()], -1).cpu().numpy()
                 filled = rows.stop
+            del teacher, student  # else a batch's logits are still there when the next one's are computed
     if not filled:
         raise DataError("evaluation text holds no token that counts: every block is padding or a single token")
     return dict(zip(COLUMNS, table[:filled].T, strict=True))
