@@ -100,7 +100,12 @@ def measure(shape: Any, overrides: list[str]) -> dict[str, float]:
         seconds = plan.step_seconds(*machine_speed(torch.device("cpu"), dtype))
         subprocess.run([sys.executable, "-c", CHILD, f"{folder}/found.json", *settings], check=True)
         found = json.loads(Path(f"{folder}/found.json").read_text())
-    return {"measured": found["peak"], "predicted": plan.peak, "seconds": found["seconds"], "predicted_seconds": seconds}
+    return {
+        "measured": found["peak"],
+        "predicted": plan.peak,
+        "seconds": found["seconds"],
+        "predicted_seconds": seconds,
+    }
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
