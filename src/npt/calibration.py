@@ -134,8 +134,9 @@ class _BlockFit:
     def _fit_chunk(self) -> None:
         chunk, self.chunk = self.chunk, []
         # Not every n-th token: that may be the first of every text.
-        mask = torch.randperm(self.held, generator=torch.Generator().manual_seed(0)) < PROBE_TOKENS
-        picked = mask.to(chunk[0][0].device).split([len(h) for h, _ in chunk])
+        order = torch.randperm(self.held, generator=torch.Generator().manual_seed(0))
+        mask = torch.zeros(self.held, dtype=torch.bool).index_fill(0, order[:PROBE_TOKENS], True)
+        picked = [part.nonzero()[:, 0].to(chunk[0][0].device) for part in mask.split([len(h) for h, _ in chunk])]
         h, a = (torch.cat([x[i] for x, i in zip(parts, picked, strict=True)]) for parts in zip(*chunk, strict=True))
         with layer_mode([self.layer], on_block=None, override=EXACT):
             self.probe = (h, a, self.layer.update_from(h[None], a[None])[0])

@@ -167,6 +167,7 @@ def _runs(model: Any, config: RunConfig, step: _Work) -> Iterator[tuple[str, int
 
         if t.gradient_checkpointing:
             enable_checkpointing(model.get_base_model())
+        model.train()  # after it, as Trainer does: the adapter looks then at what is on
         yield "training step", 0, train
     rows = min(DETAIL_BLOCKS, t.batch_size)
     detail = list(
