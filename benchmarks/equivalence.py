@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.readme import ROOT, write_section
+from benchmarks.tables import markdown
 from npt.config import RunConfig, load_config
 from npt.pipeline import run_evaluation, run_training
 
@@ -100,7 +101,7 @@ def table(results: dict[str, Any]) -> str:
         "same top token",
         *(f"KL on {n}" for n in names),
     ]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    rows = []
     for label, row in results.items():
         seeds = row["seeds"]
         ratio, kl, top = (mean(s[k] for s in seeds) for k in ("perplexity_ratio", "mean_kl", "top1_agreement"))
@@ -113,8 +114,8 @@ def table(results: dict[str, Any]) -> str:
             f"{100 * top:.1f} %",
         ]
         cells += [f"{row['texts'][name]['mean_kl']:.4f}" for name in names]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(heads, rows)
 
 
 def main() -> None:

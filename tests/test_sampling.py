@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npt.data import sample_blocks
-from npt.data.sampling import _draw, _with_labels
+from npt.data.sampling import _with_labels, draw
 from npt.errors import DataError
 from tests.conftest import converted, random_base
 
@@ -63,14 +63,14 @@ def test_cached_decoding_sees_the_whole_block() -> None:
     ids = torch.ones(3, 1, dtype=torch.long)
     with torch.no_grad():
         for i in range(11):
-            ids = torch.cat((ids, _draw(base(ids).logits[:, -1], uniforms[:, i])[:, None]), dim=1)
+            ids = torch.cat((ids, draw(base(ids).logits[:, -1], uniforms[:, i])[:, None]), dim=1)
     assert sampled(base, 3) == ids.tolist()
 
 
 def test_draws_never_hit_an_impossible_token() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
     uniforms = torch.tensor([0.0, 0.499, 0.501, 1 - 2**-53], dtype=torch.float64)
-    assert _draw(logits, uniforms).tolist() == [1, 1, 3, 3]
+    assert draw(logits, uniforms).tolist() == [1, 1, 3, 3]
 
 
 def test_sampling_goes_on_after_a_separator() -> None:

@@ -107,7 +107,8 @@ class _BlockFit:
 
     def see(self, record: BlockRecord, mask: Tensor) -> None:
         """Takes one batch of (batch, tokens, d) hidden states; mask (batch, tokens) marks the real ones."""
-        h, a = (x.flatten(0, 1) if mask.all() else x[mask] for x in (record.hidden_states, record.attention))
+        unpadded = bool(mask.all())
+        h, a = (x.flatten(0, 1) if unpadded else x[mask] for x in (record.hidden_states, record.attention))
         self.tokens += len(h)
         if self.cutoff is not None:
             self._accumulate([(h, a)])
@@ -134,8 +135,7 @@ class _BlockFit:
     def _fit_chunk(self) -> None:
         chunk, self.chunk = self.chunk, []
         # Not every n-th token: that may be the first of every text.
-        order = torch.randperm(self.held, generator=torch.Generator().manual_seed(0))
-        mask = torch.zeros(self.held, dtype=torch.bool).index_fill(0, order[:PROBE_TOKENS], True)
+        mask = torch.randperm(self.held, generator=torch.Generator().manual_seed(0)) < PROBE_TOKENS
         picked = [part.nonzero()[:, 0].to(chunk[0][0].device) for part in mask.split([len(h) for h, _ in chunk])]
         h, a = (torch.cat([x[i] for x, i in zip(parts, picked, strict=True)]) for parts in zip(*chunk, strict=True))
         with layer_mode([self.layer], on_block=None, override=EXACT):

@@ -26,9 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from npt.attach import EXACT
 from npt.calibration import SLICE_TOKENS, calibrate, first_tokens
 from npt.config import RunConfig, with_overrides
-from npt.data.batches import batches_of
-from npt.data.sampling import _draw as draw
-from npt.data.sampling import default_batch, preallocated_cache
+from npt.data.sampling import default_batch, draw, preallocated_cache
 from npt.errors import NPTError
 from npt.evaluation.deltas import delta_records
 from npt.evaluation.divergence import token_divergences
@@ -45,8 +43,7 @@ from npt.tuner import active_layers, eval_mode, parameter_counts
 BYTES_8BIT, BYTES_4BIT = 1.0, 0.5 + 4 / 64
 #: What the libraries keep once they have worked: kernels' buffers, threads, modules imported on the way.
 OVERHEAD = 220 * 2**20
-
-
+#: Of a batch.
 COLUMNS = ("input_ids", "attention_mask", "labels")
 
 
@@ -140,11 +137,8 @@ def _runs(model: Any, config: RunConfig, step: _Work) -> Iterator[tuple[str, int
     t, length = config.training, config.data.max_length
     objective = {"auto": "logits"}.get(t.objective, t.objective)
 
-    def batch(rows: int) -> dict[str, Tensor]:
-        return {
-            n: torch.ones(rows, length, dtype=torch.long, device="meta")
-            for n in ("input_ids", "attention_mask", "labels")
-        }
+    def batch(rows: int = t.batch_size) -> dict[str, Tensor]:
+        return {name: torch.ones(rows, length, dtype=torch.long, device="meta") for name in COLUMNS}
 
     if config.data.dataset_name == "self":
         yield "sampling text", 0, lambda: _sample_step(model, config)
@@ -155,28 +149,26 @@ def _runs(model: Any, config: RunConfig, step: _Work) -> Iterator[tuple[str, int
         # Followed for a few batches; what is not, is h and a of further tokens kept before the first fit.
         batches = -(-min(tokens, SLICE_TOKENS) // at_once)
         kept = 2 * hidden * model.dtype.itemsize * len(active_layers(model)) * max(0, tokens - batches * at_once)
-        rows = [batch(t.batch_size) for _ in range(batches + 1)]
-        yield "calibration", kept, lambda: calibrate(model, rows, chunk_tokens=batches * at_once)
+        text = [batch() for _ in range(batches + 1)]
+        yield "calibration", kept, lambda: calibrate(model, text, chunk_tokens=batches * at_once)
     if t.num_train_steps != 0 and config.model.carry != "exact":
 
         def train() -> None:
             scales = {layer.index: 1.0 for layer in active_layers(model)}
             with step:
                 loss = Objective(objective, scales=scales, regularization_weight=t.regularization_weight)
-                loss(model, batch(t.batch_size), float(t.batch_size * length)).total.backward()
+                loss(model, batch(), float(t.batch_size * length)).total.backward()
 
         if t.gradient_checkpointing:
             enable_checkpointing(model.get_base_model())
         model.train()  # after it, as Trainer does: the adapter looks then at what is on
         yield "training step", 0, train
-    rows = min(DETAIL_BLOCKS, t.batch_size)
-    detail = list(
-        batches_of([{n: x.tolist() for n, x in _row(length).items()}] * rows, t.batch_size, torch.device("meta"))
-    )
+    detail = [batch(min(DETAIL_BLOCKS, t.batch_size))]
     with eval_mode(model):
         # Positions past the training length are evaluated too, where the model reaches that far.
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-        longest = _row_blocks(2 * length if context >= 2 * length else length, t.batch_size)
+        ones = [1] * (2 * length if context >= 2 * length else length)
+        longest = datasets.Dataset.from_dict({name: [ones] * t.batch_size for name in COLUMNS})
         yield "evaluation: divergence", 0, lambda: token_divergences(model, longest, batch_size=t.batch_size)
         yield "evaluation: blocks", 0, lambda: (layer_equivalence(model, detail), residual_stream(model, detail))
         yield "evaluation: weight deltas", 0, lambda: _deltas(model, detail)
@@ -184,14 +176,6 @@ def _runs(model: Any, config: RunConfig, step: _Work) -> Iterator[tuple[str, int
 
 def _deltas(model: Any, batches: list[dict[str, Tensor]]) -> Any:
     return delta_records(model, batches), delta_records(model, batches, override=EXACT)
-
-
-def _row(length: int) -> dict[str, Tensor]:
-    return {name: torch.ones(length, dtype=torch.long) for name in COLUMNS}
-
-
-def _row_blocks(length: int, rows: int) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({n: [x.tolist()] * rows for n, x in _row(length).items()})
 
 
 class _Work(TorchDispatchMode):
@@ -241,10 +225,13 @@ _SAVINGS: list[tuple[dict[str, Any], Callable[[RunConfig], bool]]] = [
 ]
 
 
-def advice(config: RunConfig, limit: int, hf_config: Any = None) -> tuple[list[str], Plan]:
-    """(overrides that bring the run's memory under `limit` bytes, its plan then); all of them where none suffices."""
+def advice(config: RunConfig, limit: int, hf_config: Any = None, plan: Plan | None = None) -> tuple[list[str], Plan]:
+    """(overrides that bring the run's memory under `limit` bytes, its plan then); all of them where none suffices.
+
+    plan: the configuration's, where it is known already.
+    """
     changes: dict[str, Any] = {}
-    plan = plan_run(config, hf_config)
+    plan = plan_run(config, hf_config) if plan is None else plan
     for values, concerns in _SAVINGS:
         if plan.peak <= limit:
             break
@@ -320,7 +307,7 @@ def render_plan(config: RunConfig, limit: int | None, console: Console) -> None:
         console.print(f"fits: {human_bytes(limit)} available")
         return
     with console.status("looking for what would fit"):
-        changes, least = advice(config, limit, hf_config)
+        changes, least = advice(config, limit, hf_config, plan)
     verdict = "fits with" if least.peak <= limit else "does not fit even with"
     options = " ".join(f"--set {change}" for change in changes)
     console.print(f"{human_bytes(limit)} available: {verdict} {options} ({human_bytes(least.peak)})", soft_wrap=True)

@@ -162,13 +162,13 @@ def _sample(
         cache = preallocated_cache(base, draws)
         for i in range(draws):
             logits = base(input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1]
-            tokens[:, i + 1] = _draw(logits, chunk[:, i])
+            tokens[:, i + 1] = draw(logits, chunk[:, i])
             advance(len(chunk))
         ids[start : start + batch_size] = tokens.to("cpu", torch.int32)
     return ids
 
 
-def _draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """(batch,) ids, one from each row of (batch, vocabulary) logits: the inverse of the distribution function."""
     # float64: summed over a large vocabulary, float32 would lose the rare tokens. MPS has no float64.
     wide = logits.cpu().double() if logits.device.type == "mps" else logits.double()
