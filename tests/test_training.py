@@ -26,7 +26,15 @@ def blocks(count: int = 32, seed: int = 0) -> Any:
     return pack_token_ids(ids, 16, pad_token_id=0)
 
 
-def trainer(folder: Path, *, kind: str = "llama", objective: str = "logits", steps: int = 8, **options: Any) -> Any:
+def trainer(
+    folder: Path,
+    *,
+    kind: str = "llama",
+    objective: str = "logits",
+    steps: int = 8,
+    trainer_options: Any = None,
+    **options: Any,
+) -> Any:
     model = get_peft_model(random_base(kind, torch.float32), NPTConfig(npt_layers=[1, 3], rank=3))
     arguments = {
         "per_device_train_batch_size": 4, "max_steps": steps, "learning_rate": 5e-3, "logging_steps": 1, "save_steps": 4,
@@ -39,6 +47,7 @@ def trainer(folder: Path, *, kind: str = "llama", objective: str = "logits", ste
         train_dataset=blocks(),
         eval_dataset=blocks(8, 9),
         callbacks=[JsonLinesCallback(folder / "metrics.jsonl"), BestAdapterCallback(folder / "best_model", model)],
+        **(trainer_options or {}),
     )
 
 
@@ -199,3 +208,20 @@ def test_best_adapter_is_kept(tmp_path: Path) -> None:
 def test_an_unconverted_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="no active NPT adapter"):
         EquivalenceTrainer(random_base("llama"), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+
+@pytest.mark.parametrize("objective", ["logits", "local"])
+def test_mixed_precision_reaches_the_objective(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The objectives call what lies inside the model whose forward accelerate wraps in autocast."""
+    seen: list[bool] = []
+    original = Objective.__call__
+
+    def call(self: Any, *args: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16)
+        return original(self, *args)
+
+    monkeypatch.setattr(Objective, "__call__", call)
+    run = trainer(tmp_path, objective=objective, steps=4, bf16=True)
+    run.train()
+    assert seen and all(seen)
+    assert all(value == value for _, value in logged(tmp_path))

@@ -133,6 +133,7 @@ class TrainingSection(_Section):
     regularization_weight: Annotated[Real, Field(ge=0)] = 0.0
     calibrate: bool = True
     gradient_checkpointing: bool = False
+    teacher_top_k: Positive = 64
     logging_steps: Positive = 10
     prediction_logging_steps: Positive = 150
     eval_steps: Positive = 50
@@ -197,11 +198,14 @@ class OptimizationSection(_Section):
 
 
 class PathsSection(_Section):
-    """Where things go; `cache_dir` null = the libraries' own caches, and sampled text is not kept."""
+    """Where things go; `cache_dir` null = the libraries' own caches, and sampled text is not kept; `teacher_cache` null =
+    the original model runs in every training step.
+    """
 
     output_dir: Text = "outputs"
     checkpoint_dir: Text = "checkpoints"
     cache_dir: Text | None = None
+    teacher_cache: Text | None = None
 
 
 class RunConfig(_Section):

@@ -80,3 +80,18 @@ def probe_norm(norm: Any, d: int, like: Tensor) -> tuple[Tensor, Tensor | None, 
         return weight, None if getattr(norm, "bias", None) is None else bias, isinstance(norm, nn.LayerNorm)
     centered = bool((constant.to(dtype) - bias).abs().max() < weight.abs().max() / 2)
     return weight, bias if bool(bias.any()) else None, centered
+
+
+def logit_head(model: Any) -> Callable[[Tensor], Tensor]:
+    """last hidden state (..., d) -> logits (..., vocabulary), with the scaling some families apply after lm_head."""
+    config = model.config
+    unembed = model.get_output_embeddings()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    multiplier = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = unembed(hidden) * (multiplier / divisor)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    return head

@@ -23,6 +23,8 @@ from npt.attach import BlockRecord, NPTLayer, layer_mode
 from npt.component import WeightDelta
 from npt.data.batches import scored_positions
 from npt.errors import NPTError
+from npt.modules import logit_head
+from npt.teacher import ROW, TeacherCache, grouped
 from npt.tuner import active_layers, run_backbone
 
 OBJECTIVES = ("local", "logits", "composite")
@@ -50,6 +52,7 @@ class Objective:
         name: one of `OBJECTIVES`. equivalence_weight: alpha. regularization_weight: beta. regularizer: one of
             `REGULARIZERS`: `factors` is |A|_F + |B|_F, `delta` the mean |dW|_F^2 over real tokens.
         scales: {block index: c_l}, needed by `local` (see `update_scales`).
+        teacher: the original's side from disk, for batches that say which rows they are (`npt.teacher`).
     """
 
     name: str = "logits"
@@ -57,6 +60,7 @@ class Objective:
     regularization_weight: float = 0.0
     regularizer: str = "delta"
     scales: dict[int, float] = field(default_factory=dict)
+    teacher: TeacherCache | None = None
 
     def __post_init__(self) -> None:
         for value, allowed, what in (
@@ -104,8 +108,12 @@ class Objective:
                 sums[0] += equivalence.detach()
                 sums[1] += delta.detach()
 
-        with torch.no_grad(), layer_mode(layers, override="bypass", on_block=see):
-            run_backbone(model, inputs)
+        if self.teacher is not None and ROW in inputs:
+            for layer in layers:
+                see(layer, self.teacher.record(layer.index, inputs[ROW], counted.device))
+        else:
+            with torch.no_grad(), layer_mode(layers, override="bypass", on_block=see):
+                run_backbone(model, inputs)
         total = self.equivalence_weight * sums[0] + self.regularization_weight * sums[1]
         if gradients and torch.is_grad_enabled():
             total = _WithGradients.apply(total, list(gradients.values()), *gradients)
@@ -123,14 +131,17 @@ class Objective:
 
     def _logits(self, model: Any, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float) -> Losses:
         layers, head = active_layers(model), logit_head(model)
-        with torch.no_grad(), layer_mode(layers, override="bypass"):
-            teacher = run_backbone(model, inputs)[counted]
+        if self.teacher is not None and ROW in inputs:
+            target = [x[counted] for x in self.teacher.log_probabilities(inputs[ROW], counted.device)]
+        else:
+            with torch.no_grad(), layer_mode(layers, override="bypass"):
+                target = [run_backbone(model, inputs)[counted]]
         norms = _DeltaSquares(counted)
         with layer_mode(layers, observer=norms.see if self._needs_deltas else None):
             student = run_backbone(model, inputs)[counted]
         kl = student.new_zeros((), dtype=torch.float32)
         for chunk in torch.arange(len(student), device=student.device).split(POSITION_CHUNK):
-            kl = kl + checkpoint(_chunk_kl, head, teacher[chunk], student[chunk], use_reentrant=False)
+            kl = kl + checkpoint(_chunk_kl, head, student[chunk], *(x[chunk] for x in target), use_reentrant=False)
         equivalence = kl / items
         delta = norms.mean_square(kl) / (items * len(layers))
         total = self.equivalence_weight * equivalence + self.regularization_weight * delta
@@ -180,27 +191,19 @@ class _WithGradients(torch.autograd.Function):
         return (None, None, *(upstream * gradient for gradient in ctx.gradients))
 
 
-def _chunk_kl(head: Callable[[Tensor], Tensor], teacher: Tensor, student: Tensor) -> Tensor:
-    """Sum over positions of KL(teacher || student), from last hidden states (positions, d)."""
-    with torch.no_grad():
-        target = head(teacher).float().log_softmax(-1)
+def _chunk_kl(head: Callable[[Tensor], Tensor], student: Tensor, *target: Tensor) -> Tensor:
+    """Sum over positions of KL(teacher || student).
+
+    student: last hidden states (positions, d). target: the teacher's; or ids and log-probabilities of `grouped` outcomes.
+    """
     own = head(student).float().log_softmax(-1)
-    return (target.exp() * (target - own)).sum()
-
-
-def logit_head(model: Any) -> Callable[[Tensor], Tensor]:
-    """last hidden state (..., d) -> logits (..., vocabulary), with the scaling some families apply after lm_head."""
-    config = model.config
-    unembed = model.get_output_embeddings()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    multiplier = getattr(config, "logit_scale", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-
-    def head(hidden: Tensor) -> Tensor:
-        logits = unembed(hidden) * (multiplier / divisor)
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-    return head
+    if len(target) == 2:
+        ids, expected = target
+        own = grouped(own, ids)
+    else:
+        with torch.no_grad():
+            expected = head(target[0]).float().log_softmax(-1)
+    return (expected.exp() * (expected - own)).sum()
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from npt.objectives import Objective
 from npt.report.page import write_page
 from npt.report.plots import draw_run, read_json_lines
 from npt.report.trackers import log_evaluation
+from npt.teacher import check_teacher_cache, kind_of
 from npt.training import (
     BestAdapterCallback,
     EquivalenceTrainer,
@@ -81,6 +82,11 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         "blocks %s are now neuro-plastic: %s new parameters (%.3g %% of %s)",
         adapter_config(model).npt_layers, f"{own:,}", 100 * own / frozen, f"{frozen:,}",
     )  # fmt: skip
+    if config.paths.teacher_cache is not None and config.data.num_train_samples is not None:
+        check_teacher_cache(
+            config.paths.teacher_cache, model, [kind_of(name) for name in objective_names(config)],
+            config.training.teacher_top_k, config.data.num_train_samples, config.data.max_length,
+        )  # fmt: skip
     train, held_out = corpus_blocks(config, model, tokenizer)
     release_memory()
     if not resume:
@@ -137,6 +143,8 @@ def make_trainer(config: RunConfig, model: Any, tokenizer: Any, train: datasets.
         model,
         training_arguments(config),
         objective_schedule(config, len(fit)),
+        teacher_cache=config.paths.teacher_cache,
+        teacher_top_k=t.teacher_top_k,
         train_dataset=fit,
         eval_dataset=chosen_by,
         callbacks=[
@@ -154,12 +162,18 @@ def make_trainer(config: RunConfig, model: Any, tokenizer: Any, train: datasets.
     return trainer
 
 
+def objective_names(config: RunConfig) -> list[str]:
+    """The objectives of a run, in their order."""
+    t = config.training
+    return {"auto": ["logits"] if t.calibrate else ["local", "logits"]}.get(t.objective, [t.objective])
+
+
 def objective_schedule(config: RunConfig, blocks: int) -> list[tuple[int, Objective]]:
     """[(first step, objective)]. `auto` is `logits` after a calibration; without one, `local` for the first half."""
     t = config.training
     per_epoch = -(-blocks // (t.batch_size * t.gradient_accumulation_steps))
     steps = int(per_epoch * t.num_epochs) if t.num_train_steps is None else t.num_train_steps
-    names = {"auto": ["logits"] if t.calibrate else ["local", "logits"]}.get(t.objective, [t.objective])
+    names = objective_names(config)
     return [
         (
             index * steps // len(names),

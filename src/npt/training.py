@@ -20,6 +20,7 @@ from npt.evaluation.deltas import delta_records
 from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 from npt.objectives import Objective, check_logit_head, update_scales
+from npt.teacher import ROW, kind_of, teacher_cache, with_rows
 from npt.tuner import active_layers, device_of
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class EquivalenceTrainer(Trainer):
         model: a PEFT model with an active NPT adapter.
         args: HF's TrainingArguments; the datasets hold packed blocks (`npt.data.pack`).
         objective: an `Objective` (`logits` KL by default), or a schedule [(first step, Objective), ...] from step 0 on.
-        kwargs: as `transformers.Trainer`.
+        teacher_cache: folder for the original's side of the objective, made there at the first run (`npt.teacher`).
+        teacher_top_k: tokens kept of each next-token distribution. kwargs: as `transformers.Trainer`.
     """
 
     def __init__(
@@ -46,6 +48,9 @@ class EquivalenceTrainer(Trainer):
         model: Any,
         args: TrainingArguments,
         objective: Objective | Sequence[tuple[int, Objective]] | None = None,
+        *,
+        teacher_cache: str | Path | None = None,
+        teacher_top_k: int = 64,
         **kwargs: Any,
     ):
         active_layers(model)  # a readable error before any long work
@@ -59,6 +64,7 @@ class EquivalenceTrainer(Trainer):
         # Losses are divided by the counted tokens of the whole step, over labels[:, 1:].
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
+        self.teacher_cache, self.teacher_top_k = teacher_cache, teacher_top_k
         self._sums = [0.0, 0.0]
         self._sums_from: int | None = None  # the step before the first one in the sums
         self._last_inputs: dict[str, Tensor] = {}
@@ -72,7 +78,31 @@ class EquivalenceTrainer(Trainer):
                 check_logit_head(self.model, first["input_ids"][:1, :8])
             if objective.name == "local" and not objective.scales:
                 objective.scales = update_scales(self.model, first)
+        if self.teacher_cache is not None:
+            self._read_teacher(self.teacher_cache)
         return super().train(*args, **kwargs)
+
+    def _read_teacher(self, folder: str | Path) -> None:
+        """Makes the targets that are missing and gives them to the objectives."""
+        blocks: Any = self.train_dataset
+        self.train_dataset = blocks if ROW in blocks.column_names else with_rows(blocks)
+        caches = {}
+        for kind in dict.fromkeys(kind_of(objective.name) for _, objective in self.schedule):
+            with self.accelerator.autocast():
+                caches[kind] = teacher_cache(
+                    folder,
+                    self.accelerator.unwrap_model(self.model),
+                    blocks,
+                    kind,
+                    top_k=self.teacher_top_k,
+                    batch_size=self.args.per_device_train_batch_size,
+                    precision=self.accelerator.mixed_precision,
+                    process=(self.accelerator.process_index, self.accelerator.num_processes),
+                    progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+                )
+        self.accelerator.wait_for_everyone()
+        for _, objective in self.schedule:
+            objective.teacher = caches[kind_of(objective.name)]
 
     @property
     def objective(self) -> Objective:
@@ -94,7 +124,9 @@ class EquivalenceTrainer(Trainer):
         """The objective's total for one micro-batch, its share of the optimiser step."""
         unwrapped, inputs = self.accelerator.unwrap_model(model), complete_batch(inputs)
         items = scored_positions(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch
-        losses = self.objective(unwrapped, inputs, items)
+        # The model's own forward carries autocast; the objectives call what is inside it.
+        with self.accelerator.autocast():
+            losses = self.objective(unwrapped, inputs, items)
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         if self._sums_from is None:
             self._sums_from = self.state.global_step

@@ -29,6 +29,7 @@ from transformers.cache_utils import DynamicLayer
 from npt.data.packing import IGNORED, as_blocks
 from npt.data.progress import progress_bar
 from npt.errors import DataError
+from npt.fingerprint import base_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,6 @@ _BATCH_BYTES = 4 << 30
 
 # To be raised whenever the same arguments would give other text, so that older cache files no longer match.
 _FORMAT = 1
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def sample_blocks(
@@ -85,7 +84,7 @@ def sample_blocks(
     bos = _first_token(tokenizer, base.config)
     batch_size = min(num_blocks, batch_size or default_batch(base, max_length))
     request: list[Any] = [num_blocks, max_length, seed, label, batch_size, bos]
-    path = None if cache_dir is None else _cache_path(Path(cache_dir), model, base, request)
+    path = None if cache_dir is None else _cache_path(Path(cache_dir), model, request)
     ids = None if path is None else _read_cache(path, (num_blocks, max_length))
     if ids is None:
         uniforms = _uniforms(num_blocks, max_length - 1, seed, label)
@@ -217,34 +216,9 @@ def _with_labels(ids: np.ndarray, separators: list[int]) -> datasets.Dataset:
     return as_blocks(ids, np.ones_like(ids), labels)
 
 
-def _cache_path(folder: Path, model: nn.Module, base: Any, request: list[Any]) -> Path:
-    key = json.dumps([_FORMAT, request, _fingerprint(model, base)])
+def _cache_path(folder: Path, model: nn.Module, request: list[Any]) -> Path:
+    key = json.dumps([_FORMAT, request, base_fingerprint(model)])
     return folder / f"self-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-
-
-def _fingerprint(model: nn.Module, base: Any) -> str:
-    """Digest of the base's configuration and weights, the same with and without adapters around them."""
-    # An adapter's own parameters all carry its method's prefix; `base_layer` is PEFT's wrapper around a base module.
-    prefix = getattr(model.base_model, "prefix", None) if isinstance(model, PeftModel) else None
-    config = {k: v for k, v in base.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(base.state_dict(keep_vars=True).items()):
-        of_adapter = prefix is not None and any(part.startswith(prefix) for part in name.split("."))
-        if isinstance(tensor, torch.Tensor) and not of_adapter:
-            digest.update(f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            digest.update(_tensor_digest(tensor))
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def _tensor_digest(tensor: torch.Tensor) -> bytes:
-    """The bits of three short slices and an exact sum of all bits as integers, which any one change moves."""
-    if tensor.numel() == 0:
-        return b""
-    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
-    middle = bits.numel() // 2
-    slices = torch.cat((bits[:64], bits[middle : middle + 64], bits[-64:])).cpu().numpy().tobytes()
-    return slices + bits.sum(dtype=torch.int64).cpu().numpy().tobytes()
 
 
 def _read_cache(path: Path, shape: tuple[int, int]) -> torch.Tensor | None:
