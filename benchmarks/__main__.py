@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,17 @@ def measure_model(source: Any, options: argparse.Namespace, label: str) -> dict[
     base = c.frozen(source, DEVICE, DTYPE)
     models = {"base": base, "npt": c.converted(base), "lora": c.with_lora(base)}
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in base.parameters())}
-    for name, (runs, rounds) in parts(models, options).items():
-        if options.part in name:
-            found[name] = measure_part(runs, rounds, options.memory)
-            print(
-                f"{label}, {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in found[name]["ratios"].items()), flush=True
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (runs, rounds) in parts(models, options, folder).items():
+            if options.part in name:
+                found[name] = measure_part(runs, rounds, options.memory)
+                line = ", ".join(f"{k} {v:.3f}" for k, v in found[name]["ratios"].items())
+                print(f"{label}, {name}: {line}", flush=True)
     return found
 
 
-def parts(models: dict[str, Any], options: argparse.Namespace) -> dict[str, tuple[dict[str, Run], int]]:
-    """{part: ({contender: run}, rounds)}; "base" is the reference of each."""
+def parts(models: dict[str, Any], options: argparse.Namespace, folder: str) -> dict[str, tuple[dict[str, Run], int]]:
+    """{part: ({contender: run}, rounds)}; "base" is the reference of each. Teacher targets go to `folder`."""
     vocabulary, rounds = models["base"].config.vocab_size, options.rounds
     ids = random_ids(vocabulary, options.batch, options.tokens)
     text = random_ids(vocabulary, max(1, 16384 // options.tokens), options.tokens)
@@ -58,6 +59,7 @@ def parts(models: dict[str, Any], options: argparse.Namespace) -> dict[str, tupl
             {
                 "base": c.forward(models["base"], ids),
                 **c.npt_steps(models["npt"], ids),
+                "local, cached": c.cached_step(models["npt"], ids, folder),
                 "lora": c.lora_step(models["lora"], ids),
             },
             rounds,

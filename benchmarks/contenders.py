@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -13,6 +15,7 @@ from benchmarks.timing import Run
 from npt import NPTConfig, calibrate
 from npt.builtin import source_of
 from npt.objectives import OBJECTIVES, Objective, update_scales
+from npt.teacher import ROW, teacher_cache
 from npt.tuner import run_backbone
 
 RANK = 16
@@ -99,17 +102,28 @@ def npt_steps(model: Any, ids: torch.Tensor) -> dict[str, Run]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     scales = update_scales(model, batch)
 
-    def step(name: str) -> Run:
-        loss, optimizer = Objective(name, scales=scales), optimizer_of(model)
+    return {name: objective_step(model, Objective(name, scales=scales), batch) for name in OBJECTIVES}
 
-        def run() -> None:
-            loss(model, batch, ids[:, 1:].numel()).total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
 
-        return run
+def objective_step(model: Any, objective: Objective, batch: dict[str, torch.Tensor]) -> Run:
+    """One optimiser step on a batch."""
+    optimizer, items = optimizer_of(model), float(batch["labels"][:, 1:].numel())
 
-    return {name: step(name) for name in OBJECTIVES}
+    def run() -> None:
+        objective(model, batch, items).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def cached_step(model: Any, ids: torch.Tensor, folder: str | Path) -> Run:
+    """One optimiser step of `local` with the original's side read from disk, without the frozen forward."""
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    blocks = datasets.Dataset.from_dict({name: value.tolist() for name, value in text.items()})
+    cache = teacher_cache(folder, model, blocks, "hidden")
+    batch = {**text, ROW: torch.arange(len(ids))}
+    return objective_step(model, Objective("local", scales=update_scales(model, text), teacher=cache), batch)
 
 
 def lora_step(model: Any, ids: torch.Tensor) -> Run:

@@ -12,6 +12,7 @@ LINES = (
     ("decoding with a cache", "decode", "npt"),
     ("compiled forward", "compiled forward", "npt"),
     ("training step, `local`", "training step", "local"),
+    ("training step, `local`, teacher targets from disk", "training step", "local, cached"),
     ("training step, `composite`", "training step", "composite"),
     ("training step, `logits`", "training step", "logits"),
     ("calibration", "calibration", "npt"),

@@ -108,6 +108,26 @@ def test_evaluate_on_other_text(run: Path, local_model: Path, tmp_path: Path) ->
     assert report["protocol"]["tokens"] == 8 * 31  # all of it: the adapter was not trained on this text
 
 
+@pytest.mark.parametrize("objective", ["local", "logits"])
+def test_teacher_targets_serve_a_second_run(
+    objective: str, local_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`paths.teacher_cache`: the same losses from what the first run wrote; other text is refused before calibration."""
+    found = []
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        more = {"paths__teacher_cache": tmp_path / "targets", "training__seed": seed, "training__objective": objective}
+        status = main(["train", *settings(local_model, tmp_path / name, **more)])
+        messages = " ".join(capsys.readouterr().err.split())
+        if name == "three":
+            assert status == 2 and "made with other text" in messages
+            break
+        assert status == 0 and "teacher targets in" in messages
+        files = {p: p.stat().st_mtime_ns for p in (tmp_path / "targets").rglob("*.*")}
+        rows = map(json.loads, (tmp_path / name / "outputs" / "metrics.jsonl").read_text().splitlines())
+        found.append((files, [row["loss"] for row in rows if "loss" in row]))
+    assert found[0] == found[1] and len(found[0][1]) == 2
+
+
 def test_a_checkpoint_folder_may_have_a_dot_in_its_name(run: Path, tmp_path: Path) -> None:
     """Its record of the training text is found: other text is not taken for text it was trained on."""
     folder = shutil.copytree(run / "checkpoints" / "best_model", tmp_path / "adapter.v2")

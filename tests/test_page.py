@@ -20,8 +20,8 @@ from npt import NPTConfig, evaluate
 from npt.cli import main
 from npt.errors import NPTError
 from npt.report.page import PARTS, write_page
-from npt.report.text import visible
 from npt.report.watch import sparkline, watch_run
+from npt.text import visible
 from tests.conftest import randomize
 from tests.test_cli import settings
 

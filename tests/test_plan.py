@@ -77,6 +77,16 @@ def test_the_plan_follows_the_options() -> None:
     assert plain.step_seconds(plain.step_flops, plain.step_traffic) == 2
 
 
+def test_teacher_targets_are_planned_for() -> None:
+    assert plan_run(config(), SHAPE).disk == 0
+    logits, both = (
+        plan_run(config("paths.teacher_cache=x", o), SHAPE).disk
+        for o in ("training.seed=1", "training.calibrate=false")
+    )
+    assert logits == 64 * (4 * 64 + 4 * 65)
+    assert both - logits == 64 * 64 * 4 * 5  # h once; a and y of blocks 2 and 3
+
+
 def test_phases_that_do_not_happen_are_not_planned() -> None:
     plan = plan_run(config("training.num_train_steps=0", "data.dataset_name=builtin:python-docs"), SHAPE)
     assert not {"training step", "sampling text"} & set(phases(plan))

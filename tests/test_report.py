@@ -10,7 +10,8 @@ from rich.console import Console
 
 from npt.errors import NPTError
 from npt.report.plots import plot_run
-from npt.report.terminal import human_bytes, render_report
+from npt.report.terminal import render_report
+from npt.text import human_bytes
 
 FIGURES = {
     "perplexity": {

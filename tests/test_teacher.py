@@ -121,13 +121,25 @@ def test_a_second_run_reads_what_the_first_one_wrote(
         )
         if name == "second":
             monkeypatch.setattr("npt.teacher.targets", lambda *_: pytest.fail("targets were made again"))
+            modes: list[Any] = []
+            monkeypatch.setattr("npt.objectives.run_backbone", record_mode(modes))
         run.train()
         runs[name] = logged(tmp_path / name)
+    # The original ran once, for the constants of `local`, and never in a step.
+    assert modes.count("bypass") == (objective == "local")
     plain = trainer(tmp_path / "plain", objective=objective)
     plain.train()
     assert runs["first"] == runs["second"]
     for (_, one), (_, other) in zip(runs["first"], logged(tmp_path / "plain"), strict=True):
         assert one == pytest.approx(other, rel=2e-2 if objective == "logits" else 1e-3)
+
+
+def record_mode(modes: list[Any]) -> Any:
+    def run(model: Any, inputs: Any) -> Any:
+        modes.append(active_layers(model)[0].override)
+        return run_backbone(model, inputs)
+
+    return run
 
 
 def test_targets_for_more_blocks_serve_fewer(tmp_path: Path) -> None:

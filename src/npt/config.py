@@ -141,6 +141,10 @@ class TrainingSection(_Section):
     report_to: list[Text] = []
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
+    def objectives(self) -> list[str]:
+        """The objectives of a run, in their order: `auto` is `logits`, after `local` where nothing was calibrated."""
+        return {"auto": ["logits"] if self.calibrate else ["local", "logits"]}.get(self.objective, [self.objective])
+
 
 class DataSection(_Section):
     """Text: `self` (the frozen model's own), `text` with data_files, a builtin name, or a hub id.

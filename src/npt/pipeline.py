@@ -82,13 +82,12 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         "blocks %s are now neuro-plastic: %s new parameters (%.3g %% of %s)",
         adapter_config(model).npt_layers, f"{own:,}", 100 * own / frozen, f"{frozen:,}",
     )  # fmt: skip
-    if config.paths.teacher_cache is not None and config.data.num_train_samples is not None:
-        check_teacher_cache(
-            config.paths.teacher_cache, model, [kind_of(name) for name in objective_names(config)],
-            config.training.teacher_top_k, config.data.num_train_samples, config.data.max_length,
-        )  # fmt: skip
+    if config.data.num_train_samples is not None:
+        check_targets(config, model, config.data.num_train_samples)
     train, held_out = corpus_blocks(config, model, tokenizer)
     release_memory()
+    if config.data.num_train_samples is None:
+        check_targets(config, model, len(train))
     if not resume:
         set_aside(output, ("metrics.jsonl", "samples.jsonl", "evaluation_report.json", "report.html", "plots"))
         set_aside(checkpoints, ("best_model", "checkpoint-*"))
@@ -162,10 +161,13 @@ def make_trainer(config: RunConfig, model: Any, tokenizer: Any, train: datasets.
     return trainer
 
 
-def objective_names(config: RunConfig) -> list[str]:
-    """The objectives of a run, in their order."""
-    t = config.training
-    return {"auto": ["logits"] if t.calibrate else ["local", "logits"]}.get(t.objective, [t.objective])
+def check_targets(config: RunConfig, model: Any, blocks: int) -> None:
+    """Where teacher targets are wanted: says how large they will be for so many blocks, and stops where they can't be."""
+    if config.paths.teacher_cache is not None:
+        kinds = list(dict.fromkeys(kind_of(name) for name in config.training.objectives()))
+        check_teacher_cache(
+            config.paths.teacher_cache, model, kinds, config.training.teacher_top_k, blocks, config.data.max_length
+        )
 
 
 def objective_schedule(config: RunConfig, blocks: int) -> list[tuple[int, Objective]]:
@@ -173,7 +175,7 @@ def objective_schedule(config: RunConfig, blocks: int) -> list[tuple[int, Object
     t = config.training
     per_epoch = -(-blocks // (t.batch_size * t.gradient_accumulation_steps))
     steps = int(per_epoch * t.num_epochs) if t.num_train_steps is None else t.num_train_steps
-    names = objective_names(config)
+    names = t.objectives()
     return [
         (
             index * steps // len(names),

@@ -36,7 +36,8 @@ from npt.families import blocks_of
 from npt.loading import default_device
 from npt.meta import AllocationCounter, PretendValues, dtype_of, enable_checkpointing, load_shapes, quiet, shapes_of
 from npt.objectives import Objective
-from npt.report.terminal import human_bytes
+from npt.teacher import bytes_per_block, kind_of
+from npt.text import human_bytes
 from npt.tuner import active_layers, eval_mode, parameter_counts
 
 #: Bytes per weight of a quantised linear: 8 bits and a scale per row; 4 bits and a float32 scale per 64 weights.
@@ -60,7 +61,8 @@ class Plan:
     """What a run needs, in bytes above a process that has imported its libraries.
 
     weights: of base and components on the device. optimizer: AdamW's moments. phases: above those. step_flops and
-    step_traffic: floating point operations and bytes moved by one micro-batch's forward and backward.
+    step_traffic: floating point operations and bytes moved by one micro-batch's forward and backward. disk: bytes of
+    teacher targets per block of text, 0 where none are kept.
     """
 
     weights: int
@@ -68,6 +70,7 @@ class Plan:
     phases: tuple[Phase, ...]
     step_flops: float
     step_traffic: float
+    disk: int = 0
 
     def step_seconds(self, flops: float, traffic: float) -> float:
         """Of one micro-batch, on a machine of so many floating point operations and bytes moved per second."""
@@ -106,7 +109,15 @@ def plan_run(config: RunConfig, hf_config: Any = None) -> Plan:
         phases=tuple(phases),
         step_flops=step.flops,
         step_traffic=step.traffic,
+        disk=_target_bytes(model, config),
     )
+
+
+def _target_bytes(model: Any, config: RunConfig) -> int:
+    if config.paths.teacher_cache is None:
+        return 0
+    kinds = {kind_of(name) for name in config.training.objectives()}
+    return sum(bytes_per_block(model, kind, config.training.teacher_top_k, config.data.max_length) for kind in kinds)
 
 
 def weight_bytes(model: Any, optimization: Any) -> int:
@@ -302,6 +313,10 @@ def render_plan(config: RunConfig, limit: int | None, console: Console) -> None:
         speed = machine_speed(device, dtype_of(config.model.dtype, hf_config))
         steps, seconds = config.training.gradient_accumulation_steps, plan.step_seconds(*speed)
         console.print(f"a training step on this machine: about {steps * seconds:.2g} s ({steps} x {seconds:.2g} s)")
+    if plan.disk:
+        blocks = config.data.num_train_samples
+        total = "" if blocks is None else f", {human_bytes(blocks * plan.disk)} for {blocks:,} blocks"
+        console.print(f"teacher targets on disk: {human_bytes(plan.disk)} per block of text{total}")
     limit = device_memory(device) if limit is None else limit
     if plan.peak <= limit:
         console.print(f"fits: {human_bytes(limit)} available")

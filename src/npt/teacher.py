@@ -30,7 +30,7 @@ from npt.data.progress import progress_bar
 from npt.errors import DataError
 from npt.fingerprint import base_fingerprint, text_fingerprint
 from npt.modules import logit_head
-from npt.report.terminal import human_bytes
+from npt.text import human_bytes
 from npt.tuner import active_layers, device_of, eval_mode, run_backbone
 
 logger = logging.getLogger(__name__)

@@ -84,8 +84,8 @@ class EquivalenceTrainer(Trainer):
 
     def _read_teacher(self, folder: str | Path) -> None:
         """Makes the targets that are missing and gives them to the objectives."""
-        blocks: Any = self.train_dataset
-        self.train_dataset = blocks if ROW in blocks.column_names else with_rows(blocks)
+        blocks: Any = self.train_dataset  # type: ignore[has-type]
+        self.train_dataset: Any = blocks if ROW in blocks.column_names else with_rows(blocks)
         caches = {}
         for kind in dict.fromkeys(kind_of(objective.name) for _, objective in self.schedule):
             with self.accelerator.autocast():

@@ -16,7 +16,7 @@ from npt.evaluation.verdict import grade
 from npt.report.figures import COLOURS, LINES
 from npt.report.plots import Rows, curve, read_json_lines, read_report
 from npt.report.terminal import figure_with_error, number
-from npt.report.text import visible
+from npt.text import visible
 
 Run = tuple[str, dict[str, Any], Rows]
 _OPTIONS = ("base_model", "npt_layers", "rank", "key", "carry", "gain", "low_rank_at", "target_projections")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from npt.report.text import visible
+from npt.text import human_bytes, visible
 
 NOT_MEASURED = "not measured"
 
@@ -118,12 +118,3 @@ def render_memory(rows: Sequence[Any], console: Console) -> None:
     for row in rows:
         table.add_row(escape(row.what), human_bytes(row.bytes), escape(row.how))
     console.print(table)
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> "1.50 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from npt.report.plots import Picture
-from npt.report.text import visible
+from npt.text import visible
 
 SAMPLE_COLUMNS = ("prompt", "npt", "original", "matching_tokens")
 

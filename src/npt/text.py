@@ -1,4 +1,4 @@
-"""Text of models, files and people, made harmless to show."""
+"""Values as people read them; text of models, files and people made harmless to show."""
 
 from __future__ import annotations
 
@@ -19,3 +19,12 @@ def _shown(character: str) -> str:
         return character
     code = ord(character)
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> "1.50 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
