@@ -170,6 +170,9 @@ def test_a_changed_base_or_text_is_an_error(change: str, named: str, tmp_path: P
     with pytest.raises(DataError, match=named) as error:
         teacher_cache(tmp_path, model, text, "logits", top_k=5 if change == "top_k" else 4)
     assert str(tmp_path) in str(error.value) and "delete" in str(error.value)
+    if change == "base":  # told before text is sampled and packed
+        with pytest.raises(DataError, match=named):
+            check_teacher_cache(tmp_path, model, ["logits"], 4, 4, 16)
 
 
 def test_new_values_of_the_components_change_nothing(tmp_path: Path) -> None:

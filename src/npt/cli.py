@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from npt.errors import NPTError
+from npt.errors import NPTError, RunError, Stopped
 
 app = typer.Typer(
     name="npt",
@@ -208,12 +208,22 @@ def _say(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    """Runs the command; returns its exit status, with one line on stderr where it is not 0: 2 for bad input, 1 for a run
+    that can't go on (a full disk, no memory, numbers that are not finite), 128 + the signal's number for a stop.
+    """
     try:
         result = app(args=None if argv is None else list(argv), standalone_mode=False)
     except NPTError as error:
-        print(f"npt: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        _complain(str(error))
+        return 128 + error.signal_number if isinstance(error, Stopped) else 1 if isinstance(error, RunError) else 2
+    except MemoryError as error:
+        _complain(_out_of_memory(error))
+        return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        _complain(_out_of_memory(error))
+        return 1
     except (KeyboardInterrupt, typer.Abort):
         print("npt: interrupted", file=sys.stderr)
         return 130
@@ -222,6 +232,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(message if "\n" in message else f"npt: {message} (see npt --help)", file=sys.stderr)
         return 2
     return result if isinstance(result, int) else 0
+
+
+def _complain(text: str) -> None:
+    print(f"npt: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _out_of_memory(error: BaseException) -> str:
+    return (
+        f"out of memory ({str(error).splitlines()[0][:160] if str(error) else 'main memory'}); what was saved before is "
+        "whole. `npt memory --config FILE` says what a run needs and which options help; then go on with --resume"
+    )
 
 
 def console_main() -> None:

@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from npt.builtin import MODELS, PREFIX, TEXTS
+from npt.durable import write_text
 from npt.errors import ConfigError
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -266,7 +267,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Writes a configuration as YAML, every key."""
-    Path(path).write_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(Path(path), yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
 
 
 def with_overrides(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

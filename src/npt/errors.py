@@ -21,3 +21,15 @@ class ConversionError(NPTError):
 
 class CheckpointError(NPTError):
     """An adapter or checkpoint is missing, incomplete, or belongs to another base model."""
+
+
+class RunError(NPTError):
+    """A run can't go on through no fault of its input: a full disk, numbers that are not finite. Exit status 1."""
+
+
+class Stopped(RunError):  # noqa: N818 - nothing went wrong
+    """Somebody stopped the run (SIGTERM, Ctrl-C). Exit status 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -13,10 +13,11 @@ from peft import PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
-from transformers.trainer_utils import get_last_checkpoint
 
 from npt.calibration import calibrate
+from npt.callbacks import BestAdapterCallback, JsonLinesCallback, SamplesCallback
 from npt.card import write_model_card
+from npt.checkpointing import last_checkpoint, step_of
 from npt.checkpoints import load_adapter, resolve_checkpoint, set_aside
 from npt.config import RunConfig, save_config
 from npt.corpora import (
@@ -27,6 +28,7 @@ from npt.corpora import (
     evaluation_blocks,
     further_corpora,
 )
+from npt.durable import append_json, keep_lines, only_run, write_json
 from npt.errors import CheckpointError, ConfigError, NPTError
 from npt.evaluation import evaluate
 from npt.loading import default_device, load_base, offload_frozen, release_memory
@@ -34,15 +36,9 @@ from npt.objectives import Objective
 from npt.report.page import write_page
 from npt.report.plots import draw_run, read_json_lines
 from npt.report.trackers import log_evaluation
+from npt.stopping import StopSignals
 from npt.teacher import check_teacher_cache, kind_of
-from npt.training import (
-    BestAdapterCallback,
-    EquivalenceTrainer,
-    JsonLinesCallback,
-    SamplesCallback,
-    append_json,
-    write_json,
-)
+from npt.training import EquivalenceTrainer
 from npt.tuner import NPTConfig, adapter_config, device_of, parameter_counts
 
 logger = logging.getLogger(__name__)
@@ -62,19 +58,60 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     evaluation_report.json in <output_dir>. What an earlier run left there is moved to `previous-<n>`.
 
     Raises:
-        NPTError: bad input, before any long work; `resume` without a checkpoint.
+        NPTError: bad input, before any long work; `resume` where no run began.
+        RunError: a full disk, or numbers that are not finite; what was saved before is whole.
+        Stopped: SIGTERM or Ctrl-C; during training a checkpoint has been saved.
     """
     output, checkpoints = Path(config.paths.output_dir), Path(config.paths.checkpoint_dir)
-    last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
-    if resume and last is None:
-        raise CheckpointError(f"paths.checkpoint_dir={checkpoints} holds no checkpoint to resume; run without --resume")
+    last = checkpoint_to_resume(output, checkpoints) if resume else None
     check_text_files(config)
     check_trackers(config)
     set_seed(config.training.seed)
+    with StopSignals() as signals:
+        model, tokenizer = convert_base(config)
+        with only_run(output, checkpoints):
+            train, held_out = corpus_blocks(config, model, tokenizer)
+            release_memory()
+            if config.data.num_train_samples is None:
+                check_targets(config, model, len(train))
+            if last is None:
+                set_aside(output, ("metrics.jsonl", "samples.jsonl", "evaluation_report.json", "report.html", "plots"))
+                set_aside(checkpoints, ("best_model", "checkpoint-*"))
+            else:
+                rewind(output, step_of(last))
+            save_config(config, output / "config.yaml")
+            trainer = make_trainer(config, model, tokenizer, train, signals)
+            notes = fit(config, trainer, tokenizer, train, last)
+            if signals.received is not None:
+                step = trainer.state.global_step
+                raise signals.stopped(
+                    f"after step {step}; {checkpoints}/checkpoint-{step} is saved: go on with --resume"
+                )
+            return report_best(config, trainer, tokenizer, held_out, notes)
+
+
+def checkpoint_to_resume(output: Path, checkpoints: Path) -> Path | None:
+    """The newest finished checkpoint; None where a run began and was stopped before its first one.
+
+    Raises:
+        CheckpointError: no run has begun there.
+    """
+    last = last_checkpoint(checkpoints)
+    if last is not None:
+        logger.info("resuming from %s", last)
+    elif (output / "config.yaml").is_file():
+        logger.warning("%s: the run there was stopped before its first checkpoint; starting from the beginning", output)
+    else:
+        raise CheckpointError(f"paths.checkpoint_dir={checkpoints} holds no checkpoint to resume; run without --resume")
+    return last
+
+
+def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
+    """(converted model, tokenizer) of a configuration, on its device."""
     adapter = NPTConfig.from_options(config.model)
     prepare_wandb(config)
     base, tokenizer = load_base(config)
-    model = get_peft_model(base, adapter)
+    model: Any = get_peft_model(base, adapter)
     if config.optimization.use_cpu_offload:
         offload_frozen(model, default_device())
     own, frozen = parameter_counts(model)
@@ -84,31 +121,48 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     )  # fmt: skip
     if config.data.num_train_samples is not None:
         check_targets(config, model, config.data.num_train_samples)
-    train, held_out = corpus_blocks(config, model, tokenizer)
-    release_memory()
-    if config.data.num_train_samples is None:
-        check_targets(config, model, len(train))
-    if not resume:
-        set_aside(output, ("metrics.jsonl", "samples.jsonl", "evaluation_report.json", "report.html", "plots"))
-        set_aside(checkpoints, ("best_model", "checkpoint-*"))
-    output.mkdir(parents=True, exist_ok=True)
-    save_config(config, output / "config.yaml")
-    if not resume and config.training.calibrate and config.model.carry != "exact":
+    return model, tokenizer
+
+
+def rewind(output: Path, step: int) -> None:
+    """Takes out of a run's records what was logged after the checkpoint it goes on from: it comes again."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        keep_lines(output / name, lambda row: not isinstance(row.get("step"), int) or row["step"] <= step)
+
+
+def fit(
+    config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, train: datasets.Dataset, last: Path | None
+) -> list[str]:
+    """Calibration, the first evaluation and training, or the rest of it from checkpoint `last`; what a person should know."""
+    model, output, notes = trainer.model, Path(config.paths.output_dir), []
+    trains = trainer.args.max_steps != 0 and config.model.carry != "exact"
+    if trains:
+        trainer.read_teacher()
+    if last is None and config.training.calibrate and config.model.carry != "exact":
         errors = calibrate(model, calibration_batches(config, tokenizer, train, device_of(model)), progress=True)
         append_json(output / "metrics.jsonl", {"step": 0, "calibration": errors})
         for name, figures in errors.items():
             logger.info("%s: update error %.4f -> %.4f", name, figures["error_before"], figures["error_after"])
     release_memory()
-    trainer = make_trainer(config, model, tokenizer, train)
-    steps = trainer.args.max_steps
-    if not resume:
+    if last is None:
         trainer.evaluate()
         release_memory()
-    if steps != 0 and config.model.carry != "exact":
-        trainer.train(resume_from_checkpoint=last)
-        if trainer.state.global_step % (trainer.args.eval_steps or 1):
+    if trains:
+        before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        after = [p for p in model.parameters() if p.requires_grad]
+        if trainer.state.global_step and all(map(torch.equal, before, after)):
+            notes.append(f"{trainer.state.global_step} training steps moved no parameter; see training.learning_rate")
+        if trainer.state.global_step % (trainer.args.eval_steps or 1) and not trainer.control.should_training_stop:
             trainer.evaluate()
-    best = checkpoints / "best_model"
+    return notes
+
+
+def report_best(
+    config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, held_out: datasets.Dataset, notes: list[str]
+) -> dict[str, Any]:
+    """Evaluates the best adapter and writes everything that describes it."""
+    model, output, best = trainer.model, Path(config.paths.output_dir), Path(config.paths.checkpoint_dir) / "best_model"
     save_config(config, best / RUN_CONFIG)
     tokenizer.save_pretrained(str(best))
     set_peft_model_state_dict(model, load_peft_weights(str(best), device=str(device_of(model))))
@@ -118,6 +172,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         context_length=config.data.max_length, batch_size=config.training.batch_size, seed=config.training.seed,
         progress=True,
     )  # fmt: skip
+    report["notes"] = [*notes, *report["notes"]]
     write_json(output / "evaluation_report.json", report)
     write_model_card(best, adapter_config(model), report)
     write_page(output)
@@ -128,7 +183,9 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     return report
 
 
-def make_trainer(config: RunConfig, model: Any, tokenizer: Any, train: datasets.Dataset) -> EquivalenceTrainer:
+def make_trainer(
+    config: RunConfig, model: Any, tokenizer: Any, train: datasets.Dataset, signals: StopSignals
+) -> EquivalenceTrainer:
     """The trainer with its callbacks; the last blocks of the training set choose the best adapter."""
     validation = min(VALIDATION_BLOCKS, max(1, len(train) // 10))
     if len(train) <= validation:
@@ -147,6 +204,7 @@ def make_trainer(config: RunConfig, model: Any, tokenizer: Any, train: datasets.
         train_dataset=fit,
         eval_dataset=chosen_by,
         callbacks=[
+            signals,
             JsonLinesCallback(output / "metrics.jsonl"),
             SamplesCallback(output / "samples.jsonl", model, tokenizer, t.prediction_logging_steps),
             BestAdapterCallback(

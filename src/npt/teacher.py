@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ _MEANINGS = {
     "precision": "another optimization.mixed_precision",
     "top_k": "another training.teacher_top_k",
 }
+#: Of these, what the model alone decides.
+_OF_MODEL = ("format", "kind", "base", "top_k")
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,12 @@ class Manifest:
 
     kind: str
     base: str
-    text: str
-    precision: str
     top_k: int | None
     layers: list[int]
-    blocks: int
-    shard_blocks: int
+    text: str = ""
+    precision: str = ""
+    blocks: int = 0
+    shard_blocks: int = 1
     format: int = _FORMAT
 
 
@@ -138,11 +140,15 @@ def check_teacher_cache(folder: str | Path, model: Any, kinds: list[str], top_k:
     """Says how large the targets will be, and stops before any work where they can't be.
 
     Raises:
-        DataError: the disk is too small, or there is no folder to write to; `top_k` is not below the vocabulary.
+        DataError: the disk is too small, or there is no folder to write to; `top_k` is not below the vocabulary; what is
+            there was made from another base or for other blocks (whether from other text, `teacher_cache` says).
     """
     vocabulary = model.get_output_embeddings().weight.shape[0]
     if "logits" in kinds and not 0 < top_k < vocabulary:
         raise DataError(f"training.teacher_top_k={top_k}: use 1 to {vocabulary - 1}, below the model's vocabulary")
+    for kind in kinds:
+        if (Path(folder) / kind / MANIFEST).is_file():
+            _agree(Path(folder) / kind, _read_manifest(Path(folder) / kind), _wanted(model, kind, top_k), _OF_MODEL)
     there = sum(f.stat().st_size for kind in kinds for f in (Path(folder) / kind).glob("shard-*.safetensors"))
     needed = sum(bytes_per_block(model, kind, top_k, tokens) for kind in kinds) * blocks
     logger.info("teacher targets in %s: %s for %d blocks (%s)", folder, human_bytes(needed), blocks, ", ".join(kinds))
@@ -187,17 +193,16 @@ def teacher_cache(
     """
     place, length = Path(folder) / kind, len(blocks[0]["input_ids"])
     per_block = bytes_per_block(model, kind, top_k, length)
-    wanted = Manifest(
-        kind=kind,
-        base=base_fingerprint(model),
-        text=text_fingerprint(blocks),
-        precision=precision,
-        top_k=top_k if kind == "logits" else None,
-        layers=[layer.index for layer in active_layers(model)] if kind == "hidden" else [],
-        blocks=len(blocks),
-        shard_blocks=max(1, SHARD_BYTES // per_block),
+    manifest = _agreed(
+        place,
+        replace(
+            _wanted(model, kind, top_k),
+            text=text_fingerprint(blocks),
+            precision=precision,
+            blocks=len(blocks),
+            shard_blocks=max(1, SHARD_BYTES // per_block),
+        ),
     )
-    manifest = _agreed(place, wanted)
     count = -(-manifest.blocks // manifest.shard_blocks)
     missing = [i for i in range(count) if not _is_whole(shard_path(place, i), manifest, i)][process[0] :: process[1]]
     if missing:
@@ -214,6 +219,16 @@ def teacher_cache(
     return TeacherCache(place, manifest)
 
 
+def _wanted(model: Any, kind: str, top_k: int) -> Manifest:
+    """The manifest of a run's targets, as far as the model alone tells."""
+    return Manifest(
+        kind=kind,
+        base=base_fingerprint(model),
+        top_k=top_k if kind == "logits" else None,
+        layers=[layer.index for layer in active_layers(model)] if kind == "hidden" else [],
+    )
+
+
 def _agreed(place: Path, wanted: Manifest) -> Manifest:
     """The manifest at `place`, written where there is none."""
     # In this order: other processes write theirs after the manifest.
@@ -228,11 +243,22 @@ def _agreed(place: Path, wanted: Manifest) -> Manifest:
         temporary.write_text(json.dumps(asdict(wanted), indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
         return wanted
+    found = _read_manifest(place)
+    _agree(place, found, wanted, tuple(_MEANINGS))
+    return found
+
+
+def _read_manifest(place: Path) -> Manifest:
+    path = place / MANIFEST
     try:
-        found = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: not readable ({error}); delete the folder {place}, it is made again") from error
-    differences = [meaning for key, meaning in _MEANINGS.items() if getattr(found, key) != getattr(wanted, key)]
+
+
+def _agree(place: Path, found: Manifest, wanted: Manifest, keys: tuple[str, ...]) -> None:
+    """Raises where targets at `place` were made with something else than wanted."""
+    differences = [_MEANINGS[key] for key in keys if getattr(found, key) != getattr(wanted, key)]
     if not set(wanted.layers) <= set(found.layers):
         differences.append(f"blocks {found.layers}, and this run converts {wanted.layers}")
     if differences:
@@ -240,7 +266,6 @@ def _agreed(place: Path, wanted: Manifest) -> Manifest:
             f"paths.teacher_cache={place.parent}: the targets in {place} were made with {'; '.join(differences)}. "
             f"Name another folder, or delete {place} to make them again"
         )
-    return found
 
 
 def _is_whole(path: Path, manifest: Manifest, index: int) -> bool:

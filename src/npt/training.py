@@ -1,10 +1,9 @@
-"""`EquivalenceTrainer`: HF Trainer with the equivalence objectives, and the callbacks that write what a run leaves."""
+"""`EquivalenceTrainer`: HF Trainer with the equivalence objectives."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -12,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainingArguments
 
+from npt.checkpointing import DurableTrainer
 from npt.data.batches import batches_of, complete_batch, scored_positions
 from npt.errors import NPTError
 from npt.evaluation.deltas import delta_records
 from npt.evaluation.divergence import summarize, token_divergences
-from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
+from npt.numerics import all_finite, stop_step
 from npt.objectives import Objective, check_logit_head, update_scales
 from npt.teacher import ROW, kind_of, teacher_cache, with_rows
 from npt.tuner import active_layers, device_of
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 #: Blocks of the training set from which the constants of `local` are measured; fixed, so that a resumed run agrees.
 SCALE_BLOCKS = 8
-BEST_METRIC = "eval_mean_kl"
 
 
-class EquivalenceTrainer(Trainer):
+class EquivalenceTrainer(DurableTrainer):
     """Trains the active NPT adapter towards the model it was made from.
 
-    Resume, accumulation, mixed precision, schedules, checkpoints, distributed launch and trackers are HF Trainer's.
+    Resume, accumulation, mixed precision, schedules, distributed launch and trackers are HF Trainer's; checkpoints are
+    whole or not there (`npt.checkpointing`). A loss or gradient that is not finite stops the run before the step is taken.
 
     Args:
         model: a PEFT model with an active NPT adapter.
@@ -78,12 +78,18 @@ class EquivalenceTrainer(Trainer):
                 check_logit_head(self.model, first["input_ids"][:1, :8])
             if objective.name == "local" and not objective.scales:
                 objective.scales = update_scales(self.model, first)
-        if self.teacher_cache is not None:
-            self._read_teacher(self.teacher_cache)
+        self.read_teacher()
         return super().train(*args, **kwargs)
 
-    def _read_teacher(self, folder: str | Path) -> None:
-        """Makes the targets that are missing and gives them to the objectives."""
+    def read_teacher(self) -> None:
+        """Makes the teacher targets that are missing, if a folder for them was named, and gives them to the objectives.
+
+        Raises:
+            DataError: those in the folder were made from something else.
+        """
+        folder = self.teacher_cache
+        if folder is None or all(objective.teacher is not None for _, objective in self.schedule):
+            return
         blocks: Any = self.train_dataset  # type: ignore[has-type]
         self.train_dataset: Any = blocks if ROW in blocks.column_names else with_rows(blocks)
         caches = {}
@@ -127,6 +133,8 @@ class EquivalenceTrainer(Trainer):
         # The model's own forward carries autocast; the objectives call what is inside it.
         with self.accelerator.autocast():
             losses = self.objective(unwrapped, inputs, items)
+        if not math.isfinite(float(losses.total.detach())):
+            self._not_finite("the loss", inputs)
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         if self._sums_from is None:
             self._sums_from = self.state.global_step
@@ -135,6 +143,19 @@ class EquivalenceTrainer(Trainer):
         self._last_inputs, self._last_objective = inputs, self.objective.name
         total = losses.total * scale
         return (total, {}) if return_outputs else total
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As HF's; its gradient is looked at before an optimiser sees it (a gradient scaler looks itself)."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        own = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        if self.accelerator.scaler is None and not all_finite(list(own.values())):
+            broken = next((name for name, gradient in own.items() if not all_finite([gradient])), "a parameter")
+            self._not_finite(f"the gradient of {broken}", self._last_inputs)
+        return loss
+
+    def _not_finite(self, what: str, inputs: dict[str, Tensor]) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        stop_step(model, inputs, what, self.state.global_step + 1, Path(self.args.output_dir))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what equivalence training is judged by to every logged training step."""
@@ -180,80 +201,3 @@ class EquivalenceTrainer(Trainer):
         self.log(dict(metrics))
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-class JsonLinesCallback(TrainerCallback):
-    """Appends every logged step to metrics.jsonl, whatever trackers there are."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        """Writes one object."""
-        if state.is_world_process_zero and logs:
-            append_json(self.path, {"step": state.global_step, **logs})
-
-
-class SamplesCallback(TrainerCallback):
-    """Every `every` steps, lets both models continue fixed prompts and keeps what they wrote in samples.jsonl."""
-
-    def __init__(self, path: Path, model: Any, tokenizer: Any, every: int, prompts: Sequence[str] = DEFAULT_PROMPTS):
-        self.path, self.model, self.tokenizer, self.every, self.prompts = path, model, tokenizer, every, prompts
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes the samples when they are due."""
-        if state.global_step % self.every == 0:
-            self.write(state.global_step)
-
-    def write(self, step: int) -> None:
-        """Generates and appends."""
-        for sample in side_by_side(self.model, self.tokenizer, self.prompts):
-            append_json(self.path, {"step": step, **sample})
-            logger.info("step %d, %r: NPT %r, original %r", step, sample["prompt"], sample["npt"], sample["original"])
-
-
-class BestAdapterCallback(TrainerCallback):
-    """Keeps the adapter with the lowest mean KL in best_model/; the figures it was chosen by stand in best.json.
-
-    With `patience`, training stops after that many evaluations in a row without a new best.
-    """
-
-    def __init__(self, folder: Path, model: Any, patience: int | None = None):
-        self.folder, self.model, self.patience = folder, model, patience
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
-    ) -> None:
-        """Saves when this evaluation is the best so far."""
-        if metrics[BEST_METRIC] >= self.best():
-            since = state.global_step - json.loads((self.folder / "best.json").read_text())["step"]
-            if self.patience is not None and since >= self.patience * (args.eval_steps or 1):
-                logger.info("no better adapter in %d steps; stopping at step %d", since, state.global_step)
-                control.should_training_stop = True
-        elif state.is_world_process_zero:
-            self.model.save_pretrained(str(self.folder))
-            write_json(self.folder / "best.json", {"step": state.global_step, **metrics})
-
-    def best(self) -> float:
-        """The lowest mean KL so far, infinity before the first evaluation."""
-        path = self.folder / "best.json"
-        return float(json.loads(path.read_text())[BEST_METRIC]) if path.is_file() else float("inf")
-
-
-def append_json(path: Path, value: dict[str, Any]) -> None:
-    """Appends one object as a line, flushed to disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a whole JSON file or leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

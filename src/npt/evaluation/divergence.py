@@ -16,7 +16,8 @@ from torch import Tensor
 
 from npt.attach import layer_mode
 from npt.data.batches import batches_of, scored_positions
-from npt.errors import DataError
+from npt.errors import DataError, RunError
+from npt.numerics import REMEDY, find_nonfinite
 from npt.tuner import active_layers, device_of, eval_mode
 
 #: Bytes one batch of float32 logits may take; a longer batch is split by sequences.
@@ -39,6 +40,7 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
 
     Raises:
         DataError: not one token counts.
+        RunError: a model's logits are not finite.
     """
     layers, device = active_layers(model), device_of(model)
     vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -62,6 +64,8 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
                 figures = compare(teacher[chunk], student[chunk], target[chunk])
                 rows = slice(filled, filled + len(chunk))
                 table[rows] = torch.cat([figures, place[chunk].double()], -1).cpu().numpy()
+                if not np.isfinite(table[rows]).all():
+                    raise RunError(f"evaluation: the logits are not finite, {find_nonfinite(model, batch)}; {REMEDY}")
                 filled = rows.stop
             del teacher, student  # else a batch's logits are still there when the next one's are computed
     if not filled:

@@ -116,7 +116,18 @@ def evaluate(
         "evaluations": evaluations,
         "expected_outcomes": expected_outcomes(evaluations),
         "grade": grade(evaluations["divergence"]["mean_kl"]),
+        "notes": _notes(config.carry, evaluations),
     }
+
+
+def _notes(carry: str, evaluations: dict[str, Any]) -> list[str]:
+    """What the figures say that a reader might take for something else."""
+    found = []
+    if evaluations["weight_delta_stats"]["mean_frobenius"] == 0:
+        found.append("the adapter's weight delta is zero everywhere: the converted blocks just drop their attention")
+    if carry != "exact" and evaluations["divergence"]["max_kl"] == 0:
+        found.append("both models give the very same distributions: the adapter changes nothing (is it active?)")
+    return found
 
 
 def _by_position(model: Any, blocks: Any, context_length: int, batch_size: int) -> dict[str, Any]:

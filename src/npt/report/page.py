@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup, escape
 
+from npt.durable import write_text
 from npt.errors import NPTError
 from npt.evaluation.verdict import QUANTISATION_SCALE, SCALE_SOURCE
 from npt.report.plots import Rows, draw_run, read_json_lines, read_report
@@ -59,8 +60,7 @@ def write_page(output_dir: Path, report_path: Path | None = None, destination: P
     if report:
         missing += [f"{what} ({path} in {report_path.name})" for what, path in PARTS.items() if not _at(report, path)]
     target = Path(output_dir) / PAGE if destination is None else destination
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render_page(report, rows, missing), encoding="utf-8")
+    write_text(target, render_page(report, rows, missing))
     return target
 
 

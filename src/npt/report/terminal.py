@@ -26,6 +26,8 @@ def render_report(report: dict[str, Any], console: Console, prompts: int = 2) ->
     console.print(_delta_line(evaluations.get("weight_delta_stats") or {}))
     if (report.get("grade") or {}).get("text"):
         console.print(f"The converted model is {_text(report['grade']['text'])}.")
+    for note in report.get("notes") or []:
+        console.print(f"[bold]note[/bold]  {_text(note)}")
     for name, outcome in (report.get("expected_outcomes") or {}).items():
         console.print(_verdict(name, outcome))
     samples = evaluations.get("generation_samples") or {}
