@@ -67,14 +67,22 @@ class BestAdapterCallback(TrainerCallback):
     ) -> None:
         """Saves when this evaluation is the best so far."""
         if metrics[BEST_METRIC] >= self.best():
-            since = state.global_step - json.loads((self.folder / "best.json").read_text())["step"]
-            if self.patience is not None and since >= self.patience * (args.eval_steps or 1):
-                logger.info("no better adapter in %d steps; stopping at step %d", since, state.global_step)
+            if self.patience_is_over(state.global_step, args):
+                logger.info(
+                    "no better adapter for %d evaluations; stopping at step %d", self.patience, state.global_step
+                )
                 control.should_training_stop = True
         elif state.is_world_process_zero:
             save_adapter(self.model, self.folder)
             # Last: a run killed before it finds an older figure here on resuming, and saves this adapter again.
             write_json(self.folder / "best.json", {"step": state.global_step, **metrics})
+
+    def patience_is_over(self, step: int, args: TrainingArguments) -> bool:
+        """Whether `patience` evaluations have passed since the best one."""
+        if self.patience is None or not (self.folder / "best.json").is_file():
+            return False
+        best: int = json.loads((self.folder / "best.json").read_text())["step"]
+        return step - best >= self.patience * (args.eval_steps or 1)
 
     def best(self) -> float:
         """The lowest mean KL so far, infinity before the first evaluation."""

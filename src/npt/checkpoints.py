@@ -45,8 +45,11 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return folder
 
 
-def load_adapter(base: Any, path: str | Path) -> PeftModel:
+def load_adapter(base: Any, path: str | Path, *, allow_other_base: bool = False) -> PeftModel:
     """The base with the adapter at `path` attached, frozen, in eval mode.
+
+    Args:
+        allow_other_base: also where the base has the sizes, but not the weights or settings, it was made for.
 
     Raises:
         CheckpointError: missing, damaged, or made for a base with other blocks or sizes.
@@ -59,8 +62,9 @@ def load_adapter(base: Any, path: str | Path) -> PeftModel:
         raise CheckpointError(
             f"checkpoint {folder}: {WEIGHTS} is damaged ({error}); restore it from a backup"
         ) from error
-    config = NPTConfig.from_pretrained(str(folder))
     try:
+        config = NPTConfig.from_pretrained(str(folder))
+        config.allow_other_base = allow_other_base
         model = PeftModel.from_pretrained(base, str(folder), config=config)
     except ConversionError as error:
         raise CheckpointError(f"checkpoint {folder}: {error}") from error

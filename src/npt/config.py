@@ -108,6 +108,7 @@ class ModelSection(_Section):
     target_projections: Projections = ["gate", "up", "down"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
+    allow_other_base: bool = False
 
     def conflicts(self) -> Iterator[Conflict]:
         """A tied key reads the hidden state through A; the down projection's input is wider."""

@@ -1,18 +1,29 @@
-"""Digests of a model and of text: what a file in a cache was made from."""
+"""Digests of a model and of text: what a file in a cache, or an adapter, was made from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: Words of 8 bytes whose sum is kept.
+_ROW = 2**16
+#: What of a model's configuration decides what it computes and has the same name in every version of transformers.
+_CONFIG_KEYS = (
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "hidden_act", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "tie_word_embeddings",
+)  # fmt: skip
+_SAMPLES = 24
+#: Relative difference of sampled weights that a cast to another dtype explains (bfloat16 rounds to 2^-9).
+_CAST_TOLERANCE = 2**-7
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -28,20 +39,91 @@ def base_fingerprint(model: nn.Module) -> str:
     for name, tensor in sorted(state.items()):
         of_adapter = prefix is not None and any(part.startswith(prefix) for part in name.split("."))
         if isinstance(tensor, torch.Tensor) and not of_adapter:
-            digest.update(f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            digest.update(_tensor_digest(tensor))
+            digest.update(f"{name.replace('.base_layer', '')} ".encode() + tensor_digest(tensor))
     return digest.hexdigest()
 
 
 @torch.no_grad()
-def _tensor_digest(tensor: torch.Tensor) -> bytes:
-    """The bits of three short slices and an exact sum of all bits as integers, which any one change moves."""
-    if tensor.numel() == 0:
-        return b""
-    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
-    middle = bits.numel() // 2
-    slices = torch.cat((bits[:64], bits[middle : middle + 64], bits[-64:])).cpu().numpy().tobytes()
-    return slices + bits.sum(dtype=torch.int64).cpu().numpy().tobytes()
+def tensor_digest(tensor: torch.Tensor) -> bytes:
+    """Digest of dtype, shape and content: every bit goes into the sum of its row of `_ROW` words, modulo 2^64."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.numel():
+        content = flat.view(torch.uint8)
+        content = content.clone() if content.storage_offset() % 8 else content
+        whole = len(content) // 8 * 8
+        words = content[:whole].view(torch.int64)
+        rows = len(words) // _ROW * _ROW
+        sums = [words[:rows].view(-1, _ROW).sum(1), words[rows:], content[whole:]]
+        for part in sums:
+            digest.update(part.cpu().numpy().tobytes())
+    return digest.digest()
+
+
+def base_record(base: Any) -> dict[str, Any] | None:
+    """What an adapter keeps of the base it is made for; None where weights are not at hand (meta device, offloaded).
+
+    config: `_CONFIG_KEYS` of it. dtype and weights: a digest of all parameters, whatever their names. sample: values of
+    the embedding and of the last matrix, by which a base in another dtype is recognised.
+    """
+    parameters = list(_own_parameters(base))
+    if any(p.is_meta for p in parameters):
+        return None
+    config = base.config.get_text_config()
+    digests = sorted(tensor_digest(p) for p in parameters)
+    embedding = base.get_input_embeddings().weight
+    matrices = [p for p in parameters if p.dim() == 2 and p is not embedding and p.shape != embedding.shape]
+    return {
+        "config": {key: value for key in _CONFIG_KEYS if (value := getattr(config, key, None)) is not None},
+        "dtype": str(embedding.dtype).removeprefix("torch."),
+        "weights": hashlib.sha256(b"".join(digests)).hexdigest(),
+        "sample": {"embedding": _sample(embedding), "last_matrix": _sample(matrices[-1]) if matrices else None},
+    }
+
+
+def _own_parameters(base: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that are no adapter's."""
+    adapters = {
+        id(p)
+        for module in base.modules()
+        if isinstance(module, BaseTunerLayer)
+        for name in module.adapter_layer_names
+        for p in (getattr(module, name).parameters() if isinstance(getattr(module, name, None), nn.Module) else ())
+    }
+    yield from (p for p in base.parameters() if id(p) not in adapters)
+
+
+@torch.no_grad()
+def _sample(weight: torch.Tensor) -> list[float] | None:
+    """Evenly spaced entries; None for a quantised weight, whose entries are codes."""
+    if not weight.is_floating_point():
+        return None
+    flat = weight.detach().reshape(-1)
+    places = torch.linspace(0, len(flat) - 1, _SAMPLES, dtype=torch.float64).long()
+    return [float(value) for value in flat[places.to(flat.device)].float().cpu()]
+
+
+def difference(made_for: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """What tells two records of `base_record` apart, in words; None where they are of one base, in any dtype."""
+    configs = made_for.get("config") or {}, here["config"]
+    for key in sorted(set(configs[0]) & set(configs[1])):
+        if configs[0][key] != configs[1][key]:
+            return f"{key} is {configs[1][key]!r} here and was {configs[0][key]!r}"
+    if made_for.get("dtype") == here["dtype"]:
+        if made_for.get("weights") == here["weights"]:
+            return None
+        # A quantised base is of its original's dtype in what is left unquantised.
+        if not _quantized(made_for) and not _quantized(here):
+            return "its weights are not the same"
+    for name, there in (made_for.get("sample") or {}).items():
+        now = here["sample"].get(name)
+        if there and now and not np.allclose(there, now, rtol=_CAST_TOLERANCE, atol=1e-6):
+            return f"its weights are not the same ({name.replace('_', ' ')})"
+    return None
+
+
+def _quantized(record: dict[str, Any]) -> bool:
+    return (record.get("sample") or {}).get("last_matrix") is None
 
 
 def text_fingerprint(blocks: Any) -> str:

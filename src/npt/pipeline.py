@@ -15,7 +15,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 
 from npt.calibration import calibrate
-from npt.callbacks import BestAdapterCallback, JsonLinesCallback, SamplesCallback
+from npt.callbacks import BEST_METRIC, BestAdapterCallback, JsonLinesCallback, SamplesCallback
 from npt.card import write_model_card
 from npt.checkpointing import last_checkpoint, step_of
 from npt.checkpoints import load_adapter, resolve_checkpoint, set_aside
@@ -78,7 +78,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
                 set_aside(output, ("metrics.jsonl", "samples.jsonl", "evaluation_report.json", "report.html", "plots"))
                 set_aside(checkpoints, ("best_model", "checkpoint-*"))
             else:
-                rewind(output, step_of(last))
+                rewind(output, step_of(last), config.training.eval_steps)
             save_config(config, output / "config.yaml")
             trainer = make_trainer(config, model, tokenizer, train, signals)
             notes = fit(config, trainer, tokenizer, train, last)
@@ -124,10 +124,16 @@ def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
     return model, tokenizer
 
 
-def rewind(output: Path, step: int) -> None:
+def rewind(output: Path, step: int, eval_steps: int) -> None:
     """Takes out of a run's records what was logged after the checkpoint it goes on from: it comes again."""
+
+    def keep(row: dict[str, Any]) -> bool:
+        # The one evaluation that follows its step's checkpoint is the last one, where it is not due by eval_steps.
+        late = BEST_METRIC in row and step % eval_steps != 0
+        return not isinstance(row.get("step"), int) or row["step"] < step + (not late)
+
     for name in ("metrics.jsonl", "samples.jsonl"):
-        keep_lines(output / name, lambda row: not isinstance(row.get("step"), int) or row["step"] <= step)
+        keep_lines(output / name, keep)
 
 
 def fit(
@@ -147,21 +153,23 @@ def fit(
     if last is None:
         trainer.evaluate()
         release_memory()
-    if trains:
+    if last is not None and trainer.is_finished(last):
+        trainer.state.global_step = step_of(last)
+    elif trains:
         before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         after = [p for p in model.parameters() if p.requires_grad]
         if trainer.state.global_step and all(map(torch.equal, before, after)):
             notes.append(f"{trainer.state.global_step} training steps moved no parameter; see training.learning_rate")
-        if trainer.state.global_step % (trainer.args.eval_steps or 1) and not trainer.control.should_training_stop:
-            trainer.evaluate()
     return notes
 
 
 def report_best(
     config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, held_out: datasets.Dataset, notes: list[str]
 ) -> dict[str, Any]:
-    """Evaluates the best adapter and writes everything that describes it."""
+    """Looks at the last step too, then evaluates the best adapter and writes everything that describes it."""
+    if trainer.state.global_step % config.training.eval_steps:
+        trainer.evaluate()
     model, output, best = trainer.model, Path(config.paths.output_dir), Path(config.paths.checkpoint_dir) / "best_model"
     save_config(config, best / RUN_CONFIG)
     tokenizer.save_pretrained(str(best))
@@ -316,7 +324,7 @@ def load_npt(config: RunConfig, checkpoint: str | Path) -> tuple[PeftModel, Any]
     """(NPT model, tokenizer): the base of the configuration with the adapter at `checkpoint` (see `load_adapter`)."""
     folder = resolve_checkpoint(checkpoint)  # a missing one is named before the base is loaded
     base, tokenizer = load_base(config)
-    model = load_adapter(base, folder)
+    model = load_adapter(base, folder, allow_other_base=config.model.allow_other_base)
     if config.optimization.use_cpu_offload:
         offload_frozen(model, default_device())
     return model, tokenizer

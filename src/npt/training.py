@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
+from npt.callbacks import BestAdapterCallback
 from npt.checkpointing import DurableTrainer
 from npt.data.batches import batches_of, complete_batch, scored_positions
 from npt.errors import NPTError
@@ -109,6 +111,15 @@ class EquivalenceTrainer(DurableTrainer):
         self.accelerator.wait_for_everyone()
         for _, objective in self.schedule:
             objective.teacher = caches[kind_of(objective.name)]
+
+    def is_finished(self, checkpoint: Path) -> bool:
+        """Whether nothing is left to train after a checkpoint; HF's Trainer would take one more step."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        return state.global_step >= state.max_steps or any(
+            callback.patience_is_over(state.global_step, self.args)
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, BestAdapterCallback)
+        )
 
     @property
     def objective(self) -> Objective:

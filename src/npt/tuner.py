@@ -26,6 +26,7 @@ from npt.component import WeightDelta
 from npt.contract import check_contract
 from npt.errors import ConversionError
 from npt.families import blocks_of, family_of, resolve_layers
+from npt.fingerprint import base_record, difference
 from npt.modules import execution_device, projection_shape
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ PEFT_TYPE = Method.NPT
 #: PEFT and transformers put the adapter's name right after the word that begins with it.
 LAYER_NAME = "neuroplastic"
 
+
+#: Of an adapter's files. An adapter of an older format is read for ever (tests/fixtures/adapters).
+FORMAT_VERSION = 1
 
 #: The fields a person chooses; the `model` section of a run configuration has them under the same names.
 OPTIONS = ("npt_layers", "rank", "modulation_scale", "key", "carry", "gain", "low_rank_at", "target_projections")
@@ -62,7 +66,10 @@ class NPTConfig(PeftConfig):
         low_rank_at: "input" or "projection". target_projections: subset of gate, up, down; a name the family does not
             have is an error, except gate, which plain MLPs lack by nature.
         target_modules: filled in by npt with the converted blocks' names; leave it alone.
-        base_shape: filled in by npt: [hidden size, intermediate size, number of blocks] of the base it was made for.
+        base_shape, base_fingerprint: filled in by npt: [hidden size, intermediate size, number of blocks] of the base it was
+            made for, and what else it is recognised by (`npt.fingerprint.base_record`).
+        allow_other_base: load it on another base of the same sizes all the same; it is never saved as true.
+        format_version: of the adapter's files; `FORMAT_VERSION` is written.
     """
 
     npt_layers: str | list[int] = "upper_half"
@@ -76,6 +83,9 @@ class NPTConfig(PeftConfig):
     target_modules: list[str] | None = None
     exclude_modules: list[str] | None = None
     base_shape: list[int] | None = None
+    base_fingerprint: dict[str, Any] | None = None
+    allow_other_base: bool = False
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         """Validates everything that can be without the model.
@@ -87,6 +97,11 @@ class NPTConfig(PeftConfig):
         self.peft_type = PEFT_TYPE
         self.task_type = self.task_type or "CAUSAL_LM"  # type: ignore[has-type]
         problems = []
+        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+            raise ConversionError(
+                f"format_version={self.format_version!r}: the adapter was written by a newer npt, this one reads up to "
+                f"{FORMAT_VERSION}; upgrade with pip install -U npt"
+            )
         for name, allowed in (
             ("key", maths.KEYS),
             ("carry", maths.CARRIES),
@@ -112,7 +127,11 @@ class NPTConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes adapter_config.json, and the model card beside it unless a person's own is there."""
-        super().save_pretrained(save_directory, **kwargs)
+        allowed, self.allow_other_base = self.allow_other_base, False
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.allow_other_base = allowed
         write_model_card(save_directory, self)
 
     def component_options(self) -> dict[str, Any]:
@@ -157,6 +176,7 @@ class NPTModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: NPTConfig, model_config: dict[str, Any]) -> NPTConfig:
         blocks = blocks_of(self.model)
         _check_base_shape(peft_config, self.model, len(blocks))
+        _check_fingerprint(peft_config, self.model)
         peft_config.npt_layers = resolve_layers(peft_config.npt_layers, len(blocks))
         prefix = family_of(self.model).blocks
         peft_config.target_modules = [f"{prefix}.{i}" for i in peft_config.npt_layers]
@@ -266,6 +286,20 @@ def _check_base_shape(config: NPTConfig, model: nn.Module, num_blocks: int) -> N
             f"the adapter was made for a base with {made}; this one has {got}. Load it on {config.base_model_name_or_path!r}"
         )
     config.base_shape = here
+
+
+def _check_fingerprint(config: NPTConfig, model: Any) -> None:
+    here = base_record(model)
+    if here is None:
+        logger.info("the base's weights are not at hand, so whether the adapter was made for them is not checked")
+        return
+    other = None if config.base_fingerprint is None else difference(config.base_fingerprint, here)
+    if other is not None and not config.allow_other_base:
+        raise ConversionError(
+            f"the adapter was made for another base: {other}. Load it on {config.base_model_name_or_path!r}, or set "
+            "allow_other_base (NPTConfig.allow_other_base=True, in a run model.allow_other_base=true)"
+        )
+    config.base_fingerprint = here
 
 
 def npt_layers(model: nn.Module) -> list[NPTLayer]:
