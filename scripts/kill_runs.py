@@ -1,10 +1,11 @@
 """Kills small trainings at random moments and resumes them: python -m scripts.kill_runs --runs 100
 
-Every run trains a few steps with a checkpoint at every second one, is killed with SIGKILL (half of them once or twice more while
-they resume), and is then resumed to its end. Half of the kills come at a random time, half at a random one of the run's own
-file operations: an open for writing, a rename, a removal. A run is lost if it can't be resumed, or if its last adapter, its
-optimiser state, its best adapter or its log differ in one bit from those of a run nobody killed. Children are forked from a
-process that has the libraries imported (Linux and macOS). The report at the end of a run is left out: no resume reads it.
+Every run trains a few steps with a checkpoint at every second one, is killed with SIGKILL (half of them once or twice
+more while they resume), and is then resumed to its end. Half of the kills come at a random time, half at a random one
+of the run's own file operations: an open for writing, a rename, a removal. A run is lost if it can't be resumed, or if
+its last adapter, its optimiser state, its best adapter or its log differ in one bit from those of a run nobody killed.
+Children are forked from a process that has the libraries imported (Linux and macOS). The report at the end of a run is
+left out: no resume reads it.
 """
 
 from __future__ import annotations

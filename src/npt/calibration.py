@@ -22,7 +22,8 @@ from torch import Tensor
 
 from npt.attach import EXACT, BlockRecord, NPTLayer, layer_mode
 from npt.component import NPComponent
-from npt.errors import NPTError
+from npt.errors import REMEDY, NPTError, RunError
+from npt.numerics import find_nonfinite
 from npt.tuner import active_layers, device_of, eval_mode, run_backbone
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def calibrate(
 
     Raises:
         NPTError: no text, or text so degenerate that the fit is not finite.
+        RunError: the model's own hidden states are not finite.
     """
     layers = [layer for layer in active_layers(model) if layer.component and layer.component.spec.carry != "exact"]
     fits = {layer.index: _BlockFit(layer, chunk_tokens or first_tokens(layer.shape("up")[0])) for layer in layers}
@@ -78,7 +80,10 @@ def calibrate(
             attention_mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).to(device)
             mask[:] = [attention_mask.bool()]
             seen += int(attention_mask.sum())
-            run_backbone(model, {"input_ids": ids, "attention_mask": attention_mask})
+            hidden = run_backbone(model, {"input_ids": ids, "attention_mask": attention_mask})
+            if not hidden[mask[0]].isfinite().all():
+                where = find_nonfinite(model, {"input_ids": ids, "attention_mask": attention_mask})
+                raise RunError(f"calibration, after {seen} tokens: hidden states are not finite, {where}; {REMEDY}")
     if not seen:
         raise NPTError("calibration got no text: pass at least one batch with real tokens")
     logger.info("calibrating on %d tokens", seen)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from npt.attach import EXACT, ZERO, NPTLayer, first_tensor, layer_mode
-from npt.errors import ConversionError
+from npt.errors import REMEDY, ConversionError
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,9 @@ def _check_block(layer: NPTLayer, args: tuple[Any, ...], kwargs: dict[str, Any])
 
     original, zeroed, exact = run("bypass"), run(ZERO), run(EXACT)
     name = f"block {layer.index} ({type(block).__name__})"
+    for what, values in (("what reaches it", hidden_states), ("its output", original)):
+        if not values.isfinite().all():
+            raise ConversionError(f"{name}: {what} is not finite in the unconverted model; {REMEDY}")
     if not torch.equal(zeroed, hidden_states):
         raise ConversionError(
             f"{name} breaks the conversion contract: with attention and MLP dropped it should return its input, but "

@@ -130,7 +130,7 @@ def is_sealed(folder: Path) -> bool:
         # A name that leads out of the folder is no name `seal` wrote.
         inside = all(folder.resolve() in (folder / name).resolve().parents for name in names)
         return inside and all(_identity(folder / name) == found for name, found in names.items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 

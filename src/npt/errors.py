@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: What a person can do about numbers that are not finite.
+REMEDY = "use model.dtype=float32 or optimization.mixed_precision='no', a lower training.learning_rate, or other text"
+
 
 class NPTError(ValueError):
     """Base of every error the package raises for bad input; the command prints it as one line and exits with 2."""

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from npt.attach import BYPASS, first_tensor, layer_mode
 from npt.durable import write_file
-from npt.errors import RunError
+from npt.errors import REMEDY, RunError
 from npt.families import blocks_of
 from npt.tuner import eval_mode, npt_layers, run_backbone
-
-#: What a person can do about it.
-REMEDY = "use model.dtype=float32 or optimization.mixed_precision='no', a lower training.learning_rate, or other text"
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

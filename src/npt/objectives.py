@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from npt.attach import BlockRecord, NPTLayer, layer_mode
 from npt.component import WeightDelta
 from npt.data.batches import scored_positions
-from npt.errors import NPTError
+from npt.errors import REMEDY, NPTError, RunError
 from npt.modules import logit_head
+from npt.numerics import find_nonfinite
 from npt.teacher import ROW, TeacherCache, grouped
 from npt.tuner import active_layers, run_backbone
 
@@ -212,8 +213,12 @@ def check_logit_head(model: Any, input_ids: Tensor) -> None:
 
     Raises:
         NPTError: it does not, so the `logits` objective would train towards something else.
+        RunError: the hidden states are not finite.
     """
     hidden = run_backbone(model, {"input_ids": input_ids})
+    if not hidden.isfinite().all():
+        where = find_nonfinite(model, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
+        raise RunError(f"before step 1: the model's hidden states are not finite, {where}; {REMEDY}")
     logits = model(input_ids=input_ids, use_cache=False).logits
     error = (logit_head(model)(hidden).float() - logits.float()).abs().max() / logits.float().abs().max()
     if not error < 1e-2:

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 VALIDATION_BLOCKS = 32
 #: Folder of tensorboard's events in a run's output folder.
 TENSORBOARD = "tensorboard"
+#: Change of the parameters, relative to their norm, below which training did nothing.
+NO_CHANGE = 1e-7
 #: Evaluations without a new best after which objective `auto` stops.
 PATIENCE = 4
 
@@ -156,12 +158,20 @@ def fit(
     if last is not None and trainer.is_finished(last):
         trainer.state.global_step = step_of(last)
     elif trains:
-        before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        before = trained_values(model)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        after = [p for p in model.parameters() if p.requires_grad]
-        if trainer.state.global_step and all(map(torch.equal, before, after)):
-            notes.append(f"{trainer.state.global_step} training steps moved no parameter; see training.learning_rate")
+        moved = (trained_values(model) - before).norm() / before.norm()
+        if trainer.state.global_step and moved < NO_CHANGE:
+            notes.append(
+                f"{trainer.state.global_step} training steps moved the parameters by {moved:.1g} of their norm; see "
+                "training.learning_rate"
+            )
     return notes
+
+
+def trained_values(model: Any) -> torch.Tensor:
+    """All numbers that training may change, in one vector on the CPU."""
+    return torch.cat([p.detach().flatten().double().cpu() for p in model.parameters() if p.requires_grad])
 
 
 def report_best(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from npt.callbacks import BestAdapterCallback
@@ -81,7 +81,13 @@ class EquivalenceTrainer(DurableTrainer):
             if objective.name == "local" and not objective.scales:
                 objective.scales = update_scales(self.model, first)
         self.read_teacher()
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                # Left open by an error, the bar would share its line with the message.
+                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    callback.training_bar.close()
 
     def read_teacher(self) -> None:
         """Makes the teacher targets that are missing, if a folder for them was named, and gives them to the objectives.

@@ -102,6 +102,10 @@ class NPTConfig(PeftConfig):
                 f"format_version={self.format_version!r}: the adapter was written by a newer npt, this one reads up to "
                 f"{FORMAT_VERSION}; upgrade with pip install -U npt"
             )
+        if not isinstance(self.base_fingerprint, dict | None):
+            problems.append(
+                f"base_fingerprint={self.base_fingerprint!r}: npt writes it itself; restore the adapter's file"
+            )
         for name, allowed in (
             ("key", maths.KEYS),
             ("carry", maths.CARRIES),

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from npt.attach import layer_mode
 from npt.data.batches import batches_of, scored_positions
-from npt.errors import DataError, RunError
-from npt.numerics import REMEDY, find_nonfinite
+from npt.errors import REMEDY, DataError, RunError
+from npt.numerics import find_nonfinite
 from npt.tuner import active_layers, device_of, eval_mode
 
 #: Bytes one batch of float32 logits may take; a longer batch is split by sequences.
