@@ -126,7 +126,9 @@ def test_half_precision_overflow_is_caught(tmp_path: Path) -> None:
         get_peft_model(model.unload(), NPTConfig(npt_layers=[3], rank=3))
     base = random_base("llama", torch.float16)
     with torch.no_grad():
-        base.model.layers[1].mlp.down_proj.weight.mul_(2e4)  # finite, and its products are not
+        for matrix in (base.model.layers[1].mlp.up_proj, base.model.layers[1].mlp.down_proj):
+            matrix.weight.mul_(1e4)  # finite, and their products are not
+        assert matrix.weight.isfinite().all()
     with pytest.raises(
         ConversionError, match=r"block 1 .*: its output is not finite in the unconverted model; use model\."
     ):
