@@ -71,6 +71,11 @@ class Manifest:
     shard_blocks: int = 1
     format: int = _FORMAT
 
+    def __post_init__(self) -> None:
+        numbers = [self.blocks, self.shard_blocks, *self.layers, *([] if self.top_k is None else [self.top_k])]
+        if not all(isinstance(n, int) and n >= 0 for n in numbers) or self.shard_blocks < 1:
+            raise ValueError(f"blocks, shard_blocks, layers and top_k are whole numbers, not {numbers}")
+
 
 class TeacherCache:
     """Targets on disk, for one kind of objective.

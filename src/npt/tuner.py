@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -161,6 +162,10 @@ class NPTModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attaches an adapter and runs the conversion contract on its blocks; leaves no trace when that fails."""
+        if re.fullmatch(r"[\w][\w.+ -]*", adapter_name) is None:
+            raise ConversionError(
+                f"adapter name {adapter_name!r}: use letters, digits and _ - + only; folders are named so"
+            )
         refuse_unsupported(model)
         before = {id(layer) for layer in npt_layers(model)}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
