@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import html
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,20 +74,6 @@ def test_the_page_holds_every_section_picture_and_figure(report: dict[str, Any],
 def test_the_same_files_give_the_same_page(report: dict[str, Any], tmp_path: Path) -> None:
     folder = write(tmp_path, report)
     assert write_page(folder).read_bytes() == write_page(folder).read_bytes()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Any:
-    """A headless Chromium: the system's, or the one `playwright install chromium` fetched."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    system = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    with sync_api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=system, args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
-        yield browser
-        browser.close()
 
 
 def visit(browser: Any, path: Path, width: int, scheme: str = "light") -> tuple[Any, list[str], list[str]]:

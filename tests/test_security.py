@@ -18,7 +18,7 @@ from npt.errors import ConversionError, DataError
 from npt.teacher import teacher_cache
 from tests.conftest import converted, random_base
 from tests.test_cli import settings
-from tests.test_page import browser, visit  # noqa: F401 - a fixture
+from tests.test_page import visit
 from tests.test_training import blocks
 
 SECRETS = {
