@@ -46,7 +46,9 @@ class Tally:
     """What happened."""
 
     runs: int = 0
-    kills: dict[str, int] = field(default_factory=lambda: {"at a file operation": 0, "at a random time": 0})
+    kills: dict[str, int] = field(
+        default_factory=lambda: {"at a file operation": 0, "at a random time": 0, "while training": 0}
+    )
     from_start: int = 0
     lost: list[str] = field(default_factory=list)
 
@@ -118,17 +120,26 @@ def child(folder: Path, resume: bool, kill_at: int | None = None, count_to: Path
         os._exit(status)
 
 
-def finish(process: int, kill_after: float | None = None) -> int:
-    """Waits for a child, which is killed after so many seconds; its exit status, -9 for a killed one."""
-    end = None if kill_after is None else time.monotonic() + kill_after
+def finish(process: int, kill_after: float | None = None, begun: Path | None = None) -> int:
+    """Waits for a child; its exit status, -9 for a killed one.
+
+    It is killed after so many seconds, counted from when the file `begun` has changed where one is given.
+    """
+    start, before, alive = time.monotonic(), _changed(begun), True
     while True:
-        done, status = os.waitpid(process, 0 if end is None else os.WNOHANG)
+        done, status = os.waitpid(process, 0 if kill_after is None or not alive else os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        if end is not None and time.monotonic() > end:
+        if begun is not None and _changed(begun) == before:
+            start = time.monotonic()
+        elif kill_after is not None and time.monotonic() > start + kill_after:
             os.kill(process, signal.SIGKILL)
-            end = None
+            alive = False
         time.sleep(0.002)
+
+
+def _changed(path: Path | None) -> int:
+    return path.stat().st_mtime_ns if path is not None and path.is_file() else 0
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -154,11 +165,15 @@ def one_run(folder: Path, rng: random.Random, seconds: float, operations: int, t
     """Kills a run one to three times, resumes it to its end."""
     resume = False
     for _ in range(1 if rng.random() < 0.5 else rng.choice((2, 3))):
-        by_file = rng.random() < 0.5
-        at = rng.randint(1, operations) if by_file else None
-        status = finish(child(folder, resume, at), None if by_file else rng.uniform(0, seconds))
+        how = rng.choice(list(tally.kills))
+        if how == "at a file operation":
+            status = finish(child(folder, resume, kill_at=rng.randint(1, operations)))
+        elif how == "at a random time":
+            status = finish(child(folder, resume), rng.uniform(0, seconds))
+        else:  # from the log's first line, or that a resume takes out of it, on
+            status = finish(child(folder, resume), rng.uniform(0, seconds / 2), folder / "outputs" / "metrics.jsonl")
         if status == -signal.SIGKILL:
-            tally.kills["at a file operation" if by_file else "at a random time"] += 1
+            tally.kills[how] += 1
         elif status:
             tally.lost.append(f"{folder.name}: exit status {status}, see {folder}/log.txt")
             return
