@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
+from npt.config import option_problems
 from npt.errors import CheckpointError, ConversionError
-from npt.tuner import PEFT_TYPE, NPTConfig
+from npt.safe_yaml import MAX_BYTES
+from npt.text import one_line
+from npt.tuner import OPTIONS, PEFT_TYPE, NPTConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -31,18 +35,61 @@ def resolve_checkpoint(path: str | Path) -> Path:
         )
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise CheckpointError(f"checkpoint {folder}: {name} is missing; name a folder that save_pretrained wrote")
+            raise CheckpointError(
+                f"checkpoint {folder}: {name} is missing (pickled weights are never read); name a "
+                "folder that save_pretrained wrote"
+            )
+    _check_config(folder)
+    _header(folder)
+    return folder
+
+
+def _check_config(folder: Path) -> None:
+    """Before PEFT reads it: PEFT drops or stumbles over what it does not expect."""
+    place = f"checkpoint {folder}: {CONFIG}"
     try:
-        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        with (folder / CONFIG).open("rb") as file:
+            values = json.loads(file.read(MAX_BYTES + 1).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"checkpoint {folder}: {CONFIG} is not a JSON object; restore it from a backup"
+            f"{place} is not a JSON object ({one_line(error, 80)}); restore it from a backup"
         ) from error
-    if kind != PEFT_TYPE:
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{place} is not a JSON object but {type(values).__name__}; restore it from a backup")
+    if values.get("peft_type") != PEFT_TYPE:
+        kind = one_line(values.get("peft_type"), 40)
         raise CheckpointError(
             f"checkpoint {folder}: it is a {kind} adapter, not {PEFT_TYPE}; load it with peft instead"
         )
-    return folder
+    problems = option_problems({name: values[name] for name in OPTIONS if name in values})
+    shape = values.get("base_shape")
+    if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int for n in shape)):
+        problems.append(f"base_shape: {one_line(shape, 80)}: use three whole numbers")
+    base = values.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        problems.append(f"base_model_name_or_path: {one_line(base, 80)}: use text")
+    if problems:
+        raise CheckpointError(f"{place}: {'; '.join(problems)}; restore it from a backup")
+
+
+def _header(folder: Path) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the adapter's weights, which must be finite."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {}
+            for key in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(key)
+                shapes[key] = tuple(tensor.shape)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise CheckpointError(
+                        f"checkpoint {folder}: {WEIGHTS} holds NaN or infinity in {key}; take an earlier checkpoint"
+                    )
+    except (SafetensorError, OSError) as error:
+        reason = one_line(error, 120)
+        raise CheckpointError(
+            f"checkpoint {folder}: {WEIGHTS} is damaged ({reason}); restore it from a backup"
+        ) from error
+    return shapes
 
 
 def load_adapter(base: Any, path: str | Path, *, allow_other_base: bool = False) -> PeftModel:
@@ -55,27 +102,26 @@ def load_adapter(base: Any, path: str | Path, *, allow_other_base: bool = False)
         CheckpointError: missing, damaged, or made for a base with other blocks or sizes.
     """
     folder = resolve_checkpoint(path)
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"checkpoint {folder}: {WEIGHTS} is damaged ({error}); restore it from a backup"
-        ) from error
+    shapes = _header(folder)
     try:
         config = NPTConfig.from_pretrained(str(folder))
         config.allow_other_base = allow_other_base
-        model = PeftModel.from_pretrained(base, str(folder), config=config)
+        with warnings.catch_warnings():
+            # Told below, in one line, with the place.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, str(folder), config=config)
     except ConversionError as error:
         raise CheckpointError(f"checkpoint {folder}: {error}") from error
     except RuntimeError as error:
-        raise CheckpointError(f"checkpoint {folder}: made for a base of other sizes: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"checkpoint {folder}: made for a base of other sizes: {_first_line(error)}; use the base it was made from"
+        ) from error
     wanted = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
     if wanted != shapes:
         odd = sorted(set(wanted.items()) ^ set(shapes.items()))[0]
         raise CheckpointError(
             f"checkpoint {folder}: its weights (blocks {config.npt_layers}) do not fit its config or this "
-            f"base, first at {odd[0]} {list(odd[1])}; use the base it was made from"
+            f"base, first at {one_line(odd[0], 200)} {list(odd[1])}; use the base it was made from"
         )
     return model.eval()
 

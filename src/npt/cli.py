@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from npt.errors import NPTError, RunError, Stopped
+from npt.text import one_line, visible
 
 app = typer.Typer(
     name="npt",
@@ -37,13 +38,21 @@ Checkpoint = Annotated[
 ]
 
 
+class _VisibleFormatter(logging.Formatter):
+    """Log lines hold file names and text of models; none of it may steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 @app.callback()
 def _setup(quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and results.")] = False) -> None:
     # peft 0.21 still calls transformers by an older name; nothing a user could change.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     level = logging.WARNING if quiet else logging.INFO
     handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    handler.setFormatter(_VisibleFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("npt").setLevel(level)
 
 
@@ -54,10 +63,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
 ) -> None:
     """Phase 1: convert, calibrate, train, evaluate; writes best_model/ and evaluation_report.json."""
+    from npt.outputs import check_folders
     from npt.pipeline import run_training
     from npt.report.terminal import render_report
 
     run = _load(config, set_)
+    check_folders({f"paths.{name}": folder for name, folder in run.paths if folder is not None})
     found = run_training(run, resume=resume)
     render_report(found, console)
     _say(f"adapter: {Path(run.paths.checkpoint_dir) / 'best_model'}")
@@ -75,10 +86,12 @@ def evaluate(
     set_: Set = None,
 ) -> None:
     """Compares a checkpoint with the model it was made from."""
+    from npt.outputs import check_file
     from npt.pipeline import run_evaluation
     from npt.report.terminal import render_report
 
     run = _load(config, set_)
+    check_file("--output", output, ".json")
     render_report(run_evaluation(run, checkpoint, output, more_text=text or ()), console)
     _say(f"report: {output.with_suffix('.html')}, figures in {output}")
 
@@ -92,13 +105,15 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
 ) -> None:
     """Continues prompts with the NPT model and with the original, side by side."""
-    from npt.evaluation.generation import side_by_side
+    from npt.evaluation.generation import check_context, check_prompts, side_by_side
     from npt.pipeline import load_npt
 
+    check_prompts(prompts)
     model, tokenizer = load_npt(_load(config, set_), checkpoint)
+    check_context(model, tokenizer, prompts, max_new_tokens)
     for sample in side_by_side(model, tokenizer, prompts, max_new_tokens):
         for name in ("npt", "original"):
-            console.print(f"[bold]{name:>8}[/bold]  {escape(sample[name])}")
+            console.print(f"[bold]{name:>8}[/bold]  {escape(visible(sample[name]))}")
 
 
 Run = Annotated[Path, typer.Argument(help="A run's output folder.")]
@@ -110,17 +125,22 @@ def plot(
     output_dir: Annotated[Path, typer.Option("--output-dir", help="The same, as an option.")] = Path("outputs"),
 ) -> None:
     """Draws the plots of a run from metrics.jsonl and, if there is one, its report, as PNG and SVG."""
+    from npt.outputs import check_folders
     from npt.report.plots import plot_run
 
-    for path in plot_run(output_dir if run is None else run):
+    folder = output_dir if run is None else run
+    check_folders({"run": folder})
+    for path in plot_run(folder):
         _say(str(path))
 
 
 @app.command()
 def report(run: Run = Path("outputs")) -> None:
     """Writes report.html, one self-contained page, from what a run's output folder holds."""
+    from npt.outputs import check_folders
     from npt.report.page import write_page
 
+    check_folders({"run": run})
     _say(f"report: {write_page(run)}")
 
 
@@ -130,18 +150,22 @@ def compare(
     output: Annotated[Path, typer.Option("--output", help="Where the plot goes.")] = Path("comparison.png"),
 ) -> None:
     """Runs side by side: one table, and one plot of perplexity ratio and KL over steps."""
-    from npt.report.compare import comparison_table, plot_comparison, read_runs
+    from npt.outputs import check_file
+    from npt.report.compare import PLOT_KINDS, comparison_table, plot_comparison, read_runs
+    from npt.report.plots import malformed
 
     found = read_runs(runs)
-    console.print(comparison_table(found))
-    path = plot_comparison(found, output)
+    check_file("--output", output, *PLOT_KINDS)
+    with malformed(", ".join(map(str, runs))):
+        table, path = comparison_table(found), plot_comparison(found, output)
+    console.print(table)
     _say(f"plot: {path}" if path else "plot: none of the runs has an evaluation over steps to draw")
 
 
 @app.command()
 def watch(
     run: Run = Path("outputs"),
-    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks.")] = 2.0,
+    interval: Annotated[float, typer.Option("--interval", min=0.1, max=3600, help="Seconds between two looks.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Show it once and leave.")] = False,
 ) -> None:
     """Shows a live run: step, loss, perplexity ratio, KL, calibration; leaves when the report is written."""
@@ -163,9 +187,10 @@ def memory(
     from npt.plan import parse_bytes, render_plan
     from npt.report.terminal import render_memory
 
-    run = _load(config, set_) if config or set_ else None
+    size = None if limit is None else parse_bytes(limit)
+    run = _load(config, set_) if config or set_ or size is not None else None
     if run is not None:
-        render_plan(run, None if limit is None else parse_bytes(limit), console)
+        render_plan(run, size, console)
     render_memory(memory_table(run), console)
 
 
@@ -204,7 +229,7 @@ def _load(config: Path | None, overrides: Sequence[str] | None) -> Any:
 
 
 def _say(text: str) -> None:
-    console.print(escape(text), soft_wrap=True, highlight=False)
+    console.print(escape(visible(text)), soft_wrap=True, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,13 +254,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except UsageError as error:
         message = error.format_message()  # type: ignore[attr-defined]
-        print(message if "\n" in message else f"npt: {message} (see npt --help)", file=sys.stderr)
+        is_help = type(error).__name__ == "NoArgsIsHelpError"
+        print(message if is_help else f"npt: {one_line(message)} (see npt --help)", file=sys.stderr)
         return 2
     return result if isinstance(result, int) else 0
 
 
 def _complain(text: str) -> None:
-    print(f"npt: {' '.join(text.split())}", file=sys.stderr)
+    print(f"npt: {one_line(text)}", file=sys.stderr)
 
 
 def _out_of_memory(error: BaseException) -> str:

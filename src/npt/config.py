@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +27,8 @@ from pydantic_core import PydanticCustomError
 from npt.builtin import MODELS, PREFIX, TEXTS
 from npt.durable import write_text
 from npt.errors import ConfigError
+from npt.safe_yaml import MAX_BYTES, parse_yaml
+from npt.text import one_line
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -59,16 +63,26 @@ def _known(names: Iterable[str]) -> Callable[[str], str]:
     return check
 
 
+def _no_control(text: str) -> str:
+    """No system takes all of them in a file's name, and half a surrogate pair can't be written at all."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+        raise ValueError("holds a control character or half a surrogate pair; take it out")
+    return text
+
+
 def _listed(value: Any) -> Any:
     """One name need not be a list."""
     return [value] if isinstance(value, str) else value
 
 
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Positive = Annotated[int, Field(ge=1)]
-Text = Annotated[str, Field(min_length=1)]
+#: What fits the libraries' and the machine's whole numbers.
+MOST = 2**31 - 1
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_no_control)]
 Projections = Annotated[list[Literal["gate", "up", "down"]], Field(min_length=1), AfterValidator(_no_duplicates)]
-Indices = Annotated[list[int], Field(min_length=1)]
+Indices = Annotated[list[Annotated[int, Field(ge=-MOST, le=MOST)]], Field(min_length=1)]
 Layers = Annotated[
     Literal["upper_half", "lower_half", "all"] | Indices, WrapValidator(_layers), AfterValidator(_no_duplicates)
 ]
@@ -99,7 +113,7 @@ class ModelSection(_Section):
 
     base_model_name: Annotated[Text, AfterValidator(_known(MODELS))] = "builtin:tiny"
     npt_layers: Layers = "upper_half"
-    rank: Annotated[int, Field(ge=0)] = 16
+    rank: Count = 16
     modulation_scale: Annotated[Real, Field(gt=0)] = 1.0
     key: Literal["input", "tied", "learned"] = "input"
     carry: Literal["none", "diagonal", "exact"] = "diagonal"
@@ -125,8 +139,8 @@ class TrainingSection(_Section):
     learning_rate: Annotated[Real, Field(gt=0)] = 1e-3
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     num_epochs: Annotated[Real, Field(gt=0)] = 1.0
-    num_train_steps: Annotated[int, Field(ge=0)] | None = None
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    num_train_steps: Count | None = None
+    warmup_steps: Count = 10
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[Real, Field(gt=0)] = 1.0
     objective: Literal["auto", "local", "logits", "composite"] = "auto"
@@ -160,8 +174,8 @@ class DataSection(_Section):
     calibration_files: Files | None = None
     eval_texts: TextNames = [f"{PREFIX}python-docs"]
     text_column: Text = "text"
-    max_length: Annotated[int, Field(ge=2)] = 256
-    num_train_samples: Positive | None = 1632
+    max_length: Annotated[int, Field(ge=2, le=MOST)] = 256
+    num_train_samples: Annotated[int, Field(ge=2, le=MOST)] | None = 1632
     num_eval_samples: Positive | None = 400
     num_calibration_samples: Positive = 384
 
@@ -169,6 +183,12 @@ class DataSection(_Section):
         """Text needs files, and the model's own text has no end of its own."""
         if self.dataset_name == "text" and not self.data_files:
             yield ("dataset_name", "data_files"), '"text" needs files; set data.data_files=[FILE, ...]'
+        if self.data_files and self.dataset_name != "text":
+            text = "is read with data.dataset_name=text only; set that, or take data.data_files out"
+            yield ("data_files", "dataset_name"), text
+        if self.dataset_config and (self.dataset_name in ("self", "text") or self.dataset_name.startswith(PREFIX)):
+            text = "is for a hub data set only; take it out, or name one in data.dataset_name"
+            yield ("dataset_config", "dataset_name"), text
         for name in ("num_train_samples", "num_eval_samples"):
             if self.dataset_name == "self" and getattr(self, name) is None:
                 yield (name, "dataset_name"), "null has no end with data.dataset_name=self; use a whole number"
@@ -225,27 +245,6 @@ class RunConfig(_Section):
     paths: PathsSection = Field(default_factory=PathsSection)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML in which a repeated key is an error instead of a silent overwrite."""
-
-
-def _unique_mapping(loader: Any, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            continue
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise yaml.YAMLError(f"key {key!r} in line {key_node.start_mark.line + 1} is not text")
-        if key in seen:
-            raise yaml.YAMLError(f"key {key!r} stands twice, again in line {key_node.start_mark.line + 1}; keep one")
-        seen.add(key)
-    return loader.construct_mapping(node, deep)  # type: ignore[no-any-return]
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of a YAML file (or the defaults) with "dotted.key=value" overrides, values in YAML.
 
@@ -258,12 +257,18 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         problem = _override(values, override)
         if problem:
             problems.append(problem)
-    problems += [_unknown(key) for key in _unknown_keys(values)]
+    problems += [_unknown(key) for key in islice(_unknown_keys(values), 100)]
     config, found = _validate(values)
     problems += found
     if problems or config is None:
-        raise ConfigError(f"{path or 'configuration'}: " + "; ".join(dict.fromkeys(problems)))
+        raise ConfigError(f"{'configuration' if path is None else path}: {_together(problems)}")
     return config
+
+
+def _together(problems: Iterable[str]) -> str:
+    """One line of all problems; past the first 20 they are counted."""
+    lines = list(dict.fromkeys(one_line(problem) for problem in problems))
+    return "; ".join([*lines[:20], *([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])])
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -283,30 +288,31 @@ def with_overrides(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         values[section][key] = value
     changed, problems = _validate(values)
     if changed is None or problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(_together(problems))
     return changed
-
-
-def _parse(text: str) -> Any:
-    """Safe YAML with unique keys. A date that does not exist raises a plain ValueError in PyYAML."""
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
-    except ValueError as error:
-        raise yaml.YAMLError(str(error)) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = _parse(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ConfigError(f"--config {path}: more than {MAX_BYTES:,} bytes; that is no configuration, name another")
+        values = parse_yaml(data.decode("utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"--config {path}: no such file; name a YAML file, e.g. config.yaml") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"--config {path}: is a folder; name a YAML file in it, e.g. config.yaml") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error, 300)
         raise ConfigError(f"--config {path}: not readable as YAML: {reason}; mend the file or name another") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: expected sections like `model:`, found {type(values).__name__}")
+        raise ConfigError(
+            f"--config {path}: expected sections like `model:`, found {type(values).__name__}; write section: and its "
+            "keys indented below"
+        )
     # A section whose keys are all commented out is null.
     return {name: {} if name in RunConfig.model_fields and value is None else value for name, value in values.items()}
 
@@ -315,20 +321,26 @@ def _override(values: dict[str, Any], override: str) -> str | None:
     """Applies one override; returns what is wrong with it, if anything."""
     dotted, separator, text = (part.strip() for part in override.partition("="))
     parts = dotted.split(".")
+    shown = f"--set {one_line(override, 200)}"
     if not separator or not all(parts):
-        return f"--set {override}: write section.key=value, e.g. training.num_train_steps=100"
+        return f"{shown}: write section.key=value, e.g. training.num_train_steps=100"
     if dotted in RunConfig.model_fields:
-        return f"--set {override}: {dotted} is a section; write {dotted}.key=value"
+        return f"{shown}: {dotted} is a section; write {dotted}.key=value"
     if len(parts) != 2:
-        return f"--set {override}: {_unknown(dotted)}"
+        return f"{shown}: {_unknown(dotted)}"
     try:
-        value = _parse(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
-        return f"--set {override}: the value is not YAML ({' '.join(str(error).split())[:80]}); quote it"
+        return f"{shown}: the value is not YAML ({one_line(error, 80)}); quote it"
     section = values.setdefault(parts[0], {})
     if isinstance(section, dict):
         section[parts[1]] = value
     return None
+
+
+def option_problems(options: Mapping[str, Any]) -> list[str]:
+    """What is wrong with values of the `model` section, as an adapter's file holds them."""
+    return [problem.removeprefix("model.") for problem in _validate({"model": dict(options)})[1]]
 
 
 def known_keys() -> dict[str, type[BaseModel]]:
@@ -392,6 +404,7 @@ _REMEDIES = {
     "finite_number": "use a finite number",
     "bool_type": "use true or false",
     "string_type": "use text, in quotes where YAML would read something else",
+    "string_unicode": "holds half a surrogate pair; take it out",
     "string_too_short": "must not be empty",
     "list_type": "use a list, such as [a, b]",
     "too_short": "use at least {min_length} entry",
@@ -399,6 +412,7 @@ _REMEDIES = {
     "greater_than": "use a value above {gt}",
     "greater_than_equal": "use a value of {ge} or more",
     "less_than": "use a value below {lt}",
+    "less_than_equal": "use a value of {le} or less",
 }
 
 
@@ -421,5 +435,8 @@ def _explain(error: Any, wrong: set[tuple[Any, ...]]) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) < 80 else text[:77] + "..."
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return one_line(text, 80)

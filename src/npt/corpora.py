@@ -14,6 +14,8 @@ from npt.checkpoints import resolve_checkpoint
 from npt.config import RunConfig, load_config
 from npt.data import load_documents, pack, sample_blocks, split_blocks
 from npt.data.batches import batches_of
+from npt.data.sources import TextFiles
+from npt.errors import DataError
 
 #: The configuration an adapter was trained with, beside it in its folder.
 RUN_CONFIG = "npt_run.yaml"
@@ -28,33 +30,62 @@ def corpus_blocks(config: RunConfig, model: Any, tokenizer: Any) -> tuple[datase
         train = sample_blocks(model, tokenizer, data.num_train_samples, data.max_length, label="train", **common)
         held_out = sample_blocks(model, tokenizer, data.num_eval_samples, data.max_length, label="eval", **common)
         return train, held_out
-    return split_blocks(_text_blocks(config, tokenizer), data.num_train_samples, data.num_eval_samples)
+    train, held_out = split_blocks(_text_blocks(config, tokenizer), data.num_train_samples, data.num_eval_samples)
+    if len(train) < 2:
+        raise DataError(
+            f"the text makes {len(train)} block(s) of data.max_length={data.max_length} to train on, and at least 2 are "
+            "needed: one chooses the best adapter; give more text, or lower data.max_length or data.num_eval_samples"
+        )
+    return train, held_out
 
 
 def _text_blocks(config: RunConfig, tokenizer: Any) -> datasets.Dataset:
     data = config.data
-    documents = load_documents(
-        data.dataset_name,
-        dataset_config=data.dataset_config,
-        data_files=data.data_files or (),
-        text_column=data.text_column,
-        cache_dir=config.paths.cache_dir,
-    )
+    documents = _own_documents(config)
     local = data.dataset_name == "text" or data.dataset_name.startswith(PREFIX)
     wanted = (data.num_train_samples or 0) + (data.num_eval_samples or 0)
     # A hub dataset can be far larger than what is asked for; local files are packed whole, held-out text at the end.
     return pack(documents, tokenizer, data.max_length, max_blocks=None if local else wanted or None, progress=True)
 
 
-def check_text_files(config: RunConfig, more: Sequence[str | Path] = ()) -> None:
-    """Reads every local text file once, so that a bad one is named before anything long starts."""
+def _own_documents(config: RunConfig) -> Iterable[str]:
     data = config.data
-    local = data.data_files if data.dataset_name == "text" else None
-    for files in (local, data.calibration_files):
-        if files:
-            load_documents("text", data_files=files, text_column=data.text_column)
-    for name in (*data.eval_texts, *more):
+    return load_documents(
+        data.dataset_name,
+        dataset_config=data.dataset_config,
+        data_files=data.data_files or (),
+        text_column=data.text_column,
+        cache_dir=config.paths.cache_dir,
+    )
+
+
+def check_text_files(config: RunConfig, more: Sequence[str | Path] = ()) -> None:
+    """Reads every local text file once, and asks the hub for its data set, so that what is bad is named at once.
+
+    Raises:
+        DataError: an unusable file or data set; a file to evaluate on that is also trained or calibrated with.
+    """
+    data = config.data
+    trained: dict[Path, str] = {}
+    if data.dataset_name != "self":
+        trained |= _resolved(_own_documents(config), "data.data_files")
+    if data.calibration_files:
+        prose = load_documents("text", data_files=data.calibration_files, text_column=data.text_column)
+        trained |= _resolved(prose, "data.calibration_files")
+    for name in data.eval_texts:
+        for path in _resolved(_documents(config, name), "data.eval_texts"):
+            if path in trained:
+                raise DataError(
+                    f"data.eval_texts: {name} is also in {trained[path]}, and would be evaluated on after training on it; "
+                    "take it out of one of the two"
+                )
+    for name in more:
         _documents(config, name)
+
+
+def _resolved(documents: Iterable[str], key: str) -> dict[Path, str]:
+    """The files of documents, links and `..` followed, each with the key that names it."""
+    return {path.resolve(): key for path in documents.paths} if isinstance(documents, TextFiles) else {}
 
 
 def _documents(config: RunConfig, name: str | Path) -> Iterable[str]:

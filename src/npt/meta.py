@@ -14,10 +14,11 @@ from peft import get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
 from npt.builtin import source_of
 from npt.errors import NPTError
+from npt.loading import base_config
 from npt.tuner import NPTConfig
 
 #: Shapes of Llama-2-7b, so that no hub is needed to talk about 7B.
@@ -143,15 +144,8 @@ def dtype_of(name: str, hf_config: Any) -> torch.dtype:
 
 
 def load_shapes(config: Any) -> Any:
+    """The configuration of a model known by shape, else of `model.base_model_name` (see `loading.base_config`)."""
     name = source_of(config.model.base_model_name)
     if name in KNOWN_SHAPES and not Path(name).is_dir():
         return LlamaConfig(**KNOWN_SHAPES[name])
-    try:
-        return AutoConfig.from_pretrained(
-            name, cache_dir=config.paths.cache_dir, trust_remote_code=config.model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise NPTError(
-            f"model.base_model_name={name!r}: its configuration can't be loaded ({' '.join(str(error).split())[:120]}); "
-            f"check the name or the network, give a local folder, {' or '.join(KNOWN_SHAPES)}, or leave out --config"
-        ) from error
+    return base_config(config)

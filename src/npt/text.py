@@ -13,6 +13,12 @@ def visible(text: object) -> str:
     return "".join(_shown(character) for character in str(text))
 
 
+def one_line(text: object, limit: int | None = None) -> str:
+    """Visible text without line breaks, at most `limit` characters of it."""
+    line = " ".join(visible(text).split())
+    return line if limit is None or len(line) <= limit else line[: limit - 3] + "..."
+
+
 def _shown(character: str) -> str:
     hidden = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
     if not hidden and character not in _BIDIRECTIONAL:

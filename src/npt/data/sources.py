@@ -13,6 +13,7 @@ import pyarrow.parquet
 
 from npt import builtin
 from npt.errors import DataError
+from npt.text import one_line
 
 _LOCAL = "data.dataset_name=text with data.data_files"
 
@@ -40,7 +41,7 @@ class TextFiles:
             except DataError as error:
                 problems.append(str(error))
         if problems:
-            raise DataError("; ".join(problems))
+            raise DataError("; ".join(map(one_line, problems)))
 
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
@@ -91,11 +92,11 @@ def _hub_documents(name: str, config: str | None, split: str, text_column: str, 
         dataset = datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
     # The library raises all of these for a wrong id, configuration or split, a script data set, and no network.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        why = " ".join(str(error).split())[:200] or type(error).__name__
+        why = one_line(error, 200) or type(error).__name__
         raise DataError(
             f"{where}: can't be loaded, split '{split}' ({why}); check the name and the network, or use {_LOCAL}"
         ) from error
-    there = f"there are: {', '.join(dataset.column_names)}"
+    there = _columns(dataset.column_names)
     if text_column not in dataset.column_names:
         raise DataError(f"{where}: no column '{text_column}' ({there}); name another in data.text_column")
     kind = getattr(dataset.features[text_column], "dtype", "lists")
@@ -109,9 +110,14 @@ def _expand(data_files: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
     paths: dict[Path, None] = {}
     problems = []
     for name in data_files:
-        path = Path(name).expanduser()
-        # A name that exists is that file, even if it holds glob characters.
-        found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        try:
+            path = Path(name).expanduser()
+            # A name that exists is that file, even if it holds glob characters.
+            found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        # No such user's home; a name too long, or in a folder that can't be entered.
+        except (RuntimeError, OSError) as error:
+            problems.append(f"{name}: can't be looked up ({error}); check data.data_files and data.calibration_files")
+            continue
         if not found:
             problems.append(f"{name}: no such file; check data.data_files and data.calibration_files")
         paths.update(dict.fromkeys(found))
@@ -134,7 +140,7 @@ def _documents(path: Path, text_column: str) -> Iterator[str]:
                 empty = False
                 yield document
     except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror or error}); check the file") from error
+        raise DataError(f"{path}: can't be read ({one_line(error.strerror or error, 200)}); check the file") from error
     if empty:
         raise DataError(f"{path}: holds only white space; give a file with text")
 
@@ -171,13 +177,19 @@ def _json_text(line: str, place: str, text_column: str) -> str:
     if not isinstance(row, dict):
         raise DataError(f"{place}: {type(row).__name__}, not an object; write one JSON object per line")
     if text_column not in row:
-        there = f"there are: {', '.join(row)}"
+        there = _columns(row)
         raise DataError(f"{place}: no column '{text_column}' ({there}); name another in data.text_column")
     text = row[text_column]
     if text is not None and not isinstance(text, str):
         kind = type(text).__name__
         raise DataError(f"{place}: column '{text_column}' holds {kind}, not text; name another in data.text_column")
+    if text and any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{place}: column '{text_column}' holds half a surrogate pair; write the text as UTF-8")
     return text or ""
+
+
+def _columns(names: Iterable[str]) -> str:
+    return one_line(f"there are: {', '.join(names)}", 200)
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
@@ -185,15 +197,17 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(path) as table:
             schema = table.schema_arrow
             if text_column not in schema.names:
-                there = f"there are: {', '.join(schema.names)}"
+                there = _columns(schema.names)
                 raise DataError(f"{path}: no column '{text_column}' ({there}); name another in data.text_column")
+            if schema.names.count(text_column) > 1:
+                raise DataError(f"{path}: column '{text_column}' stands there twice; write it again with one")
             kind = schema.field(text_column).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise DataError(f"{path}: column '{text_column}' holds {kind}, not text; set data.text_column")
             for batch in table.iter_batches(batch_size=1024, columns=[text_column]):
                 yield from (text or "" for text in batch.column(0).to_pylist())
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error, 200)
         raise DataError(f"{path}: not a readable parquet file ({why}); write it again") from error
 
 

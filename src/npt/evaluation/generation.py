@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from npt.attach import layer_mode
+from npt.errors import NPTError
 from npt.tuner import active_layers, device_of, eval_mode
 
 DEFAULT_PROMPTS = (
@@ -17,6 +18,39 @@ DEFAULT_PROMPTS = (
     "One day, a boy named Tim",
     "The most important thing is",
 )
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """That there is something to continue; needs no model.
+
+    Raises:
+        NPTError: a prompt is blank or is not Unicode text.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise NPTError(f"prompt {number}, {prompt!r}: is blank; write some text to continue")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise NPTError(f"prompt {number}, {prompt[:40]!r}: is not Unicode text; write it in UTF-8")
+
+
+def check_context(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> None:
+    """That prompt and continuation fit the positions the model was made for, where it says how many.
+
+    Raises:
+        NPTError: a prompt is too long, or has no token.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for number, prompt in enumerate(prompts, 1):
+        tokens = len(tokenizer(prompt, verbose=False)["input_ids"])
+        if tokens == 0:
+            raise NPTError(
+                f"prompt {number}, {prompt[:40]!r}: has no token of the model's vocabulary; write other text"
+            )
+        if positions is not None and tokens + max_new_tokens > positions:
+            raise NPTError(
+                f"prompt {number}, {prompt[:40]!r}: its {tokens} tokens and --max-new-tokens {max_new_tokens} are more "
+                f"than the model's context of {positions}; shorten one of them"
+            )
 
 
 @torch.no_grad()

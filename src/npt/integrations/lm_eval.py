@@ -56,7 +56,7 @@ class NPTLM(HFLM):  # type: ignore[misc]
         source = source_of(name)
         loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(source, **loading)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **loading)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **loading)
         # The command's default is cuda:0; like the harness's `hf`, take the CPU where there is no such thing.
         absent = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
         model.to(default_device() if absent else device)

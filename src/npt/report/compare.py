@@ -18,6 +18,8 @@ from npt.report.plots import Rows, curve, read_json_lines, read_report
 from npt.report.terminal import figure_with_error, number
 from npt.text import visible
 
+#: Kinds of picture a plot can be written as.
+PLOT_KINDS = (".png", ".svg", ".pdf", ".jpg")
 Run = tuple[str, dict[str, Any], Rows]
 _OPTIONS = ("base_model", "npt_layers", "rank", "key", "carry", "gain", "low_rank_at", "target_projections")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 
 from npt.errors import NPTError
 from npt.report import figures
+from npt.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,25 @@ def _picture(name: str, draw: Draw, rows: Rows, report: dict[str, Any]) -> Pictu
     return Picture(name, alt, png.getvalue(), text, wide=width > 2.5 * height)
 
 
+@contextmanager
+def malformed(place: Path | str) -> Iterator[None]:
+    """Files of a run are read as what npt writes; where they hold something else, that is one line and no traceback.
+
+    Raises:
+        NPTError: names the place.
+    """
+    try:
+        yield
+    except NPTError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        reason = one_line(error, 120)
+        raise NPTError(
+            f"{place}: a figure in metrics.jsonl or evaluation_report.json is malformed ({type(error).__name__}: {reason}); "
+            "restore the file, or run again"
+        ) from error
+
+
 def plot_run(output_dir: Path, destination: Path | None = None) -> list[Path]:
     """Draws what the run's files hold into <output_dir>/plots, as PNG and SVG; what has no data is skipped.
 
@@ -95,7 +116,9 @@ def plot_run(output_dir: Path, destination: Path | None = None) -> list[Path]:
     report = read_report(Path(output_dir) / "evaluation_report.json")
     folder = Path(output_dir) / "plots" if destination is None else destination
     written = []
-    for picture in draw_run(rows, report):
+    with malformed(output_dir):
+        pictures = draw_run(rows, report)
+    for picture in pictures:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{picture.name}.png").write_bytes(picture.png)
         (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
@@ -116,9 +139,9 @@ def read_json_lines(path: Path) -> Rows:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
-                raise NPTError(f"{path} line {number}: not JSON ({error.msg}); remove the line") from error
+                raise NPTError(f"{path} line {number}: not JSON ({one_line(error, 80)}); remove the line") from error
             logger.warning("%s: the last line is torn and left out", path)
             continue
         if not isinstance(row, dict):
@@ -133,8 +156,8 @@ def read_report(path: Path) -> dict[str, Any]:
         return {}
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+    except (ValueError, RecursionError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else one_line(error, 80)
         raise NPTError(f"{path}: not JSON ({reason}); write it again with `npt evaluate`, or remove it") from error
     if not isinstance(report, dict):
         raise NPTError(f"{path}: not a JSON object; write it again with `npt evaluate`, or remove it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from npt.errors import NPTError
-from npt.report.plots import Rows, curve, read_json_lines
+from npt.report.plots import Rows, curve, malformed, read_json_lines
 from npt.report.terminal import number
+from npt.text import visible
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _SHOWN = (
@@ -45,8 +47,11 @@ def watch_run(
     metrics = Path(output_dir) / "metrics.jsonl"
     if not metrics.is_file():
         raise NPTError(f"{output_dir}: no metrics.jsonl there; start `npt train`, or name the output folder of a run")
+    if not interval < math.inf:
+        raise NPTError(f"--interval {interval}: no number of seconds; write one such as 2")
     if once:
-        console.print(_view(Path(output_dir)))
+        with malformed(output_dir):
+            console.print(_view(Path(output_dir)))
         return
     with Live(_view(Path(output_dir)), console=console, auto_refresh=False) as live:
         while not _finished(Path(output_dir)):
@@ -65,7 +70,7 @@ def _view(folder: Path) -> RenderableType:
     steps = [row["step"] for row in rows if isinstance(row.get("step"), int)]
     step, total = max(steps, default=0), _total_steps(folder)
     state = "finished" if _finished(folder) else f"last line {time.time() - metrics.stat().st_mtime:.0f} s ago"
-    head = Text(f"{folder}: step {step}" + (f" of {total}" if total else "") + f", {state}")
+    head = Text(f"{visible(folder)}: step {step}" + (f" of {total}" if total else "") + f", {state}")
     parts: list[RenderableType] = [head]
     if total:
         parts.append(ProgressBar(total=total, completed=step, width=60))

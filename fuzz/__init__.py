@@ -1,0 +1,1 @@
+"""Coverage-guided fuzzers of what people hand to npt; see README.md."""

@@ -1,0 +1,16 @@
+"""python fuzz/config.py fuzz/corpus/config -max_total_time=1800"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import atheris
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+with atheris.instrument_imports(include=["npt.config", "npt.safe_yaml", "npt.text", "yaml"]):
+    from fuzz import targets
+
+if __name__ == "__main__":
+    atheris.Setup(sys.argv, targets.config)
+    atheris.Fuzz()

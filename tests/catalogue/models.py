@@ -1,0 +1,175 @@
+"""Base models, adapters and checkpoints."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.catalogue.entries import (
+    Entry,
+    bad_adapter,
+    bad_base,
+    both,
+    cut,
+    json_of,
+    pickled,
+    remove,
+    sets,
+    tensors,
+    write,
+)
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+BASES = [
+    Entry(
+        "base: a name that is nowhere",
+        ("train", *sets("model.base_model_name=no-such-org/no-such-model")),
+        ("model.base_model_name='no-such-org/no-such-model'", "check the name, the network"),
+        script=True,
+    ),
+    Entry(
+        "base: a name that can't be one",
+        ("memory", *sets("model.base_model_name='a b/c:d'")),
+        ("model.base_model_name='a b/c:d'", "check the name"),
+    ),
+    Entry(
+        "base: a file",
+        ("train", *sets("model.base_model_name=w.bin")),
+        ("model.base_model_name=w.bin: is a file", "name the Hugging Face model folder"),
+        {"w.bin": b"x"},
+    ),
+    bad_base("no config.json", remove(CONFIG), "has no config.json", "name a Hugging Face model folder"),
+    bad_base("config.json is no JSON", write(CONFIG, b"{rank"), "can't be loaded", "restore its config.json"),
+    bad_base("config.json is an array", write(CONFIG, b"[1, 2]"), "can't be loaded", "restore its config.json"),
+    bad_base("config.json is empty", write(CONFIG, b""), "can't be loaded", "restore its config.json"),
+    bad_base("config.json is binary", write(CONFIG, b"\xff\0\1"), "can't be loaded", "restore its config.json"),
+    bad_base("no model_type", write(CONFIG, b"{}"), "can't be loaded", "restore its config.json"),
+    bad_base("an unknown model_type", json_of(CONFIG, model_type="llamma"), "llamma", "restore its config.json"),
+    bad_base("a model_type that is none", json_of(CONFIG, model_type=7), "can't be loaded", "restore its config.json"),
+    bad_base("another family", json_of(CONFIG, model_type="bert"), "'bert' is not supported", "use one of apertus"),
+    bad_base("a size that is text", json_of(CONFIG, hidden_size="wide"), "hidden_size", "restore its config.json"),
+    bad_base("no weights", remove(WEIGHTS), "model.safetensors", "restore its config.json, tokenizer and"),
+    bad_base("truncated weights", cut(WEIGHTS, 5_000), "can't be loaded", "restore", script=True),
+    bad_base("empty weights", write(WEIGHTS, b""), "can't be loaded", "restore"),
+    bad_base("weights that are text", write(WEIGHTS, b"hello, this is no tensor"), "can't be loaded", "restore"),
+    bad_base("a pickle only", both(remove(WEIGHTS), pickled("pytorch_model.bin")), "can't be loaded", "safetensors"),
+    bad_base("a pickle named safetensors", pickled(WEIGHTS), "can't be loaded", "restore"),
+    bad_base(
+        "weights of other shapes", json_of(CONFIG, intermediate_size=48), "have another shape than config.json says",
+        "restore",
+    ),
+    bad_base(
+        "weights that are not there", json_of(CONFIG, num_hidden_layers=5), "are missing, first", "restore"
+    ),
+    bad_base("no tokenizer", remove("tokenizer.json", "tokenizer_config.json"), "can't be loaded", "restore"),
+    bad_base("a tokenizer that is no JSON", write("tokenizer.json", b"{"), "can't be loaded", "restore"),
+    bad_base("a tokenizer of nothing", write("tokenizer.json", b"{}"), "can't be loaded", "restore"),
+    bad_base(
+        "code of its own",
+        json_of(CONFIG, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}),
+        "brings Python code of its own, which is not run", "model.trust_remote_code=true",
+    ),
+    Entry(
+        "base: a block past the last",
+        ("train", *sets("model.base_model_name={model}", "model.npt_layers=[99]")),
+        ("npt_layers=[99]", "the model has 4 blocks", "use -4 to 3"),
+    ),
+    Entry(
+        "base: a block before the first",
+        ("memory", *sets("model.base_model_name={model}", "model.npt_layers=[-9]")),
+        ("npt_layers=[-9]", "the model has 4 blocks", "use -4 to 3"),
+    ),
+    Entry(
+        "base: one block by two names",
+        ("train", *sets("model.base_model_name={model}", "model.npt_layers=[3, -1]")),
+        ("npt_layers=[3, -1] names a block twice", "name each once"),
+    ),
+    Entry(
+        "base: a rank above the hidden size",
+        ("train", *sets("model.base_model_name={model}", "model.rank=25")),
+        ("model.rank=25 is larger than the model's hidden size 24", "use a rank up to that"),
+    ),
+]  # fmt: skip
+
+ADAPTER, OPTIONS = "adapter_model.safetensors", "adapter_config.json"
+
+
+def first(values: dict[str, torch.Tensor]) -> str:
+    return sorted(values)[0]
+
+
+def with_nan(values: dict[str, torch.Tensor]) -> None:
+    values[first(values)] = torch.full_like(values[first(values)], float("nan"))
+
+
+ADAPTERS = [
+    Entry(
+        "adapter: missing",
+        ("generate", "hello"),
+        ("checkpoint checkpoints/best_model: no adapter folder there", "run `npt train` first"),
+        script=True,
+    ),
+    Entry(
+        "adapter: a missing .pt",
+        ("evaluate", "--checkpoint", "no/best_model.pt"),
+        ("checkpoint no/best_model.pt: no adapter folder", "pickled .pt files are never read"),
+    ),
+    Entry(
+        "adapter: a file",
+        ("generate", "hello", "--checkpoint", "adapter.safetensors"),
+        ("checkpoint adapter.safetensors: no adapter folder", "name a folder with adapter_config.json"),
+        {"adapter.safetensors": b"x"},
+    ),
+    bad_adapter("no weights", remove(ADAPTER), f"{ADAPTER} is missing", "name a folder that save_pretrained wrote"),
+    bad_adapter("no config", remove(OPTIONS), f"{OPTIONS} is missing", "name a folder"),
+    bad_adapter("a pickle only", both(remove(ADAPTER), pickled("adapter_model.bin")), "pickled weights are never read"),
+    bad_adapter("a pickle named safetensors", pickled(ADAPTER), "is damaged", "restore it from a backup", script=True),
+    bad_adapter("truncated weights", cut(ADAPTER, 500), "is damaged", "restore it from a backup"),
+    bad_adapter("empty weights", write(ADAPTER, b""), "is damaged", "restore it from a backup"),
+    bad_adapter("NaN", tensors(ADAPTER, with_nan), "holds NaN or infinity in", "take an earlier checkpoint"),
+    bad_adapter(
+        "a key too many", tensors(ADAPTER, lambda v: v.update(odd=torch.ones(2))), "do not fit its config", "at odd [2]"
+    ),
+    bad_adapter("a key too few", tensors(ADAPTER, lambda v: v.pop(first(v))), "do not fit its config", "use the base"),
+    bad_adapter("no keys", tensors(ADAPTER, lambda v: v.clear()), "do not fit its config", "use the base"),
+    bad_adapter(
+        "weights of other shapes",
+        tensors(ADAPTER, lambda v: v.update({k: torch.ones(7) for k in v})),
+        "size mismatch", "use the base it was made from",
+    ),
+    bad_adapter("another rank", json_of(OPTIONS, rank=5), "size mismatch", "use the base it was made from"),
+    bad_adapter("other blocks", json_of(OPTIONS, npt_layers=[0]), "do not fit its config", "use the base"),
+    bad_adapter("config is no JSON", write(OPTIONS, b"{rank"), "is not a JSON object", "restore it from a backup"),
+    bad_adapter("config is an array", write(OPTIONS, b"[]"), "is not a JSON object but list", "restore"),
+    bad_adapter("config is binary", write(OPTIONS, b"\xff\0"), "is not a JSON object", "restore"),
+    bad_adapter("config is deep", write(OPTIONS, b"[" * 100_000), "is not a JSON object", "restore"),
+    bad_adapter("LoRA", json_of(OPTIONS, peft_type="LORA"), "it is a LORA adapter, not NPT", "load it with peft"),
+    bad_adapter("a method that is none", json_of(OPTIONS, peft_type=["NPT"]), "['NPT'] adapter, not NPT"),
+    bad_adapter("no method", json_of(OPTIONS, peft_type=...), "None adapter, not NPT"),
+    bad_adapter("an unknown gain", json_of(OPTIONS, gain="loud"), "gain: \"loud\": use 'none', 'norm'", "restore"),
+    bad_adapter("an absurd rank", json_of(OPTIONS, rank=10**9), "rank=1000000000 is larger than", "use a rank up to"),
+    bad_adapter("a rank that is text", json_of(OPTIONS, rank="16"), 'rank: "16": use a whole number', "restore"),
+    bad_adapter("a scale that is NaN", json_of(OPTIONS, modulation_scale=float("nan")), "NaN: use a finite number"),
+    bad_adapter("projections that are none", json_of(OPTIONS, target_projections=3), "3: use a list", "restore"),
+    bad_adapter("layers that are none", json_of(OPTIONS, npt_layers={"a": 1}), "npt_layers", "use upper_half"),
+    bad_adapter("a block past the last", json_of(OPTIONS, npt_layers=[99]), "npt_layers=[99]", "use -4 to 3"),
+    bad_adapter("a base of no size", json_of(OPTIONS, base_shape=[1]), "base_shape: [1]: use three whole numbers"),
+    bad_adapter(
+        "a base of other sizes", json_of(OPTIONS, base_shape=[32, 40, 4]),
+        "made for a base with hidden size 32, intermediate size 40, 4 blocks", "Load it on",
+    ),
+    bad_adapter(
+        "a base of fewer blocks", json_of(OPTIONS, base_shape=[24, 40, 2]), "2 blocks; this one has", "Load it on"
+    ),
+    bad_adapter("a base's name that is none", json_of(OPTIONS, base_model_name_or_path=3), "use text", "restore"),
+    Entry(
+        "resume: nothing",
+        ("train", "--resume"),
+        ("paths.checkpoint_dir=checkpoints holds no checkpoint to resume", "run without --resume"),
+    ),
+    Entry(
+        "resume: an empty folder",
+        ("train", "--resume", *sets("paths.checkpoint_dir=c")),
+        ("paths.checkpoint_dir=c holds no checkpoint", "run without --resume"),
+        {"c/note.txt": b""},
+    ),
+]  # fmt: skip

@@ -1,0 +1,124 @@
+"""Text to train on and to evaluate on."""
+
+from __future__ import annotations
+
+import pyarrow
+
+from tests.catalogue.entries import Entry, bad_data, parquet, sets
+
+LINES = b'{"text": "one"}\n'
+DATA = [
+    Entry(
+        "data: missing",
+        ("train", *sets("data.dataset_name=text", "data.data_files=[none.txt]")),
+        ("none.txt: no such file", "check data.data_files"),
+    ),
+    Entry(
+        "data: a glob without a match",
+        ("train", *sets("data.dataset_name=text", "data.data_files=['*.jsonl']")),
+        ("*.jsonl: no such file", "check data.data_files"),
+    ),
+    Entry(
+        "data: a name too long",
+        ("train", *sets("data.dataset_name=text", f"data.data_files=[{'a' * 3000}.txt]")),
+        ("can't be looked up", "check data.data_files"),
+    ),
+    Entry(
+        "data: no such user",
+        ("train", *sets("data.dataset_name=text", "data.data_files=['~no-such-user/a.txt']")),
+        ("~no-such-user/a.txt: can't be looked up", "check data.data_files"),
+    ),
+    Entry(
+        "data: a folder",
+        ("train", *sets("data.dataset_name=text", "data.data_files=[d]")),
+        ("d: is a folder", "name its files"),
+        {"d/a.txt": b"text"},
+    ),
+    bad_data("empty.txt", b"", "is empty", "give a file with text"),
+    bad_data("blank.txt", b" \n\t\n", "holds only white space", "give a file with text"),
+    bad_data("binary.txt", b"ab\0cd", "binary, not text (a NUL at offset 2)", "save it as UTF-8", script=True),
+    bad_data("latin.txt", "caf\xe9".encode("latin-1"), "not UTF-8 (byte 0xe9 at offset 3)", "save it as UTF-8"),
+    bad_data("utf16.txt", "hello".encode("utf-16"), "not UTF-8 (byte 0xff at offset 0)"),
+    bad_data("note.docx", b"x", "unknown kind of file '.docx'", "use .txt"),
+    bad_data("none", b"x", "unknown kind of file ''", "use .txt"),
+    bad_data("bad.jsonl", LINES + b'{"text": \n', "line 2: not JSON", "one JSON object per line", script=True),
+    bad_data("array.json", b'[{"text": "a"}]\n', "line 1: list, not an object", "one JSON object per line"),
+    bad_data("pretty.json", b'{\n  "text": "a"\n}\n', "line 1: not JSON"),
+    bad_data("text.jsonl", b'"text"\n', "line 1: str, not an object"),
+    bad_data("nan.jsonl", b"NaN\n", "line 1: float, not an object"),
+    bad_data("number.jsonl", LINES + b'{"text": 3}\n', "line 2: column 'text' holds int", "data.text_column"),
+    bad_data("nan-text.jsonl", b'{"text": NaN}\n', "line 1: column 'text' holds float"),
+    bad_data("list.jsonl", b'{"text": ["a"]}\n', "line 1: column 'text' holds list"),
+    bad_data("column.jsonl", b'{"body": "a"}\n', "line 1: no column 'text' (there are: body)", "data.text_column"),
+    bad_data("escape.jsonl", b'{"\\u001b[31m": "a"}\n', "no column 'text' (there are: \\x1b[31m)"),
+    bad_data("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "line 1: not JSON"),
+    bad_data("digits.jsonl", b'{"text": ' + b"9" * 10_000 + b"}\n", "line 1: not JSON"),
+    bad_data("pair.jsonl", b'{"text": "\\ud800"}\n', "line 1: column 'text' holds half a surrogate pair", "UTF-8"),
+    bad_data("nul.jsonl", LINES + b'{"te\0xt": 1}\n', "line 2: binary, not text"),
+    bad_data("latin.jsonl", b'{"text": "\xe9"}\n', "line 1: not UTF-8 (byte 0xe9"),
+    bad_data("blank.jsonl", b'{"text": " "}\n{"text": null}\n', "holds only white space"),
+    bad_data("torn.parquet", parquet(text=["a"])[:60], "not a readable parquet file", "write it again"),
+    bad_data("text.parquet", b"hello", "not a readable parquet file", "write it again"),
+    bad_data("column.parquet", parquet(body=["a"]), "no column 'text' (there are: body)", "data.text_column"),
+    bad_data("number.parquet", parquet(text=[1]), "column 'text' holds int64", "set data.text_column"),
+    bad_data("lists.parquet", parquet(text=[["a"]]), "column 'text' holds list"),
+    bad_data("null.parquet", parquet(text=pyarrow.array([None], pyarrow.string())), "holds only white space"),
+    Entry(
+        "data: too short for two blocks",
+        (
+            "train",
+            *sets("data.dataset_name=text", "data.data_files=[short.txt]", "model.base_model_name={model}"),
+            *sets("data.eval_texts=[]"),
+        ),
+        ("the text makes 1 block(s)", "give more text, or lower data.max_length"),
+        {"short.txt": b"A few words."},
+    ),
+    Entry(
+        "data: one block to train on",
+        (
+            "train",
+            *sets("data.dataset_name=text", "data.data_files=[short.txt]", "model.base_model_name={model}"),
+            *sets("data.max_length=16", "data.eval_texts=[]"),
+        ),
+        ("1 block(s) of data.max_length=16 to train on", "give more text, or lower data.max_length"),
+        {"short.txt": b"A few words are not so many."},
+    ),
+    Entry(
+        "data: evaluated on and trained on",
+        ("train", *sets("data.dataset_name=text", "data.data_files=[a.txt]", "data.eval_texts=[a.txt]")),
+        ("data.eval_texts: a.txt would be evaluated on after training on it", "take it out"),
+        {"a.txt": b"text"},
+    ),
+    Entry(
+        "data: evaluated on and trained on, by another name",
+        ("train", *sets("data.dataset_name=text", "data.data_files=['*.txt']", "data.eval_texts=[d/../a.txt]")),
+        ("data.eval_texts: d/../a.txt is also in data.data_files", "take it out of one"),
+        {"a.txt": b"text", "d/b.md": b""},
+    ),
+    Entry(
+        "data: evaluated on and calibrated with",
+        ("train", *sets("data.calibration_files=[./a.txt]", "data.eval_texts=[a.txt]")),
+        ("data.eval_texts: a.txt is also in data.calibration_files", "take it out of one"),
+        {"a.txt": b"text"},
+    ),
+    Entry(
+        "data: missing calibration text",
+        ("train", *sets("data.calibration_files=[none.jsonl]")),
+        ("none.jsonl: no such file", "check data.data_files and data.calibration_files"),
+    ),
+    Entry(
+        "data: missing evaluation text",
+        ("train", *sets("data.eval_texts=[none.txt]")),
+        ("none.txt: no such file", "data.eval_texts"),
+    ),
+    Entry(
+        "data: a hub data set out of reach",
+        ("train", *sets("data.dataset_name=no-such-org/no-such-set", "model.base_model_name=no/model")),
+        ("data.dataset_name='no-such-org/no-such-set'", "can't be loaded", "check the name and the network"),
+    ),
+    Entry(
+        "data: --text that is missing",
+        ("evaluate", "--checkpoint", "{adapter}", "--text", "none.txt", *sets("model.base_model_name={model}")),
+        ("none.txt: no such file",),
+    ),
+]

@@ -1,0 +1,124 @@
+"""Every malformed input of the catalogue: one line, exit status 2, nothing written, no traceback."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from npt import NPTConfig
+from npt.cli import main
+from npt.config import load_config
+from npt.loading import load_base
+from tests.catalogue import CATALOGUE, Entry, Kit, tensors
+
+
+@pytest.fixture(scope="module")
+def kit(local_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Kit:
+    """A base and an adapter on its upper half."""
+    folder = tmp_path_factory.mktemp("kit") / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(local_model)
+    get_peft_model(base, NPTConfig(rank=3)).save_pretrained(str(folder))
+    return Kit(local_model, folder)
+
+
+def laid_out(entry: Entry, folder: Path, kit: Kit) -> list[str]:
+    """The entry's files in its folder; its command line."""
+    for name, content in entry.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    if entry.prepare is not None:
+        entry.prepare(folder, kit)
+    places = {"{model}": str(kit.model), "{adapter}": str(kit.adapter)}
+    words = list(entry.arguments)
+    for mark, path in places.items():
+        words = [word.replace(mark, path) for word in words]
+    return words
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def check(entry: Entry, status: int, out: str, err: str) -> None:
+    assert status == 2, err
+    assert out == ""
+    assert err.startswith("npt: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert "Traceback" not in err and err.rstrip("\n").isprintable(), err
+    missing = [word for word in entry.words if word not in err]
+    assert not missing, (missing, err)
+
+
+@pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
+def test_one_line_and_nothing_written(
+    entry: Entry, kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    arguments = laid_out(entry, tmp_path, kit)
+    before = contents(tmp_path)
+    capfd.readouterr()
+    status = main(arguments)
+    out, err = capfd.readouterr()
+    check(entry, status, out, err)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("entry", [e for e in CATALOGUE if e.script], ids=lambda entry: entry.name)
+def test_the_command_itself(entry: Entry, kit: Kit, tmp_path: Path) -> None:
+    arguments = laid_out(entry, tmp_path, kit)
+    before = contents(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-m", "npt.cli", *arguments], cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    check(entry, result.returncode, result.stdout, result.stderr)
+    assert contents(tmp_path) == before
+
+
+def test_the_catalogue_is_as_large_as_it_says() -> None:
+    names = [entry.name for entry in CATALOGUE]
+    assert len(set(names)) == len(names) >= 130 and sum(entry.script for entry in CATALOGUE) >= 12
+    assert all(entry.words and all(entry.words) for entry in CATALOGUE)
+
+
+def test_the_kit_itself_is_good(kit: Kit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So that an entry fails for what it changes."""
+    adapter = shutil.copytree(kit.adapter, tmp_path / "adapter")
+    options = ["--checkpoint", str(adapter), "--set", f"model.base_model_name={kit.model}", "--max-new-tokens", "2"]
+    assert main(["--quiet", "generate", "hello", *options]) == 0
+    assert "original" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may read and write everything")
+@pytest.mark.parametrize("what", ["read", "write"])
+def test_permissions(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "d").mkdir()
+    (tmp_path / ("a.txt" if what == "read" else "d")).chmod(0)
+    overrides = {
+        "read": ["data.dataset_name=text", "data.data_files=[a.txt]"],
+        "write": ["paths.output_dir=d/outputs"],
+    }[what]
+    assert main(["train", *(word for override in overrides for word in ("--set", override))]) == 2
+    err = capfd.readouterr().err
+    (tmp_path / "d").chmod(0o700)
+    assert err.count("\n") == 1 and ("a.txt: can't be read" if what == "read" else "paths.output_dir=d") in err
+
+
+def test_weights_that_are_left_over_are_told(kit: Kit, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = shutil.copytree(kit.model, tmp_path / "base")
+    tensors("model.safetensors", lambda values: values.update(odd=torch.ones(2)))(folder)
+    load_base(load_config(None, [f"model.base_model_name={folder}"]))
+    assert "1 weights of the checkpoint have no place in the model, first odd" in caplog.text
