@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from npt.config import option_problems
 from npt.errors import CheckpointError, ConversionError
+from npt.fingerprint import is_record
 from npt.safe_yaml import MAX_BYTES
 from npt.text import one_line
-from npt.tuner import OPTIONS, PEFT_TYPE, NPTConfig
+from npt.tuner import FORMAT_VERSION, OPTIONS, PEFT_TYPE, NPTConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -61,6 +62,12 @@ def _check_config(folder: Path) -> None:
         raise CheckpointError(
             f"checkpoint {folder}: it is a {kind} adapter, not {PEFT_TYPE}; load it with peft instead"
         )
+    version = values.get("format_version", FORMAT_VERSION)
+    if type(version) is not int or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{place}: format_version={one_line(version, 40)!r}: written by a newer npt, this one reads up to "
+            f"{FORMAT_VERSION}; upgrade with pip install -U npt"
+        )
     problems = option_problems({name: values[name] for name in OPTIONS if name in values})
     shape = values.get("base_shape")
     if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int for n in shape)):
@@ -68,6 +75,8 @@ def _check_config(folder: Path) -> None:
     base = values.get("base_model_name_or_path")
     if not isinstance(base, str | None):
         problems.append(f"base_model_name_or_path: {one_line(base, 80)}: use text")
+    if not (values.get("base_fingerprint") is None or is_record(values["base_fingerprint"])):
+        problems.append("base_fingerprint: is none that npt wrote")
     if problems:
         raise CheckpointError(f"{place}: {'; '.join(problems)}; restore it from a backup")
 

@@ -122,6 +122,19 @@ def difference(made_for: dict[str, Any], here: dict[str, Any]) -> str | None:
     return None
 
 
+def is_record(value: Any) -> bool:
+    """Whether a value from a file has the form of `base_record`'s."""
+    if not isinstance(value, dict):
+        return False
+    config, sample = value.get("config") or {}, value.get("sample") or {}
+    return isinstance(config, dict) and isinstance(sample, dict) and all(map(_is_sample, sample.values()))
+
+
+def _is_sample(value: Any) -> bool:
+    numbers = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
+    return value is None or (numbers and len(value) == _SAMPLES)
+
+
 def _quantized(record: dict[str, Any]) -> bool:
     return (record.get("sample") or {}).get("last_matrix") is None
 

@@ -102,6 +102,8 @@ def _named(config: RunConfig) -> Iterator[None]:
     except (NPTError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
         reason = one_line(error, 200) or type(error).__name__
         if "trust_remote_code" in str(error) and not config.model.trust_remote_code:
             raise NPTError(

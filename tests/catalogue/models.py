@@ -161,6 +161,17 @@ ADAPTERS = [
         "a base of fewer blocks", json_of(OPTIONS, base_shape=[24, 40, 2]), "2 blocks; this one has", "Load it on"
     ),
     bad_adapter("a base's name that is none", json_of(OPTIONS, base_model_name_or_path=3), "use text", "restore"),
+    bad_adapter("a newer format", json_of(OPTIONS, format_version=99), "format_version='99'", "upgrade with pip"),
+    bad_adapter("a format that is text", json_of(OPTIONS, format_version="new"), "format_version='new'", "upgrade"),
+    bad_adapter("a fingerprint that is none", json_of(OPTIONS, base_fingerprint=3), "base_fingerprint", "restore"),
+    bad_adapter(
+        "a fingerprint cut short", json_of(OPTIONS, base_fingerprint={"sample": {"embedding": [1.0]}}),
+        "base_fingerprint", "restore it from a backup",
+    ),
+    bad_adapter(
+        "another base of the same sizes", json_of(OPTIONS, base_fingerprint={"config": {"vocab_size": 7}}),
+        "made for another base: vocab_size is", "Load it on",
+    ),
     Entry(
         "resume: nothing",
         ("train", "--resume"),
