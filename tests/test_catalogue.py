@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from npt import NPTConfig
-from npt.cli import main
+from npt.cli import _setup, main
 from npt.config import load_config
 from npt.loading import load_base
 from tests.catalogue import CATALOGUE, Entry, Kit, tensors
@@ -122,3 +123,20 @@ def test_weights_that_are_left_over_are_told(kit: Kit, tmp_path: Path, caplog: p
     tensors("model.safetensors", lambda values: values.update(odd=torch.ones(2)))(folder)
     load_base(load_config(None, [f"model.base_model_name={folder}"]))
     assert "1 weights of the checkpoint have no place in the model, first odd" in caplog.text
+
+
+def test_log_lines_show_what_would_steer_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    _setup()
+    logging.getLogger("npt").warning("file %s", "a\x1b[31mb\u202ec")
+    err = capfd.readouterr().err
+    assert "file a\\x1b[31mb\\u202ec" in err and "\x1b[31m" not in err and "\u202e" not in err
+
+
+def test_generated_text_does_not_steer_the_terminal(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = {"npt": "a\x1b[31mb", "original": "\u202ec [bold]d"}
+    monkeypatch.setattr("npt.evaluation.generation.side_by_side", lambda *arguments: [sample])
+    assert main(["generate", "a", "--checkpoint", str(kit.adapter), "--set", f"model.base_model_name={kit.model}"]) == 0
+    out = capsys.readouterr().out
+    assert "a\\x1b[31mb" in out and "\\u202ec [bold]d" in out and "\x1b[31m" not in out

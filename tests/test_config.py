@@ -63,6 +63,7 @@ def test_overrides_are_yaml_and_the_last_wins() -> None:
             "training.num_train_steps=5",
             "training.num_train_steps=0",
             "model.npt_layers=[2, -1]",
+            "data.dataset_name=text",
             "data.data_files=[a.txt]",
             "wandb.tags=[x, y]",
         ],
@@ -74,7 +75,7 @@ def test_overrides_are_yaml_and_the_last_wins() -> None:
 
 
 def test_one_file_need_not_be_a_list() -> None:
-    config = load_config(None, ["data.data_files=a.txt", "data.calibration_files=b.txt"])
+    config = load_config(None, ["data.dataset_name=text", "data.data_files=a.txt", "data.calibration_files=b.txt"])
     assert config.data.data_files == ["a.txt"] and config.data.calibration_files == ["b.txt"]
 
 

@@ -186,9 +186,6 @@ class DataSection(_Section):
         if self.data_files and self.dataset_name != "text":
             text = "is read with data.dataset_name=text only; set that, or take data.data_files out"
             yield ("data_files", "dataset_name"), text
-        if self.dataset_config and (self.dataset_name in ("self", "text") or self.dataset_name.startswith(PREFIX)):
-            text = "is for a hub data set only; take it out, or name one in data.dataset_name"
-            yield ("dataset_config", "dataset_name"), text
         for name in ("num_train_samples", "num_eval_samples"):
             if self.dataset_name == "self" and getattr(self, name) is None:
                 yield (name, "dataset_name"), "null has no end with data.dataset_name=self; use a whole number"

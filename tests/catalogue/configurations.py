@@ -97,7 +97,6 @@ OVERRIDES = [
     bad_key("data.num_train_samples=1", "data.num_train_samples: 1: use a value of 2 or more"),
     bad_key("data.dataset_name=text", "data.dataset_name", "set data.data_files=[FILE, ...]"),
     bad_key("data.data_files=[a.txt]", "data.data_files: is read with data.dataset_name=text only", "take"),
-    bad_key("data.dataset_config=small", "data.dataset_config: is for a hub data set only", "take it out"),
     bad_key("data.dataset_name=builtin:novel", 'data.dataset_name: "builtin:novel": no such name', "use builtin:"),
     bad_key("data.eval_texts=[builtin:novel]", "data.eval_texts", "no such name in the package"),
     bad_key("model.base_model_name=builtin:huge", "model.base_model_name", "no such name", "use builtin:tiny"),
