@@ -129,7 +129,8 @@ def plot(
     from npt.report.plots import plot_run
 
     folder = output_dir if run is None else run
-    check_folders({"run": folder})
+    if folder.is_dir():
+        check_folders({"run": folder})
     for path in plot_run(folder):
         _say(str(path))
 
@@ -140,7 +141,8 @@ def report(run: Run = Path("outputs")) -> None:
     from npt.outputs import check_folders
     from npt.report.page import write_page
 
-    check_folders({"run": run})
+    if run.is_dir():
+        check_folders({"run": run})
     _say(f"report: {write_page(run)}")
 
 

@@ -70,17 +70,17 @@ def check_text_files(config: RunConfig, more: Sequence[str | Path] = ()) -> None
     if data.dataset_name != "self":
         trained |= _resolved(_own_documents(config), "data.data_files")
     if data.calibration_files:
-        prose = load_documents("text", data_files=data.calibration_files, text_column=data.text_column)
-        trained |= _resolved(prose, "data.calibration_files")
+        key = "data.calibration_files"
+        trained |= _resolved(TextFiles(data.calibration_files, data.text_column, key), key)
     for name in data.eval_texts:
-        for path in _resolved(_documents(config, name), "data.eval_texts"):
+        for path in _resolved(_documents(config, name, "data.eval_texts"), "data.eval_texts"):
             if path in trained:
                 raise DataError(
                     f"data.eval_texts: {name} is also in {trained[path]}, and would be evaluated on after training on it; "
                     "take it out of one of the two"
                 )
-    for name in more:
-        _documents(config, name)
+    for further in more:
+        _documents(config, further, "--text")
 
 
 def _resolved(documents: Iterable[str], key: str) -> dict[Path, str]:
@@ -88,11 +88,11 @@ def _resolved(documents: Iterable[str], key: str) -> dict[Path, str]:
     return {path.resolve(): key for path in documents.paths} if isinstance(documents, TextFiles) else {}
 
 
-def _documents(config: RunConfig, name: str | Path) -> Iterable[str]:
+def _documents(config: RunConfig, name: str | Path, named_by: str = "data.eval_texts") -> Iterable[str]:
     """The documents of a builtin text or of a file."""
     if str(name).startswith(PREFIX):
         return load_documents(str(name))
-    return load_documents("text", data_files=[name], text_column=config.data.text_column)
+    return TextFiles([name], config.data.text_column, named_by)
 
 
 def further_corpora(config: RunConfig, tokenizer: Any, more: Sequence[str | Path] = ()) -> dict[str, datasets.Dataset]:

@@ -85,7 +85,7 @@ def bad_adapter(name: str, change: Callable[[Path], None], *words: str, script: 
 def bad_run(name: str, command: str, files: dict[str, bytes], *words: str) -> Entry:
     """The output folder of a run, given to one of the commands that show it."""
     return Entry(
-        f"{command.split()[0]}: {name}", tuple(command.split()), words, {f"run/{k}": v for k, v in files.items()}
+        f"{command.split()[0]}: {name}", ("--quiet", *command.split()), words, {f"run/{k}": v for k, v in files.items()}
     )
 
 

@@ -66,6 +66,7 @@ DATA = [
     Entry(
         "data: too short for two blocks",
         (
+            "--quiet",
             "train",
             *sets("data.dataset_name=text", "data.data_files=[short.txt]", "model.base_model_name={model}"),
             *sets("data.eval_texts=[]"),
@@ -76,12 +77,13 @@ DATA = [
     Entry(
         "data: one block to train on",
         (
+            "--quiet",
             "train",
             *sets("data.dataset_name=text", "data.data_files=[short.txt]", "model.base_model_name={model}"),
             *sets("data.max_length=16", "data.eval_texts=[]"),
         ),
         ("1 block(s) of data.max_length=16 to train on", "give more text, or lower data.max_length"),
-        {"short.txt": b"A few words are not so many."},
+        {"short.txt": b"A few words are not so many words."},
     ),
     Entry(
         "data: evaluated on and trained on",
@@ -104,12 +106,12 @@ DATA = [
     Entry(
         "data: missing calibration text",
         ("train", *sets("data.calibration_files=[none.jsonl]")),
-        ("none.jsonl: no such file", "check data.data_files and data.calibration_files"),
+        ("none.jsonl: no such file", "check data.calibration_files"),
     ),
     Entry(
         "data: missing evaluation text",
         ("train", *sets("data.eval_texts=[none.txt]")),
-        ("none.txt: no such file", "data.eval_texts"),
+        ("none.txt: no such file", "check data.eval_texts"),
     ),
     Entry(
         "data: a hub data set out of reach",
@@ -119,6 +121,6 @@ DATA = [
     Entry(
         "data: --text that is missing",
         ("evaluate", "--checkpoint", "{adapter}", "--text", "none.txt", *sets("model.base_model_name={model}")),
-        ("none.txt: no such file",),
+        ("none.txt: no such file", "check --text"),
     ),
 ]

@@ -25,15 +25,20 @@ class TextFiles:
     message, then again whenever the documents are iterated, with one document (1024 rows of parquet) in memory at a
     time. Blank documents are left out; `len()` counts the others.
 
+    Args:
+        named_by: the key or option that named the files, for errors.
+
     Raises:
         DataError: a file is missing, unreadable, of an unknown kind, empty, not UTF-8, blank, or has a bad line or row.
     """
 
-    def __init__(self, data_files: Sequence[str | Path], text_column: str = "text") -> None:
+    def __init__(
+        self, data_files: Sequence[str | Path], text_column: str = "text", named_by: str = "data.data_files"
+    ) -> None:
         self.text_column = text_column
         if not data_files:
             raise DataError("data.data_files is empty, but data.dataset_name=text reads local files; name at least one")
-        self.paths, problems = _expand(data_files)
+        self.paths, problems = _expand(data_files, named_by)
         self._length = 0
         for path in self.paths:
             try:
@@ -105,7 +110,7 @@ def _hub_documents(name: str, config: str | None, split: str, text_column: str, 
     return dataset[text_column]
 
 
-def _expand(data_files: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+def _expand(data_files: Sequence[str | Path], named_by: str) -> tuple[list[Path], list[str]]:
     """The files that names and globs stand for, each once, in order, and what is wrong with the rest."""
     paths: dict[Path, None] = {}
     problems = []
@@ -116,10 +121,10 @@ def _expand(data_files: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
             found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
         # No such user's home; a name too long, or in a folder that can't be entered.
         except (RuntimeError, OSError) as error:
-            problems.append(f"{name}: can't be looked up ({error}); check data.data_files and data.calibration_files")
+            problems.append(f"{name}: can't be looked up ({error}); check {named_by}")
             continue
         if not found:
-            problems.append(f"{name}: no such file; check data.data_files and data.calibration_files")
+            problems.append(f"{name}: no such file; check {named_by}")
         paths.update(dict.fromkeys(found))
     return list(paths), problems
 
