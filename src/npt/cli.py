@@ -63,12 +63,14 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
 ) -> None:
     """Phase 1: convert, calibrate, train, evaluate; writes best_model/ and evaluation_report.json."""
+    from npt.corpora import check_training_text
     from npt.outputs import check_folders
     from npt.pipeline import run_training
     from npt.report.terminal import render_report
 
     run = _load(config, set_)
     check_folders({f"paths.{name}": folder for name, folder in run.paths if folder is not None})
+    check_training_text(run)
     found = run_training(run, resume=resume)
     render_report(found, console)
     _say(f"adapter: {Path(run.paths.checkpoint_dir) / 'best_model'}")

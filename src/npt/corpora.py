@@ -16,6 +16,8 @@ from npt.data import load_documents, pack, sample_blocks, split_blocks
 from npt.data.batches import batches_of
 from npt.data.sources import TextFiles
 from npt.errors import DataError
+from npt.loading import load_tokenizer
+from npt.meta import quiet
 
 #: The configuration an adapter was trained with, beside it in its folder.
 RUN_CONFIG = "npt_run.yaml"
@@ -30,7 +32,12 @@ def corpus_blocks(config: RunConfig, model: Any, tokenizer: Any) -> tuple[datase
         train = sample_blocks(model, tokenizer, data.num_train_samples, data.max_length, label="train", **common)
         held_out = sample_blocks(model, tokenizer, data.num_eval_samples, data.max_length, label="eval", **common)
         return train, held_out
-    train, held_out = split_blocks(_text_blocks(config, tokenizer), data.num_train_samples, data.num_eval_samples)
+    return _split(config, _text_blocks(config, tokenizer))
+
+
+def _split(config: RunConfig, blocks: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+    data = config.data
+    train, held_out = split_blocks(blocks, data.num_train_samples, data.num_eval_samples)
     if len(train) < 2:
         raise DataError(
             f"the text makes {len(train)} block(s) of data.max_length={data.max_length} to train on, and at least 2 are "
@@ -57,6 +64,22 @@ def _own_documents(config: RunConfig) -> Iterable[str]:
         text_column=data.text_column,
         cache_dir=config.paths.cache_dir,
     )
+
+
+def check_training_text(config: RunConfig) -> None:
+    """That local text makes enough blocks, asked before the base's weights are loaded; the tokenizer is.
+
+    Raises:
+        DataError: too few blocks to train on and to hold out. NPTError: no tokenizer.
+    """
+    data = config.data
+    if data.dataset_name != "text":
+        return
+    enough = (data.num_eval_samples or 0) + 3
+    blocks = pack(_own_documents(config), load_tokenizer(config), data.max_length, max_blocks=enough)
+    if len(blocks) < enough:  # so this is all of the text
+        with quiet("npt.data.packing"):
+            _split(config, blocks)
 
 
 def check_text_files(config: RunConfig, more: Sequence[str | Path] = ()) -> None:

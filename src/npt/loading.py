@@ -43,9 +43,8 @@ def load_base(config: RunConfig) -> tuple[Any, Any]:
     quantized = options.use_8bit or options.use_4bit
     if quantized:
         loading |= _bitsandbytes(4 if options.use_4bit else 8)
-    base_config(config)
+    tokenizer = load_tokenizer(config)
     with _named(config), _quiet_libraries():
-        tokenizer = AutoTokenizer.from_pretrained(name, **_arguments(config))
         # Weights of other shapes are let through to be named below, where the library only points to a log.
         model, found = AutoModelForCausalLM.from_pretrained(
             name, **_arguments(config), **loading, use_safetensors=True, output_loading_info=True,
@@ -55,6 +54,13 @@ def load_base(config: RunConfig) -> tuple[Any, Any]:
     if not quantized and not options.use_cpu_offload:
         model.to(default_device())
     return model.eval(), tokenizer
+
+
+def load_tokenizer(config: RunConfig) -> Any:
+    """The base's tokenizer, once the base's configuration has been checked (see `base_config`)."""
+    base_config(config)
+    with _named(config), _quiet_libraries():
+        return AutoTokenizer.from_pretrained(source_of(config.model.base_model_name), **_arguments(config))
 
 
 def base_config(config: RunConfig) -> Any:

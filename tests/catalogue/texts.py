@@ -66,7 +66,6 @@ DATA = [
     Entry(
         "data: too short for two blocks",
         (
-            "--quiet",
             "train",
             *sets("data.dataset_name=text", "data.data_files=[short.txt]", "model.base_model_name={model}"),
             *sets("data.eval_texts=[]"),
@@ -77,7 +76,6 @@ DATA = [
     Entry(
         "data: one block to train on",
         (
-            "--quiet",
             "train",
             *sets("data.dataset_name=text", "data.data_files=[short.txt]", "model.base_model_name={model}"),
             *sets("data.max_length=16", "data.eval_texts=[]"),
