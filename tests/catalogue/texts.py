@@ -93,7 +93,7 @@ DATA = [
         "data: evaluated on and trained on, by another name",
         ("train", *sets("data.dataset_name=text", "data.data_files=['*.txt']", "data.eval_texts=[d/../a.txt]")),
         ("data.eval_texts: d/../a.txt is also in data.data_files", "take it out of one"),
-        {"a.txt": b"text", "d/b.md": b""},
+        {"a.txt": b"text " * 400, "d/b.md": b""},
     ),
     Entry(
         "data: evaluated on and calibrated with",
