@@ -65,7 +65,7 @@ def _check_config(folder: Path) -> None:
     version = values.get("format_version", FORMAT_VERSION)
     if type(version) is not int or version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{place}: format_version={one_line(version, 40)!r}: written by a newer npt, this one reads up to "
+            f"{place}: format_version={version!r}: the adapter was written by a newer npt, this one reads up to "
             f"{FORMAT_VERSION}; upgrade with pip install -U npt"
         )
     problems = option_problems({name: values[name] for name in OPTIONS if name in values})
@@ -76,7 +76,8 @@ def _check_config(folder: Path) -> None:
     if not isinstance(base, str | None):
         problems.append(f"base_model_name_or_path: {one_line(base, 80)}: use text")
     if not (values.get("base_fingerprint") is None or is_record(values["base_fingerprint"])):
-        problems.append("base_fingerprint: is none that npt wrote")
+        shown = one_line(repr(values["base_fingerprint"]), 40)
+        problems.append(f"base_fingerprint={shown}: npt writes it itself")
     if problems:
         raise CheckpointError(f"{place}: {'; '.join(problems)}; restore it from a backup")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -63,10 +62,10 @@ def _known(names: Iterable[str]) -> Callable[[str], str]:
     return check
 
 
-def _no_control(text: str) -> str:
-    """No system takes all of them in a file's name, and half a surrogate pair can't be written at all."""
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
-        raise ValueError("holds a control character or half a surrogate pair; take it out")
+def _writable(text: str) -> str:
+    """No system takes a NUL in a file's name, and half a surrogate pair can't be written at all."""
+    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds a NUL or half a surrogate pair; take it out")
     return text
 
 
@@ -80,7 +79,7 @@ Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 MOST = 2**31 - 1
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
-Text = Annotated[str, Field(min_length=1), AfterValidator(_no_control)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_writable)]
 Projections = Annotated[list[Literal["gate", "up", "down"]], Field(min_length=1), AfterValidator(_no_duplicates)]
 Indices = Annotated[list[Annotated[int, Field(ge=-MOST, le=MOST)]], Field(min_length=1)]
 Layers = Annotated[

@@ -41,12 +41,10 @@ def sets(*overrides: str) -> tuple[str, ...]:
     return tuple(word for override in overrides for word in ("--set", override))
 
 
-def bad_file(name: str, content: str | bytes, *words: str, script: bool = False) -> Entry:
+def bad_file(name: str, content: str | bytes, *words: str, place: str = "c.yaml", script: bool = False) -> Entry:
     """A configuration file."""
     data = content.encode() if isinstance(content, str) else content
-    return Entry(
-        f"config: {name}", ("train", "--config", "c.yaml"), ("c.yaml", *words), {"c.yaml": data}, script=script
-    )
+    return Entry(f"config: {name}", ("train", "--config", "c.yaml"), (place, *words), {"c.yaml": data}, script=script)
 
 
 def bad_key(override: str, *words: str, name: str = "") -> Entry:

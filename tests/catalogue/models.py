@@ -161,7 +161,7 @@ ADAPTERS = [
         "a base of fewer blocks", json_of(OPTIONS, base_shape=[24, 40, 2]), "2 blocks; this one has", "Load it on"
     ),
     bad_adapter("a base's name that is none", json_of(OPTIONS, base_model_name_or_path=3), "use text", "restore"),
-    bad_adapter("a newer format", json_of(OPTIONS, format_version=99), "format_version='99'", "upgrade with pip"),
+    bad_adapter("a newer format", json_of(OPTIONS, format_version=99), "format_version=99", "upgrade with pip"),
     bad_adapter("a format that is text", json_of(OPTIONS, format_version="new"), "format_version='new'", "upgrade"),
     bad_adapter("a fingerprint that is none", json_of(OPTIONS, base_fingerprint=3), "base_fingerprint", "restore"),
     bad_adapter(
