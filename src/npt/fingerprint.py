@@ -21,6 +21,8 @@ _CONFIG_KEYS = (
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "hidden_act", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "tie_word_embeddings",
 )  # fmt: skip
+#: What a configuration says beside; Trainer switches use_cache off.
+_NO_MATTER = ("_name_or_path", "transformers_version", "use_cache")
 _SAMPLES = 24
 #: Relative difference of sampled weights that a cast to another dtype explains (bfloat16 rounds to 2^-9).
 _CAST_TOLERANCE = 2**-7
@@ -31,7 +33,7 @@ def base_fingerprint(model: nn.Module) -> str:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     # An adapter's own parameters all carry its method's prefix; `base_layer` is PEFT's wrapper around a base module.
     prefix = getattr(model.base_model, "prefix", None) if isinstance(model, PeftModel) else None
-    config = {k: v for k, v in base.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    config = {k: v for k, v in base.config.to_dict().items() if k not in _NO_MATTER}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     state = base.state_dict(keep_vars=True)
     if any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in state.values()):
