@@ -121,7 +121,9 @@ class EquivalenceTrainer(DurableTrainer):
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether nothing is left to train after a checkpoint; HF's Trainer would take one more step."""
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        return state.global_step >= state.max_steps or any(
+        per_epoch = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
+        steps = self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * per_epoch)
+        return state.global_step >= steps or any(
             callback.patience_is_over(state.global_step, self.args)
             for callback in self.callback_handler.callbacks
             if isinstance(callback, BestAdapterCallback)
