@@ -247,6 +247,19 @@ def test_a_run_on_a_full_disk_ends_in_one_line(
     assert (tmp_path / "checkpoints" / "best_model" / "adapter_model.safetensors").is_file()
 
 
+def test_a_drive_that_goes_away_anywhere_is_one_line(
+    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error", "/media/drive/tokenizer.json")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", gone)
+    assert main(["--quiet", "train", *settings(local_model, tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "npt: /media/drive/tokenizer.json: Input/output error; what was saved before is whole" in error
+    assert last_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-4"
+
+
 # -- two runs, and signals ---------------------------------------------------------------------------------------------------
 
 

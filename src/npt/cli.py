@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from npt.durable import DISK_ERRORS
 from npt.errors import NPTError, RunError, Stopped
 from npt.text import one_line, visible
 
@@ -247,6 +248,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + error.signal_number if isinstance(error, Stopped) else 1 if isinstance(error, RunError) else 2
     except MemoryError as error:
         _complain(_out_of_memory(error))
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        _complain(
+            f"{error.filename or 'a file'}: {error.strerror}; what was saved before is whole. Mend the disk or make room, "
+            "then go on with --resume"
+        )
         return 1
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):

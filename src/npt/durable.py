@@ -25,6 +25,8 @@ from npt.text import human_bytes
 PART = ".part"
 SEAL = "complete.json"
 LOCK = ".lock"
+#: What a disk does to a write, wherever it happens: it is full, over a quota, gone, or has become read-only.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 #: Disk kept free beside what a save needs.
 RESERVE = 16 * 2**20
 
@@ -166,7 +168,7 @@ def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
         if isinstance(error, SafetensorError) and "os error" not in str(error).lower():
             raise
         number = getattr(error, "errno", None)
-        full = number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error).lower()
+        full = number in DISK_ERRORS[:2] or "os error 28" in str(error).lower()
         why = "the disk is full" if full else f"can't be written ({getattr(error, 'strerror', None) or error})"
         size = "" if needed is None else f" ({human_bytes(needed)} needed)"
         remedy = "make room" if full else "check the drive and its permissions"
