@@ -73,7 +73,7 @@ def render_page(report: dict[str, Any], rows: Rows, missing: list[str]) -> str:
     environment.filters |= {"fig": _figure, "percent": _percent, "error": _error, "marked": _marked, "quoted": _quoted}
     pictures: list[Any] = []
     try:
-        pictures = draw_run(rows, report)
+        pictures = draw_run(rows, report, png=False)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         missing = [*missing, f"plots: a figure in the run's files is malformed ({type(error).__name__}: {error})"]
     images = [

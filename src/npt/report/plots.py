@@ -45,7 +45,7 @@ _SVG_STYLE = (
 
 @dataclass
 class Picture:
-    """A drawn plot: its file name, what it shows in words, and both formats."""
+    """A drawn plot: its file name, what it shows in words, and both formats (PNG where it was asked for)."""
 
     name: str
     alt: str
@@ -54,12 +54,13 @@ class Picture:
     wide: bool
 
 
-def draw_run(rows: Rows, report: dict[str, Any]) -> list[Picture]:
+def draw_run(rows: Rows, report: dict[str, Any], *, png: bool = True) -> list[Picture]:
     """All plots there is data for, in the order of `PLOTS`."""
-    return [picture for name, draw in PLOTS.items() if (picture := _picture(name, draw, rows, report)) is not None]
+    drawn = (_picture(name, draw, rows, report, png) for name, draw in PLOTS.items())
+    return [picture for picture in drawn if picture is not None]
 
 
-def _picture(name: str, draw: Draw, rows: Rows, report: dict[str, Any]) -> Picture | None:
+def _picture(name: str, draw: Draw, rows: Rows, report: dict[str, Any], with_png: bool) -> Picture | None:
     with matplotlib.rc_context(_STYLE):
         # Outside pyplot: nothing to close, and whatever backend a caller uses stays as it is.
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -71,7 +72,8 @@ def _picture(name: str, draw: Draw, rows: Rows, report: dict[str, Any]) -> Pictu
         for axes in figure.axes:
             axes.grid(alpha=0.3)
         png, svg = io.BytesIO(), io.StringIO()
-        figure.savefig(png, dpi=150, format="png")
+        if with_png:
+            figure.savefig(png, dpi=150, format="png")
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = svg.getvalue()
     for colour, (variable, *_) in _THEME.items():
