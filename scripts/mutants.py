@@ -41,15 +41,35 @@ class Target:
     tests: tuple[str, ...]
 
 
-_FAST = ("tests/test_parity.py", "tests/test_attach.py", "tests/test_tuner.py")
-TARGETS = {
-    name: Target(f"npt.{name}", f"src/npt/{name}.py", tests)
-    for name, tests in {
-        "component": _FAST,
-        "attach": _FAST,
-        "calibration": ("tests/test_calibration.py",),
-    }.items()
+def _families(test: str, names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_families.py::{test}[{name}]" for name in names.split())
+
+
+_FORMULA, _EXACT = (
+    "test_block_equals_explicit_formula_for_every_option",
+    "test_exact_is_the_original_and_disabling_gives_it_back_bit_for_bit",
+)
+#: Tests that take less than a few seconds, of what touches the file.
+TESTS = {
+    "component": (
+        *(f"tests/test_{name}.py" for name in ("component", "parity", "attach", "tuner")),
+        *_families(_FORMULA, "cohere olmo2"),
+        "tests/test_composition.py::test_half_precision_is_as_near_as_the_base_is",
+        "tests/test_objectives.py",
+    ),
+    "attach": (
+        *(f"tests/test_{name}.py" for name in ("attach", "parity", "tuner")),
+        *_families(_FORMULA, "phi3 granite olmo2 gemma2 opt cohere"),
+        *_families("test_any_subset_of_projections", "phi3-targets0 phi3-targets1 olmo2-targets0"),
+        *_families(_EXACT, "phi3 granite olmo2 gemma2 opt cohere"),
+        "tests/test_composition.py::test_lora_before_and_after_give_the_same_model",
+        "tests/test_composition.py::test_adapters_switched_per_call",
+        "tests/test_composition.py::test_deepcopy_is_independent_of_the_original",
+    ),
+    "calibration": ("tests/test_fit.py", "tests/test_calibration.py"),
 }
+TARGETS = {name: Target(f"npt.{name}", f"src/npt/{name}.py", tests) for name, tests in TESTS.items()}
+
 
 # -- running ---------------------------------------------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ def mutants_of(source: str, module: str = "") -> list[Mutant]:
     for node, scope, operator, after in _changes(ast.parse(source), "", None):
         start, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
         change = (scope, operator, data[start:end].decode(), after)
-        if (start, end, after) not in found:
+        if (start, end, after) not in found and change[2] != after:
             repeated[change] += 1
             name = hashlib.sha256(repr((module, change, repeated[change])).encode()).hexdigest()[:8]
             found[start, end, after] = Mutant(name, node.lineno, node.col_offset, *change, start, end)
