@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from npt import NPTConfig
-from npt.attach import layer_mode
+from npt.attach import NPTLayer, layer_mode
+from npt.component import NPComponent
 from npt.errors import ConversionError
 from npt.families import FAMILIES, Family, register_family, resolve_layers
 from npt.modules import probe_norm
@@ -206,6 +208,61 @@ def test_activating_trains_unless_told_otherwise() -> None:
     for arguments, trains in (({}, True), ({"inference_mode": True}, False), ({"inference_mode": False}, True)):
         layer.set_adapter("default", **arguments)
         assert all(p.requires_grad == trains for p in layer.component.parameters())
+
+
+def test_a_layer_made_by_hand_applies_the_adapter_peft_names_first() -> None:
+    """PEFT's active adapter is the name "default" until one is set, a list from then on."""
+    base = random_base("llama")
+    layer = NPTLayer(base.model.layers[1], FAMILIES["llama"], 1)
+    assert layer.active_name is None and layer.component is None
+    for name in ("other", "default"):
+        layer.add_component(name, **NPTConfig(rank=2).component_options())
+    assert layer.active_name == "default" and layer.active() is layer.npt_components["default"]
+    layer.set_adapter("other")
+    assert layer.active_name == "other"
+    assert layer.multiplier == 1
+
+
+@torch.no_grad()
+def test_hooks_move_only_when_a_module_was_wrapped(token_ids: torch.Tensor) -> None:
+    """Here by a LoRA that is still zero, so that the oracle is still the base."""
+    base = random_base("llama")
+    expected = base(token_ids).logits
+    model = get_peft_model(base, NPTConfig(npt_layers="all", carry="exact")).eval()
+    layers = active_layers(model)
+    before = [layer._handles for layer in layers]
+    for _ in range(2):
+        torch.testing.assert_close(model(token_ids).logits, expected, rtol=1e-10, atol=1e-10)
+        assert all(layer._handles is handles for layer, handles in zip(layers, before, strict=True))
+    lora = LoraConfig(target_modules=["up_proj", "o_proj"], layers_to_transform=[1], r=2)
+    model = get_peft_model(model.get_base_model(), lora).eval()
+    after = []
+    for _ in range(2):
+        torch.testing.assert_close(model(token_ids).logits, expected, rtol=1e-10, atol=1e-10)
+        after.append([layer._handles for layer in layers])
+    moved = [layer.index for layer, old, new in zip(layers, before, after[0], strict=True) if old is not new]
+    assert moved == [1] and all(old is new for old, new in zip(*after, strict=True))
+
+
+@pytest.mark.parametrize("multiplier", [0.5, 1.0, 2.0])
+@torch.no_grad()
+def test_residual_multipliers(multiplier: float) -> None:
+    (case,) = (case for case in CASES if case.name == "granite")
+    base = replace(case, options={"residual_multiplier": multiplier}).build()
+    ids = torch.arange(3, 12)[None]
+    expected = base(ids).logits
+    model = get_peft_model(base, NPTConfig(npt_layers="all", carry="exact")).eval()
+    assert [layer.multiplier for layer in active_layers(model)] == [multiplier] * 4
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_modulation_is_computed_once_per_block(token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up hand it on to down."""
+    calls = []
+    whole = NPComponent._modulation
+    monkeypatch.setattr(NPComponent, "_modulation", lambda self, a: calls.append(1) or whole(self, a))
+    converted("llama")(token_ids)
+    assert len(calls) == 4
 
 
 def test_wrong_table_lines_are_caught() -> None:
