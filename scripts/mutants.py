@@ -255,7 +255,9 @@ def main() -> None:
             known[record["id"]] = record
             place = f"{record['file']}:{record['line']} {record['operator']}"
             print(f"{record['id']} {record['verdict']} {place} {record['seconds']} s {record['by']}", flush=True)
-    STATE.write_text("".join(json.dumps(record) + "\n" for record in known.values()), encoding="utf-8")
+    ids = {mutant.id for mutant in mutants}
+    kept = [record for record in known.values() if record["file"] != target.file or record["id"] in ids]
+    STATE.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     print(summary(target, chosen, known))
 
 
