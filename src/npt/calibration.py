@@ -135,7 +135,8 @@ class _BlockFit:
         chunk, self.chunk = self.chunk, []
         # Not every n-th token: that may be the first of every text.
         mask = torch.randperm(self.held, generator=torch.Generator().manual_seed(0)) < PROBE_TOKENS
-        picked = mask.to(chunk[0][0].device).split([len(h) for h, _ in chunk])
+        # Places, not the mask: npt memory runs this on shapes alone, where nothing knows how many a mask picks.
+        picked = [part.nonzero().flatten().to(chunk[0][0].device) for part in mask.split([len(h) for h, _ in chunk])]
         h, a = (torch.cat([x[i] for x, i in zip(parts, picked, strict=True)]) for parts in zip(*chunk, strict=True))
         with layer_mode([self.layer], on_block=None, override=EXACT):
             self.probe = (h, a, self.layer.update_from(h[None], a[None])[0])
