@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from npt import NPTConfig
-from npt.attach import layer_mode
+from npt.attach import NPTLayer, layer_mode
+from npt.component import NPComponent
 from npt.errors import ConversionError
 from npt.families import FAMILIES, Family, register_family, resolve_layers
 from npt.modules import probe_norm
 from npt.tuner import active_layers, npt_layers
 from tests.conftest import converted, random_base
+from tests.families import CASES
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "gpt2"])
 
@@ -116,17 +119,26 @@ def test_deepcopy_is_independent(kind: str, token_ids: torch.Tensor) -> None:
     assert not torch.equal(twin(token_ids).logits, before)
 
 
+@pytest.mark.parametrize("name, dies_in", [("llama", "down"), ("llama", "mlp"), ("gemma2", "out")])
+@pytest.mark.parametrize("carry", ["diagonal", "exact"])
 @torch.no_grad()
-def test_a_forward_that_dies_leaves_nothing_behind(token_ids: torch.Tensor) -> None:
-    model = converted("llama")
-    expected = model(token_ids).logits
+def test_a_forward_that_dies_leaves_nothing_behind(name: str, dies_in: str, carry: str) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    model = get_peft_model(case.build(), NPTConfig(npt_layers="all", rank=3, carry=carry)).eval()
+    ids = torch.arange(3, 12)[None]
+    expected = model(ids).logits
     layer = active_layers(model)[1]
-    handle = layer.module("down").register_forward_pre_hook(lambda m, x: (_ for _ in ()).throw(RuntimeError("died")))
-    with pytest.raises(RuntimeError, match="died"):
-        model(token_ids)
+    handle = layer.module(dies_in).register_forward_pre_hook(lambda m, x: (_ for _ in ()).throw(RuntimeError("died")))
+    with pytest.raises(RuntimeError, match="died"), layer_mode([layer], on_block=lambda *_: None):
+        model(ids)
     handle.remove()
-    assert layer._pass.attention is None and layer._pass.values is None
-    assert torch.equal(model(token_ids).logits, expected)
+    kept = [
+        name
+        for name in ("attention", "observed", "residual", "values", "down")
+        if getattr(layer._pass, name) is not None
+    ]
+    assert not kept
+    assert torch.equal(model(ids).logits, expected)
 
 
 def test_a_later_adapter_brings_the_hooks_it_needs(token_ids: torch.Tensor) -> None:
@@ -139,6 +151,118 @@ def test_a_later_adapter_brings_the_hooks_it_needs(token_ids: torch.Tensor) -> N
     for own, other in zip(active_layers(model), active_layers(alone), strict=True):
         own.component.load_state_dict(other.component.state_dict())
     assert torch.equal(model(token_ids).logits, alone(token_ids).logits)
+
+
+def test_a_fused_projection_carries_a_hook_only_where_it_is_needed() -> None:
+    (case,) = (case for case in CASES if case.name == "phi3")
+    for options, hooks in (({}, 0), ({"low_rank_at": "projection"}, 1), ({"target_projections": ["up", "down"]}, 1)):
+        model = get_peft_model(case.build(), NPTConfig(npt_layers=[1], rank=3, **options))
+        assert len(active_layers(model)[0].module("up")._forward_hooks) == hooks, options
+
+
+@torch.no_grad()
+def test_the_oracle_beside_another_adapter(token_ids: torch.Tensor) -> None:
+    """Each gives what it gives alone; the block's input is kept for the one that reads it, and for no other."""
+    model = converted("llama", torch.float32)
+    alone, original = model(token_ids).logits, random_base("llama", torch.float32)(token_ids).logits
+    layers = active_layers(model)
+    norms = [layer.module("norm")._forward_pre_hooks for layer in layers]
+    assert not any(norms)
+    model.add_adapter("oracle", NPTConfig(npt_layers="all", carry="exact"))
+    assert all(len(hooks) == 1 for hooks in norms)
+    kept = []
+    layers[1].module("mlp").register_forward_pre_hook(lambda *_: kept.append(layers[1]._pass.residual is not None))
+    for _ in range(2):
+        assert torch.equal(model(token_ids).logits, alone)
+        model.set_adapter("oracle")
+        torch.testing.assert_close(model(token_ids).logits, original, rtol=1e-4, atol=1e-5)
+        with model.disable_adapter():
+            assert torch.equal(model(token_ids).logits, original)
+        model.set_adapter("default")
+    assert kept == [False, True, False] * 2
+    model.delete_adapter("oracle")
+    for _ in range(2):
+        with layer_mode(layers, override="exact"):
+            torch.testing.assert_close(model(token_ids).logits, original, rtol=1e-4, atol=1e-5)
+            assert all(len(hooks) == 1 for hooks in norms)
+        assert torch.equal(model(token_ids).logits, alone)
+    base = model.unload()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules() if m is not layers[1].module("mlp"))
+
+
+@torch.no_grad()
+def test_two_adapters_at_once_in_different_blocks(token_ids: torch.Tensor) -> None:
+    model = converted("llama", npt_layers=[0])
+    model.add_adapter("second", NPTConfig(npt_layers=[2], rank=2))
+    model.base_model.set_adapter(["default", "second"])
+    assert [(layer.index, layer.active_name) for layer in active_layers(model)] == [(0, "default"), (2, "second")]
+    assert all(p.requires_grad for layer in active_layers(model) for p in layer.component.parameters())
+    both = model(token_ids).logits
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        assert not torch.equal(model(token_ids).logits, both)
+
+
+def test_activating_trains_unless_told_otherwise() -> None:
+    (layer,) = active_layers(converted("llama", npt_layers=[0]))
+    for arguments, trains in (({}, True), ({"inference_mode": True}, False), ({"inference_mode": False}, True)):
+        layer.set_adapter("default", **arguments)
+        assert all(p.requires_grad == trains for p in layer.component.parameters())
+
+
+def test_a_layer_made_by_hand_applies_the_adapter_peft_names_first() -> None:
+    """PEFT's active adapter is the name "default" until one is set, a list from then on."""
+    base = random_base("llama")
+    layer = NPTLayer(base.model.layers[1], FAMILIES["llama"], 1)
+    assert layer.active_name is None and layer.component is None
+    for name in ("other", "default"):
+        layer.add_component(name, **NPTConfig(rank=2).component_options())
+    assert layer.active_name == "default" and layer.active() is layer.npt_components["default"]
+    layer.set_adapter("other")
+    assert layer.active_name == "other"
+    assert layer.multiplier == 1
+
+
+@torch.no_grad()
+def test_hooks_move_only_when_a_module_was_wrapped(token_ids: torch.Tensor) -> None:
+    """Here by a LoRA that is still zero, so that the oracle is still the base."""
+    base = random_base("llama")
+    expected = base(token_ids).logits
+    model = get_peft_model(base, NPTConfig(npt_layers="all", carry="exact")).eval()
+    layers = active_layers(model)
+    before = [layer._handles for layer in layers]
+    for _ in range(2):
+        torch.testing.assert_close(model(token_ids).logits, expected, rtol=1e-10, atol=1e-10)
+        assert all(layer._handles is handles for layer, handles in zip(layers, before, strict=True))
+    lora = LoraConfig(target_modules=["up_proj", "o_proj"], layers_to_transform=[1], r=2)
+    model = get_peft_model(model.get_base_model(), lora).eval()
+    after = []
+    for _ in range(2):
+        torch.testing.assert_close(model(token_ids).logits, expected, rtol=1e-10, atol=1e-10)
+        after.append([layer._handles for layer in layers])
+    moved = [layer.index for layer, old, new in zip(layers, before, after[0], strict=True) if old is not new]
+    assert moved == [1] and all(old is new for old, new in zip(*after, strict=True))
+
+
+@pytest.mark.parametrize("multiplier", [0.5, 1.0, 2.0])
+@torch.no_grad()
+def test_residual_multipliers(multiplier: float) -> None:
+    (case,) = (case for case in CASES if case.name == "granite")
+    base = replace(case, options={"residual_multiplier": multiplier}).build()
+    ids = torch.arange(3, 12)[None]
+    expected = base(ids).logits
+    model = get_peft_model(base, NPTConfig(npt_layers="all", carry="exact")).eval()
+    assert [layer.multiplier for layer in active_layers(model)] == [multiplier] * 4
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_modulation_is_computed_once_per_block(token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up hand it on to down."""
+    calls = []
+    whole = NPComponent._modulation
+    monkeypatch.setattr(NPComponent, "_modulation", lambda self, a: calls.append(1) or whole(self, a))
+    converted("llama")(token_ids)
+    assert len(calls) == 4
 
 
 def test_wrong_table_lines_are_caught() -> None:

@@ -141,6 +141,7 @@ def test_bad_options_name_value_and_remedy(options: Any, words: str) -> None:
 def test_options_that_do_not_fit_the_model() -> None:
     with pytest.raises(ConversionError, match="rank=25 is larger than the model's hidden size 24"):
         get_peft_model(random_base("llama"), NPTConfig(rank=25))
+    get_peft_model(random_base("llama"), NPTConfig(rank=24))
     with pytest.raises(ConversionError, match="npt_layers=\\[7\\].*4 blocks"):
         get_peft_model(random_base("llama"), NPTConfig(npt_layers=[7]))
     base = random_base("gpt2")

@@ -75,7 +75,6 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         self.npt_components = nn.ModuleDict()
         self.index, self.family = index, family
         self.merged_adapters: list[str] = []
-        self._disable_adapters = False
         self._block = (block,)  # in a tuple, so that the parent is not registered as a child of its child
         self._override: str | None = None
         self._norm_hook: Any = None

@@ -68,20 +68,19 @@ def calibrate(
     """
     layers = [layer for layer in active_layers(model) if layer.component and layer.component.spec.carry != "exact"]
     fits = {layer.index: _BlockFit(layer, chunk_tokens or first_tokens(layer.shape("up")[0])) for layer in layers}
-    mask: list[Tensor] = []
 
     def see(layer: NPTLayer, record: BlockRecord) -> None:
-        fits[layer.index].see(record, mask[0])
+        fits[layer.index].see(record, mask)
 
     device, seen = device_of(model), 0
     with eval_mode(model), layer_mode(active_layers(model), override="bypass"), layer_mode(layers, on_block=see):
         for batch in track(batches, "calibrating", transient=True, disable=not progress):
             ids = torch.as_tensor(batch["input_ids"]).to(device)
             attention_mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).to(device)
-            mask[:] = [attention_mask.bool()]
+            mask = attention_mask.bool()
             seen += int(attention_mask.sum())
             hidden = run_backbone(model, {"input_ids": ids, "attention_mask": attention_mask})
-            if not hidden[mask[0]].isfinite().all():
+            if not hidden[mask].isfinite().all():
                 where = find_nonfinite(model, {"input_ids": ids, "attention_mask": attention_mask})
                 raise RunError(f"calibration, after {seen} tokens: hidden states are not finite, {where}; {REMEDY}")
     if not seen:
@@ -141,7 +140,8 @@ class _BlockFit:
         chunk, self.chunk = self.chunk, []
         # Not every n-th token: that may be the first of every text.
         mask = torch.randperm(self.held, generator=torch.Generator().manual_seed(0)) < PROBE_TOKENS
-        picked = [part.nonzero()[:, 0].to(chunk[0][0].device) for part in mask.split([len(h) for h, _ in chunk])]
+        # Places, not the mask: npt memory runs this on shapes alone, where nothing knows how many a mask picks.
+        picked = [part.nonzero().flatten().to(chunk[0][0].device) for part in mask.split([len(h) for h, _ in chunk])]
         h, a = (torch.cat([x[i] for x, i in zip(parts, picked, strict=True)]) for parts in zip(*chunk, strict=True))
         with layer_mode([self.layer], on_block=None, override=EXACT):
             self.probe = (h, a, self.layer.update_from(h[None], a[None])[0])
@@ -271,7 +271,7 @@ def _alternate(gram: Tensor, count_z: int, count_a: int) -> tuple[Tensor, Tensor
             v = F.pad(slope, (1, 0), value=1.0)
             rest = right[:, count_z:] - gram[:, count_z:, :count_z] @ gain
             square = v @ gram[:, count_z:, count_z:] @ v
-            c = torch.where(square > 0, rest @ v / square.clamp_min(1e-300), 0)
+            c = torch.where(square > 0, rest @ v / square, 0)
         if count_z:
             scale = torch.stack([torch.ones_like(c)] * count_z + [c] * len(slope), -1)
             rest = right[:, shared] - (c[:, None] * gram[:, shared, count_z] if count_a else 0)

@@ -263,7 +263,7 @@ class NPComponent(nn.Module):
     def _input_values(self, attention: Tensor, z: Tensor, exact_input: Tensor | None) -> InputValues:
         spec, dtype = self.spec, z.dtype
         if not spec.input_projections:
-            return InputValues(modulation=self.modulation(attention))
+            return InputValues()
         if spec.carry == "exact":
             if exact_input is None:
                 raise ValueError("carry 'exact' needs exact_input, Norm2(h + a)")
