@@ -73,6 +73,7 @@ TESTS = {
     ),
     "calibration": (
         "tests/test_fit.py",
+        "tests/test_numerics.py::test_half_precision_overflow_is_caught",
         *(f"tests/test_calibration.py::test_{name}" for name in _CALIBRATION),
     ),
 }
