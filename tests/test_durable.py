@@ -25,6 +25,7 @@ from npt.cli import main
 from npt.durable import append_json, is_sealed, keep_lines, only_run, seal, write_json, write_text
 from npt.errors import CheckpointError, NPTError, RunError
 from npt.state import load_state, save_state
+from npt.stopping import StopSignals
 from tests.conftest import REPOSITORY
 from tests.test_cli import settings
 from tests.test_training import trainer
@@ -299,8 +300,10 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_during_training_saves_and_resumes_to_the_same_bits(
     number: signal.Signals, status: int, local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
+    before = signal.signal(number, signal.default_int_handler)  # a test run in the background has SIGINT ignored
+    request.addfinalizer(lambda: signal.signal(number, before))
     assert main(["--quiet", "train", *settings(local_model, tmp_path / "whole")]) == 0
     original = JsonLinesCallback.on_step_begin
 
@@ -317,7 +320,7 @@ def test_a_signal_during_training_saves_and_resumes_to_the_same_bits(
     assert f"npt: stopped by {number.name} after step 3; {checkpoint} is saved: go on with --resume" in error
     assert is_sealed(checkpoint) and "Traceback" not in error
     monkeypatch.setattr(JsonLinesCallback, "on_step_begin", original)
-    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert signal.getsignal(number) is signal.default_int_handler
     assert main([*arguments, "--resume"]) == 0
     whole, cut = (
         load_file(tmp_path / n / "checkpoints/best_model/adapter_model.safetensors") for n in ("whole", "cut")
@@ -329,6 +332,15 @@ def test_a_signal_during_training_saves_and_resumes_to_the_same_bits(
     ]
     figures = [[(r["step"], r["eval_mean_kl"]) for r in found if "eval_mean_kl" in r] for found in rows]
     assert figures[0] == figures[1] and [step for step, _ in figures[0]] == [0, 2, 4]
+
+
+def test_an_ignored_signal_stays_ignored(request: pytest.FixtureRequest) -> None:
+    """nohup, and a shell's background jobs."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received is None and signal.getsignal(signal.SIGTERM) == signals._handle
 
 
 @pytest.mark.parametrize("where", ["npt.pipeline.corpus_blocks", "npt.pipeline.calibrate", "npt.pipeline.evaluate"])

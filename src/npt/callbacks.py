@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from npt.checkpointing import save_weights
 from npt.durable import PART, append_json, disk_errors, flush, write_json
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 
@@ -103,7 +104,7 @@ def save_adapter(model: Any, folder: Path) -> None:
             temporary.mkdir(parents=True)
             if (folder / "README.md").is_file():
                 shutil.copy(folder / "README.md", temporary)  # a person's own card stays
-            model.save_pretrained(str(temporary))
+            save_weights(model, str(temporary))
             folder.mkdir(parents=True, exist_ok=True)
             # Weights last: the other files of one run's adapters are alike.
             for path in sorted(temporary.iterdir(), key=lambda p: p.suffix == ".safetensors"):

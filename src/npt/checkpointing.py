@@ -47,6 +47,11 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir() and re.fullmatch(r".*-\d+", p.name)]
 
 
+def save_weights(model: Any, folder: str, **kwargs: Any) -> None:
+    """`save_pretrained` of an adapter; PEFT would ask the hub whether the vocabulary was resized, which npt never does."""
+    model.save_pretrained(folder, save_embedding_layers=False, **kwargs)
+
+
 class DurableTrainer(Trainer):
     """HF Trainer with such checkpoints."""
 
@@ -90,7 +95,7 @@ class DurableTrainer(Trainer):
         """The adapter. HF's would also pickle the arguments, which config.yaml holds."""
         if self.args.should_save:
             model: Any = self.accelerator.unwrap_model(self.model)
-            model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+            save_weights(model, output_dir or self.args.output_dir, state_dict=state_dict)
 
     @property
     def _engine_saves(self) -> bool:

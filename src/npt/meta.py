@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
 from npt.builtin import source_of
-from npt.errors import NPTError
+from npt.errors import ConversionError, NPTError
 from npt.loading import base_config
 from npt.tuner import NPTConfig
 
@@ -148,4 +148,10 @@ def load_shapes(config: Any) -> Any:
     name = source_of(config.model.base_model_name)
     if name in KNOWN_SHAPES and not Path(name).is_dir():
         return LlamaConfig(**KNOWN_SHAPES[name])
-    return base_config(config)
+    try:
+        return base_config(config)
+    except ConversionError:
+        raise
+    except NPTError as error:
+        known = ", ".join(KNOWN_SHAPES)
+        raise NPTError(f"{error}. Without any model: model.base_model_name={known}, or leave out --config") from error

@@ -27,7 +27,9 @@ class StopSignals(TrainerCallback):
     def __enter__(self) -> StopSignals:
         # Python lets only the main thread handle signals; in a thread of someone's program they are that program's.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            # What was started to ignore a signal, as nohup and a shell's background do, goes on ignoring it.
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
