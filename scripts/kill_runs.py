@@ -139,7 +139,10 @@ def finish(process: int, kill_after: float | None = None, begun: Path | None = N
 
 
 def _changed(path: Path | None) -> int:
-    return path.stat().st_mtime_ns if path is not None and path.is_file() else 0
+    try:
+        return 0 if path is None else path.stat().st_mtime_ns
+    except FileNotFoundError:  # not there yet, or just set aside
+        return 0
 
 
 def outcome(folder: Path) -> dict[str, Any]:
