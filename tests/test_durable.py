@@ -282,6 +282,16 @@ def test_a_second_run_on_the_same_folder_is_refused(
         pass
 
 
+def test_processes_of_one_run_share_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with only_run(tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        with only_run(tmp_path):
+            pass
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(NPTError, match="another run"), only_run(tmp_path):
+            pass
+
+
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from npt.durable import only_run\n"

@@ -26,7 +26,7 @@ PART = ".part"
 SEAL = "complete.json"
 LOCK = ".lock"
 #: What a disk does to a write, wherever it happens: it is full, over a quota, gone, or has become read-only.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EIO, errno.EROFS)  # Windows has no quotas
 #: Disk kept free beside what a save needs.
 RESERVE = 16 * 2**20
 
@@ -181,11 +181,14 @@ def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
 def only_run(*folders: Path) -> Iterator[None]:
     """Holds folders for this process: a second run on one of them is refused. The system lets go when the process ends.
 
+    Of the processes that torchrun or accelerate launch for one run, the first one holds them.
+
     Raises:
         NPTError: another run holds one, or it can't be made.
     """
     with ExitStack() as held:
-        for folder in dict.fromkeys(folder.resolve() for folder in folders):
+        first = os.environ.get("RANK", "0") == "0"
+        for folder in dict.fromkeys(folder.resolve() for folder in folders if first):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = FileLock(folder / LOCK, timeout=0)
