@@ -204,16 +204,18 @@ class WandbSection(_Section):
 
 
 class OptimizationSection(_Section):
-    """Memory: see MEMORY_OPTIMIZATION.md."""
+    """Memory: see MEMORY_OPTIMIZATION.md; `fsdp` shards the base over the processes of a launch: docs/scaling.md."""
 
     use_cpu_offload: bool = False
     use_8bit: bool = False
     use_4bit: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    fsdp: bool = False
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Quantised weights stay where bitsandbytes put them."""
-        for one, other in (("use_8bit", "use_cpu_offload"), ("use_4bit", "use_cpu_offload"), ("use_4bit", "use_8bit")):
+        """Quantised weights stay where bitsandbytes put them; sharded ones are FSDP's to move."""
+        pairs = [("use_8bit", "use_cpu_offload"), ("use_4bit", "use_cpu_offload"), ("use_4bit", "use_8bit")]
+        for one, other in (*pairs, *(("fsdp", name) for name in ("use_8bit", "use_4bit", "use_cpu_offload"))):
             if getattr(self, one) and getattr(self, other):
                 text = f"true can't be combined with optimization.{other}=true; set one of them to false"
                 yield (one, other), text
