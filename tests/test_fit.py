@@ -11,7 +11,7 @@ from torch import Tensor
 
 from npt import NPTConfig, calibrate, calibration
 from npt.attach import BlockRecord, layer_mode
-from npt.calibration import _BlockFit, _fit_low_rank, first_tokens, fit_gain_and_carry, solve_ridge
+from npt.calibration import Part, _BlockFit, _fit_low_rank, first_tokens, fit_gain_and_carry, solve_ridge
 from npt.component import ComponentSpec, NPComponent
 from npt.tuner import active_layers
 from tests.conftest import random_base
@@ -58,8 +58,8 @@ def weights_of(delta: Tensor, a: Tensor, cutoff: Tensor) -> Tensor:
     return torch.cat([*ratios, torch.ones_like(ratios[0])], -1).min(-1, keepdim=True).values ** 2
 
 
-def parts_of(h: Tensor, a: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(h.split(37), a.split(37), strict=True))
+def parts_of(h: Tensor, a: Tensor) -> list[Part]:
+    return [Part(37 * i, *pair) for i, pair in enumerate(zip(h.split(37), a.split(37), strict=True))]
 
 
 CUTOFF = torch.tensor([3.0, 4.0], dtype=torch.float64)
@@ -111,7 +111,7 @@ def test_a_channel_attention_never_writes_to_has_no_carry(gain: str) -> None:
     block: Any = Block(gain=gain)
     h, a = tokens()
     a[:, 3] = 0
-    fit_gain_and_carry(block, block.component, [(h, a)], CUTOFF)
+    fit_gain_and_carry(block, block.component, [Part(0, h, a)], CUTOFF)
     c = block.component.c
     assert c[3] == 0 and c.isfinite().all() and (c != 0).sum() == D - 1
 
@@ -122,7 +122,7 @@ def test_features_that_say_the_same_share_the_gain() -> None:
     block: Any = Block(gain="norm")
     h, a = tokens()
     a = torch.nn.functional.normalize(a, dim=-1)
-    fit_gain_and_carry(block, block.component, [(h, a)], NO_CUTOFF)
+    fit_gain_and_carry(block, block.component, [Part(0, h, a)], NO_CUTOFF)
     assert block.component.gain.abs().max() < 10 and block.component.carry_gain.abs().max() < 100
 
 

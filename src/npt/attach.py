@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from npt.component import INPUT_PROJECTIONS, ComponentSpec, InputValues, NPComponent, WeightDelta
+from npt.distributed import from_first, loads_once
 from npt.errors import ConversionError
 from npt.families import Family
 from npt.modules import find, linear_product, probe_norm, projection_shape
@@ -85,7 +86,8 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         self.centered = False
         if family.norm is not None:
             like = next(p for p in block.parameters() if p.is_floating_point())
-            *self._norm, self.centered = probe_norm(self.module("norm"), self.shape("up")[0], like)  # type: ignore[assignment]
+            probed = probe_norm(self.module("norm"), self.shape("up")[0], like)
+            *self._norm, self.centered = from_first(probed) if loads_once() else probed  # type: ignore[assignment]
         self.oracle = NPComponent(self._spec(carry="exact", projections=tuple(family.projections)))
         self._handles: list[Any] = []
         self._sites: list[tuple[dict[str, Any], str, nn.Module]] = []
@@ -125,12 +127,16 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             raise ConversionError(
                 f"rank={spec.rank} is larger than the model's hidden size {spec.hidden_size}; use a rank up to that"
             )
-        component = NPComponent(spec, *self._norm, like=self.weight)
+        component = self.new_component(spec)
         self.npt_components[adapter_name] = component
         if not self._hooks_projections and self._needs_projection_hooks(component):
             self.detach()
             self._register_hooks()
         self._hook_norm()
+
+    def new_component(self, spec: ComponentSpec) -> NPComponent:
+        """A component for this block, as before calibration; it is not put anywhere."""
+        return NPComponent(spec, *self._norm, like=self.weight)
 
     def _spec(self, **options: Any) -> ComponentSpec:
         hidden, intermediate = self.shape("up")

@@ -13,20 +13,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from npt.attach import EXACT, BlockRecord, NPTLayer, layer_mode
 from npt.component import NPComponent
+from npt.distributed import full_tensor, gather, gathered, like, same_everywhere, total, world
 from npt.errors import REMEDY, NPTError, RunError
 from npt.numerics import find_nonfinite
 from npt.tuner import active_layers, device_of, eval_mode, run_backbone
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Tokens kept per block for step 1: at least so many, and so many per channel of the hidden state, each of which has
 #: a coefficient in the regression of the norm.
@@ -51,6 +57,9 @@ def calibrate(
 ) -> dict[str, dict[str, float]]:
     """Fits the active adapter of a converted model to the model it was made from, in place.
 
+    Several processes share the batches, and their sums are added: the fit is that of one process. All call it with the
+    same batches; a sharded model's inside `npt.distributed.through`.
+
     Args:
         model: a PEFT model with an active NPT adapter; its base is not changed.
         batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}; padding is left out.
@@ -67,26 +76,80 @@ def calibrate(
         RunError: the model's own hidden states are not finite.
     """
     layers = [layer for layer in active_layers(model) if layer.component and layer.component.spec.carry != "exact"]
-    fits = {layer.index: _BlockFit(layer, chunk_tokens or first_tokens(layer.shape("up")[0])) for layer in layers}
+    with _whole_components(layers):
+        fits = {layer.index: _BlockFit(layer, chunk_tokens or first_tokens(layer.shape("up")[0])) for layer in layers}
+        seen = _collect(model, fits, batches, progress)
+        if not seen:
+            raise NPTError("calibration got no text: pass at least one batch with real tokens")
+        logger.info("calibrating on %d tokens", seen)
+        figures = {f"layer_{index}": fit.finish() for index, fit in fits.items()}
+        # Two kinds of processors may solve the same equations to other last digits.
+        same_everywhere({f"{layer.index}.{n}": p for layer in layers for n, p in layer.component.named_parameters()})  # type: ignore[union-attr]
+    return figures
+
+
+def _collect(model: Any, fits: dict[int, _BlockFit], batches: Iterable[Mapping[str, Tensor]], progress: bool) -> int:
+    """Passes the text by the fits, each process its share; the number of tokens of all."""
+    device, seen, (rank, count) = device_of(model), 0, world()
+    layers = [fit.layer for fit in fits.values()]
 
     def see(layer: NPTLayer, record: BlockRecord) -> None:
-        fits[layer.index].see(record, mask)
+        fits[layer.index].see(record, mask, part)
 
-    device, seen = device_of(model), 0
     with eval_mode(model), layer_mode(active_layers(model), override="bypass"), layer_mode(layers, on_block=see):
-        for batch in track(batches, "calibrating", transient=True, disable=not progress):
-            ids = torch.as_tensor(batch["input_ids"]).to(device)
-            attention_mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).to(device)
-            mask = attention_mask.bool()
-            seen += int(attention_mask.sum())
-            hidden = run_backbone(model, {"input_ids": ids, "attention_mask": attention_mask})
-            if not hidden[mask].isfinite().all():
-                where = find_nonfinite(model, {"input_ids": ids, "attention_mask": attention_mask})
+        for group in _groups(track(batches, "calibrating", transient=True, disable=not progress), count):
+            texts = [_text(batch) for batch in group]
+            sizes = [int(text["attention_mask"].sum()) for text in texts]
+            part = TextPart(seen + sum(sizes[:rank]), seen + sum(sizes), rank < len(group))
+            seen += sum(sizes)
+            text = {name: value.to(device) for name, value in texts[min(rank, len(group) - 1)].items()}
+            mask = text["attention_mask"].bool()
+            if not run_backbone(model, text)[mask].isfinite().all():
+                where = find_nonfinite(model, text)
                 raise RunError(f"calibration, after {seen} tokens: hidden states are not finite, {where}; {REMEDY}")
-    if not seen:
-        raise NPTError("calibration got no text: pass at least one batch with real tokens")
-    logger.info("calibrating on %d tokens", seen)
-    return {f"layer_{index}": fit.finish() for index, fit in fits.items()}
+    return seen
+
+
+def _text(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    ids = torch.as_tensor(batch["input_ids"])
+    return {"input_ids": ids, "attention_mask": torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids)))}
+
+
+def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+@contextmanager
+def _whole_components(layers: list[NPTLayer]) -> Iterator[None]:
+    """Puts whole components in the place of sharded ones, and what was fitted back into the parts."""
+    sharded = [layer for layer in layers if isinstance(layer.get_base_layer(), FSDPModule)]
+    before: list[tuple[NPTLayer, str, NPComponent]] = []
+    for layer in sharded:
+        name, component = layer.active_name, layer.component
+        whole = layer.new_component(component.spec).requires_grad_(False)  # type: ignore[union-attr]
+        whole.load_state_dict({n: full_tensor(p) for n, p in component.named_parameters()})  # type: ignore[union-attr]
+        before.append((layer, name, component))  # type: ignore[arg-type]
+        layer.npt_components[name] = whole  # type: ignore[index]
+    try:
+        yield
+        for layer, name, component in before:
+            fitted: Any = layer.npt_components[name]
+            for n, parameter in component.named_parameters():
+                parameter.copy_(like(fitted.get_parameter(n), parameter))
+    finally:
+        for layer, name, component in before:
+            layer.npt_components[name] = component
+
+
+class TextPart(NamedTuple):
+    """Where a batch stands in the text: its first token's place, the text up to the end of this round of all processes'
+    batches, and whether the batch is more than company for the others' forward."""
+
+    start: int
+    end: int
+    counts: bool = True
 
 
 def first_tokens(hidden_size: int) -> int:
@@ -102,63 +165,81 @@ class _BlockFit:
         self.component: NPComponent = layer.component  # type: ignore[assignment]
         self.dtype = next(self.component.parameters(), torch.empty(0)).dtype
         self.component.to(torch.promote_types(self.dtype, torch.float32))
-        self.chunk: list[tuple[Tensor, Tensor]] = []
-        self.held = self.tokens = 0
+        self.chunk: list[Part] = []  # what gain and carry are fitted on
+        self.later: list[Part] = []  # what other processes' share of it came with
+        self.tokens = 0
         self.cutoff: Any = None
         self.gram: Tensor | float = 0.0
         self.cross: Tensor | float = 0.0
         self.total_weight = 0.0
 
-    def see(self, record: BlockRecord, mask: Tensor) -> None:
-        """Takes one batch of (batch, tokens, d) hidden states; mask (batch, tokens) marks the real ones."""
+    def see(self, record: BlockRecord, mask: Tensor, text: TextPart | None = None) -> None:
+        """Takes one batch of (batch, tokens, d) hidden states; mask (batch, tokens) marks the real ones.
+
+        text: where it stands; None in a single process, after what came before.
+        """
         unpadded = bool(mask.all())
         h, a = (x.flatten(0, 1) if unpadded else x[mask] for x in (record.hidden_states, record.attention))
-        self.tokens += len(h)
+        text = TextPart(self.tokens, self.tokens + len(h)) if text is None else text
+        self.tokens = text.end
+        part = Part(text.start, h, a) if text.counts else Part(text.start, h[:0], a[:0])
         if self.cutoff is not None:
-            self._accumulate([(h, a)])
+            self._accumulate([part])
             return
-        self.chunk.append((h, a))
-        self.held += len(h)
-        if self.held >= self.chunk_tokens:
+        (self.chunk if text.start < self.chunk_tokens else self.later).append(part)
+        if text.end >= self.chunk_tokens:
             self._fit_chunk()
 
     def finish(self) -> dict[str, float]:
         """Solves for the low-rank part and measures the block's error before and after."""
-        if self.cutoff is None:
-            self._fit_chunk()
-        _fit_low_rank(self.layer, self.component, self.gram, self.cross, self.total_weight)
-        self.component.to(self.dtype)
+        with gathered(self.layer.get_base_layer()):
+            if self.cutoff is None:
+                self._fit_chunk()
+            gram, cross = (x if isinstance(x, float) else total(x) for x in (self.gram, self.cross))
+            weight = float(total(torch.tensor(self.total_weight, dtype=torch.float64)))
+            _fit_low_rank(self.layer, self.component, gram, cross, weight)
+            self.component.to(self.dtype)
+            error = self._update_error()
         for name, parameter in self.component.named_parameters():
             if not parameter.isfinite().all():
                 raise NPTError(
                     f"calibration of block {self.layer.index} gave a non-finite {name}: the text is degenerate or the "
                     "model overflows; use more varied calibration text or model.dtype=float32"
                 )
-        return {"error_before": self.error_before, "error_after": self._update_error(), "tokens": self.tokens}
+        return {"error_before": self.error_before, "error_after": error, "tokens": self.tokens}
 
     def _fit_chunk(self) -> None:
-        chunk, self.chunk = self.chunk, []
-        # Not every n-th token: that may be the first of every text.
-        mask = torch.randperm(self.held, generator=torch.Generator().manual_seed(0)) < PROBE_TOKENS
-        # Places, not the mask: npt memory runs this on shapes alone, where nothing knows how many a mask picks.
-        picked = [part.nonzero().flatten().to(chunk[0][0].device) for part in mask.split([len(h) for h, _ in chunk])]
-        h, a = (torch.cat([x[i] for x, i in zip(parts, picked, strict=True)]) for parts in zip(*chunk, strict=True))
+        chunk, later = self.chunk or [self.later[0].cut(0)], self.later
+        self.chunk, self.later = [], []
+        h, a = self._choose_probe(chunk)
         with layer_mode([self.layer], on_block=None, override=EXACT):
             self.probe = (h, a, self.layer.update_from(h[None], a[None])[0])
         self.error_before = self._update_error()
-        sizes = torch.cat([token_sizes(_delta(self.layer, h, a)[1], a) for h, a in _slices(chunk)])
-        medians = sizes.median(0).values
+        sizes = torch.cat([token_sizes(_delta(self.layer, h, a)[1], a) for _, h, a in _slices(chunk)])
+        medians = torch.cat(gather(sizes)).median(0).values
         self.cutoff = torch.where(medians > 0, OUTLIER_FACTOR * medians, torch.inf)
         if self.component.spec.input_projections:
             fit_gain_and_carry(self.layer, self.component, chunk, self.cutoff)
-        self._accumulate(chunk)
+        self._accumulate([*chunk, *later])
 
-    def _accumulate(self, chunk: list[tuple[Tensor, Tensor]]) -> None:
+    def _choose_probe(self, chunk: list[Part]) -> tuple[Tensor, Tensor]:
+        """h and a, (`PROBE_TOKENS`, d) each, of tokens from all processes' chunks, in the order of the text."""
+        held = _held(chunk)
+        # Not every n-th token: that may be the first of every text.
+        mask = torch.randperm(held, generator=torch.Generator().manual_seed(0)) < PROBE_TOKENS
+        # Places, not the mask: npt memory runs this on shapes alone, where nothing knows how many a mask picks.
+        places = [mask[start : start + len(h)].nonzero().flatten() for start, h, _ in chunk]
+        picked = [[x[i.to(x.device)] for x in (h, a)] for (_, h, a), i in zip(chunk, places, strict=True)]
+        order = torch.cat(gather(torch.cat([i + part.start for i, part in zip(places, chunk, strict=True)]))).argsort()
+        h, a = (torch.cat(gather(torch.cat(parts)))[order.to(parts[0].device)] for parts in zip(*picked, strict=True))
+        return h, a
+
+    def _accumulate(self, chunk: list[Part]) -> None:
         component, spec = self.component, self.component.spec
         parts = _low_rank_targets(component)
         if not spec.has_low_rank or spec.key != "input" or not parts:
             return
-        for h, a in _slices(chunk):
+        for _, h, a in _slices(chunk):
             z, delta = _delta(self.layer, h, a)
             weights = outlier_weights(token_sizes(delta, a), self.cutoff)
             shift = component.keyed_shift(a, z) if "in" in parts else None
@@ -176,10 +257,29 @@ class _BlockFit:
         return float((update - target).double().norm() / target.double().norm().clamp_min(1e-300))
 
 
-def _slices(chunk: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(h, a) of (tokens, d) in parts whose temporaries stay small."""
-    for h, a in chunk:
-        yield from zip(h.split(SLICE_TOKENS), a.split(SLICE_TOKENS), strict=True)
+class Part(NamedTuple):
+    """h and a, (tokens, d) each, of consecutive tokens of the text, and the place of the first."""
+
+    start: int
+    h: Tensor
+    a: Tensor
+
+    def cut(self, first: int, end: int | None = None) -> Part:
+        """Its tokens from `first` to before `end`; at first none."""
+        end = first if end is None else end
+        return Part(self.start + first, self.h[first:end], self.a[first:end])
+
+
+def _slices(chunk: list[Part]) -> Iterator[Part]:
+    """In parts whose temporaries stay small; an empty part is one of them."""
+    for part in chunk:
+        for first in range(0, max(1, len(part.h)), SLICE_TOKENS):
+            yield part.cut(first, first + SLICE_TOKENS)
+
+
+def _held(chunk: list[Part]) -> int:
+    """Tokens of all processes' chunks."""
+    return int(total(torch.tensor(sum(len(part.h) for part in chunk))))
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
@@ -211,10 +311,8 @@ def outlier_weights(sizes: Tensor, cutoff: Tensor) -> Tensor:
     return (cutoff / sizes.clamp_min(1e-300)).clamp_max(1).amin(-1, keepdim=True).square()
 
 
-def fit_gain_and_carry(
-    layer: NPTLayer, component: NPComponent, chunk: list[tuple[Tensor, Tensor]], cutoff: Tensor
-) -> None:
-    """Weighted least squares of D on gain and carry, over pairs (h, a) of (tokens, d) each.
+def fit_gain_and_carry(layer: NPTLayer, component: NPComponent, chunk: list[Part], cutoff: Tensor) -> None:
+    """Weighted least squares of D on gain and carry, over h and a of all processes' chunks.
 
     Per channel, all that gain and carry can write is k . Z + c (A_0 + l . A_1...): Z is z - b and A is a, each times a
     few numbers per token. Their products with one another and with D, summed over tokens, are all the fit needs.
@@ -222,14 +320,14 @@ def fit_gain_and_carry(
     if component.has_gain and component.spec.gain == "state":
         _fit_scale(layer, component, chunk, cutoff)
     gram: Any = 0.0
-    for h, a in _slices(chunk):
+    for _, h, a in _slices(chunk):
         z, delta = _delta(layer, h, a)
         weights = outlier_weights(token_sizes(delta, a), cutoff).to(z.dtype)
         of_z, of_a = _basis(component, *component.features(a, z))
         gram = gram + _channel_products([*of_z, *of_a, delta], weights)
     if not of_z and not of_a:
         return
-    gain, slope, c = _alternate(gram, len(of_z), len(of_a))
+    gain, slope, c = _alternate(total(gram), len(of_z), len(of_a))
     if component.has_carry:
         component.c.copy_(c)
     if component.has_gain:
@@ -280,21 +378,23 @@ def _alternate(gram: Tensor, count_z: int, count_a: int) -> tuple[Tensor, Tensor
     return gain, slope, c
 
 
-def _fit_scale(layer: NPTLayer, component: NPComponent, chunk: list[tuple[Tensor, Tensor]], cutoff: Tensor) -> None:
+def _fit_scale(layer: NPTLayer, component: NPComponent, chunk: list[Part], cutoff: Tensor) -> None:
     """Ridge regression of -log rms(h) on z - b, the ridge chosen on the last quarter of the tokens."""
-    total, seen, origin = sum(len(h) for h, _ in chunk), 0, None
+    tokens, origin = _held(chunk), None
     fitted, checked = _Regression(), _Regression()
-    for h, a in _slices(chunk):
+    for start, h, a in _slices(chunk):
         z, delta = _delta(layer, h, a)
         weights = outlier_weights(token_sizes(delta, a), cutoff).to(z.dtype)
         x = component.features(a, z)[1]
-        origin = x.mean(0) if origin is None else origin  # moments about a point close to the mean lose no digits
+        if origin is None:
+            origin = x.mean(0)  # moments about a point close to the mean lose no digits
+            same_everywhere({"origin": origin})
         h = component.centered(h.to(x.dtype))
         target = -h.square().mean(-1).clamp_min(1e-30).log() / 2
-        cut = min(max(0, max(1, total * 3 // 4) - seen), len(h))
+        cut = min(max(0, max(1, tokens * 3 // 4) - start), len(h))
         fitted.add(x[:cut] - origin, target[:cut], weights[:cut])
         checked.add(x[cut:] - origin, target[cut:], weights[cut:])
-        seen += len(h)
+    fitted.moments, checked.moments = total(fitted.moments), total(checked.moments)
     errors = [(checked.error(*fitted.solve(ridge)), ridge) for ridge in (1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e8)]
     direction, offset = fitted.joined(checked).solve(min(errors)[1])
     component.scale_direction.copy_(direction)
@@ -352,6 +452,8 @@ def _fit_low_rank(layer: NPTLayer, component: NPComponent, gram: Any, cross: Any
     whitened = torch.cat([part / part.norm().clamp_min(1e-300) for part in whitened.split(d, -1)], -1)
     # The leading left singular vectors, from a matrix a quarter the size where there are two targets.
     directions = torch.linalg.eigh(whitened @ whitened.T)[1][:, -spec.rank :].flip(-1)
+    # Of either sign; rounding must not choose.
+    directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
     a_matrix = torch.linalg.solve_triangular(lower.T, directions, upper=True)
     a_matrix = a_matrix * (MODULATION_STD * total**0.5)  # A^T S A = I so far: a A has mean square 1 / total
     fitted = solve_ridge(a_matrix.T @ gram @ a_matrix, a_matrix.T @ cross, 1e-8) / spec.modulation_scale

@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from npt.checkpointing import save_weights
+from npt.checkpointing import adapter_state, save_weights
+from npt.distributed import first_does, is_first, through
 from npt.durable import PART, append_json, disk_errors, flush, write_json
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 
@@ -49,7 +50,9 @@ class SamplesCallback(TrainerCallback):
 
     def write(self, step: int) -> None:
         """Generates and appends."""
-        for sample in side_by_side(self.model, self.tokenizer, self.prompts):
+        for sample in through(self.model, lambda: side_by_side(self.model, self.tokenizer, self.prompts)):
+            if not is_first():
+                continue
             append_json(self.path, {"step": step, **sample})
             logger.info("step %d, %r: NPT %r, original %r", step, sample["prompt"], sample["npt"], sample["original"])
 
@@ -67,23 +70,24 @@ class BestAdapterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         """Saves when this evaluation is the best so far."""
-        if metrics[BEST_METRIC] >= self.best():
+        if first_does(lambda: metrics[BEST_METRIC] >= self.best()):
             if self.patience_is_over(state.global_step, args):
                 logger.info(
                     "no better adapter for %d evaluations; stopping at step %d", self.patience, state.global_step
                 )
                 control.should_training_stop = True
-        elif state.is_world_process_zero:
-            save_adapter(self.model, self.folder)
-            # Last: a run killed before it finds an older figure here on resuming, and saves this adapter again.
-            write_json(self.folder / "best.json", {"step": state.global_step, **metrics})
+            return
+        save_adapter(self.model, self.folder)
+        # Last: a run killed before it finds an older figure here on resuming, and saves this adapter again.
+        first_does(lambda: write_json(self.folder / "best.json", {"step": state.global_step, **metrics}))
 
     def patience_is_over(self, step: int, args: TrainingArguments) -> bool:
         """Whether `patience` evaluations have passed since the best one."""
-        if self.patience is None or not (self.folder / "best.json").is_file():
+        if self.patience is None:
             return False
-        best: int = json.loads((self.folder / "best.json").read_text())["step"]
-        return step - best >= self.patience * (args.eval_steps or 1)
+        path = self.folder / "best.json"
+        best = first_does(lambda: json.loads(path.read_text())["step"] if path.is_file() else step)
+        return bool(step - best >= self.patience * (args.eval_steps or 1))
 
     def best(self) -> float:
         """The lowest mean KL so far, infinity before the first evaluation."""
@@ -92,11 +96,16 @@ class BestAdapterCallback(TrainerCallback):
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """`save_pretrained` whose files each replace the old one whole.
+    """`save_pretrained` whose files each replace the old one whole, by the first process; all call it.
 
     Raises:
         RunError: the disk is full or gone; the folder holds what it held.
     """
+    state = adapter_state(model)
+    first_does(lambda: _replace_adapter(model, folder, state))
+
+
+def _replace_adapter(model: Any, folder: Path, state: dict[str, Any]) -> None:
     temporary = folder.with_name(folder.name + PART)
     with disk_errors(folder):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -104,7 +113,7 @@ def save_adapter(model: Any, folder: Path) -> None:
             temporary.mkdir(parents=True)
             if (folder / "README.md").is_file():
                 shutil.copy(folder / "README.md", temporary)  # a person's own card stays
-            save_weights(model, str(temporary))
+            save_weights(model, str(temporary), state_dict=state)
             folder.mkdir(parents=True, exist_ok=True)
             # Weights last: the other files of one run's adapters are alike.
             for path in sorted(temporary.iterdir(), key=lambda p: p.suffix == ".safetensors"):

@@ -1,8 +1,8 @@
 """HF Trainer's checkpoints, whole or not there, and without pickle.
 
 A checkpoint-<step> folder is sealed last (`npt.durable`): a run that was killed while it wrote one resumes from the
-one before. Optimiser, scheduler and random generators are safetensors; under DeepSpeed and FSDP those engines keep their
-own formats.
+one before. Adapter, optimiser, scheduler and random generators are safetensors, whole, in one form for any number of
+processes, with DDP or FSDP2 or neither; DeepSpeed keeps a format of its own beside the adapter.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from npt.distributed import barrier, first_does, full_tensor, is_first, is_sharded, like
 from npt.durable import SEAL, check_space, disk_errors, is_sealed, seal
-from npt.errors import RunError
+from npt.errors import CheckpointError, RunError
 from npt.state import load_state, save_state
+from npt.tuner import npt_layers
 
 logger = logging.getLogger(__name__)
 
@@ -48,35 +53,60 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def save_weights(model: Any, folder: str, **kwargs: Any) -> None:
-    """`save_pretrained` of an adapter; PEFT would ask the hub whether the vocabulary was resized, which npt never does."""
-    model.save_pretrained(folder, save_embedding_layers=False, **kwargs)
+    """`save_pretrained` of an adapter by the first process, from parts if need be; all call it.
+
+    PEFT would ask the hub whether the vocabulary was resized, which npt never does.
+    """
+    state = kwargs.pop("state_dict", None) or adapter_state(model)
+    if is_first():
+        model.save_pretrained(folder, save_embedding_layers=False, state_dict=state, **kwargs)
+
+
+def adapter_state(model: Any) -> dict[str, torch.Tensor]:
+    """{name in the model: value} of all components, whole; all processes call it."""
+    own = {id(p) for layer in npt_layers(model) for p in layer.parameters()}
+    return {name: full_tensor(p) for name, p in model.named_parameters() if id(p) in own}
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """The active adapter's values from a folder, into the model as it is, sharded or not; all processes call it."""
+    values = load_peft_weights(str(folder), device="cpu")
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if set(values) != set(wanted):
+        odd = sorted(set(values) ^ set(wanted))[0]
+        raise CheckpointError(
+            f"{folder}: the adapter there is for other blocks or options, first {odd}; name its own base"
+        )
+    set_peft_model_state_dict(model, {name: like(value, wanted[name]) for name, value in values.items()})
 
 
 class DurableTrainer(Trainer):
     """HF Trainer with such checkpoints."""
 
+    _parameters: list[list[Any]] | None = None
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         needed, limit = self._checkpoint_bytes(), self.args.save_total_limit
-        if self.args.should_save:
+
+        def make_room() -> None:
             check_space(folder, needed, folder.name)
             if folder.exists():
                 shutil.rmtree(folder)  # what a killed run left
-        self.accelerator.wait_for_everyone()
+
+        first_does(make_room)
         try:
             self.args.save_total_limit = None  # an older checkpoint goes only once this one is whole
             with disk_errors(folder, needed):
                 super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    seal(folder)
+                barrier()
+                first_does(lambda: seal(folder))
         except RunError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
             self.args.save_total_limit = limit
-        if self.args.should_save:
-            self._remove_old(folder)
+        first_does(lambda: self._remove_old(folder))
 
     def _checkpoint_bytes(self) -> int:
         """Weights and two moments of everything that is trained, and a little for the rest."""
@@ -91,30 +121,57 @@ class DurableTrainer(Trainer):
             (path / SEAL).unlink(missing_ok=True)  # first, so that a half-deleted one is no checkpoint
             shutil.rmtree(path)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The adapter. HF's would also pickle the arguments, which config.yaml holds."""
-        if self.args.should_save:
-            model: Any = self.accelerator.unwrap_model(self.model)
-            save_weights(model, output_dir or self.args.output_dir, state_dict=state_dict)
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As HF's, for a model that may be sharded already."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        self._parameters = (
+            [list(group["params"]) for group in optimizer.param_groups] if is_sharded(self.model) else None
+        )
+        return optimizer
 
-    @property
-    def _engine_saves(self) -> bool:
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As HF's, which comes after accelerate has prepared the optimiser: accelerate finds a sharded parameter again by
+        its part's address, and where a part is empty there is none, so that here it gets its parameters back.
+        """
+        if self._parameters is not None:
+            for group, parameters in zip(self.optimizer.param_groups, self._parameters, strict=True):
+                group["params"] = parameters
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter, whole, written by the first process. HF's would gather the base too, and pickle the arguments."""
+        save_weights(self.accelerator.unwrap_model(self.model), output_dir or str(self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._engine_saves:
+        if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+            return
+        optimizer = tree_map_only(DTensor, full_tensor, self.optimizer.state_dict())
+        if self.args.should_save:
+            state = {"optimizer": optimizer, "scheduler": self.lr_scheduler.state_dict()}
             save_state(Path(output_dir) / OPTIMIZER, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self._engine_saves:
+        if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            state = load_state(Path(checkpoint) / OPTIMIZER)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.lr_scheduler.load_state_dict(state["scheduler"])
+            return
+        state = load_state(Path(checkpoint) / OPTIMIZER)
+        self._spread(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _spread(self, state: dict[str, Any]) -> None:
+        """Cuts an optimiser's moments as the parameters are cut that they belong to."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            own = state["state"].get(number, {})
+            for name, value in own.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    own[name] = like(value, parameter)
 
     def _save_scaler(self, output_dir: str) -> None:
         if self.args.should_save and self.accelerator.scaler is not None:

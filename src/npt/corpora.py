@@ -15,6 +15,7 @@ from npt.config import RunConfig, load_config
 from npt.data import load_documents, pack, sample_blocks, split_blocks
 from npt.data.batches import batches_of
 from npt.data.sources import TextFiles
+from npt.distributed import is_first
 from npt.errors import DataError
 from npt.loading import load_tokenizer
 from npt.meta import quiet
@@ -28,7 +29,7 @@ def corpus_blocks(config: RunConfig, model: Any, tokenizer: Any) -> tuple[datase
     data: Any = config.data
     seed = config.training.seed
     if data.dataset_name == "self":
-        common: dict[str, Any] = {"seed": seed, "cache_dir": data_cache(config), "progress": True}
+        common: dict[str, Any] = {"seed": seed, "cache_dir": data_cache(config), "progress": is_first()}
         train = sample_blocks(model, tokenizer, data.num_train_samples, data.max_length, label="train", **common)
         held_out = sample_blocks(model, tokenizer, data.num_eval_samples, data.max_length, label="eval", **common)
         return train, held_out
@@ -52,7 +53,9 @@ def _text_blocks(config: RunConfig, tokenizer: Any) -> datasets.Dataset:
     local = data.dataset_name == "text" or data.dataset_name.startswith(PREFIX)
     wanted = (data.num_train_samples or 0) + (data.num_eval_samples or 0)
     # A hub dataset can be far larger than what is asked for; local files are packed whole, held-out text at the end.
-    return pack(documents, tokenizer, data.max_length, max_blocks=None if local else wanted or None, progress=True)
+    return pack(
+        documents, tokenizer, data.max_length, max_blocks=None if local else wanted or None, progress=is_first()
+    )
 
 
 def _own_documents(config: RunConfig) -> Iterable[str]:
@@ -161,7 +164,7 @@ def evaluation_blocks(config: RunConfig, checkpoint: str | Path, model: Any, tok
     if data.dataset_name == "self":
         return sample_blocks(
             model, tokenizer, data.num_eval_samples, data.max_length,
-            seed=config.training.seed, label="eval", cache_dir=data_cache(config), progress=True,
+            seed=config.training.seed, label="eval", cache_dir=data_cache(config), progress=is_first(),
         )  # fmt: skip
     blocks = _text_blocks(config, tokenizer)
     if trained_on(config, checkpoint):

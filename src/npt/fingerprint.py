@@ -14,6 +14,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from npt.distributed import full_tensor
+
 #: Words of 8 bytes whose sum is kept.
 _ROW = 2**16
 #: What of a model's configuration decides what it computes and has the same name in every version of transformers.
@@ -29,7 +31,9 @@ _CAST_TOLERANCE = 2**-7
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """Digest of the base's configuration and weights, the same with and without adapters around them."""
+    """Digest of the base's configuration and weights, the same with and without adapters around them, whole or in parts:
+    all processes call it.
+    """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     # An adapter's own parameters all carry its method's prefix; `base_layer` is PEFT's wrapper around a base module.
     prefix = getattr(model.base_model, "prefix", None) if isinstance(model, PeftModel) else None
@@ -41,7 +45,7 @@ def base_fingerprint(model: nn.Module) -> str:
     for name, tensor in sorted(state.items()):
         of_adapter = prefix is not None and any(part.startswith(prefix) for part in name.split("."))
         if isinstance(tensor, torch.Tensor) and not of_adapter:
-            digest.update(f"{name.replace('.base_layer', '')} ".encode() + tensor_digest(tensor))
+            digest.update(f"{name.replace('.base_layer', '')} ".encode() + tensor_digest(full_tensor(tensor)))
     return digest.hexdigest()
 
 

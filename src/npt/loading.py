@@ -18,8 +18,10 @@ from transformers.utils import logging as transformers_logging
 
 from npt.builtin import source_of
 from npt.config import RunConfig
+from npt.distributed import world
 from npt.errors import ConversionError, NPTError
 from npt.families import FAMILIES, blocks_of, family_of, resolve_layers
+from npt.launch import shards_base
 from npt.text import one_line
 from npt.tuner import npt_layers
 
@@ -51,7 +53,7 @@ def load_base(config: RunConfig) -> tuple[Any, Any]:
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     _check_complete(config.model.base_model_name, found)
-    if not quantized and not options.use_cpu_offload:
+    if not (quantized or options.use_cpu_offload or shards_base(options.fsdp)):
         model.to(default_device())
     return model.eval(), tokenizer
 
@@ -211,4 +213,6 @@ def _bitsandbytes(bits: int) -> dict[str, Any]:
     # Four bits as QLoRA sets them (arXiv 2305.14314).
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
     config = BitsAndBytesConfig(**four) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
-    return {"quantization_config": config, "device_map": "auto"}
+    # Over all GPUs of a single process, or each of several processes on its own.
+    device_map = "auto" if world()[1] == 1 else {"": torch.cuda.current_device()}
+    return {"quantization_config": config, "device_map": device_map}

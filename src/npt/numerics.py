@@ -10,23 +10,34 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from npt.attach import BYPASS, first_tensor, layer_mode
+from npt.distributed import gather_values, is_sharded, world
 from npt.durable import write_file
 from npt.errors import REMEDY, RunError
 from npt.families import blocks_of
 from npt.tuner import eval_mode, npt_layers, run_backbone
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 or better: sums and distributions need more digits than a half-precision model has."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether every entry is finite, with one transfer from the device. Norms overflow only past 1e19 in float32."""
     if not tensors:
         return True
-    norms = torch._foreach_norm([t.detach().float() for t in tensors])
+    norms = torch._foreach_norm([wide(t.detach()) for t in tensors])
     return bool(torch.stack(list(norms)).isfinite().all())
 
 
 @torch.no_grad()
-def find_nonfinite(model: Any, inputs: dict[str, Tensor]) -> str:
-    """In words, the first place of a forward pass that is not finite: a weight, or a block of one of the two models."""
+def find_nonfinite(model: Any, inputs: dict[str, Tensor], *, together: bool = False) -> str:
+    """In words, the first place of a forward pass that is not finite: a weight, or a block of one of the two models.
+
+    together: all processes call it. One alone can't look into a sharded model.
+    """
+    if is_sharded(model) and not together:
+        return "where is not known of a sharded model; one process without FSDP would say"
     names = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
     broken = next((name for name, p in names if not p.isfinite().all()), None)
     if broken is not None:
@@ -65,19 +76,23 @@ def _look(found: list[str], where: str, mask: Tensor) -> Any:
 
 def keep_batch(folder: Path, step: int, inputs: dict[str, Tensor]) -> Path:
     """Writes a batch for inspection: input_ids, attention_mask and labels, (rows, tokens) each."""
-    path = folder / f"bad_batch-{step}.safetensors"
+    rank, _ = world()
+    path = folder / f"bad_batch-{step}{f'-process-{rank}' if rank else ''}.safetensors"
     write_file(path, lambda temporary: save_file({n: v.cpu().contiguous() for n, v in inputs.items()}, temporary))
     return path
 
 
-def stop_step(model: Any, inputs: dict[str, Tensor], what: str, step: int, folder: Path) -> None:
-    """Raises, after keeping the batch.
+def raise_nonfinite(what: str | None, where: str, inputs: dict[str, Tensor], step: int, folder: Path) -> None:
+    """Keeps the batch and raises, in all processes, what the first of them found; `what` is None where all is finite.
 
     Raises:
         RunError: always; with what was not finite, where it began, and where the batch lies.
     """
-    where, path = find_nonfinite(model, inputs), keep_batch(folder, step, inputs)
-    raise RunError(
-        f"step {step}: {what} is not finite, {where}. The step was not taken, the adapters saved before are good; the batch "
-        f"is kept in {path}; {REMEDY}"
-    )
+    found = None
+    if what is not None:
+        path = keep_batch(folder, step, inputs)
+        found = (
+            f"step {step}: {what} is not finite, {where}. The step was not taken, the adapters saved before are good; the "
+            f"batch is kept in {path}; {REMEDY}"
+        )
+    raise RunError(next(message for message in gather_values(found) if message is not None))

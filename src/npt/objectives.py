@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from npt.attach import BlockRecord, NPTLayer, layer_mode
 from npt.component import WeightDelta
 from npt.data.batches import scored_positions
+from npt.distributed import gathered
 from npt.errors import REMEDY, NPTError, RunError
 from npt.modules import logit_head
-from npt.numerics import find_nonfinite
+from npt.numerics import find_nonfinite, wide
 from npt.teacher import ROW, TeacherCache, grouped
 from npt.tuner import active_layers, run_backbone
 
@@ -36,8 +37,7 @@ POSITION_CHUNK = 1024
 TOKEN_CHUNK = 512
 
 
-@dataclass
-class Losses:
+class Losses(NamedTuple):
     """One micro-batch's share of the step's losses, as scalars; `total` carries the gradient."""
 
     total: Tensor
@@ -81,8 +81,8 @@ class Objective:
             losses = self._local(model, inputs, counted, items)
         if self.regularizer == "factors":
             factors = share * factor_norm(active_layers(model))
-            losses.regularization = factors.detach()
-            losses.total = losses.total + self.regularization_weight * factors
+            total = losses.total + self.regularization_weight * factors
+            losses = losses._replace(total=total, regularization=factors.detach())
         return losses
 
     @property
@@ -92,7 +92,7 @@ class Objective:
     def _local(self, model: Any, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float) -> Losses:
         layers = active_layers(model)
         gradients: dict[Tensor, Tensor] = {}
-        sums = [counted.new_zeros((), dtype=torch.float32), counted.new_zeros((), dtype=torch.float32)]
+        sums = [wide(torch.zeros((), dtype=layers[0].weight.dtype, device=counted.device)) for _ in range(2)]
 
         def see(layer: NPTLayer, record: BlockRecord) -> None:
             own = [p for p in layer.component.parameters() if p.requires_grad]  # type: ignore[union-attr]
@@ -111,7 +111,8 @@ class Objective:
 
         if self.teacher is not None and ROW in inputs:
             for layer in layers:
-                see(layer, self.teacher.record(layer.index, inputs[ROW], counted.device))
+                with gathered(layer.get_base_layer()):
+                    see(layer, self.teacher.record(layer.index, inputs[ROW], counted.device))
         else:
             with torch.no_grad(), layer_mode(layers, override="bypass", on_block=see):
                 run_backbone(model, inputs)
@@ -126,7 +127,7 @@ class Objective:
         norms = _DeltaSquares()
         with layer_mode([layer], observer=norms.see if self._needs_deltas else None):
             update = layer.update_from(h[None], a[None])[0]
-        error = (update.float() - (y - h).float()).square().mean(-1).sum()
+        error = (wide(update) - wide(y - h)).square().mean(-1).sum()
         scale = self.scales[layer.index] if self.name == "local" else 1.0
         return error / scale, norms.mean_square(error)
 
@@ -140,7 +141,7 @@ class Objective:
         norms = _DeltaSquares(counted)
         with layer_mode(layers, observer=norms.see if self._needs_deltas else None):
             student = run_backbone(model, inputs)[counted]
-        kl = student.new_zeros((), dtype=torch.float32)
+        kl = wide(student.new_zeros(()))
         for chunk in torch.arange(len(student), device=student.device).split(POSITION_CHUNK):
             kl = kl + checkpoint(_chunk_kl, head, student[chunk], *(x[chunk] for x in target), use_reentrant=False)
         equivalence = kl / items
@@ -171,7 +172,7 @@ class _DeltaSquares:
         for delta in deltas.values():
             square = delta.frobenius_norm_square()
             square = square.flatten() if self.counted is None else square[self.counted]
-            self.per_layer.setdefault(layer.index, []).append(square.float().sum())
+            self.per_layer.setdefault(layer.index, []).append(wide(square).sum())
 
     def mean_square(self, like: Tensor) -> Tensor:
         """The sum over tokens and blocks of the mean over projections; zero where nothing was observed."""
@@ -197,13 +198,13 @@ def _chunk_kl(head: Callable[[Tensor], Tensor], student: Tensor, *target: Tensor
 
     student: last hidden states (positions, d). target: the teacher's; or ids and log-probabilities of `grouped` outcomes.
     """
-    own = head(student).float().log_softmax(-1)
+    own = wide(head(student)).log_softmax(-1)
     if len(target) == 2:
         ids, expected = target
         own = grouped(own, ids)
     else:
         with torch.no_grad():
-            expected = head(target[0]).float().log_softmax(-1)
+            expected = wide(head(target[0])).log_softmax(-1)
     return (expected.exp() * (expected - own)).sum()
 
 
@@ -235,7 +236,7 @@ def update_scales(model: Any, inputs: dict[str, Tensor]) -> dict[int, float]:
 
     def see(layer: NPTLayer, record: BlockRecord) -> None:
         update = (record.output - record.hidden_states)[mask]
-        scales[layer.index] = max(float(update.float().square().mean()), 1e-12)
+        scales[layer.index] = max(float(wide(update).square().mean()), 1e-12)
 
     with layer_mode(layers, override="bypass", on_block=see):
         run_backbone(model, inputs)

@@ -10,14 +10,13 @@ from typing import Any
 import datasets
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils import load_peft_weights, set_peft_model_state_dict
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 
 from npt.calibration import calibrate
 from npt.callbacks import BEST_METRIC, BestAdapterCallback, JsonLinesCallback, SamplesCallback
 from npt.card import write_model_card
-from npt.checkpointing import last_checkpoint, step_of
+from npt.checkpointing import last_checkpoint, load_weights, step_of
 from npt.checkpoints import load_adapter, resolve_checkpoint, set_aside
 from npt.config import RunConfig, save_config
 from npt.corpora import (
@@ -28,9 +27,11 @@ from npt.corpora import (
     evaluation_blocks,
     further_corpora,
 )
+from npt.distributed import any_process, first_does, full_tensor, is_first, through, world
 from npt.durable import append_json, keep_lines, only_run, write_json
 from npt.errors import CheckpointError, ConfigError, NPTError
 from npt.evaluation import evaluate
+from npt.launch import shard_base, shards_base, start_processes
 from npt.loading import default_device, load_base, offload_frozen, release_memory
 from npt.objectives import Objective
 from npt.report.page import write_page
@@ -49,6 +50,8 @@ VALIDATION_BLOCKS = 32
 TENSORBOARD = "tensorboard"
 #: Change of the parameters, relative to their norm, below which training did nothing.
 NO_CHANGE = 1e-7
+#: TrainingArguments of `optimization.fsdp`; under accelerate's own FSDP configuration, that says how.
+FSDP2: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
 #: Evaluations without a new best after which objective `auto` stops.
 PATIENCE = 4
 
@@ -65,31 +68,40 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         Stopped: SIGTERM or Ctrl-C; during training a checkpoint has been saved.
     """
     output, checkpoints = Path(config.paths.output_dir), Path(config.paths.checkpoint_dir)
-    last = checkpoint_to_resume(output, checkpoints) if resume else None
+    arguments = training_arguments(config)
+    start_processes(arguments)
+    last = first_does(lambda: checkpoint_to_resume(output, checkpoints)) if resume else None
     check_text_files(config)
     check_trackers(config)
     set_seed(config.training.seed)
     with StopSignals() as signals:
         model, tokenizer = convert_base(config)
         with only_run(output, checkpoints):
-            train, held_out = corpus_blocks(config, model, tokenizer)
+            if shards_base(config.optimization.fsdp):
+                shard_base(model, arguments)
+            train, held_out = through(model, lambda: corpus_blocks(config, model, tokenizer))
             release_memory()
             if config.data.num_train_samples is None:
                 check_targets(config, model, len(train))
-            if last is None:
-                set_aside(output, ("metrics.jsonl", "samples.jsonl", "evaluation_report.json", "report.html", "plots"))
-                set_aside(checkpoints, ("best_model", "checkpoint-*"))
-            else:
-                rewind(output, step_of(last), config.training.eval_steps)
-            save_config(config, output / "config.yaml")
-            trainer = make_trainer(config, model, tokenizer, train, signals)
+            first_does(lambda: prepare_folders(config, output, checkpoints, last))
+            trainer = make_trainer(config, arguments, model, tokenizer, train, signals)
             notes = fit(config, trainer, tokenizer, train, last)
-            if signals.received is not None:
+            if any_process(signals.received is not None):
                 step = trainer.state.global_step
                 raise signals.stopped(
                     f"after step {step}; {checkpoints}/checkpoint-{step} is saved: go on with --resume"
                 )
             return report_best(config, trainer, tokenizer, held_out, notes)
+
+
+def prepare_folders(config: RunConfig, output: Path, checkpoints: Path, last: Path | None) -> None:
+    """Moves an earlier run's files aside, or takes back what was logged after the checkpoint a run goes on from."""
+    if last is None:
+        set_aside(output, ("metrics.jsonl", "samples.jsonl", "evaluation_report.json", "report.html", "plots"))
+        set_aside(checkpoints, ("best_model", "checkpoint-*"))
+    else:
+        rewind(output, step_of(last), config.training.eval_steps)
+    save_config(config, output / "config.yaml")
 
 
 def checkpoint_to_resume(output: Path, checkpoints: Path) -> Path | None:
@@ -111,7 +123,8 @@ def checkpoint_to_resume(output: Path, checkpoints: Path) -> Path | None:
 def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
     """(converted model, tokenizer) of a configuration, on its device."""
     adapter = NPTConfig.from_options(config.model)
-    prepare_wandb(config)
+    if is_first():
+        prepare_wandb(config)
     base, tokenizer = load_base(config)
     model: Any = get_peft_model(base, adapter)
     # As the user named it: the place of a builtin model differs from machine to machine.
@@ -149,8 +162,9 @@ def fit(
     if trains:
         trainer.read_teacher()
     if last is None and config.training.calibrate and config.model.carry != "exact":
-        errors = calibrate(model, calibration_batches(config, tokenizer, train, device_of(model)), progress=True)
-        append_json(output / "metrics.jsonl", {"step": 0, "calibration": errors})
+        text = calibration_batches(config, tokenizer, train, device_of(model))
+        errors = through(model, lambda: calibrate(model, text, progress=is_first()))
+        first_does(lambda: append_json(output / "metrics.jsonl", {"step": 0, "calibration": errors}))
         for name, figures in errors.items():
             logger.info("%s: update error %.4f -> %.4f", name, figures["error_before"], figures["error_after"])
     release_memory()
@@ -173,7 +187,7 @@ def fit(
 
 def trained_values(model: Any) -> torch.Tensor:
     """All numbers that training may change, in one vector on the CPU."""
-    return torch.cat([p.detach().flatten().double().cpu() for p in model.parameters() if p.requires_grad])
+    return torch.cat([full_tensor(p).flatten().double().cpu() for p in model.parameters() if p.requires_grad])
 
 
 def report_best(
@@ -183,28 +197,47 @@ def report_best(
     if trainer.state.global_step % config.training.eval_steps:
         trainer.evaluate()
     model, output, best = trainer.model, Path(config.paths.output_dir), Path(config.paths.checkpoint_dir) / "best_model"
-    save_config(config, best / RUN_CONFIG)
-    tokenizer.save_pretrained(str(best))
-    set_peft_model_state_dict(model, load_peft_weights(str(best), device=str(device_of(model))))
+    load_weights(model, best)
     release_memory()
-    report = evaluate(
-        model, tokenizer, {config.data.dataset_name: held_out} | further_corpora(config, tokenizer),
-        context_length=config.data.max_length, batch_size=config.training.batch_size, seed=config.training.seed,
-        progress=True,
-    )  # fmt: skip
+    report = evaluate_corpora(
+        config, model, tokenizer, {config.data.dataset_name: held_out} | further_corpora(config, tokenizer)
+    )
     report["notes"] = [*notes, *report["notes"]]
-    write_json(output / "evaluation_report.json", report)
-    write_model_card(best, adapter_config(model), report)
-    write_page(output)
-    names = [*config.training.report_to, *(["wandb"] if config.wandb.enabled else [])]
-    if names:
-        pictures = draw_run(read_json_lines(output / "metrics.jsonl"), report)
-        log_evaluation(report, pictures, trainer.state.global_step, output / TENSORBOARD, names)
+
+    def write() -> None:
+        save_config(config, best / RUN_CONFIG)
+        tokenizer.save_pretrained(str(best))
+        write_json(output / "evaluation_report.json", report)
+        write_model_card(best, adapter_config(model), report)
+        write_page(output)
+        names = [*config.training.report_to, *(["wandb"] if config.wandb.enabled else [])]
+        if names:
+            pictures = draw_run(read_json_lines(output / "metrics.jsonl"), report)
+            log_evaluation(report, pictures, trainer.state.global_step, output / TENSORBOARD, names)
+
+    first_does(write)
     return report
 
 
+def evaluate_corpora(config: RunConfig, model: Any, tokenizer: Any, corpora: dict[str, Any]) -> dict[str, Any]:
+    """The report, by all processes together."""
+    data, t = config.data, config.training
+    return through(
+        model,
+        lambda: evaluate(
+            model, tokenizer, corpora, context_length=data.max_length, batch_size=t.batch_size, seed=t.seed,
+            progress=is_first(),
+        ),
+    )  # fmt: skip
+
+
 def make_trainer(
-    config: RunConfig, model: Any, tokenizer: Any, train: datasets.Dataset, signals: StopSignals
+    config: RunConfig,
+    arguments: TrainingArguments,
+    model: Any,
+    tokenizer: Any,
+    train: datasets.Dataset,
+    signals: StopSignals,
 ) -> EquivalenceTrainer:
     """The trainer with its callbacks; the last blocks of the training set choose the best adapter."""
     validation = min(VALIDATION_BLOCKS, max(1, len(train) // 10))
@@ -217,7 +250,7 @@ def make_trainer(
     output, t = Path(config.paths.output_dir), config.training
     trainer = EquivalenceTrainer(
         model,
-        training_arguments(config),
+        arguments,
         objective_schedule(config, len(fit)),
         teacher_cache=config.paths.teacher_cache,
         teacher_top_k=t.teacher_top_k,
@@ -251,7 +284,7 @@ def check_targets(config: RunConfig, model: Any, blocks: int) -> None:
 def objective_schedule(config: RunConfig, blocks: int) -> list[tuple[int, Objective]]:
     """[(first step, objective)]. `auto` is `logits` after a calibration; without one, `local` for the first half."""
     t = config.training
-    per_epoch = -(-blocks // (t.batch_size * t.gradient_accumulation_steps))
+    per_epoch = -(-blocks // (t.batch_size * t.gradient_accumulation_steps * world()[1]))
     steps = int(per_epoch * t.num_epochs) if t.num_train_steps is None else t.num_train_steps
     names = t.objectives()
     return [
@@ -294,6 +327,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         # The old name draws a warning in transformers 5.23, and the new one does not exist before it.
         **({"gradient_checkpointing": True} if t.gradient_checkpointing else {}),
         use_cpu=not torch.cuda.is_available(),
+        **FSDP2 if shards_base(config.optimization.fsdp) and config.optimization.fsdp else {},
         report_to=[*t.report_to, *(["wandb"] if config.wandb.enabled else [])],
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -350,15 +384,20 @@ def run_evaluation(
     Text the adapter was trained on is split as in training and only its held-out part is used; other text is used
     whole, up to data.num_eval_samples blocks.
     """
+    arguments = training_arguments(config)
+    start_processes(arguments)
     check_text_files(config, more_text)
     model, tokenizer = load_npt(config, checkpoint)
-    own = evaluation_blocks(config, checkpoint, model, tokenizer)
-    report = evaluate(
-        model, tokenizer, {config.data.dataset_name: own} | further_corpora(config, tokenizer, more_text),
-        context_length=config.data.max_length, batch_size=config.training.batch_size, seed=config.training.seed,
-        progress=True,
-    )  # fmt: skip
-    write_json(Path(output), report)
-    # The curves of training belong to the page when the report lies with them.
-    write_page(Path(output).parent, Path(output), Path(output).with_suffix(".html"))
+    if shards_base(config.optimization.fsdp):
+        shard_base(model, arguments)
+    own = through(model, lambda: evaluation_blocks(config, checkpoint, model, tokenizer))
+    corpora = {config.data.dataset_name: own} | further_corpora(config, tokenizer, more_text)
+    report = evaluate_corpora(config, model, tokenizer, corpora)
+
+    def write() -> None:
+        write_json(Path(output), report)
+        # The curves of training belong to the page when the report lies with them.
+        write_page(Path(output).parent, Path(output), Path(output).with_suffix(".html"))
+
+    first_does(write)
     return report

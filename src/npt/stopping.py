@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from npt.distributed import any_process
 from npt.errors import Stopped
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ class StopSignals(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.wanted = False  # in this or another process
         self._training = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -54,8 +56,9 @@ class StopSignals(TrainerCallback):
         self._training = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Saves and stops when a signal came."""
-        if self.received is not None:
+        """Saves and stops when a signal came, to any of the processes."""
+        self.wanted = any_process(self.received is not None)
+        if self.wanted:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(

@@ -27,6 +27,7 @@ from torch import Tensor
 from npt.attach import BYPASS, BlockRecord, NPTLayer, layer_mode
 from npt.data.batches import batches_of
 from npt.data.progress import progress_bar
+from npt.distributed import barrier, first_does, is_sharded, share, world
 from npt.errors import DataError
 from npt.fingerprint import base_fingerprint, text_fingerprint
 from npt.modules import logit_head
@@ -183,15 +184,13 @@ def teacher_cache(
     top_k: int = 64,
     batch_size: int = 16,
     precision: str = "no",
-    process: tuple[int, int] = (0, 1),
     progress: bool = False,
 ) -> TeacherCache:
-    """The targets of `blocks`, made where they are not there yet.
+    """The targets of `blocks`, made where they are not there yet; of several processes each makes its part, all call it.
 
     Args:
         folder: holds a folder for each kind. model: a PEFT model with an active NPT adapter. blocks: a dataset of equally
             long blocks. kind: one of `TARGETS`. top_k: of `logits`. precision: what autocast is set to around the call.
-        process: (index, count): each of several processes makes its part of the shards; wait for all before reading.
 
     Raises:
         DataError: the targets there were made from something else; the disk is too small.
@@ -209,18 +208,21 @@ def teacher_cache(
         ),
     )
     count = -(-manifest.blocks // manifest.shard_blocks)
-    missing = [i for i in range(count) if not _is_whole(shard_path(place, i), manifest, i)][process[0] :: process[1]]
+    missing = first_does(lambda: [i for i in range(count) if not _is_whole(shard_path(place, i), manifest, i)])
     if missing:
         _check_space(place, len(missing) * manifest.shard_blocks * per_block if len(missing) < count else 0)
-    total = len(missing) * manifest.shard_blocks
-    with progress_bar(f"Teacher targets ({kind})", total, progress and bool(missing), unit="blocks") as advance:
-        for index in missing:
+    per_shard = -(-manifest.shard_blocks // batch_size)
+    with progress_bar(f"Teacher targets ({kind})", len(missing), progress and bool(missing), unit="shards") as advance:
+        for _, index, counts in share(missing, is_sharded(model)):
             rows = range(index * manifest.shard_blocks, min((index + 1) * manifest.shard_blocks, manifest.blocks))
-            parts = []
-            for batch in batches_of(blocks.select(rows), batch_size, device_of(model)):
-                parts.append(targets(model, batch, kind, top_k))
-                advance(len(batch["input_ids"]))
-            _write(shard_path(place, index), {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
+            batches = list(batches_of(blocks.select(rows), batch_size, device_of(model)))
+            parts = [targets(model, batch, kind, top_k) for batch in batches]
+            for _ in range(per_shard - len(batches) if is_sharded(model) else 0):
+                targets(model, batches[0], kind, top_k)  # a sharded model's forward needs all processes
+            if counts:
+                _write(shard_path(place, index), {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
+            advance(world()[1])
+    barrier()
     return TeacherCache(place, manifest)
 
 

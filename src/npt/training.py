@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,10 +18,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from npt.callbacks import BestAdapterCallback
 from npt.checkpointing import DurableTrainer
 from npt.data.batches import batches_of, complete_batch, scored_positions
+from npt.distributed import any_process, env_flag, local_part, through, total, world
 from npt.errors import NPTError
 from npt.evaluation.deltas import delta_records
 from npt.evaluation.divergence import summarize, token_divergences
-from npt.numerics import all_finite, stop_step
+from npt.launch import fsdp_accelerator
+from npt.numerics import all_finite, find_nonfinite, raise_nonfinite
 from npt.objectives import Objective, check_logit_head, update_scales
 from npt.teacher import ROW, kind_of, teacher_cache, with_rows
 from npt.tuner import active_layers, device_of
@@ -58,6 +61,8 @@ class EquivalenceTrainer(DurableTrainer):
         active_layers(model)  # a readable error before any long work
         args.remove_unused_columns = False
         args.label_names = ["labels"]
+        if args.fsdp_plugin_args is not None or env_flag("ACCELERATE_USE_FSDP"):
+            fsdp_accelerator(args)
         super().__init__(model=model, args=args, **kwargs)
         objective = objective or Objective()
         self.schedule = [(0, objective)] if isinstance(objective, Objective) else sorted(objective, key=lambda x: x[0])
@@ -77,9 +82,9 @@ class EquivalenceTrainer(DurableTrainer):
         first = next(batches_of(self.train_dataset, SCALE_BLOCKS, device_of(self.model)))
         for _, objective in self.schedule:
             if objective.name == "logits":
-                check_logit_head(self.model, first["input_ids"][:1, :8])
+                through(self.model, lambda: check_logit_head(self.model, first["input_ids"][:1, :8]))
             if objective.name == "local" and not objective.scales:
-                objective.scales = update_scales(self.model, first)
+                objective.scales = through(self.model, lambda: update_scales(self.model, first))
         self.read_teacher()
         try:
             return super().train(*args, **kwargs)
@@ -103,7 +108,8 @@ class EquivalenceTrainer(DurableTrainer):
         caches = {}
         for kind in dict.fromkeys(kind_of(objective.name) for _, objective in self.schedule):
             with self.accelerator.autocast():
-                caches[kind] = teacher_cache(
+                make = partial(
+                    teacher_cache,
                     folder,
                     self.accelerator.unwrap_model(self.model),
                     blocks,
@@ -111,10 +117,9 @@ class EquivalenceTrainer(DurableTrainer):
                     top_k=self.teacher_top_k,
                     batch_size=self.args.per_device_train_batch_size,
                     precision=self.accelerator.mixed_precision,
-                    process=(self.accelerator.process_index, self.accelerator.num_processes),
                     progress=not self.args.disable_tqdm and self.is_world_process_zero(),
                 )
-        self.accelerator.wait_for_everyone()
+                caches[kind] = through(self.model, make)
         for _, objective in self.schedule:
             objective.teacher = caches[kind_of(objective.name)]
 
@@ -151,41 +156,49 @@ class EquivalenceTrainer(DurableTrainer):
         items = scored_positions(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch
         # The model's own forward carries autocast; the objectives call what is inside it.
         with self.accelerator.autocast():
-            losses = self.objective(unwrapped, inputs, items)
-        if not math.isfinite(float(losses.total.detach())):
-            self._not_finite("the loss", inputs)
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            losses = through(model, lambda: self.objective(unwrapped, inputs, items))
+        self._stop_unless(math.isfinite(float(losses.total.detach())), lambda: "the loss", inputs)
         if self._sums_from is None:
             self._sums_from = self.state.global_step
-        self._sums[0] += float(losses.equivalence) * scale
-        self._sums[1] += float(losses.regularization) * scale
+        # DDP and FSDP average over processes, where shares of one sum are to be added.
+        together, count = self.args.average_tokens_across_devices, self.accelerator.num_processes
+        self._sums[0] += float(losses.equivalence) / (1 if together else count)
+        self._sums[1] += float(losses.regularization) / (1 if together else count)
         self._last_inputs, self._last_objective = inputs, self.objective.name
-        total = losses.total * scale
-        return (total, {}) if return_outputs else total
+        loss = losses.total * (count if together else 1)
+        return (loss, {}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As HF's; its gradient is looked at before an optimiser sees it (a gradient scaler looks itself)."""
         loss: Tensor = super().training_step(*args, **kwargs)
-        own = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        if self.accelerator.scaler is None and not all_finite(list(own.values())):
-            broken = next((name for name, gradient in own.items() if not all_finite([gradient])), "a parameter")
-            self._not_finite(f"the gradient of {broken}", self._last_inputs)
+        if self.accelerator.scaler is None:
+            found = {n: local_part(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
+
+            def broken() -> str:
+                name = next((name for name, gradient in found.items() if not all_finite([gradient])), "a parameter")
+                return f"the gradient of {name}"
+
+            self._stop_unless(all_finite(list(found.values())), broken, self._last_inputs)
         return loss
 
-    def _not_finite(self, what: str, inputs: dict[str, Tensor]) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        stop_step(model, inputs, what, self.state.global_step + 1, Path(self.args.output_dir))
+    def _stop_unless(self, finite: bool, what: Callable[[], str], inputs: dict[str, Tensor]) -> None:
+        """Stops all processes where one of them met something that is not finite."""
+        if not any_process(not finite):
+            return
+        model, step = self.accelerator.unwrap_model(self.model), self.state.global_step + 1
+        where = through(self.model, lambda: find_nonfinite(model, inputs, together=True))
+        raise_nonfinite(None if finite else what(), where, inputs, step, Path(self.args.output_dir))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what equivalence training is judged by to every logged training step."""
         if "loss" in logs:
             steps = max(1, self.state.global_step - (self._sums_from or 0))
-            logs["equivalence_loss"] = self._sums[0] / steps
-            logs["mean_delta_norm"], logs["regularization_loss"] = self._delta_figures(self._sums[1] / steps)
-            logs["world_size"] = self.accelerator.num_processes
+            equivalence, regularization = (total(torch.tensor(self._sums, dtype=torch.float64)) / steps).tolist()
+            logs["equivalence_loss"] = equivalence
+            logs["mean_delta_norm"], logs["regularization_loss"] = self._delta_figures(regularization)
             logs["objective"] = self._last_objective  # type: ignore[assignment]
             self._sums, self._sums_from = [0.0, 0.0], None
-        super().log(logs, *args, **kwargs)
+        super().log({**logs, "world_size": self.accelerator.num_processes}, *args, **kwargs)
 
     def _delta_figures(self, regularization: float) -> tuple[float, float]:
         """(mean |dW|_F over real tokens, blocks and projections of the last batch; the regularisation loss).
@@ -194,12 +207,13 @@ class EquivalenceTrainer(DurableTrainer):
         """
         model = self.accelerator.unwrap_model(self.model)
         rows = {name: value[:4] for name, value in self._last_inputs.items() if name != "labels"}
-        records = delta_records(model, [rows], effect_tokens=0)
+        records = through(self.model, lambda: delta_records(model, [rows], effect_tokens=0))
         means = [fmean(float(r.norms().mean()) for r in projections.values()) for projections in records.values()]
+        mean = float(total(torch.tensor(fmean(means), dtype=torch.float64))) / world()[1]
         if self.objective.regularizer == "delta" and not self.objective.regularization_weight:
             squares = [[float(torch.cat(r.squares).mean()) for r in entry.values()] for entry in records.values()]
-            regularization = fmean(map(fmean, squares))
-        return fmean(means), regularization
+            regularization = float(total(torch.tensor(fmean(map(fmean, squares)), dtype=torch.float64))) / world()[1]
+        return mean, regularization
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -207,7 +221,8 @@ class EquivalenceTrainer(DurableTrainer):
         """Perplexity of both models, their ratio and the mean KL on the evaluation blocks."""
         blocks = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model)
-        figures = summarize(token_divergences(model, blocks, batch_size=self.args.per_device_eval_batch_size))
+        size = self.args.per_device_eval_batch_size
+        figures = summarize(through(self.model, lambda: token_divergences(model, blocks, batch_size=size)))
         values = {
             "npt_perplexity": figures["perplexity"]["npt_perplexity"],
             "original_perplexity": figures["perplexity"]["original_perplexity"],

@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 
 from npt.data.packing import IGNORED, as_blocks
 from npt.data.progress import progress_bar
+from npt.distributed import first_does, is_sharded, share, total, world
 from npt.errors import DataError
 from npt.fingerprint import base_fingerprint
 
@@ -60,6 +61,8 @@ def sample_blocks(
     document ends is scored; what follows a separator inside a block is not (it is another document's first token);
     what follows the block's own BOS is. attention_mask is all ones.
 
+    Several processes share the work and all get all blocks: all call it.
+
     The same arguments give the same blocks; the global random state is neither read nor changed. Another `batch_size`
     uses the same random numbers, so blocks differ only where rounding of the logits tips a draw; don't count on it.
 
@@ -85,14 +88,14 @@ def sample_blocks(
     batch_size = min(num_blocks, batch_size or default_batch(base, max_length))
     request: list[Any] = [num_blocks, max_length, seed, label, batch_size, bos]
     path = None if cache_dir is None else _cache_path(Path(cache_dir), model, request)
-    ids = None if path is None else _read_cache(path, (num_blocks, max_length))
+    ids = None if path is None else first_does(lambda: _read_cache(path, (num_blocks, max_length)))
     if ids is None:
         uniforms = _uniforms(num_blocks, max_length - 1, seed, label)
         name = f"Sampling {label} text" if label else "Sampling text"
         with _frozen(model), progress_bar(name, uniforms.numel(), progress, unit="tokens") as advance:
             ids = _sample(base, bos, uniforms, batch_size, advance)
         if path is not None:
-            _write_cache(path, ids)
+            first_does(lambda: _write_cache(path, ids))
     separators = {bos, tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
     return _with_labels(ids.numpy(), sorted(separators))
 
@@ -152,19 +155,20 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _sample(
     base: Any, bos: int, uniforms: torch.Tensor, batch_size: int, advance: Callable[[int], None]
 ) -> torch.Tensor:
-    """(blocks, 1 + draws) int32 ids; one draw for every number in `uniforms`."""
+    """(blocks, 1 + draws) int32 ids; one draw for every number in `uniforms`. Processes share the batches."""
     blocks, draws = uniforms.shape
-    ids = torch.empty(blocks, draws + 1, dtype=torch.int32)
-    for start in range(0, blocks, batch_size):
+    ids = torch.zeros(blocks, draws + 1, dtype=torch.int32)
+    for _, start, counts in share(range(0, blocks, batch_size), is_sharded(base)):
         chunk = uniforms[start : start + batch_size]
         tokens = torch.full((len(chunk), draws + 1), bos, device=base.device)
         cache = preallocated_cache(base, draws)
         for i in range(draws):
             logits = base(input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1]
             tokens[:, i + 1] = draw(logits, chunk[:, i])
-            advance(len(chunk))
-        ids[start : start + batch_size] = tokens.to("cpu", torch.int32)
-    return ids
+            advance(len(chunk) * world()[1])
+        if counts:
+            ids[start : start + batch_size] = tokens.to("cpu", torch.int32)
+    return total(ids)  # each row was filled by one process
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from npt.attach import EXACT, NPTLayer, layer_mode
 from npt.component import WeightDelta
+from npt.distributed import gathered
 from npt.evaluation.least_norm import least_joint_norms
 from npt.modules import execution_device
 from npt.tuner import active_layers, run_backbone
@@ -85,8 +86,9 @@ def weight_norm(layer: NPTLayer, name: str) -> float:
     parameter, square = next(module.parameters()), 0.0
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
     unit = torch.eye(rows, dtype=dtype, device=execution_device(module))
-    for chunk in unit.split(512):
-        square += float(product(chunk).double().square().sum())
+    with gathered(layer.get_base_layer()):
+        for chunk in unit.split(512):
+            square += float(product(chunk).double().square().sum())
     return square**0.5
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from npt.attach import layer_mode
 from npt.data.batches import batches_of, scored_positions
+from npt.distributed import gather, is_sharded, share, world
 from npt.errors import REMEDY, DataError, RunError
 from npt.numerics import find_nonfinite
 from npt.tuner import active_layers, device_of, eval_mode
@@ -36,7 +37,8 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
     """Per scored token, as float64 arrays (tokens,): what `COLUMNS` names.
 
     kl in nats; *_nll of the right token in nats; same_top 0 or 1; delta_p the change of the right token's probability;
-    npt_top, original_top and target are token ids; block and position say where the scored token stands.
+    npt_top, original_top and target are token ids; block and position say where the scored token stands. Several processes
+    share the batches and each gets all of the table, in the order of the text: all call it.
 
     Raises:
         DataError: not one token counts.
@@ -46,31 +48,43 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
     vocabulary = model.get_output_embeddings().weight.shape[0]
     length = len(blocks[0]["input_ids"]) if len(blocks) else 1
     batch_size = max(1, min(batch_size, LOGIT_BUDGET // (4 * vocabulary * length)))
+    starts, base = range(0, len(blocks), batch_size), model.get_base_model()
+    own = list(share(starts, is_sharded(model)))
     # One table from the start: small tensors kept between large ones that come and go would leave the heap in pieces.
-    table, filled, first = np.empty((len(blocks) * (length - 1), len(COLUMNS))), 0, 0
-    batches = batches_of(blocks, batch_size, device)
-    total = -(-len(blocks) // batch_size)
+    table, filled = np.empty((len(own) * batch_size * (length - 1), len(COLUMNS))), 0
     with eval_mode(model):
-        for batch in track(batches, "evaluating", total=total, transient=True, disable=not progress):
+        for _, first, counts in track(own, "evaluating", transient=True, disable=not progress):
+            rows = blocks.select(range(first, min(first + batch_size, len(blocks))))
+            batch = next(batches_of(rows, batch_size, device))
             inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
             counted = scored_positions(batch["labels"])
             with layer_mode(layers, override="bypass"):
-                teacher = model(**inputs).logits[:, :-1][counted]
-            student = model(**inputs).logits[:, :-1][counted]
+                teacher = base(**inputs).logits[:, :-1][counted]
+            student = base(**inputs).logits[:, :-1][counted]
             target = batch["input_ids"][:, 1:][counted]
             place = counted.nonzero() + torch.tensor([first, 1], device=device)
-            first += len(counted)
             for chunk in torch.arange(len(target), device=device).split(max(1, CHUNK_ENTRIES // vocabulary)):
                 figures = compare(teacher[chunk], student[chunk], target[chunk])
-                rows = slice(filled, filled + len(chunk))
-                table[rows] = torch.cat([figures, place[chunk].double()], -1).cpu().numpy()
-                if not np.isfinite(table[rows]).all():
+                end = filled + len(chunk)
+                table[filled:end] = torch.cat([figures, place[chunk].double()], -1).cpu().numpy()
+                if not np.isfinite(table[filled:end]).all():
                     raise RunError(f"evaluation: the logits are not finite, {find_nonfinite(model, batch)}; {REMEDY}")
-                filled = rows.stop
+                filled = end if counts else filled
             del teacher, student  # else a batch's logits are still there when the next one's are computed
-    if not filled:
+    table = _of_all(table[:filled])
+    if not len(table):
         raise DataError("evaluation text holds no token that counts: every block is padding or a single token")
-    return dict(zip(COLUMNS, table[:filled].T, strict=True))
+    return dict(zip(COLUMNS, table.T, strict=True))
+
+
+def _of_all(table: np.ndarray) -> np.ndarray:
+    """The rows of every process, in the order of the text."""
+    if world()[1] == 1:
+        return table
+    rows = torch.cat(gather(torch.from_numpy(table))).numpy()
+    block, position = (rows[:, COLUMNS.index(name)] for name in ("block", "position"))
+    found: np.ndarray = rows[np.lexsort((position, block))]
+    return found
 
 
 def compare(teacher_logits: Tensor, student_logits: Tensor, target: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def continue_text(
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(0 if seed is None else seed)
-        tokens = model.generate(
+        tokens = model.get_base_model().generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config
         )
     text: str = tokenizer.decode(tokens[0], skip_special_tokens=True)

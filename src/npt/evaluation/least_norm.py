@@ -20,6 +20,7 @@ from torch import Tensor
 
 from npt.attach import BYPASS, EXACT, BlockRecord, NPTLayer, layer_mode
 from npt.component import INPUT_PROJECTIONS
+from npt.distributed import gathered
 from npt.tuner import active_layers, run_backbone
 
 #: Tokens per block it is searched for, and L-BFGS steps.
@@ -46,7 +47,8 @@ def least_joint_norms(model: Any, batch: dict[str, Tensor]) -> dict[str, dict[st
     for layer in layers:
         record = records[layer.index]
         h, a = (x[real][chosen][None].detach() for x in (record.hidden_states, record.attention))
-        exact, least = _search(layer, h, a)
+        with gathered(layer.get_base_layer()):
+            exact, least = _search(layer, h, a)
         found[f"layer_{layer.index}"] = {
             "exact": float(exact.sqrt().mean()),
             "least_found": float(least.sqrt().mean()),

@@ -1,0 +1,238 @@
+"""Several processes as one, on torch.distributed: who is who, sums and tables over all of them, and work inside the forward
+of a model that DDP, FSDP2 or DeepSpeed has wrapped.
+
+Everything here does nothing, or the obvious, in a single process. What says "all processes call it" is a collective.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import str_to_bool
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+def world() -> tuple[int, int]:
+    """(this process's rank, number of processes)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes the run's files and talks to the user."""
+    return world()[0] == 0
+
+
+def loads_once() -> bool:
+    """Whether the first process of a machine alone reads the weights, and the others get theirs as the base is sharded."""
+    return world()[1] > 1 and env_flag("ACCELERATE_USE_FSDP") and env_flag("FSDP_CPU_RAM_EFFICIENT_LOADING")
+
+
+def env_flag(name: str) -> bool:
+    """Whether accelerate's variable of this name is set to something that means yes."""
+    return bool(str_to_bool(os.environ.get(name, "false")))
+
+
+def barrier() -> None:
+    """Waits for all processes; all call it."""
+    if world()[1] > 1:
+        dist.barrier()
+
+
+def wire_device() -> torch.device:
+    """Where tensors have to be for the group's collectives."""
+    return (
+        torch.device("cpu") if "gloo" in str(dist.get_backend()) else torch.device("cuda", torch.cuda.current_device())
+    )
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in its own dtype and place; all call it."""
+    if world()[1] == 1:
+        return x
+    wire = x.detach().clone().to(wire_device())
+    dist.all_reduce(wire)
+    return wire.to(x.device)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in some process; all call it."""
+    return bool(total(torch.tensor(float(flag))) > 0)
+
+
+def gather(x: Tensor) -> list[Tensor]:
+    """Every process's tensor, in the order of ranks; they may differ in their first size only. All call it."""
+    rank, count = world()
+    if count == 1:
+        return [x]
+    device = wire_device()
+    lengths = torch.zeros(count, dtype=torch.long, device=device)
+    lengths[rank] = len(x)
+    dist.all_reduce(lengths)
+    padded = torch.zeros(int(lengths.max()), *x.shape[1:], dtype=x.dtype, device=device)
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in range(count)]
+    dist.all_gather(parts, padded)
+    return [part[:n].to(x.device) for part, n in zip(parts, lengths.tolist(), strict=True)]
+
+
+def gather_values(value: T) -> list[T]:
+    """Every process's value, in the order of ranks; all call it. They are sent between this run's own processes only."""
+    count = world()[1]
+    if count == 1:
+        return [value]
+    found: list[Any] = [None] * count
+    dist.all_gather_object(found, value)
+    return found
+
+
+def from_first(value: T) -> T:
+    """The first process's value, everywhere; all call it. It is sent between this run's own processes only."""
+    if world()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def first_does(function: Callable[[], T]) -> T:
+    """Lets the first process alone do something, files above all, and gives all of them its result; all call it.
+
+    An error of it is raised in all of them.
+    """
+    found: tuple[Any, BaseException | None] = (None, None)
+    if is_first():
+        try:
+            found = function(), None
+        except Exception as error:
+            if world()[1] == 1:
+                raise
+            found = None, error
+    result, failure = from_first(found)
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[no-any-return]
+
+
+def share(items: Sequence[T], fill: bool) -> Iterator[tuple[int, T, bool]]:
+    """(index, item, whether it counts) of this process's items, every `count`-th.
+
+    fill: all processes get equally many, the last one repeated where they don't divide: a sharded model's forward needs all
+    processes.
+    """
+    rank, count = world()
+    for start in range(0, len(items), count):
+        if start + rank < len(items) or fill:
+            index = min(start + rank, len(items) - 1)
+            yield index, items[index], start + rank < len(items)
+
+
+# -- wrapped and sharded models ------------------------------------------------------------------------------------------
+
+
+def through(model: nn.Module, function: Callable[[], T]) -> T:
+    """Runs a function inside the forward of a wrapped model, so that the wrapper's own hooks gather weights before and
+    reduce gradients after, as they would for its forward. All processes call it.
+
+    Lightning and TRL redirect a forward in the same way.
+    """
+    if not is_wrapped(model):
+        return function()
+    inner: Any = model if isinstance(model, FSDPModule) else model.module
+    before = inner.__dict__.get("forward")
+
+    def forward(_: Any) -> T:
+        restore()
+        return function()
+
+    def restore() -> None:
+        if before is None:
+            inner.__dict__.pop("forward", None)
+        else:
+            inner.__dict__["forward"] = before
+
+    inner.__dict__["forward"] = forward
+    try:
+        result: T = model(0)  # an argument, because wrappers move their first one to the device
+    finally:
+        restore()
+    if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
+        reshard(model)
+    return result
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether a wrapper of several processes has to see a forward."""
+    return isinstance(model, FSDPModule | DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine"
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 keeps the model's weights in parts."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of gathered weights; without a backward FSDP2 keeps those of the root."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Whole weights of a block that is used outside its own forward; all processes enter together."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+def full_tensor(parameter: Tensor) -> Tensor:
+    """A parameter whole, detached; all processes call it."""
+    if isinstance(parameter, DTensor):
+        whole: Tensor = parameter.full_tensor()
+        return whole.detach()
+    if hasattr(parameter, "ds_id"):  # ZeRO-3 keeps a part of it
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor as the parameter (or a state of it) is kept: in parts, where that is; all processes call it."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return whole
+
+
+def same_everywhere(tensors: Mapping[str, Tensor]) -> None:
+    """Gives every process the first one's values, in place; all call it."""
+    if world()[1] == 1:
+        return
+    for _, tensor in sorted(tensors.items()):
+        wire = tensor.detach().to(wire_device()).contiguous()
+        dist.broadcast(wire, src=0)
+        with torch.no_grad():
+            tensor.copy_(wire)

@@ -1,0 +1,130 @@
+"""One process of a test with several: python -m torch.distributed.run --nproc-per-node 2 -m tests.distributed_worker SPEC.
+
+SPEC is a JSON object, see `Spec`; what the first process leaves in `folder` is compared between launches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+from npt import EquivalenceTrainer, NPTConfig, Objective, calibrate
+from npt.callbacks import BestAdapterCallback, JsonLinesCallback
+from npt.checkpointing import adapter_state
+from npt.data import pack_token_ids
+from npt.data.batches import batches_of
+from npt.distributed import is_first, is_sharded, through, world
+from npt.launch import shard_base, start_processes
+from npt.pipeline import FSDP2
+from tests.conftest import random_base
+
+
+@dataclass
+class Spec:
+    """batch: blocks of a step of all processes and accumulated batches. sharded: FSDP2, before calibration (`early`) or as
+    Trainer does it (`late`). kill: the step after which each process kills itself.
+    """
+
+    folder: str
+    model: str = "llama"
+    dtype: str = "float64"
+    objective: str = "logits"
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
+    sharded: str = ""
+    steps: int = 20
+    batch: int = 8
+    accumulation: int = 1
+    calibrate: bool = False
+    chunk_tokens: int | None = None
+    resume: bool = False
+    kill: int = 0
+    vocabulary: int = 96
+    teacher: bool = False
+
+
+class _Kill(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def blocks(count: int, seed: int, vocabulary: int) -> Any:
+    """Random text in documents of several lengths, so that batches differ in how many tokens count."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 40, (count,), generator=generator).tolist()
+    ids = [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    return pack_token_ids(ids * 3, 16, pad_token_id=0, max_blocks=count)
+
+
+def build(spec: Spec) -> Any:
+    """The converted model."""
+    dtype = getattr(torch, spec.dtype)
+    if spec.model in ("llama", "gpt2"):
+        base = random_base(spec.model, dtype)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype).eval()
+    torch.manual_seed(0)
+    return get_peft_model(base, NPTConfig(**{"npt_layers": [1, 3], "rank": 3, **spec.options}))
+
+
+def run(spec: Spec) -> None:
+    """Converts, calibrates, trains, and writes what came out."""
+    folder = Path(spec.folder)
+    split = spec.batch // spec.accumulation // int(os.environ.get("WORLD_SIZE", "1"))
+    args = TrainingArguments(
+        output_dir=str(folder / "checkpoints"), per_device_train_batch_size=split, per_device_eval_batch_size=4,
+        gradient_accumulation_steps=spec.accumulation, max_steps=spec.steps, learning_rate=5e-3, logging_steps=1,
+        save_steps=10, eval_strategy="steps", eval_steps=10, report_to=[], disable_tqdm=True, use_cpu=True, seed=1,
+        **(FSDP2 if spec.sharded else {}),
+    )  # fmt: skip
+    start_processes(args)
+    model = build(spec)
+    if spec.sharded == "early":
+        shard_base(model, args)
+    text, held_out = blocks(160, 0, spec.vocabulary), blocks(10, 9, spec.vocabulary)
+    if spec.calibrate and not spec.resume:
+        batches = list(batches_of(text.select(range(52)), 4, torch.device("cpu")))
+        figures = through(model, lambda: calibrate(model, batches, chunk_tokens=spec.chunk_tokens))
+        fitted = adapter_state(model)
+        if is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "calibration.json").write_text(json.dumps(figures))
+            save_file({n: p.contiguous() for n, p in fitted.items()}, folder / "calibrated.safetensors")
+    if spec.steps:
+        trainer = EquivalenceTrainer(
+            model, args, Objective(spec.objective, **spec.weights), train_dataset=text, eval_dataset=held_out,
+            teacher_cache=folder / "teacher" if spec.teacher else None,
+            callbacks=[
+                JsonLinesCallback(folder / "metrics.jsonl"), BestAdapterCallback(folder / "best_model", model),
+                *([_Kill(spec.kill)] if spec.kill else []),
+            ],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=True if spec.resume else None)
+        model = trainer.model
+    ids = torch.arange(3, 3 + 24)[None]
+    with torch.no_grad():
+        logits = through(model, lambda: model.get_base_model()(input_ids=ids, use_cache=False).logits)
+    state = adapter_state(model)
+    if is_first():
+        save_file({n: p.contiguous() for n, p in state.items()}, folder / "adapter.safetensors")
+        save_file({"logits": logits.contiguous()}, folder / "logits.safetensors")
+        (folder / "world.json").write_text(json.dumps({"world": world()[1], "sharded": is_sharded(model)}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Spec(**json.loads(sys.argv[1])))
