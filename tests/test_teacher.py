@@ -256,9 +256,15 @@ def test_a_folder_without_its_record_is_not_trusted(tmp_path: Path) -> None:
 def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("npt.teacher.SHARD_BYTES", 20_000)
     model, text = converted("llama"), blocks(8)
-    teacher_cache(tmp_path, model, text, "hidden", process=(0, 2))
+    with monkeypatch.context() as second:
+        second.setattr("npt.distributed.world", lambda: (1, 2))
+        second.setattr("npt.distributed.from_first", lambda value: value)
+        second.setattr("npt.distributed.is_first", lambda: True)
+        second.setattr("npt.teacher.barrier", lambda: None)
+        teacher_cache(tmp_path, model, text, "hidden")
     first = {p.name for p in (tmp_path / "hidden").glob("shard-*")}
-    teacher_cache(tmp_path, model, text, "hidden", process=(0, 1))
+    assert "shard-00000.safetensors" not in first and first
+    teacher_cache(tmp_path, model, text, "hidden")
     assert first < {p.name for p in (tmp_path / "hidden").glob("shard-*")}
 
 

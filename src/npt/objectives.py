@@ -74,13 +74,13 @@ class Objective:
     def __call__(self, model: Any, inputs: dict[str, Tensor], items: Tensor | float) -> Losses:
         """The losses of one micro-batch {"input_ids", "attention_mask", "labels"}, each (batch, tokens)."""
         counted = torch.nn.functional.pad(scored_positions(inputs["labels"]), (0, 1))
-        share = counted.sum() / items
         if self.name == "logits":
             losses = self._logits(model, inputs, counted, items)
         else:
             losses = self._local(model, inputs, counted, items)
         if self.regularizer == "factors":
-            factors = share * factor_norm(active_layers(model))
+            norm = factor_norm(active_layers(model))
+            factors = norm * (counted.sum().to(norm.dtype) / items)
             total = losses.total + self.regularization_weight * factors
             losses = losses._replace(total=total, regularization=factors.detach())
         return losses
@@ -245,10 +245,20 @@ def update_scales(model: Any, inputs: dict[str, Tensor]) -> dict[int, float]:
 
 def factor_norm(layers: list[NPTLayer]) -> Tensor:
     """Mean over blocks of |A|_F + sum |B|_F: the original description's regulariser."""
-    norms = []
+    norms: list[Tensor] = []
+    gradients: dict[Tensor, Tensor] = {}
     for layer in layers:
-        component = layer.component
-        matrices = [p for n, p in component.named_parameters() if n == "A" or n.startswith("B_")]  # type: ignore[union-attr]
-        # A zero matrix has no gradient direction; the epsilon keeps sqrt'(0) finite.
-        norms.append(sum(((m.square().sum() + 1e-24).sqrt() for m in matrices), torch.zeros(())))
-    return torch.stack(norms).mean()
+        with gathered(layer.get_base_layer()), torch.enable_grad():
+            component: Any = layer.component
+            matrices = [p for n, p in component.named_parameters() if n == "A" or n.startswith("B_")]
+            # A zero matrix has no gradient direction; the epsilon keeps sqrt'(0) finite.
+            norm = sum(((m.square().sum() + 1e-24).sqrt() for m in matrices), layer.weight.new_zeros(()))
+            trained = [m for m in matrices if m.requires_grad]
+            if trained:
+                found = torch.autograd.grad(norm / len(layers), trained)
+                gradients |= dict(zip(trained, found, strict=True))
+        norms.append(norm.detach())
+    mean = torch.stack(norms).mean()
+    if gradients and torch.is_grad_enabled():
+        mean = _WithGradients.apply(mean, list(gradients.values()), *gradients)
+    return mean

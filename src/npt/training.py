@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: Blocks of the training set from which the constants of `local` are measured; fixed, so that a resumed run agrees.
 SCALE_BLOCKS = 8
+#: Rows of a step's last batch on which the logged weight deltas are measured.
+FIGURE_ROWS = 4
 
 
 class EquivalenceTrainer(DurableTrainer):
@@ -72,7 +74,7 @@ class EquivalenceTrainer(DurableTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self.teacher_cache, self.teacher_top_k = teacher_cache, teacher_top_k
-        self._sums = [0.0, 0.0]
+        self._sums = [0.0, 0.0, 0.0]
         self._sums_from: int | None = None  # the step before the first one in the sums
         self._last_inputs: dict[str, Tensor] = {}
         self._last_objective = ""
@@ -162,8 +164,8 @@ class EquivalenceTrainer(DurableTrainer):
             self._sums_from = self.state.global_step
         # DDP and FSDP average over processes, where shares of one sum are to be added.
         together, count = self.args.average_tokens_across_devices, self.accelerator.num_processes
-        self._sums[0] += float(losses.equivalence) / (1 if together else count)
-        self._sums[1] += float(losses.regularization) / (1 if together else count)
+        for i, value in enumerate(losses):
+            self._sums[i] += float(value.detach()) / (1 if together else count)
         self._last_inputs, self._last_objective = inputs, self.objective.name
         loss = losses.total * (count if together else 1)
         return (loss, {}) if return_outputs else loss
@@ -193,27 +195,33 @@ class EquivalenceTrainer(DurableTrainer):
         """Adds what equivalence training is judged by to every logged training step."""
         if "loss" in logs:
             steps = max(1, self.state.global_step - (self._sums_from or 0))
-            equivalence, regularization = (total(torch.tensor(self._sums, dtype=torch.float64)) / steps).tolist()
-            logs["equivalence_loss"] = equivalence
+            # In double precision and over all processes, which HF's own sum is not.
+            sums = (total(torch.tensor(self._sums, dtype=torch.float64)) / steps).tolist()
+            logs["loss"], logs["equivalence_loss"], regularization = sums
             logs["mean_delta_norm"], logs["regularization_loss"] = self._delta_figures(regularization)
             logs["objective"] = self._last_objective  # type: ignore[assignment]
-            self._sums, self._sums_from = [0.0, 0.0], None
+            self._sums, self._sums_from = [0.0, 0.0, 0.0], None
         super().log({**logs, "world_size": self.accelerator.num_processes}, *args, **kwargs)
 
     def _delta_figures(self, regularization: float) -> tuple[float, float]:
-        """(mean |dW|_F over real tokens, blocks and projections of the last batch; the regularisation loss).
+        """(mean |dW|_F over real tokens, blocks and projections of the last batch's first rows; the regularisation loss).
 
         The objective leaves out a `delta` regulariser of weight zero, so its value is taken here.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        rows = {name: value[:4] for name, value in self._last_inputs.items() if name != "labels"}
+        model, (rank, _) = self.accelerator.unwrap_model(self.model), world()
+        first = self._last_inputs["input_ids"]
+        wanted = min(max(0, FIGURE_ROWS - rank * len(first)), len(first))
+        # A process whose rows are not among the first runs one for company: a sharded forward needs it.
+        rows = {name: value[: wanted or 1] for name, value in self._last_inputs.items() if name != "labels"}
         records = through(self.model, lambda: delta_records(model, [rows], effect_tokens=0))
-        means = [fmean(float(r.norms().mean()) for r in projections.values()) for projections in records.values()]
-        mean = float(total(torch.tensor(fmean(means), dtype=torch.float64))) / world()[1]
-        if self.objective.regularizer == "delta" and not self.objective.regularization_weight:
-            squares = [[float(torch.cat(r.squares).mean()) for r in entry.values()] for entry in records.values()]
-            regularization = float(total(torch.tensor(fmean(map(fmean, squares)), dtype=torch.float64))) / world()[1]
-        return mean, regularization
+        squares = [[torch.cat(r.squares) for r in entry.values()] for entry in records.values()]
+        sums = [torch.stack([x.sqrt().sum(), x.sum(), x.new_tensor(len(x))]) for entry in squares for x in entry]
+        found = total(torch.stack(sums) * (wanted > 0))
+        means = iter((found[:, :2] / found[:, 2:]).tolist())
+        per_block = [[next(means) for _ in entry] for entry in squares]
+        norm, square = (fmean(fmean(pair[i] for pair in entry) for entry in per_block) for i in (0, 1))
+        measured = self.objective.regularizer == "delta" and not self.objective.regularization_weight
+        return norm, square if measured else regularization
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
