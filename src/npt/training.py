@@ -26,7 +26,7 @@ from npt.launch import fsdp_accelerator
 from npt.numerics import all_finite, find_nonfinite, raise_nonfinite
 from npt.objectives import Objective, check_logit_head, update_scales
 from npt.teacher import ROW, kind_of, teacher_cache, with_rows
-from npt.tuner import active_layers, device_of
+from npt.tuner import active_layers, device_of, npt_layers
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,12 @@ logger = logging.getLogger(__name__)
 SCALE_BLOCKS = 8
 #: Rows of a step's last batch on which the logged weight deltas are measured.
 FIGURE_ROWS = 4
+
+
+def only_components_train(model: nn.Module) -> bool:
+    """Whether nothing but NPT components is trained."""
+    own = {id(p) for layer in npt_layers(model) for p in layer.parameters()}
+    return all(id(p) in own for p in model.parameters() if p.requires_grad)
 
 
 class EquivalenceTrainer(DurableTrainer):
@@ -63,6 +69,8 @@ class EquivalenceTrainer(DurableTrainer):
         active_layers(model)  # a readable error before any long work
         args.remove_unused_columns = False
         args.label_names = ["labels"]
+        if args.ddp_find_unused_parameters is None and only_components_train(model):
+            args.ddp_find_unused_parameters = False  # each of them has a gradient in every step
         if args.fsdp_plugin_args is not None or env_flag("ACCELERATE_USE_FSDP"):
             fsdp_accelerator(args)
         super().__init__(model=model, args=args, **kwargs)
