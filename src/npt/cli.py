@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,7 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console()
+#: Of the processes that torchrun or accelerate launch, the first one talks; the others only when something is wrong.
+RANK = os.environ.get("RANK", "0")
+console = Console(quiet=RANK != "0")
 #: Newer versions of typer carry click inside, older ones import it; the exported exception has the same parent.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -50,7 +53,7 @@ class _VisibleFormatter(logging.Formatter):
 def _setup(quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and results.")] = False) -> None:
     # peft 0.21 still calls transformers by an older name; nothing a user could change.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-    level = logging.WARNING if quiet else logging.INFO
+    level = logging.ERROR if RANK != "0" else logging.WARNING if quiet else logging.INFO
     handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
     handler.setFormatter(_VisibleFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -274,7 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(text: str) -> None:
-    print(f"npt: {one_line(text)}", file=sys.stderr)
+    which = "" if RANK == "0" else f" (process {RANK} of {os.environ.get('WORLD_SIZE', '?')})"
+    print(f"npt{which}: {one_line(text)}", file=sys.stderr)
 
 
 def _out_of_memory(error: BaseException) -> str:

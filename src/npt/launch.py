@@ -20,40 +20,51 @@ logger = logging.getLogger(__name__)
 LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
+def check_launch() -> None:
+    """What a launcher's variables say, before anything waits for the other processes.
+
+    Raises:
+        NPTError: several processes without what they need to find one another.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if count > 1 and missing:
+        raise NPTError(
+            f"WORLD_SIZE={count}, but {', '.join(missing)} is not set: start the processes with torchrun --nproc-per-node "
+            f"{count} or accelerate launch, or unset WORLD_SIZE for a single one"
+        )
+    # accelerate launch --cpu --num_processes 2 sets these for an mpirun that it does not call itself.
+    if count == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ) and not _asked():
+        raise NPTError(
+            "accelerate was asked for several processes and started one (MASTER_ADDR is set, WORLD_SIZE is not): on CPUs use "
+            "torchrun --nproc-per-node 2, or accelerate launch --multi_gpu --num_processes 2, which starts CPU processes too"
+        )
+
+
 def start_processes(args: TrainingArguments) -> None:
     """Joins the processes of this launch, as TrainingArguments do it, and says how many there are.
 
     Raises:
-        NPTError: fewer than the launcher was asked for.
+        NPTError: fewer than the launcher was asked for; each would train alone and overwrite the others' files.
     """
     _ = args.device  # starts torch.distributed where a launcher's variables are set
-    check_world()
     count, size = world()[1], args.per_device_train_batch_size * args.gradient_accumulation_steps
-    logger.info(
-        "%d process%s on %s, %d blocks a step", count, "es" if count > 1 else "", args.device.type, count * size
-    )
-
-
-def check_world() -> None:
-    """That the processes a launcher started have found one another.
-
-    Raises:
-        NPTError: fewer than were asked for; each would train alone and overwrite the others' files.
-    """
-    asked = {name: int(os.environ[name]) for name in LAUNCHERS if os.environ.get(name, "").isdigit()}
+    asked = _asked()
     name = max(asked, key=lambda key: asked[key], default="")
-    count = world()[1]
     if name and asked[name] > count:
         raise NPTError(
             f"{name}={asked[name]}: that many processes were asked for and this one is in a group of {count}; start them "
             f"with torchrun --nproc-per-node {asked[name]} or accelerate launch, or unset {name} for a single process"
         )
-    # accelerate launch --cpu --num_processes 2 sets these for an mpirun that it then does not call.
-    if count == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and not name:
-        raise NPTError(
-            "accelerate was asked for several processes and started one: MASTER_ADDR is set, WORLD_SIZE is not. On CPUs "
-            "use torchrun --nproc-per-node 2, or accelerate launch --multi_gpu --num_processes 2, which also counts CPUs"
-        )
+    logger.info(
+        "%d process%s on %s, %d blocks a step", count, "es" if count > 1 else "", args.device.type, count * size
+    )
+
+
+def _asked() -> dict[str, int]:
+    """{variable: number of processes} of every launcher that speaks of more than one."""
+    found = {name: os.environ.get(name, "") for name in LAUNCHERS}
+    return {name: int(value) for name, value in found.items() if value.isdigit() and int(value) > 1}
 
 
 def shards_base(asked: bool) -> bool:

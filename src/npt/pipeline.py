@@ -31,7 +31,7 @@ from npt.distributed import any_process, first_does, full_tensor, is_first, thro
 from npt.durable import append_json, keep_lines, only_run, write_json
 from npt.errors import CheckpointError, ConfigError, NPTError
 from npt.evaluation import evaluate
-from npt.launch import shard_base, shards_base, start_processes
+from npt.launch import check_launch, shard_base, shards_base, start_processes
 from npt.loading import default_device, load_base, offload_frozen, release_memory
 from npt.objectives import Objective
 from npt.report.page import write_page
@@ -68,8 +68,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         Stopped: SIGTERM or Ctrl-C; during training a checkpoint has been saved.
     """
     output, checkpoints = Path(config.paths.output_dir), Path(config.paths.checkpoint_dir)
-    arguments = training_arguments(config)
-    start_processes(arguments)
+    arguments = start(config)
     last = first_does(lambda: checkpoint_to_resume(output, checkpoints)) if resume else None
     check_text_files(config)
     check_trackers(config)
@@ -92,6 +91,18 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
                     f"after step {step}; {checkpoints}/checkpoint-{step} is saved: go on with --resume"
                 )
             return report_best(config, trainer, tokenizer, held_out, notes)
+
+
+def start(config: RunConfig) -> TrainingArguments:
+    """Joins the processes of this launch; the arguments of the trainer, whose making it is.
+
+    Raises:
+        NPTError: a launch whose processes can't or don't find one another.
+    """
+    check_launch()
+    arguments = training_arguments(config)
+    start_processes(arguments)
+    return arguments
 
 
 def prepare_folders(config: RunConfig, output: Path, checkpoints: Path, last: Path | None) -> None:
@@ -384,8 +395,7 @@ def run_evaluation(
     Text the adapter was trained on is split as in training and only its held-out part is used; other text is used
     whole, up to data.num_eval_samples blocks.
     """
-    arguments = training_arguments(config)
-    start_processes(arguments)
+    arguments = start(config)
     check_text_files(config, more_text)
     model, tokenizer = load_npt(config, checkpoint)
     if shards_base(config.optimization.fsdp):

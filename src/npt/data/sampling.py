@@ -140,7 +140,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     """The base model alone, in eval mode, without autograd; every module's own mode is put back afterwards."""
     training = [module for module in model.modules() if module.training]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
+        # What FSDP2 gathers in inference mode can't be used outside it.
+        stack.enter_context(torch.no_grad() if is_sharded(model) else torch.inference_mode())
         if isinstance(model, PeftModel):
             stack.enter_context(model.disable_adapter())
         try:
