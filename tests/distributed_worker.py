@@ -1,6 +1,6 @@
-"""One process of a test with several: python -m torch.distributed.run --nproc-per-node 2 -m tests.distributed_worker SPEC.
+"""One process of a test with several: python -m torch.distributed.run --nproc-per-node 2 -m tests.distributed_worker SPECS.
 
-SPEC is a JSON object, see `Spec`; what the first process leaves in `folder` is compared between launches.
+SPECS is a JSON list of objects, see `Spec`; what the first process leaves in a spec's folder is compared between launches.
 """
 
 from __future__ import annotations
@@ -127,4 +127,5 @@ def run(spec: Spec) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Spec(**json.loads(sys.argv[1])))
+    for spec in json.loads(sys.argv[1]):
+        run(Spec(**spec))

@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from npt.distributed import full_tensor
+from npt.distributed import full_tensor, is_sharded
 
 #: Words of 8 bytes whose sum is kept.
 _ROW = 2**16
@@ -39,7 +39,7 @@ def base_fingerprint(model: nn.Module) -> str:
     prefix = getattr(model.base_model, "prefix", None) if isinstance(model, PeftModel) else None
     config = {k: v for k, v in base.config.to_dict().items() if k not in _NO_MATTER}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    state = base.state_dict(keep_vars=True)
+    state = _state_of_parts(base) if is_sharded(base) else base.state_dict(keep_vars=True)
     if any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in state.values()):
         state = get_state_dict_offloaded_model(base)
     for name, tensor in sorted(state.items()):
@@ -47,6 +47,15 @@ def base_fingerprint(model: nn.Module) -> str:
         if isinstance(tensor, torch.Tensor) and not of_adapter:
             digest.update(f"{name.replace('.base_layer', '')} ".encode() + tensor_digest(full_tensor(tensor)))
     return digest.hexdigest()
+
+
+def _state_of_parts(base: nn.Module) -> dict[str, Any]:
+    """As `state_dict`, which FSDP2 would answer by letting go of what a forward around this has gathered."""
+    found: dict[str, Any] = {}
+    for prefix, module in base.named_modules(remove_duplicate=False):
+        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        found |= {f"{prefix}.{n}".lstrip("."): t for n, t in {**module._parameters, **kept}.items() if t is not None}
+    return found
 
 
 @torch.no_grad()
@@ -62,7 +71,8 @@ def tensor_digest(tensor: torch.Tensor) -> bytes:
         rows = len(words) // _ROW * _ROW
         sums = [words[:rows].view(-1, _ROW).sum(1), words[rows:], content[whole:]]
         for part in sums:
-            digest.update(part.cpu().numpy().tobytes())
+            # A copy: numpy would pin the storage of a weight that FSDP2 has to let go of.
+            digest.update(part.cpu().clone().numpy().tobytes())
     return digest.digest()
 
 

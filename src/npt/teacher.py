@@ -211,7 +211,7 @@ def teacher_cache(
     missing = first_does(lambda: [i for i in range(count) if not _is_whole(shard_path(place, i), manifest, i)])
     if missing:
         _check_space(place, len(missing) * manifest.shard_blocks * per_block if len(missing) < count else 0)
-    per_shard = -(-manifest.shard_blocks // batch_size)
+    per_shard = -(-min(manifest.shard_blocks, manifest.blocks) // batch_size)
     with progress_bar(f"Teacher targets ({kind})", len(missing), progress and bool(missing), unit="shards") as advance:
         for _, index, counts in share(missing, is_sharded(model)):
             rows = range(index * manifest.shard_blocks, min((index + 1) * manifest.shard_blocks, manifest.blocks))
