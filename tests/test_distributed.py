@@ -24,7 +24,7 @@ from tests.conftest import REPOSITORY
 
 OBJECTIVES = ("local", "logits", "composite")
 #: As `Spec.sharded` names them: DDP, FSDP2 from before calibration on, FSDP2 as Trainer does it.
-ENGINES = ("", "early", "late")
+ENGINES = ("", "early", pytest.param("late", marks=pytest.mark.slow))
 LOSSES = ("loss", "equivalence_loss", "regularization_loss", "mean_delta_norm", "grad_norm", "eval_mean_kl")
 
 
@@ -165,11 +165,27 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 RESUMED: dict[str, Any] = {"dtype": "float32", "calibrate": True, "chunk_tokens": 200, "objective": "logits"}
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run by one process, unbroken."""
+    folder = tmp_path_factory.mktemp("whole")
+    work(1, [{**RESUMED, "folder": str(folder)}])
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("before", "count", "after"), [("", 1, ""), ("", 2, "early"), ("early", 1, ""), ("early", 2, "")]
+    ("before", "count", "after"),
+    [
+        ("", 1, ""),
+        ("", 2, ""),
+        ("early", 2, "early"),
+        pytest.param("", 2, "early", marks=pytest.mark.slow),
+        pytest.param("early", 1, "", marks=pytest.mark.slow),
+        pytest.param("early", 2, "", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_under_two_processes_and_resumed_under_any(
-    before: str, count: int, after: str, killed: Callable[[str], Path], runs: Any, tmp_path: Path
+    before: str, count: int, after: str, killed: Callable[[str], Path], whole: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(killed(before), folder)
@@ -177,8 +193,6 @@ def test_killed_under_two_processes_and_resumed_under_any(
     # As `npt train --resume` does it: what was logged after the checkpoint comes again.
     log.write_text("".join(line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= 10))
     work(count, [{**RESUMED, "folder": str(folder), "sharded": after, "resume": True}])
-    whole = tmp_path / "whole"
-    work(1, [{**RESUMED, "folder": str(whole)}])
     assert_alike(whole, folder, 1e-4, 1e-5)
     assert {size for step, size in logged(folder, "world_size") if step > 10} == {count}
 
