@@ -23,6 +23,7 @@ from npt.callbacks import BestAdapterCallback, JsonLinesCallback
 from npt.checkpointing import adapter_state
 from npt.data import pack_token_ids
 from npt.data.batches import batches_of
+from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, local_source
 from npt.distributed import is_first, is_sharded, through, world
 from npt.launch import shard_base, start_processes
 from npt.pipeline import FSDP2
@@ -51,14 +52,41 @@ class Spec:
     kill: int = 0
     vocabulary: int = 96
     teacher: bool = False
+    stream: str = ""
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    eos_token_id, pad_token_id = 1, 0
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[2, *(3 + ord(c) % 90 for c in text)] for text in texts]}
+
+
+class _Recorded(DocumentStream):
+    """Keeps which documents were taken."""
+
+    def advance(self) -> None:
+        taken.setdefault(self.place[0], []).append(self.upcoming()[0])
+        super().advance()
+
+
+#: {stream: the documents it gave}, for `write_taken`.
+taken: dict[int, list[str]] = {}
+
+
+def write_taken(folder: Path, name: str) -> None:
+    (folder / f"{name}-{world()[0]}.json").write_text(json.dumps(taken))
 
 
 class _Kill(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
+    def __init__(self, step: int, folder: Path):
+        self.step, self.folder = step, folder
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
+            write_taken(self.folder, "killed")
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -79,6 +107,18 @@ def build(spec: Spec) -> Any:
         base = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype).eval()
     torch.manual_seed(0)
     return get_peft_model(base, NPTConfig(**{"npt_layers": [1, 3], "rank": 3, **spec.options}))
+
+
+def streamed(spec: Spec) -> StreamedBlocks | None:
+    """The training text from files, where the spec names some."""
+    if not spec.stream:
+        return None
+    source = local_source([spec.stream], "text")
+
+    def make(place: tuple[int, int]) -> BlockStream:
+        return BlockStream(_Recorded(source, place, seed=0, window=16), Letters(), 16)
+
+    return StreamedBlocks(make, world())
 
 
 def run(spec: Spec) -> None:
@@ -106,15 +146,17 @@ def run(spec: Spec) -> None:
             save_file({n: p.contiguous() for n, p in fitted.items()}, folder / "calibrated.safetensors")
     if spec.steps:
         trainer = EquivalenceTrainer(
-            model, args, Objective(spec.objective, **spec.weights), train_dataset=text, eval_dataset=held_out,
+            model, args, Objective(spec.objective, **spec.weights), train_dataset=streamed(spec) or text,
+            eval_dataset=held_out,
             teacher_cache=folder / "teacher" if spec.teacher else None,
             callbacks=[
                 JsonLinesCallback(folder / "metrics.jsonl"), BestAdapterCallback(folder / "best_model", model),
-                *([_Kill(spec.kill)] if spec.kill else []),
+                *([_Kill(spec.kill, folder)] if spec.kill else []),
             ],
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=True if spec.resume else None)
         model = trainer.model
+        write_taken(folder, "taken")
     ids = torch.arange(3, 3 + 24)[None]
     with torch.no_grad():
         logits = through(model, lambda: model.get_base_model()(input_ids=ids, use_cache=False).logits)

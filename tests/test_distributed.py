@@ -197,6 +197,39 @@ def test_killed_under_two_processes_and_resumed_under_any(
     assert {size for step, size in logged(folder, "world_size") if step > 10} == {count}
 
 
+@pytest.mark.parametrize("after", [1, 2])
+def test_streamed_shards_are_read_once_also_after_a_stop(after: int, tmp_path: Path) -> None:
+    """200 shards over two processes that are killed, and over one or two after: every document once in an epoch."""
+    documents = [f"{shard}-{i}" for shard in range(200) for i in range(3)]
+    (tmp_path / "shards").mkdir()
+    for shard in range(200):
+        lines = (json.dumps({"text": f"{shard}-{i}"}) + "\n" for i in range(3))
+        (tmp_path / "shards" / f"{shard:03d}.jsonl").write_text("".join(lines))
+    spec = {"stream": str(tmp_path / "shards" / "*"), "dtype": "float32", "objective": "local", "steps": 50}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    work(2, [{**spec, "folder": str(whole)}])
+    work(2, [{**spec, "folder": str(parts), "kill": 27}], check=False)
+    last = last_checkpoint(parts / "checkpoints")
+    assert last is not None and last.name == "checkpoint-20"
+    before = [json.loads((parts / f"killed-{r}.json").read_text())[str(r)] for r in range(2)]
+    kept = [json.loads((last / f"stream-{r:05d}.json").read_text())["documents"] for r in range(2)]
+    work(after, [{**spec, "folder": str(parts), "resume": True}])
+    found = [json.loads((parts / f"taken-{min(r, after - 1)}.json").read_text())[str(r)] for r in range(2)]
+    unbroken = [json.loads((whole / f"taken-{r}.json").read_text())[str(r)] for r in range(2)]
+    streams = [one[:n] + rest for one, n, rest in zip(before, kept, found, strict=True)]
+    assert streams == unbroken
+    epoch = [stream[:300] for stream in streams]
+    assert sorted(text for part in epoch for text in part) == sorted(documents)  # 600 of them, none twice
+    assert all(len(stream) > 300 and set(stream[300:]) <= set(documents) for stream in streams)
+    log = parts / "metrics.jsonl"
+    rows = [
+        row for row in map(json.loads, log.read_text().splitlines()) if row["step"] <= 20 or row["world_size"] == after
+    ]
+    resumed = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    for step, loss in logged(whole, "loss"):
+        assert resumed[step] == pytest.approx(loss, abs=1e-4)
+
+
 def test_real_checkpoint(stories: Path, tmp_path: Path) -> None:
     def cases(engine: str | None) -> list[dict[str, Any]]:
         folder = tmp_path / ("one" if engine is None else engine or "ddp")

@@ -353,7 +353,7 @@ def test_an_ignored_signal_stays_ignored(request: pytest.FixtureRequest) -> None
         assert signals.received is None and signal.getsignal(signal.SIGTERM) == signals._handle
 
 
-@pytest.mark.parametrize("where", ["npt.pipeline.corpus_blocks", "npt.pipeline.calibrate", "npt.pipeline.evaluate"])
+@pytest.mark.parametrize("where", ["npt.pipeline.load_corpus", "npt.pipeline.calibrate", "npt.pipeline.evaluate"])
 def test_a_signal_elsewhere_leaves_at_once(
     where: str, local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ processes, with DDP or FSDP2 or neither; DeepSpeed keeps a format of its own bes
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import re
@@ -20,11 +21,13 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_mo
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from npt.data.streaming import StreamedBlocks
 from npt.distributed import barrier, first_does, full_tensor, is_first, is_sharded, like
-from npt.durable import SEAL, check_space, disk_errors, is_sealed, seal
+from npt.durable import SEAL, check_space, disk_errors, is_sealed, seal, write_json
 from npt.errors import CheckpointError, RunError
 from npt.state import load_state, save_state
 from npt.tuner import npt_layers
@@ -32,6 +35,7 @@ from npt.tuner import npt_layers
 logger = logging.getLogger(__name__)
 
 OPTIMIZER, SCALER, RANDOM = "optimizer.safetensors", "scaler.safetensors", "rng_state_{}.safetensors"
+STREAM = "stream-{:05d}.json"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -84,6 +88,18 @@ class DurableTrainer(Trainer):
     """HF Trainer with such checkpoints."""
 
     _parameters: list[list[Any]] | None = None
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the text is read as it trains (`npt.data.streaming`)."""
+        return isinstance(self.train_dataset, StreamedBlocks)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As HF's; streamed text is split by process already, and its place is kept, so that accelerate leaves it alone."""
+        if not self.is_streamed:
+            return super().get_train_dataloader()
+        self.args.ignore_data_skip = True
+        return DataLoader(self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -158,6 +174,8 @@ class DurableTrainer(Trainer):
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        if self.is_streamed:
+            self._load_streams(Path(checkpoint))
         state = load_state(Path(checkpoint) / OPTIMIZER)
         self._spread(state["optimizer"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -173,6 +191,18 @@ class DurableTrainer(Trainer):
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     own[name] = like(value, parameter)
 
+    def _save_streams(self, folder: Path) -> None:
+        """The place of each of this process's streams, a file each."""
+        for number, state in self.train_dataset.state_dict().items():
+            write_json(folder / STREAM.format(number), state)
+
+    def _load_streams(self, checkpoint: Path) -> None:
+        paths = sorted(checkpoint.glob(STREAM.replace("{:05d}", "*")))
+        if not paths:
+            raise CheckpointError(f"{checkpoint}: was saved without data.streaming; resume it without, or start anew")
+        states = {int(path.stem.rpartition("-")[2]): json.loads(path.read_text(encoding="utf-8")) for path in paths}
+        self.train_dataset.load_state_dict(states)
+
     def _save_scaler(self, output_dir: str) -> None:
         if self.args.should_save and self.accelerator.scaler is not None:
             save_state(Path(output_dir) / SCALER, self.accelerator.scaler.state_dict())
@@ -187,6 +217,8 @@ class DurableTrainer(Trainer):
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.random.get_rng_state()
         Path(output_dir).mkdir(parents=True, exist_ok=True)
+        if self.is_streamed:
+            self._save_streams(Path(output_dir))
         save_state(Path(output_dir) / RANDOM.format(self.args.process_index), state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -164,7 +164,9 @@ class TrainingSection(_Section):
 class DataSection(_Section):
     """Text: `self` (the frozen model's own), `text` with data_files, a builtin name, or a hub id.
 
-    A sample is a block of max_length. `eval_texts` (files or builtin names) are reported beside the held-out text.
+    A sample is a block of max_length. `streaming` reads the text as it trains, all of it, whatever `num_train_samples` says,
+    and shuffles `shuffle_window` documents at once. `eval_texts` (files or builtin names) are reported beside the held-out
+    text.
     """
 
     dataset_name: TextName = "self"
@@ -173,6 +175,8 @@ class DataSection(_Section):
     calibration_files: Files | None = None
     eval_texts: TextNames = [f"{PREFIX}python-docs"]
     text_column: Text = "text"
+    streaming: bool = False
+    shuffle_window: Positive = 1000
     max_length: Annotated[int, Field(ge=2, le=MOST)] = 256
     num_train_samples: Annotated[int, Field(ge=2, le=MOST)] | None = 1632
     num_eval_samples: Positive | None = 400
@@ -180,6 +184,9 @@ class DataSection(_Section):
 
     def conflicts(self) -> Iterator[Conflict]:
         """Text needs files, and the model's own text has no end of its own."""
+        if self.streaming and (self.dataset_name == "self" or self.dataset_name.startswith(PREFIX)):
+            text = "is for text from a hub or from files; set data.dataset_name, or take it out"
+            yield ("streaming", "dataset_name"), text
         if self.dataset_name == "text" and not self.data_files:
             yield ("dataset_name", "data_files"), '"text" needs files; set data.data_files=[FILE, ...]'
         if self.data_files and self.dataset_name != "text":
@@ -241,6 +248,15 @@ class RunConfig(_Section):
     wandb: WandbSection = Field(default_factory=WandbSection)
     optimization: OptimizationSection = Field(default_factory=OptimizationSection)
     paths: PathsSection = Field(default_factory=PathsSection)
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """A stream has no end to count from, and no fixed blocks to keep something for."""
+        if self.data.streaming and self.training.num_train_steps is None:
+            text = "has no end with data.streaming=true; set a number of steps"
+            yield ("training.num_train_steps", "data.streaming"), text
+        if self.data.streaming and self.paths.teacher_cache is not None:
+            text = "is for a fixed set of blocks, which data.streaming=true has not; set one of them off"
+            yield ("paths.teacher_cache", "data.streaming"), text
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -420,8 +436,8 @@ def _explain(error: Any, wrong: set[tuple[Any, ...]]) -> Iterator[str]:
     key = ".".join(str(part) for part in location[:2])
     if kind == "conflict":
         for keys, text in context["conflicts"]:
-            if not any((*location, name) in wrong for name in keys):
-                yield f"{key}.{keys[0]}: {text}"
+            if not any((*location, *name.split(".")) in wrong for name in keys):
+                yield f"{key}.{keys[0]}: {text}".removeprefix(".")
         return
     if len(location) == 1:
         yield f"{key}: {_shown(error['input'])}: not a section; write `{key}:` with its keys indented below"

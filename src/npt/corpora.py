@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,18 @@ from npt.checkpoints import resolve_checkpoint
 from npt.config import RunConfig, load_config
 from npt.data import load_documents, pack, sample_blocks, split_blocks
 from npt.data.batches import batches_of
-from npt.data.sources import TextFiles
-from npt.distributed import is_first
+from npt.data.packing import pack_token_ids, token_ids
+from npt.data.sources import TextFiles, expand_files
+from npt.data.streaming import (
+    BlockStream,
+    DocumentStream,
+    Source,
+    StreamedBlocks,
+    held_out_documents,
+    hub_source,
+    local_source,
+)
+from npt.distributed import is_first, world
 from npt.errors import DataError
 from npt.loading import load_tokenizer
 from npt.meta import quiet
@@ -24,8 +35,87 @@ from npt.meta import quiet
 RUN_CONFIG = "npt_run.yaml"
 
 
+#: Blocks taken from the end of the training set to choose the best adapter by.
+VALIDATION_BLOCKS = 32
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The blocks of a run: what it trains on, what chooses its best adapter, what it calibrates on (at most, and from the
+    front), and what its report is about."""
+
+    train: Any
+    chosen_by: datasets.Dataset
+    calibration: datasets.Dataset
+    held_out: datasets.Dataset
+
+
+def load_corpus(config: RunConfig, model: Any, tokenizer: Any) -> Corpus:
+    """The blocks of the `data` section.
+
+    Raises:
+        DataError: too little text.
+    """
+    if config.data.streaming:
+        return streamed_corpus(config, tokenizer)
+    train, held_out = corpus_blocks(config, model, tokenizer)
+    validation = min(VALIDATION_BLOCKS, max(1, len(train) // 10))
+    if len(train) <= validation:
+        raise DataError(f"{len(train)} training block(s) are too few; raise data.num_train_samples or give more text")
+    first = len(train) - validation
+    return Corpus(train.select(range(first)), train.select(range(first, len(train))), train, held_out)
+
+
+def streamed_corpus(config: RunConfig, tokenizer: Any) -> Corpus:
+    """A corpus whose training text is read as it trains.
+
+    Documents for the report and for choosing the best adapter come first from a pass in an order of their own, those for
+    calibration after them. The first are left out of training, wherever they come again.
+
+    Raises:
+        DataError: the text is too small for that.
+    """
+    data, seed = config.data, config.training.seed
+    source, seen = _source(config), set[bytes]()
+    documents = DocumentStream(source, seed=seed + 2**32, window=data.shuffle_window)
+
+    def blocks(count: int) -> datasets.Dataset:
+        # One by one: what the tokenizer is given beside is lost for training.
+        one_by_one = (ids for text in held_out_documents(documents, seen) for ids in token_ids([text], tokenizer))
+        found = pack_token_ids(one_by_one, data.max_length, pad_token_id=0, max_blocks=count)
+        if len(found) < count:
+            raise DataError(
+                f"the streamed text makes {len(found)} of the {count} block(s) of data.max_length={data.max_length} that are "
+                "to be held out or calibrated on; give more text, or lower data.num_eval_samples or "
+                "data.num_calibration_samples"
+            )
+        return found
+
+    held_out = blocks((data.num_eval_samples or VALIDATION_BLOCKS) + VALIDATION_BLOCKS)
+    left_out, last = frozenset(seen), len(held_out) - VALIDATION_BLOCKS
+    calibration = blocks(data.num_calibration_samples)
+
+    def make(place: tuple[int, int]) -> BlockStream:
+        stream = DocumentStream(source, place, seed=seed, window=data.shuffle_window, left_out=left_out)
+        return BlockStream(stream, tokenizer, data.max_length)
+
+    return Corpus(
+        StreamedBlocks(make, world()),
+        held_out.select(range(last, len(held_out))),
+        calibration,
+        held_out.select(range(last)),
+    )
+
+
+def _source(config: RunConfig) -> Source:
+    data = config.data
+    if data.dataset_name == "text":
+        return local_source(data.data_files or (), data.text_column)
+    return hub_source(data.dataset_name, data.dataset_config, data.text_column)
+
+
 def corpus_blocks(config: RunConfig, model: Any, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(training blocks, held-out blocks) of the `data` section."""
+    """(training blocks, held-out blocks) of text that is not streamed."""
     data: Any = config.data
     seed = config.training.seed
     if data.dataset_name == "self":
@@ -76,7 +166,7 @@ def check_training_text(config: RunConfig) -> None:
         DataError: too few blocks to train on and to hold out. NPTError: no tokenizer.
     """
     data = config.data
-    if data.dataset_name != "text":
+    if data.dataset_name != "text" or data.streaming:
         return
     enough = (data.num_eval_samples or 0) + 3
     blocks = pack(_own_documents(config), load_tokenizer(config), data.max_length, max_blocks=enough)
@@ -86,14 +176,19 @@ def check_training_text(config: RunConfig) -> None:
 
 
 def check_text_files(config: RunConfig, more: Sequence[str | Path] = ()) -> None:
-    """Reads every local text file once, and asks the hub for its data set, so that what is bad is named at once.
+    """Reads every local text file once, and asks the hub for its data set, so that what is bad is named at once. Of files
+    that are streamed the first document is read.
 
     Raises:
         DataError: an unusable file or data set; a file to evaluate on that is also trained or calibrated with.
     """
     data = config.data
     trained: dict[Path, str] = {}
-    if data.dataset_name != "self":
+    if data.streaming:
+        _source(config)
+        files = expand_files(data.data_files or (), "data.data_files")[0] if data.dataset_name == "text" else []
+        trained |= {path.resolve(): "data.data_files" for path in files}
+    elif data.dataset_name != "self":
         trained |= _resolved(_own_documents(config), "data.data_files")
     if data.calibration_files:
         key = "data.calibration_files"
@@ -145,7 +240,7 @@ def data_cache(config: RunConfig) -> str | None:
 def calibration_batches(
     config: RunConfig, tokenizer: Any, train: datasets.Dataset, device: torch.device
 ) -> list[dict[str, torch.Tensor]]:
-    """Half of the calibration text from the training set, half from `calibration_files` where there are any; mixed."""
+    """Half of the calibration text from `Corpus.calibration`, half from `calibration_files` where there are any; mixed."""
     count, size = config.data.num_calibration_samples, config.training.batch_size
     files = config.data.calibration_files or []
     if not files:
@@ -161,6 +256,8 @@ def calibration_batches(
 def evaluation_blocks(config: RunConfig, checkpoint: str | Path, model: Any, tokenizer: Any) -> datasets.Dataset:
     """The held-out blocks of the configuration's data."""
     data: Any = config.data
+    if data.streaming:
+        return streamed_corpus(config, tokenizer).held_out
     if data.dataset_name == "self":
         return sample_blocks(
             model, tokenizer, data.num_eval_samples, data.max_length,

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
@@ -21,15 +20,16 @@ from npt.checkpoints import load_adapter, resolve_checkpoint, set_aside
 from npt.config import RunConfig, save_config
 from npt.corpora import (
     RUN_CONFIG,
+    Corpus,
     calibration_batches,
     check_text_files,
-    corpus_blocks,
     evaluation_blocks,
     further_corpora,
+    load_corpus,
 )
 from npt.distributed import any_process, first_does, full_tensor, is_first, through, world
 from npt.durable import append_json, keep_lines, only_run, write_json
-from npt.errors import CheckpointError, ConfigError, NPTError
+from npt.errors import CheckpointError, ConfigError
 from npt.evaluation import evaluate
 from npt.launch import check_launch, shard_base, shards_base, start_processes
 from npt.loading import default_device, load_base, offload_frozen, release_memory
@@ -44,8 +44,6 @@ from npt.tuner import NPTConfig, adapter_config, device_of, parameter_counts
 
 logger = logging.getLogger(__name__)
 
-#: Blocks taken from the end of the training set to choose the best adapter by.
-VALIDATION_BLOCKS = 32
 #: Folder of tensorboard's events in a run's output folder.
 TENSORBOARD = "tensorboard"
 #: Change of the parameters, relative to their norm, below which training did nothing.
@@ -78,19 +76,19 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         with only_run(output, checkpoints):
             if shards_base(config.optimization.fsdp):
                 shard_base(model, arguments)
-            train, held_out = through(model, lambda: corpus_blocks(config, model, tokenizer))
+            corpus = through(model, lambda: load_corpus(config, model, tokenizer))
             release_memory()
             if config.data.num_train_samples is None:
-                check_targets(config, model, len(train))
+                check_targets(config, model, len(corpus.train))
             first_does(lambda: prepare_folders(config, output, checkpoints, last))
-            trainer = make_trainer(config, arguments, model, tokenizer, train, signals)
-            notes = fit(config, trainer, tokenizer, train, last)
+            trainer = make_trainer(config, arguments, model, tokenizer, corpus, signals)
+            notes = fit(config, trainer, tokenizer, corpus, last)
             if any_process(signals.received is not None):
                 step = trainer.state.global_step
                 raise signals.stopped(
                     f"after step {step}; {checkpoints}/checkpoint-{step} is saved: go on with --resume"
                 )
-            return report_best(config, trainer, tokenizer, held_out, notes)
+            return report_best(config, trainer, tokenizer, corpus, notes)
 
 
 def start(config: RunConfig) -> TrainingArguments:
@@ -164,16 +162,14 @@ def rewind(output: Path, step: int, eval_steps: int) -> None:
         keep_lines(output / name, keep)
 
 
-def fit(
-    config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, train: datasets.Dataset, last: Path | None
-) -> list[str]:
+def fit(config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, corpus: Corpus, last: Path | None) -> list[str]:
     """Calibration, the first evaluation and training, or the rest of it from checkpoint `last`; what a person should know."""
     model, output, notes = trainer.model, Path(config.paths.output_dir), []
     trains = trainer.args.max_steps != 0 and config.model.carry != "exact"
     if trains:
         trainer.read_teacher()
     if last is None and config.training.calibrate and config.model.carry != "exact":
-        text = calibration_batches(config, tokenizer, train, device_of(model))
+        text = calibration_batches(config, tokenizer, corpus.calibration, device_of(model))
         errors = through(model, lambda: calibrate(model, text, progress=is_first()))
         first_does(lambda: append_json(output / "metrics.jsonl", {"step": 0, "calibration": errors}))
         for name, figures in errors.items():
@@ -202,7 +198,7 @@ def trained_values(model: Any) -> torch.Tensor:
 
 
 def report_best(
-    config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, held_out: datasets.Dataset, notes: list[str]
+    config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, corpus: Corpus, notes: list[str]
 ) -> dict[str, Any]:
     """Looks at the last step too, then evaluates the best adapter and writes everything that describes it."""
     if trainer.state.global_step % config.training.eval_steps:
@@ -211,7 +207,7 @@ def report_best(
     load_weights(model, best)
     release_memory()
     report = evaluate_corpora(
-        config, model, tokenizer, {config.data.dataset_name: held_out} | further_corpora(config, tokenizer)
+        config, model, tokenizer, {config.data.dataset_name: corpus.held_out} | further_corpora(config, tokenizer)
     )
     report["notes"] = [*notes, *report["notes"]]
 
@@ -247,26 +243,19 @@ def make_trainer(
     arguments: TrainingArguments,
     model: Any,
     tokenizer: Any,
-    train: datasets.Dataset,
+    corpus: Corpus,
     signals: StopSignals,
 ) -> EquivalenceTrainer:
-    """The trainer with its callbacks; the last blocks of the training set choose the best adapter."""
-    validation = min(VALIDATION_BLOCKS, max(1, len(train) // 10))
-    if len(train) <= validation:
-        raise NPTError(f"{len(train)} training block(s) are too few; raise data.num_train_samples or give more text")
-    fit, chosen_by = (
-        train.select(range(len(train) - validation)),
-        train.select(range(len(train) - validation, len(train))),
-    )
+    """The trainer with its callbacks."""
     output, t = Path(config.paths.output_dir), config.training
     trainer = EquivalenceTrainer(
         model,
         arguments,
-        objective_schedule(config, len(fit)),
+        objective_schedule(config, 0 if config.data.streaming else len(corpus.train)),
         teacher_cache=config.paths.teacher_cache,
         teacher_top_k=t.teacher_top_k,
-        train_dataset=fit,
-        eval_dataset=chosen_by,
+        train_dataset=corpus.train,
+        eval_dataset=corpus.chosen_by,
         callbacks=[
             signals,
             JsonLinesCallback(output / "metrics.jsonl"),

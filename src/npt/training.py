@@ -89,7 +89,8 @@ class EquivalenceTrainer(DurableTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As HF's, after the checks and constants the objective needs."""
-        first = next(batches_of(self.train_dataset, SCALE_BLOCKS, device_of(self.model)))
+        text = self.eval_dataset if self.is_streamed else self.train_dataset
+        first = next(batches_of(text, SCALE_BLOCKS, device_of(self.model)))
         for _, objective in self.schedule:
             if objective.name == "logits":
                 through(self.model, lambda: check_logit_head(self.model, first["input_ids"][:1, :8]))
@@ -136,8 +137,10 @@ class EquivalenceTrainer(DurableTrainer):
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether nothing is left to train after a checkpoint; HF's Trainer would take one more step."""
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        per_epoch = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
-        steps = self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * per_epoch)
+        steps = self.args.max_steps
+        if steps <= 0:
+            per_epoch = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
+            steps = math.ceil(self.args.num_train_epochs * per_epoch)
         return state.global_step >= steps or any(
             callback.patience_is_over(state.global_step, self.args)
             for callback in self.callback_handler.callbacks

@@ -47,7 +47,7 @@ def pack(
     """
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     return pack_token_ids(
-        _tokenise(documents, tokenizer),
+        token_ids(documents, tokenizer),
         max_length,
         pad_token_id=pad,
         max_blocks=max_blocks,
@@ -93,7 +93,7 @@ def pack_token_ids(
         for document in documents:
             if len(document) == 0:
                 continue
-            rest = np.concatenate((rest, _with_labels(document)), axis=1)
+            rest = np.concatenate((rest, labelled(document)), axis=1)
             new = rest.shape[1] // max_length
             if new:
                 full.append(rest[:, : new * max_length].reshape(2, new, max_length))
@@ -165,7 +165,8 @@ def split_blocks(
     return blocks.select(range(train)), blocks.select(tail)
 
 
-def _tokenise(documents: Iterable[str], tokenizer: Any) -> Iterator[Sequence[int]]:
+def token_ids(documents: Iterable[str], tokenizer: Any) -> Iterator[Sequence[int]]:
+    """Each document's ids with the tokenizer's own special tokens, and EOS at its end."""
     eos = tokenizer.eos_token_id
     for batch in _batches(documents):
         # verbose=False: a document longer than the context isn't worth a warning, it is cut into blocks.
@@ -191,7 +192,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _with_labels(ids: Sequence[int]) -> np.ndarray:
+def labelled(ids: Sequence[int]) -> np.ndarray:
     """(2, tokens): a document's ids and labels."""
     pair = np.tile(np.asarray(ids, dtype=np.int32), (2, 1))
     pair[1, 0] = IGNORED

@@ -38,11 +38,11 @@ class TextFiles:
         self.text_column = text_column
         if not data_files:
             raise DataError("data.data_files is empty, but data.dataset_name=text reads local files; name at least one")
-        self.paths, problems = _expand(data_files, named_by)
+        self.paths, problems = expand_files(data_files, named_by)
         self._length = 0
         for path in self.paths:
             try:
-                self._length += sum(1 for _ in _documents(path, text_column))
+                self._length += sum(1 for _ in read_documents(path, text_column))
             except DataError as error:
                 problems.append(str(error))
         if problems:
@@ -50,7 +50,7 @@ class TextFiles:
 
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
-            yield from _documents(path, self.text_column)
+            yield from read_documents(path, self.text_column)
 
     def __len__(self) -> int:
         return self._length
@@ -110,7 +110,7 @@ def _hub_documents(name: str, config: str | None, split: str, text_column: str, 
     return dataset[text_column]
 
 
-def _expand(data_files: Sequence[str | Path], named_by: str) -> tuple[list[Path], list[str]]:
+def expand_files(data_files: Sequence[str | Path], named_by: str) -> tuple[list[Path], list[str]]:
     """The files that names and globs stand for, each once, in order, and what is wrong with the rest."""
     paths: dict[Path, None] = {}
     problems = []
@@ -129,7 +129,7 @@ def _expand(data_files: Sequence[str | Path], named_by: str) -> tuple[list[Path]
     return list(paths), problems
 
 
-def _documents(path: Path, text_column: str) -> Iterator[str]:
+def read_documents(path: Path, text_column: str) -> Iterator[str]:
     """The documents of one file that aren't blank; a file without any is an error."""
     reader = _READERS.get(path.suffix.lower())
     empty = True
