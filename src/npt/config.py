@@ -173,6 +173,8 @@ class DataSection(_Section):
     calibration_files: Files | None = None
     eval_texts: TextNames = [f"{PREFIX}python-docs"]
     text_column: Text = "text"
+    streaming: bool = False
+    shuffle_window: Positive = 1000
     max_length: Annotated[int, Field(ge=2, le=MOST)] = 256
     num_train_samples: Annotated[int, Field(ge=2, le=MOST)] | None = 1632
     num_eval_samples: Positive | None = 400
