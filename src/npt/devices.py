@@ -69,10 +69,14 @@ def planned_launch(processes: int = 1, nodes: int = 1, device: str | None = None
         NPTError: a device that is not known; processes that don't divide over the nodes.
     """
     if device is not None and device not in DEVICES:
-        raise NPTError(f"--device {device}: not known; use one of {', '.join(DEVICES)}, or leave it out and give --limit")
+        raise NPTError(
+            f"--device {device}: not known; use one of {', '.join(DEVICES)}, or leave it out and give --limit"
+        )
     for name, value in (("--processes", processes), ("--nodes", nodes)):
         if value < 1:
             raise NPTError(f"{name} {value}: use a whole number from 1 up")
     if processes % nodes:
-        raise NPTError(f"--nodes {nodes}: does not divide --processes {processes}; give all nodes equally many processes")
+        raise NPTError(
+            f"--nodes {nodes}: does not divide --processes {processes}; give all nodes equally many processes"
+        )
     return Launch(processes, nodes, None if device is None else DEVICES[device])

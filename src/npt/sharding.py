@@ -17,6 +17,8 @@ from npt.families import blocks_of
 from npt.tuner import active_layers, parameter_counts
 
 DDP, FSDP2, ALONE = "DDP", "FSDP2", "one process"
+#: Names of units beside "block <i>".
+EMBEDDING, HEAD, TIED, REST = "embedding", "head", "embedding and head", "rest"
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,9 @@ def shard_units(model: Any, processes: int) -> tuple[ShardUnit, ...]:
     blocks: Any = blocks_of(model.get_base_model())
     tied = head is not None and head.weight is embedding.weight
     first, last = [embedding, *([head] if tied else [])], [] if tied or head is None else [head]
-    parts: list[tuple[str, list[Any]]] = [("embedding and head" if tied else "embedding", first)]
+    parts: list[tuple[str, list[Any]]] = [(TIED if tied else EMBEDDING, first)]
     parts += [(f"block {index}", [block]) for index, block in enumerate(blocks)]
-    parts += [("head", last), ("rest", [model])]
+    parts += [(HEAD, last), (REST, [model])]
     seen: set[int] = set()
     units = []
     for name, modules in parts:
@@ -123,27 +125,31 @@ def spread_over(model: Any, config: RunConfig, processes: int, base: int, strate
         processes,
         base=sum(unit.base for unit in units),
         own=local,
-        # The weights in use and the buffer they came in; or, as the next ones come, two buffers.
-        gathered=2 * max(unit.full for unit in units),
+        gathered=_gathered_at_once(units),
         forward_bytes=around * _gathered_per_batch(units, config, active_layers(model)[0].index),
         step_bytes=around * 4 * own,
         units=units,
     )
 
 
+def _gathered_at_once(units: tuple[ShardUnit, ...]) -> int:
+    """The weights in use and the buffer they came in, or two buffers as the next ones come; beside a tied embedding, which
+    stays."""
+    stays = sum(unit.full for unit in units if unit.name == TIED)
+    return max(2 * max(unit.full for unit in units), stays + 2 * max(unit.full for unit in units if unit.name != TIED))
+
+
 def _gathered_per_batch(units: tuple[ShardUnit, ...], config: RunConfig, first: int) -> int:
     """Bytes of units gathered in one micro-batch. first: the first converted block, down to which a backward goes.
 
-    `local`: one frozen forward without the head. `logits`: two forwards, the head once, as it is kept, and the blocks that
-    a gradient crosses once more.
+    `local`: one frozen forward without the head. `logits`: two forwards and the blocks that a gradient crosses once more;
+    the head, the root and a tied embedding are kept between the two.
     """
     local = config.training.objectives()[-1] != "logits"
     total = 0
     for unit in units:
-        if unit.name == "head":
-            total += 0 if local else unit.full
-        elif unit.name == "rest" or local:
-            total += unit.full
+        if local or unit.name in (HEAD, TIED, REST):
+            total += unit.full * (unit.name != HEAD or not local)
         else:
             crossed = unit.name.startswith("block") and int(unit.name.split()[1]) >= first
             total += (2 + crossed) * unit.full
