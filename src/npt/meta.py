@@ -123,7 +123,7 @@ def shapes_of(hf_config: Any, options: Any, dtype: torch.dtype) -> Any:
     except ValueError as error:
         reason = " ".join(str(error).split())[:120]
         raise NPTError(f"{type(hf_config).__name__} is no causal language model ({reason}); name another") from error
-    with quiet("npt.contract"):
+    with quiet("npt.contract"), quiet("npt.tuner"):
         return get_peft_model(base, adapter)
 
 

@@ -172,6 +172,7 @@ def _runs(
         # Followed for a few batches; what is not, is h and a of further tokens kept before the first fit.
         batches = -(-min(tokens, SLICE_TOKENS) // at_once)
         kept = 2 * hidden * model.dtype.itemsize * len(active_layers(model)) * max(0, tokens - batches * at_once)
+        kept += 16 * hidden**2 * (processes > 1)  # the sums of one block, copied to be added up over the processes
         text = [batch() for _ in range(batches + 1)]
         yield "calibration", kept, lambda: calibrate(model, text, chunk_tokens=batches * at_once)
     if t.num_train_steps != 0 and config.model.carry != "exact":

@@ -79,18 +79,16 @@ def local_size(parameter: Tensor, processes: int) -> int:
 
 def shard_units(model: Any, processes: int) -> tuple[ShardUnit, ...]:
     """The units that accelerate (1.15, `fsdp2_prepare_model`) cuts a converted model into: the input embedding, every
-    block, the head (one unit with the embedding where they are tied), and the rest as the root's own.
-
-    PEFT's wrapper hides the final norm from accelerate, so that it is the root's.
+    block, the final norm and the head (one unit with the embedding where they are tied), and the rest as the root's own.
     """
     ours = {id(p) for layer in active_layers(model) for p in layer.parameters()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head, norm = model.get_input_embeddings(), model.get_output_embeddings(), _final_norm(model)
     blocks: Any = blocks_of(model.get_base_model())
     tied = head is not None and head.weight is embedding.weight
-    first, last = [embedding, *([head] if tied else [])], [] if tied or head is None else [head]
-    parts: list[tuple[str, list[Any]]] = [(TIED if tied else EMBEDDING, first)]
+    tail = [module for module in (norm, head) if module is not None]
+    parts: list[tuple[str, list[Any]]] = [(TIED, [embedding, *tail]) if tied else (EMBEDDING, [embedding])]
     parts += [(f"block {index}", [block]) for index, block in enumerate(blocks)]
-    parts += [(HEAD, last), (REST, [model])]
+    parts += [(HEAD, [] if tied else tail), (REST, [model])]
     seen: set[int] = set()
     units = []
     for name, modules in parts:
@@ -99,6 +97,13 @@ def shard_units(model: Any, processes: int) -> tuple[ShardUnit, ...]:
         if found:
             units.append(_unit(name, list(found.values()), ours, processes))
     return tuple(units)
+
+
+def _final_norm(model: Any) -> Any:
+    """The norm before the head, where accelerate finds it: under PEFT's wrapper it misses one in a child named `model`."""
+    inner = getattr(model, model.base_model_prefix, None)
+    norms = [m for _, m in inner.named_children() if "Norm" in type(m).__name__] if inner is not None else []
+    return norms[-1] if norms else None
 
 
 def _unit(name: str, parameters: list[Tensor], ours: set[int], processes: int) -> ShardUnit:
