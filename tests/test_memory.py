@@ -184,5 +184,5 @@ def test_the_table_follows_a_configuration(tmp_path: Path) -> None:
 def test_names_of_models(tmp_path: Path) -> None:
     rows = memory_table(load_config(None, ["model.base_model_name=llama-2-7b", "training.batch_size=1"]))
     assert "32 blocks" in rows[0].what
-    with pytest.raises(NPTError, match=r"model\.base_model_name='.*missing'.*llama-2-7b, or leave out --config"):
+    with pytest.raises(NPTError, match=r"model\.base_model_name='.*missing'.*NAME with llama-2-7b, llama-3\.1-8b"):
         memory_table(load_config(None, [f"model.base_model_name={tmp_path / 'missing'}"]))

@@ -40,6 +40,16 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, 
 Checkpoint = Annotated[
     Path, typer.Option("--checkpoint", help="Adapter folder; a .pt name means the folder of that name.")
 ]
+Limit = Annotated[
+    str | None, typer.Option("--limit", help="Memory of the device the run is for, such as 24GiB; this machine's else.")
+]
+Processes = Annotated[
+    int | None, typer.Option("--processes", min=1, help="Processes the run is planned for, one per device.")
+]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Machines these processes are spread over.")]
+DeviceName = Annotated[
+    str | None, typer.Option("--device", help="Device the run is planned for: a100-80gb, h100-80gb or h200.")
+]
 
 
 class _VisibleFormatter(logging.Formatter):
@@ -65,8 +75,23 @@ def train(
     config: Config = None,
     set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would do and need; read no weights, write nothing.")
+    ] = False,
+    processes: Processes = None,
+    nodes: Nodes = None,
+    device: DeviceName = None,
+    limit: Limit = None,
 ) -> None:
     """Phase 1: convert, calibrate, train, evaluate; writes best_model/ and evaluation_report.json."""
+    planned = {"--processes": processes, "--nodes": nodes, "--device": device, "--limit": limit}
+    if dry_run:
+        return _dry_run(config, set_, resume, **{name.removeprefix("--"): value for name, value in planned.items()})
+    for name, value in planned.items():
+        if value is not None:
+            raise NPTError(
+                f"{name} {value}: goes with --dry-run or npt memory; start a run with torchrun or accelerate"
+            )
     from npt.corpora import check_training_text
     from npt.outputs import check_folders
     from npt.pipeline import run_training
@@ -79,6 +104,19 @@ def train(
     render_report(found, console)
     _say(f"adapter: {Path(run.paths.checkpoint_dir) / 'best_model'}")
     _say(f"report:  {Path(run.paths.output_dir) / 'report.html'}, figures in evaluation_report.json beside it")
+
+
+def _dry_run(config: Path | None, set_: list[str] | None, resume: bool, **planned: Any) -> None:
+    from npt.dryrun import dry_run, is_first_here, launch_here
+    from npt.plan import parse_bytes
+
+    if resume:
+        raise NPTError("--dry-run --resume: a dry run starts no run to go on with; leave one of the two out")
+    limit = planned.pop("limit")
+    size = None if limit is None else parse_bytes(limit)
+    launch, run = launch_here(**planned), _load(config, set_)
+    if is_first_here():
+        dry_run(run, launch, size, console)
 
 
 @app.command()
@@ -186,19 +224,24 @@ def watch(
 def memory(
     config: Config = None,
     set_: Set = None,
-    limit: Annotated[
-        str | None, typer.Option(help="memory of the device the run is for, such as 24GiB; this machine's by default")
-    ] = None,
+    limit: Limit = None,
+    processes: Processes = None,
+    nodes: Nodes = None,
+    device: DeviceName = None,
 ) -> None:
     """What a run will need, phase by phase, before it starts, and what formed weight deltas would cost."""
+    from npt.devices import planned_launch
+    from npt.forecast import render_plan
     from npt.memory import memory_table
-    from npt.plan import parse_bytes, render_plan
+    from npt.plan import parse_bytes
     from npt.report.terminal import render_memory
 
     size = None if limit is None else parse_bytes(limit)
-    run = _load(config, set_) if config or set_ or size is not None else None
+    launch = planned_launch(processes or 1, nodes or 1, device)
+    asked = (limit, processes, nodes, device) != (None,) * 4
+    run = _load(config, set_) if config or set_ or asked else None
     if run is not None:
-        render_plan(run, size, console)
+        render_plan(run, size, console, launch)
     render_memory(memory_table(run), console)
 
 

@@ -26,8 +26,29 @@ LLAMA_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "vocab_size": 32000,
 }  # fmt: skip
-#: Models known by shape: `model.base_model_name` for `npt memory`.
-KNOWN_SHAPES = {"llama-2-7b": LLAMA_7B}
+#: What all sizes of Llama 3.1 share, as their config.json says.
+_LLAMA_3_1 = {
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 128000, "eos_token_id": 128001,
+    "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+LLAMA_3_1_8B = {
+    **_LLAMA_3_1, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+}  # fmt: skip
+LLAMA_3_1_70B = {
+    **_LLAMA_3_1, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+}  # fmt: skip
+#: Models known by shape: `model.base_model_name` for `npt memory` and `npt train --dry-run`.
+KNOWN_SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": LLAMA_7B,
+    "llama-3.1-8b": LLAMA_3_1_8B,
+    "llama-3.1-70b": LLAMA_3_1_70B,
+}
+#: Numbers in a tensor that is copied to the CPU for its values.
+MOST_VALUES = 2**20
 #: The name under which transformers finds `_fused_attention`.
 FUSED = "npt_fused_shapes"
 
@@ -82,7 +103,9 @@ class PretendValues(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             return torch.ones((), dtype=args[0].dtype).item()
         if func is aten._to_copy.default and str(kwargs.get("device", "meta")) == "cpu":
-            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            dtype = kwargs.get("dtype") or args[0].dtype
+            # Of a large one nobody reads single values, and of a 70B model there would be gigabytes.
+            return torch.ones(args[0].shape, dtype=dtype, device="meta" if args[0].numel() > MOST_VALUES else "cpu")
         if func is aten.copy_.default and not args[0].is_meta:
             return args[0].fill_(1)
         return func(*args, **kwargs)
@@ -100,7 +123,7 @@ def shapes_of(hf_config: Any, options: Any, dtype: torch.dtype) -> Any:
     except ValueError as error:
         reason = " ".join(str(error).split())[:120]
         raise NPTError(f"{type(hf_config).__name__} is no causal language model ({reason}); name another") from error
-    with quiet("npt.contract"):
+    with quiet("npt.contract"), quiet("npt.tuner"):
         return get_peft_model(base, adapter)
 
 
@@ -153,5 +176,6 @@ def load_shapes(config: Any) -> Any:
     except ConversionError:
         raise
     except NPTError as error:
-        known = ", ".join(KNOWN_SHAPES)
-        raise NPTError(f"{error}. Without any model: model.base_model_name={known}, or leave out --config") from error
+        raise NPTError(
+            f"{error}. Without any model, for its shapes alone: model.base_model_name=NAME with {', '.join(KNOWN_SHAPES)}"
+        ) from error

@@ -2,7 +2,7 @@
 option helps when it does not fit.
 
 Memory is that of the run's own code on the meta device, allocations counted (`npt.meta`). Time is the step's floating
-point operations and bytes moved, over what this machine does in a short measurement.
+point operations and bytes moved, over what this machine does in a short measurement (over a data sheet: `npt.forecast`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from typing import Any
 import datasets
 import psutil  # type: ignore[import-untyped]
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from npt.attach import EXACT
 from npt.calibration import SLICE_TOKENS, calibrate, first_tokens
@@ -33,12 +31,11 @@ from npt.evaluation.divergence import token_divergences
 from npt.evaluation.layers import layer_equivalence, residual_stream
 from npt.evaluation.report import DETAIL_BLOCKS
 from npt.families import blocks_of
-from npt.loading import default_device
 from npt.meta import AllocationCounter, PretendValues, dtype_of, enable_checkpointing, load_shapes, quiet, shapes_of
 from npt.objectives import Objective
+from npt.sharding import DDP, FSDP2, Spread, spread_over, strategy_of
 from npt.teacher import bytes_per_block, kind_of
-from npt.text import human_bytes
-from npt.tuner import active_layers, eval_mode, parameter_counts
+from npt.tuner import active_layers, eval_mode
 
 #: Bytes per weight of a quantised linear: 8 bits and a scale per row; 4 bits and a float32 scale per 64 weights.
 BYTES_8BIT, BYTES_4BIT = 1.0, 0.5 + 4 / 64
@@ -58,11 +55,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs, in bytes above a process that has imported its libraries.
+    """What each process of a run needs, in bytes above a process that has imported its libraries.
 
     weights: of base and components on the device. optimizer: AdamW's moments. phases: above those. step_flops and
     step_traffic: floating point operations and bytes moved by one micro-batch's forward and backward. disk: bytes of
-    teacher targets per block of text, 0 where none are kept.
+    teacher targets per block of text, 0 where none are kept. spread: how weights and work lie on the processes.
     """
 
     weights: int
@@ -70,7 +67,8 @@ class Plan:
     phases: tuple[Phase, ...]
     step_flops: float
     step_traffic: float
-    disk: int = 0
+    disk: int
+    spread: Spread
 
     def step_seconds(self, flops: float, traffic: float) -> float:
         """Of one micro-batch, on a machine of so many floating point operations and bytes moved per second."""
@@ -79,37 +77,48 @@ class Plan:
     @property
     def peak(self) -> int:
         """Of the whole run."""
-        return self.weights + OVERHEAD + max(p.bytes + self.optimizer * _has_optimizer(p) for p in self.phases)
+        above = max(p.bytes + self.optimizer * _has_optimizer(p) for p in self.phases)
+        return self.weights + self.spread.gathered + OVERHEAD + above
 
 
 def _has_optimizer(phase: Phase) -> bool:
     return phase.name not in ("loading", "sampling text", "calibration")
 
 
-def plan_run(config: RunConfig, hf_config: Any = None) -> Plan:
+def plan_run(config: RunConfig, hf_config: Any = None, processes: int = 1, strategy: str | None = None) -> Plan:
     """The plan of `npt train` with this configuration.
+
+    processes: that the run is started with. strategy: of `npt.sharding`; None for the configuration's.
 
     Raises:
         NPTError: the model's configuration can't be loaded, or the model can't be converted.
     """
+    strategy = strategy_of(config, processes) if strategy is None else strategy
     hf_config = load_shapes(config) if hf_config is None else hf_config
     model = shapes_of(hf_config, config.model, dtype_of(config.model.dtype, hf_config))
+    return plan_model(model, config, processes, strategy)
+
+
+def plan_model(model: Any, config: RunConfig, processes: int, strategy: str) -> Plan:
+    """The plan of a run with a model of `npt.meta.shapes_of`, which is left with gradient checkpointing as the run has it."""
     t, optimization = config.training, config.optimization
-    own, _ = parameter_counts(model)
+    spread = spread_over(model, config, processes, weight_bytes(model, optimization), strategy)
     step = _Work()
     phases = [Phase("loading", 0)]
-    for name, more, run in _runs(model, config, step):
+    for name, more, run in _runs(model, config, step, processes):
         with quiet("npt.calibration"), PretendValues(), AllocationCounter() as counter:
             run()
         phases.append(Phase(name, more + counter.peak))
         model.zero_grad(set_to_none=True)
     return Plan(
-        weights=weight_bytes(model, optimization) + 4 * own,
-        optimizer=8 * own if t.num_train_steps != 0 else 0,
+        # DDP keeps a second copy of the gradients, in the buckets it sends.
+        weights=spread.base + 4 * spread.own * (2 if strategy == DDP else 1),
+        optimizer=8 * spread.own if t.num_train_steps != 0 else 0,
         phases=tuple(phases),
         step_flops=step.flops,
         step_traffic=step.traffic,
         disk=_target_bytes(model, config),
+        spread=spread,
     )
 
 
@@ -143,7 +152,9 @@ def weight_bytes(model: Any, optimization: Any) -> int:
     return int(total + max(per_block.values(), default=0))
 
 
-def _runs(model: Any, config: RunConfig, step: _Work) -> Iterator[tuple[str, int, Callable[[], Any]]]:
+def _runs(
+    model: Any, config: RunConfig, step: _Work, processes: int = 1
+) -> Iterator[tuple[str, int, Callable[[], Any]]]:
     """(phase, bytes beside those the run below allocates, what it runs), in the order of a run."""
     t, length = config.training, config.data.max_length
     objective = {"auto": "logits"}.get(t.objective, t.objective)
@@ -157,9 +168,11 @@ def _runs(model: Any, config: RunConfig, step: _Work) -> Iterator[tuple[str, int
         hidden = active_layers(model)[0].shape("up")[0]
         at_once = t.batch_size * length
         tokens = min(first_tokens(hidden), config.data.num_calibration_samples * length)
+        tokens = -(-tokens // processes)  # each keeps its own batches' part of them
         # Followed for a few batches; what is not, is h and a of further tokens kept before the first fit.
         batches = -(-min(tokens, SLICE_TOKENS) // at_once)
         kept = 2 * hidden * model.dtype.itemsize * len(active_layers(model)) * max(0, tokens - batches * at_once)
+        kept += 16 * hidden**2 * (processes > 1)  # the sums of one block, copied to be added up over the processes
         text = [batch() for _ in range(batches + 1)]
         yield "calibration", kept, lambda: calibrate(model, text, chunk_tokens=batches * at_once)
     if t.num_train_steps != 0 and config.model.carry != "exact":
@@ -189,6 +202,13 @@ def _deltas(model: Any, batches: list[dict[str, Tensor]]) -> Any:
     return delta_records(model, batches), delta_records(model, batches, override=EXACT)
 
 
+#: Fused attention, which torch's counter does not know for the CPU: (floating point operations, tensors they depend on).
+_ATTENTION: dict[Any, tuple[Callable[..., Any], int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: (sdpa_flop_count, 3),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (sdpa_backward_flop_count, 4),
+}
+
+
 class _Work(TorchDispatchMode):
     """Counts floating point operations and the bytes that all other operators read and write."""
 
@@ -200,6 +220,9 @@ class _Work(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        elif func in _ATTENTION:  # causal: half of the products are left out
+            count, first = _ATTENTION[func]
+            self.flops += count(*(tensor.shape for tensor in args[:first])) / 2
         elif not any(r.alias_info for r in func._schema.returns if not r.alias_info or not r.alias_info.is_write):
             tensors = [t for t in tree_iter((args, kwargs, result)) if isinstance(t, Tensor)]
             self.traffic += sum(t.numel() * t.element_size() for t in tensors)
@@ -234,16 +257,22 @@ _SAVINGS: list[tuple[dict[str, Any], Callable[[RunConfig], bool]]] = [
     ({"optimization.use_8bit": False, "optimization.use_4bit": True}, lambda c: not c.optimization.use_cpu_offload),
     ({"optimization.use_4bit": False, "optimization.use_cpu_offload": True}, lambda c: True),
 ]
+#: Of several processes, in the place of the last three, which don't go with it.
+_SHARDED: tuple[dict[str, Any], Callable[[RunConfig], bool]] = (
+    {"optimization.fsdp": True},
+    lambda c: not any(getattr(c.optimization, name) for name in ("fsdp", "use_8bit", "use_4bit", "use_cpu_offload")),
+)
 
 
 def advice(config: RunConfig, limit: int, hf_config: Any = None, plan: Plan | None = None) -> tuple[list[str], Plan]:
     """(overrides that bring the run's memory under `limit` bytes, its plan then); all of them where none suffices.
 
-    plan: the configuration's, where it is known already.
+    plan: the configuration's, where it is known already; that of one process otherwise.
     """
     changes: dict[str, Any] = {}
     plan = plan_run(config, hf_config) if plan is None else plan
-    for values, concerns in _SAVINGS:
+    processes, strategy = plan.spread.processes, plan.spread.strategy
+    for values, concerns in _SAVINGS if processes == 1 else [*_SAVINGS[:-3], _SHARDED]:
         if plan.peak <= limit:
             break
         if not concerns(config):
@@ -254,7 +283,7 @@ def advice(config: RunConfig, limit: int, hf_config: Any = None, plan: Plan | No
                 config.training.batch_size * config.training.gradient_accumulation_steps
             )
         config = with_overrides(config, changes)
-        plan = plan_run(config, hf_config)
+        plan = plan_run(config, hf_config, processes, FSDP2 if config.optimization.fsdp else strategy)
     return [f"{key}={str(value).lower()}" for key, value in changes.items() if value is not False], plan
 
 
@@ -290,39 +319,3 @@ def parse_bytes(text: str) -> int:
         raise NPTError(f"--limit {text}: not a size; write a number and a unit, such as 24GiB")
     number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))
-
-
-def render_plan(config: RunConfig, limit: int | None, console: Console) -> None:
-    """Prints what the run needs, and what to turn on when it is more than `limit` bytes (None: this machine's)."""
-    device = default_device()
-    hf_config = load_shapes(config)
-    with console.status("running the run's code on shapes"):
-        plan = plan_run(config, hf_config)
-    table = Table(title=f"what `npt train` needs for {config.model.base_model_name}", title_justify="left")
-    table.add_column("phase")
-    table.add_column("above the weights", justify="right")
-    for phase in plan.phases:
-        table.add_row(phase.name, human_bytes(phase.bytes))
-    table.add_section()
-    table.add_row("weights on the device", human_bytes(plan.weights))
-    table.add_row("AdamW's moments, from training on", human_bytes(plan.optimizer))
-    table.add_row("libraries at work", human_bytes(OVERHEAD))
-    table.add_row("peak of the run", human_bytes(plan.peak), style="bold")
-    console.print(table)
-    if plan.step_flops:
-        speed = machine_speed(device, dtype_of(config.model.dtype, hf_config))
-        steps, seconds = config.training.gradient_accumulation_steps, plan.step_seconds(*speed)
-        console.print(f"a training step on this machine: about {steps * seconds:.2g} s ({steps} x {seconds:.2g} s)")
-    if plan.disk:
-        blocks = config.data.num_train_samples
-        total = "" if blocks is None else f", {human_bytes(blocks * plan.disk)} for {blocks:,} blocks"
-        console.print(f"teacher targets on disk: {human_bytes(plan.disk)} per block of text{total}")
-    limit = device_memory(device) if limit is None else limit
-    if plan.peak <= limit:
-        console.print(f"fits: {human_bytes(limit)} available")
-        return
-    with console.status("looking for what would fit"):
-        changes, least = advice(config, limit, hf_config, plan)
-    verdict = "fits with" if least.peak <= limit else "does not fit even with"
-    options = " ".join(f"--set {change}" for change in changes)
-    console.print(f"{human_bytes(limit)} available: {verdict} {options} ({human_bytes(least.peak)})", soft_wrap=True)
