@@ -310,27 +310,31 @@ def _copy_tokenizer(parts: Sequence[Part], folder: Path) -> None:
 
 def _record(parts: Sequence[Part], blocks: list[int]) -> RunConfig | None:
     """The configuration the blocks were trained with, where their records agree; None, and a warning, where not."""
-    found = [(part, _own_record(part)) for part in parts]
-    first = found[0][1]
-    for part, record in found:
-        if record is None or first is None:
-            return _no_record(part, f"has no {RUN_CONFIG} that can be read")
-        key = _first_difference(first, record)
-        if key is not None:
-            return _no_record(part, f"was trained with another {key} than {parts[0].folder}")
-        if "logits" in record.training.objectives():
+    records = [_own_record(part) for part in parts]
+    for part, record in zip(parts, records, strict=True):
+        if record is not None and "logits" in record.training.objectives():
             logger.warning(
                 "%s was trained with objective %s beside the original's other blocks: joined, it is not what training all "
                 "blocks together gives; evaluate it", part.folder, record.training.objective,
             )  # fmt: skip
-    return with_overrides(first, {"model.npt_layers": blocks}) if first is not None else None
+    first, problem = records[0], _disagreement(parts, records)
+    if first is None or problem is not None:
+        logger.warning(
+            "%s: the joined adapter gets no %s, so npt evaluate takes any text for text it was trained on, and scores only "
+            "the part held out of it", problem, RUN_CONFIG,
+        )  # fmt: skip
+        return None
+    return with_overrides(first, {"model.npt_layers": blocks})
 
 
-def _no_record(part: Part, why: str) -> None:
-    logger.warning(
-        "%s %s: the joined adapter gets no %s, so npt evaluate takes any text for text it was trained on, and scores the "
-        "part held out of it", part.folder, why, RUN_CONFIG,
-    )  # fmt: skip
+def _disagreement(parts: Sequence[Part], records: Sequence[RunConfig | None]) -> str | None:
+    first = records[0]
+    for part, record in zip(parts, records, strict=True):
+        if first is None or record is None:
+            return f"{part.folder} has no {RUN_CONFIG} that can be read"
+        if key := _first_difference(first, record):
+            return f"{part.folder} was trained with another {key} than {parts[0].folder}"
+    return None
 
 
 def _own_record(part: Part) -> RunConfig | None:
