@@ -32,7 +32,7 @@ from tests.conftest import random_base
 @dataclass
 class Spec:
     """batch: blocks of a step of all processes and accumulated batches. sharded: FSDP2, before calibration (`early`) or as
-    Trainer does it (`late`). kill: the step after which each process kills itself.
+    Trainer does it (`late`). kill: the step after which each process kills itself. arguments: more of TrainingArguments.
     """
 
     folder: str
@@ -51,6 +51,7 @@ class Spec:
     kill: int = 0
     vocabulary: int = 96
     teacher: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 class _Kill(TrainerCallback):
@@ -89,7 +90,7 @@ def run(spec: Spec) -> None:
         output_dir=str(folder / "checkpoints"), per_device_train_batch_size=split, per_device_eval_batch_size=4,
         gradient_accumulation_steps=spec.accumulation, max_steps=spec.steps, learning_rate=5e-3, logging_steps=1,
         save_steps=10, eval_strategy="steps", eval_steps=10, report_to=[], disable_tqdm=True, use_cpu=True, seed=1,
-        **(FSDP2 if spec.sharded else {}),
+        **(FSDP2 if spec.sharded else {}), **spec.arguments,
     )  # fmt: skip
     start_processes(args)
     model = build(spec)

@@ -68,13 +68,13 @@ def write_model_card(
     folder: str | Path,
     config: NPTConfig,
     report: Mapping[str, Any] | None = None,
-    parts: Mapping[str, Sequence[int]] | None = None,
+    parts: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> None:
     """Writes README.md beside an adapter, unless a person's own card is there.
 
     Args:
         folder: the adapter's. config: the adapter's. report: what `evaluate` returned, for the table of results.
-        parts: of a joined adapter {the folder a part came from: its blocks}.
+        parts: of a joined adapter, (the folder a part came from, its blocks) each.
     """
     path = Path(folder) / "README.md"
     if path.exists():
@@ -96,14 +96,14 @@ def write_model_card(
         base=f"`{Path(base).name}`" if base else "the base model",
         base_argument=base or "the base model",
         options="\n".join(f"| {name} | {getattr(config, name)} |" for name in names),
-        parts="" if parts is None else _PARTS.format(lines=_part_lines(parts)),
+        parts=_PARTS.format(lines=_part_lines(parts)) if parts else "",
         results="" if report is None else _results(report),
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(path)
 
 
-def _part_lines(parts: Mapping[str, Sequence[int]]) -> str:
-    return "\n".join(f"- blocks {list(blocks)}: {as_code(name)}" for name, blocks in parts.items())
+def _part_lines(parts: Sequence[tuple[str, Sequence[int]]]) -> str:
+    return "\n".join(f"- blocks {list(blocks)}: {as_code(name)}" for name, blocks in parts)
 
 
 def as_code(text: str) -> str:

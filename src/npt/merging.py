@@ -274,7 +274,7 @@ def _fill(parts: Sequence[Part], folder: Path) -> None:
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
     config = _joined(parts)
     config.save_pretrained(str(folder))
-    write_model_card(folder, config, parts={_shown(part.folder): part.blocks for part in parts})
+    write_model_card(folder, config, parts=[(_shown(part.folder), part.blocks) for part in parts])
     _copy_tokenizer(parts, folder)
     record = _record(parts, sorted(block for part in parts for block in part.blocks))
     if record is not None:
@@ -293,8 +293,8 @@ def _joined(parts: Sequence[Part]) -> NPTConfig:
 
 
 def _shown(folder: Path) -> str:
-    """A folder as the card names it: its last two names, enough to tell best_model of one run from that of another."""
-    return "/".join(folder.resolve().parts[-2:])
+    """A folder as the card names it: its last names, as many as tell one run's checkpoints/best_model from another's."""
+    return "/".join(folder.absolute().parts[1:][-3:])
 
 
 def _copy_tokenizer(parts: Sequence[Part], folder: Path) -> None:
