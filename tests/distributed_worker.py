@@ -33,7 +33,7 @@ from tests.conftest import random_base
 @dataclass
 class Spec:
     """batch: blocks of a step of all processes and accumulated batches. sharded: FSDP2, before calibration (`early`) or as
-    Trainer does it (`late`). kill: the step after which each process kills itself.
+    Trainer does it (`late`). kill: the step after which each process kills itself. arguments: more of TrainingArguments.
     """
 
     folder: str
@@ -53,6 +53,7 @@ class Spec:
     vocabulary: int = 96
     teacher: bool = False
     stream: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 class Letters:
@@ -129,7 +130,7 @@ def run(spec: Spec) -> None:
         output_dir=str(folder / "checkpoints"), per_device_train_batch_size=split, per_device_eval_batch_size=4,
         gradient_accumulation_steps=spec.accumulation, max_steps=spec.steps, learning_rate=5e-3, logging_steps=1,
         save_steps=10, eval_strategy="steps", eval_steps=10, report_to=[], disable_tqdm=True, use_cpu=True, seed=1,
-        **(FSDP2 if spec.sharded else {}),
+        **(FSDP2 if spec.sharded else {}), **spec.arguments,
     )  # fmt: skip
     start_processes(args)
     model = build(spec)

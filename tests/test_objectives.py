@@ -114,7 +114,7 @@ def test_padding_never_counts(name: str) -> None:
 
 
 def test_local_gradient_equals_autograd_through_the_sum() -> None:
-    """The gradients handed over block by block are those of one backward pass through all of them."""
+    """The gradients handed over block by block are those of one backward pass through the sum of the blocks' losses."""
     model, inputs = converted("llama"), batch()
     loss = objective(model, "local", inputs)
     loss(model, inputs, items(inputs)).total.backward()
@@ -130,10 +130,41 @@ def test_local_gradient_equals_autograd_through_the_sum() -> None:
         r = records[layer.index]
         update = layer.update_from(r.hidden_states, r.attention)
         error = (update - (r.output - r.hidden_states)).square().mean(-1)[counted].mean()
-        total = total + error / loss.scales[layer.index] / len(layers)
+        total = total + error / loss.scales[layer.index]
     total.backward()
     for one, other in zip(handed, gradients(model), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(one.abs().max()))
+
+
+@KINDS
+@pytest.mark.parametrize("name", ["local", "composite"])
+@pytest.mark.parametrize("regularizer", ["factors", "delta"])
+def test_a_blocks_gradient_does_not_depend_on_the_other_blocks(kind: str, name: str, regularizer: str) -> None:
+    """Bit for bit the same alone as beside two others; the reported losses are means over blocks."""
+    inputs, found = batch(), {}
+    for layers in ([0, 2, 3], [0], [2], [3]):
+        model = converted(kind, npt_layers=layers)
+        for layer in active_layers(model):
+            fill(layer)
+        loss = objective(model, name, inputs, regularization_weight=0.3, regularizer=regularizer)
+        losses = loss(model, inputs, items(inputs))
+        losses.total.backward()
+        found[tuple(layers)] = losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    together, gradients_together = found.pop((0, 2, 3))
+    assert set().union(*(own for _, own in found.values())) == set(gradients_together)
+    for _, own in found.values():
+        assert all(torch.equal(gradient, gradients_together[n]) for n, gradient in own.items())
+    for i in range(3):
+        mean = torch.stack([losses[i].detach() for losses, _ in found.values()]).mean()
+        torch.testing.assert_close(together[i].detach(), mean, rtol=1e-12, atol=0)
+
+
+def fill(layer: Any) -> None:
+    """Values that depend on the block alone."""
+    generator = torch.Generator().manual_seed(layer.index)
+    with torch.no_grad():
+        for parameter in layer.component.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
 @KINDS

@@ -11,6 +11,7 @@ report = evaluate(model, tokenizer, texts)
 from npt.calibration import calibrate
 from npt.component import NPComponent, WeightDelta
 from npt.evaluation import evaluate
+from npt.merging import merge_adapters
 from npt.objectives import Objective
 from npt.training import EquivalenceTrainer
 from npt.tuner import NPTConfig, NPTModel, register, weight_delta
@@ -24,6 +25,7 @@ __all__ = [
     "WeightDelta",
     "calibrate",
     "evaluate",
+    "merge_adapters",
     "weight_delta",
 ]
 __version__ = "0.1.0"

@@ -113,8 +113,8 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         """False: dW depends on the input."""
         return False
 
-    def add_component(self, adapter_name: str, **options: Any) -> None:
-        """Creates the component of an adapter; `options` are fields of `ComponentSpec`."""
+    def add_component(self, adapter_name: str, *, seed: int | None = None, **options: Any) -> None:
+        """Creates the component of an adapter; `options` are fields of `ComponentSpec`, `seed` is `NPComponent`'s."""
         projections = tuple(options.pop("projections"))
         missing = [name for name in projections if name not in self.family.projections and name != "gate"]
         present = tuple(name for name in projections if name in self.family.projections)
@@ -127,16 +127,16 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             raise ConversionError(
                 f"rank={spec.rank} is larger than the model's hidden size {spec.hidden_size}; use a rank up to that"
             )
-        component = self.new_component(spec)
+        component = self.new_component(spec, seed)
         self.npt_components[adapter_name] = component
         if not self._hooks_projections and self._needs_projection_hooks(component):
             self.detach()
             self._register_hooks()
         self._hook_norm()
 
-    def new_component(self, spec: ComponentSpec) -> NPComponent:
+    def new_component(self, spec: ComponentSpec, seed: int | None = None) -> NPComponent:
         """A component for this block, as before calibration; it is not put anywhere."""
-        return NPComponent(spec, *self._norm, like=self.weight)
+        return NPComponent(spec, *self._norm, like=self.weight, seed=seed)
 
     def _spec(self, **options: Any) -> ComponentSpec:
         hidden, intermediate = self.shape("up")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
+
+from npt.text import one_line
 
 if TYPE_CHECKING:
     from npt.tuner import NPTConfig
@@ -36,7 +39,15 @@ model = PeftModel.from_pretrained(base, "path or hub name of this adapter")
 | option | value |
 |---|---|
 {options}
-{results}"""
+{parts}{results}"""
+
+_PARTS = """
+## Joined from
+
+Trained by separate jobs and joined by `npt merge-adapters`:
+
+{lines}
+"""
 
 _RESULTS = """
 ## Against the base model
@@ -53,11 +64,17 @@ Measured on {tokens:,} tokens of {corpus}, {context} tokens of context, {dtype}.
 """
 
 
-def write_model_card(folder: str | Path, config: NPTConfig, report: Mapping[str, Any] | None = None) -> None:
+def write_model_card(
+    folder: str | Path,
+    config: NPTConfig,
+    report: Mapping[str, Any] | None = None,
+    parts: Sequence[tuple[str, Sequence[int]]] = (),
+) -> None:
     """Writes README.md beside an adapter, unless a person's own card is there.
 
     Args:
         folder: the adapter's. config: the adapter's. report: what `evaluate` returned, for the table of results.
+        parts: of a joined adapter, (the folder a part came from, its blocks) each.
     """
     path = Path(folder) / "README.md"
     if path.exists():
@@ -79,9 +96,21 @@ def write_model_card(folder: str | Path, config: NPTConfig, report: Mapping[str,
         base=f"`{Path(base).name}`" if base else "the base model",
         base_argument=base or "the base model",
         options="\n".join(f"| {name} | {getattr(config, name)} |" for name in names),
+        parts=_PARTS.format(lines=_part_lines(parts)) if parts else "",
         results="" if report is None else _results(report),
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(path)
+
+
+def _part_lines(parts: Sequence[tuple[str, Sequence[int]]]) -> str:
+    return "\n".join(f"- blocks {list(blocks)}: {as_code(name)}" for name, blocks in parts)
+
+
+def as_code(text: str) -> str:
+    """Any text as Markdown that shows it as it is, on one line: code between more backticks than it holds in a row."""
+    line = one_line(text, 200)
+    fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
 
 def _results(report: Mapping[str, Any]) -> str:

@@ -140,6 +140,21 @@ def evaluate(
     _say(f"report: {output.with_suffix('.html')}, figures in {output}")
 
 
+@app.command("merge-adapters")
+def merge_adapters(
+    adapters: Annotated[list[Path], typer.Argument(help="Two adapter folders or more.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new adapter's folder.")],
+) -> None:
+    """Joins adapters of disjoint blocks of one base, trained by separate jobs, into one."""
+    from npt.merging import join
+
+    parts = join(adapters, output)
+    for part in parts:
+        _say(f"blocks {part.blocks} of {part.folder}: {part.parameters:,} parameters")
+    blocks = sorted(block for part in parts for block in part.blocks)
+    _say(f"adapter: {output}, blocks {blocks}: {sum(part.parameters for part in parts):,} parameters")
+
+
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],

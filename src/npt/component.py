@@ -178,7 +178,7 @@ class NPComponent(nn.Module):
     Args:
         spec: the options and sizes.
         norm_weight: (d,) weight of Norm2, None for one without. norm_bias: (d,) its bias or None.
-        like: gives dtype and device where there is no norm_weight.
+        like: gives dtype and device where there is no norm_weight. seed: of the random start; None for torch's own state.
     """
 
     def __init__(
@@ -187,11 +187,14 @@ class NPComponent(nn.Module):
         norm_weight: Tensor | None = None,
         norm_bias: Tensor | None = None,
         like: Tensor | None = None,
+        seed: int | None = None,
     ):
         super().__init__()
         self.spec = spec
         d, like = spec.hidden_size, like if norm_weight is None else norm_weight
         self._new: dict[str, Any] = {} if like is None else {"dtype": like.dtype, "device": like.device}
+        device = torch.device(self._new.get("device", "cpu"))
+        generator = None if seed is None or device.type == "meta" else torch.Generator(device).manual_seed(seed)
         inverse = None
         if norm_weight is not None:
             inverse = norm_weight / (norm_weight.square() + NORM_WEIGHT_EPSILON)
@@ -199,7 +202,7 @@ class NPComponent(nn.Module):
         self.norm_bias: Tensor | None
         self.register_buffer("norm_inverse", inverse, persistent=False)
         self.register_buffer("norm_bias", norm_bias, persistent=False)
-        names = self._add_low_rank() if spec.has_low_rank else ()
+        names = self._add_low_rank(generator) if spec.has_low_rank else ()
         down = tuple(name for name in names if name == "down")
         self._low_rank_sites = {"input": tuple(name for name in names if name != "down"), "down": down}
         reads_attention = bool(spec.input_projections) and spec.reads != "h"
@@ -219,7 +222,7 @@ class NPComponent(nn.Module):
             if self.has_carry:
                 self.carry_gain = nn.Parameter(torch.zeros(num_features, **self._new))
 
-    def _add_low_rank(self) -> tuple[str, ...]:
+    def _add_low_rank(self, generator: torch.Generator | None) -> tuple[str, ...]:
         spec, d, f = self.spec, self.spec.hidden_size, self.spec.intermediate_size
         sites = {}
         if spec.input_projections and spec.low_rank_at == "input":
@@ -228,11 +231,11 @@ class NPComponent(nn.Module):
             sites |= dict.fromkeys(spec.input_projections, (d, f))
         if "down" in spec.projections:
             sites["down"] = (f, d)
-        self.A = nn.Parameter(torch.randn(d, spec.rank, **self._new) / d**0.5)
+        self.A = nn.Parameter(torch.randn(d, spec.rank, generator=generator, **self._new) / d**0.5)
         for name, (size_in, size_out) in sites.items():
             self.register_parameter(f"B_{name}", nn.Parameter(torch.zeros(spec.rank, size_out, **self._new)))
             if spec.key == "learned":
-                matrix = torch.randn(size_in, spec.rank, **self._new) / size_in**0.5
+                matrix = torch.randn(size_in, spec.rank, generator=generator, **self._new) / size_in**0.5
                 self.register_parameter(f"C_{name}", nn.Parameter(matrix))
         return tuple(sites)
 

@@ -160,8 +160,11 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turns what a disk can do to a write into one line; safetensors hides the number of the error in its text."""
+def disk_errors(path: Path, needed: int | None = None, again: str = "go on with --resume") -> Iterator[None]:
+    """Turns what a disk can do to a write into one line; safetensors hides the number of the error in its text.
+
+    again: what to do once the disk is well.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -172,9 +175,7 @@ def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
         why = "the disk is full" if full else f"can't be written ({getattr(error, 'strerror', None) or error})"
         size = "" if needed is None else f" ({human_bytes(needed)} needed)"
         remedy = "make room" if full else "check the drive and its permissions"
-        raise RunError(
-            f"{path}: {why}{size}; what was saved before is whole. Then {remedy} and go on with --resume"
-        ) from error
+        raise RunError(f"{path}: {why}{size}; what was saved before is whole. Then {remedy} and {again}") from error
 
 
 @contextmanager

@@ -7,6 +7,8 @@
     logits     KL(original || NPT) over next tokens, end to end, in chunks of positions.
 
 `items` is the number of counted tokens of the whole optimiser step, so the split into micro-batches changes nothing.
+`local` and `composite` report the mean over blocks, but hand each block the gradient of its own loss: it does not depend on
+which other blocks are converted, so that blocks may be trained by separate jobs (`npt.merging`).
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ TOKEN_CHUNK = 512
 
 
 class Losses(NamedTuple):
-    """One micro-batch's share of the step's losses, as scalars; `total` carries the gradient."""
+    """One micro-batch's share of the step's losses, as scalars; `total` carries the gradient (see above)."""
 
     total: Tensor
     equivalence: Tensor
@@ -79,7 +81,7 @@ class Objective:
         else:
             losses = self._local(model, inputs, counted, items)
         if self.regularizer == "factors":
-            norm = factor_norm(active_layers(model))
+            norm = factor_norm(active_layers(model), apart=self.name != "logits")
             factors = norm * (counted.sum().to(norm.dtype) / items)
             total = losses.total + self.regularization_weight * factors
             losses = losses._replace(total=total, regularization=factors.detach())
@@ -99,7 +101,7 @@ class Objective:
             for part, mask in _token_chunks(record, counted):
                 with torch.enable_grad(), layer_mode([layer], override=None, on_block=None):
                     equivalence, delta = self._block_loss(layer, part, mask)
-                    equivalence, delta = equivalence / (items * len(layers)), delta / (items * len(layers))
+                    equivalence, delta = equivalence / items, delta / items
                     loss = self.equivalence_weight * equivalence + self.regularization_weight * delta
                     if own and loss.requires_grad:
                         found = torch.autograd.grad(loss, own, allow_unused=True)
@@ -116,6 +118,7 @@ class Objective:
         else:
             with torch.no_grad(), layer_mode(layers, override="bypass", on_block=see):
                 run_backbone(model, inputs)
+        sums = [value / len(layers) for value in sums]
         total = self.equivalence_weight * sums[0] + self.regularization_weight * sums[1]
         if gradients and torch.is_grad_enabled():
             total = _WithGradients.apply(total, list(gradients.values()), *gradients)
@@ -243,8 +246,11 @@ def update_scales(model: Any, inputs: dict[str, Tensor]) -> dict[int, float]:
     return scales
 
 
-def factor_norm(layers: list[NPTLayer]) -> Tensor:
-    """Mean over blocks of |A|_F + sum |B|_F: the original description's regulariser."""
+def factor_norm(layers: list[NPTLayer], *, apart: bool = False) -> Tensor:
+    """Mean over blocks of |A|_F + sum |B|_F: the original description's regulariser.
+
+    apart: a block's gradient is that of its own norm, not of the mean.
+    """
     norms: list[Tensor] = []
     gradients: dict[Tensor, Tensor] = {}
     for layer in layers:
@@ -255,7 +261,7 @@ def factor_norm(layers: list[NPTLayer]) -> Tensor:
             norm = sum(((m.square().sum() + 1e-24).sqrt() for m in matrices), layer.weight.new_zeros(()))
             trained = [m for m in matrices if m.requires_grad]
             if trained:
-                found = torch.autograd.grad(norm / len(layers), trained)
+                found = torch.autograd.grad(norm / (1 if apart else len(layers)), trained)
                 gradients |= dict(zip(trained, found, strict=True))
         norms.append(norm.detach())
     mean = torch.stack(norms).mean()

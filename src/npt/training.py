@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from npt.callbacks import BestAdapterCallback
 from npt.checkpointing import DurableTrainer
 from npt.data.batches import batches_of, complete_batch, scored_positions
-from npt.distributed import any_process, env_flag, local_part, through, total, world
+from npt.distributed import any_process, env_flag, full_tensor, local_part, through, total, world
 from npt.errors import NPTError
 from npt.evaluation.deltas import delta_records
 from npt.evaluation.divergence import summarize, token_divergences
@@ -193,6 +193,28 @@ class EquivalenceTrainer(DurableTrainer):
 
             self._stop_unless(all_finite(list(found.values())), broken, self._last_inputs)
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As HF's with `logits`. Else each block by its own norm, as if it trained alone; returns the joint norm, for logs.
+
+        DeepSpeed clips by itself, all blocks together.
+        """
+        if self.objective.name == "logits" or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        norms = [
+            full_tensor(nn.utils.clip_grad_norm_(group, self.args.max_grad_norm)).to(self.args.device)
+            for group in self._clipped_together(model)
+        ]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    @staticmethod
+    def _clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
+        """The parameters that have a gradient: those of each block's component, and any others."""
+        groups = [list(layer.component.parameters()) for layer in active_layers(model)]  # type: ignore[union-attr]
+        own = {id(p) for group in groups for p in group}
+        groups.append([p for p in model.parameters() if id(p) not in own])
+        return [found for group in groups if (found := [p for p in group if p.grad is not None])]
 
     def _stop_unless(self, finite: bool, what: Callable[[], str], inputs: dict[str, Tensor]) -> None:
         """Stops all processes where one of them met something that is not finite."""

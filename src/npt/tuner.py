@@ -168,6 +168,8 @@ class NPTModel(BaseTuner):
             )
         refuse_unsupported(model)
         before = {id(layer) for layer in npt_layers(model)}
+        # One draw, whatever is converted: a block's random start does not depend on which other blocks there are.
+        self._seed = int(torch.randint(2**31, (), device="cpu"))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         model.eval()
         layers = [layer for layer in npt_layers(model) if id(layer) not in before]
@@ -210,7 +212,7 @@ class NPTModel(BaseTuner):
         if is_new:
             layer = NPTLayer(target, family_of(self.model), int(target_name))
         try:
-            layer.add_component(adapter_name, **peft_config.component_options())
+            layer.add_component(adapter_name, seed=self._seed + layer.index, **peft_config.component_options())
         except ConversionError:
             if is_new:
                 layer.detach()
