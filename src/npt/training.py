@@ -173,10 +173,15 @@ class EquivalenceTrainer(DurableTrainer):
         self._stop_unless(math.isfinite(float(losses.total.detach())), lambda: "the loss", inputs)
         if self._sums_from is None:
             self._sums_from = self.state.global_step
-        # DDP and FSDP average over processes, where shares of one sum are to be added.
-        together, count = self.args.average_tokens_across_devices, self.accelerator.num_processes
+        # DDP and FSDP average over processes, where shares of one sum are to be added. Blocks without labels are counted
+        # batch by batch, and Trainer averages over accumulated ones itself.
+        together = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        count = self.accelerator.num_processes
+        parts = 1 if together else count
+        if num_items_in_batch is None:
+            parts *= self.current_gradient_accumulation_steps
         for i, value in enumerate(losses):
-            self._sums[i] += float(value.detach()) / (1 if together else count)
+            self._sums[i] += float(value.detach()) / parts
         self._last_inputs, self._last_objective = inputs, self.objective.name
         loss = losses.total * (count if together else 1)
         return (loss, {}) if return_outputs else loss
