@@ -42,13 +42,13 @@ def check_launch() -> None:
 
 
 def start_processes(args: TrainingArguments) -> None:
-    """Joins the processes of this launch, as TrainingArguments do it, and says how many there are.
+    """Joins the processes of this launch, as TrainingArguments do it.
 
     Raises:
         NPTError: fewer than the launcher was asked for; each would train alone and overwrite the others' files.
     """
     _ = args.device  # starts torch.distributed where a launcher's variables are set
-    count, size = world()[1], args.per_device_train_batch_size * args.gradient_accumulation_steps
+    count = world()[1]
     asked = _asked()
     name = max(asked, key=lambda key: asked[key], default="")
     if name and asked[name] > count:
@@ -56,9 +56,13 @@ def start_processes(args: TrainingArguments) -> None:
             f"{name}={asked[name]}: that many processes were asked for and this one is in a group of {count}; start them "
             f"with torchrun --nproc-per-node {asked[name]} or accelerate launch, or unset {name} for a single process"
         )
-    logger.info(
-        "%d process%s on %s, %d blocks a step", count, "es" if count > 1 else "", args.device.type, count * size
-    )
+
+
+def tell_processes(args: TrainingArguments) -> None:
+    """Logs the number of processes there really are, and what a step takes in."""
+    count, size = world()[1], args.per_device_train_batch_size * args.gradient_accumulation_steps
+    plural = "es" if count > 1 else ""
+    logger.info("%d process%s on %s, %d blocks a step", count, plural, args.device.type, count * size)
 
 
 def _asked() -> dict[str, int]:

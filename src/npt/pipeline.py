@@ -31,7 +31,7 @@ from npt.distributed import any_process, first_does, full_tensor, is_first, thro
 from npt.durable import append_json, keep_lines, only_run, write_json
 from npt.errors import CheckpointError, ConfigError
 from npt.evaluation import evaluate
-from npt.launch import check_launch, shard_base, shards_base, start_processes
+from npt.launch import check_launch, shard_base, shards_base, start_processes, tell_processes
 from npt.loading import default_device, load_base, offload_frozen, release_memory
 from npt.objectives import Objective
 from npt.report.page import write_page
@@ -73,6 +73,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     set_seed(config.training.seed)
     with StopSignals() as signals:
         model, tokenizer = convert_base(config)
+        tell_processes(arguments)
         with only_run(output, checkpoints):
             if shards_base(config.optimization.fsdp):
                 shard_base(model, arguments)
