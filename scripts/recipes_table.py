@@ -25,10 +25,9 @@ ROWS: list[tuple[str, str, int, int, str, list[str]]] = [
 
 def table() -> str:
     """The rows in Markdown."""
-    lines = [
-        "| recipe | devices | base in each process | predicted peak of a process | tokens a step | predicted step | predicted training |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ("recipe", "devices", "base in each process", "predicted peak of a process", "tokens a step")
+    head += ("predicted step", "predicted training")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, shapes, processes, nodes, device, more in ROWS:
         config = load_config(RECIPES / name, [f"model.base_model_name={shapes}", *more])
         launch, t = planned_launch(processes, nodes, device), config.training
