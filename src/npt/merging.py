@@ -1,4 +1,4 @@
-"""Adapters of disjoint blocks of one base, trained by separate jobs, joined into one: docs/merging.md.
+"""Adapters of disjoint blocks of one base, trained by separate jobs, joined into one: docs/scaling.md.
 
 Everything is read from the adapters' own files; the base model is not needed.
 """
