@@ -151,6 +151,8 @@ def _gathered_per_batch(units: tuple[ShardUnit, ...], config: RunConfig, first: 
     the head, the root and a tied embedding are kept between the two.
     """
     local = config.training.objectives()[-1] != "logits"
+    # With gradient checkpointing the embedding's output asks for a gradient, and all blocks are crossed.
+    first = 0 if config.training.gradient_checkpointing else first
     total = 0
     for unit in units:
         if local or unit.name in (HEAD, TIED, REST):
