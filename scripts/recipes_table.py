@@ -1,57 +1,109 @@
-"""Writes the predictions of the recipes into recipes/README.md, from shapes alone: python -m scripts.recipes_table"""
+"""Writes the predicted tables of recipes/README.md and docs/scaling.md: python scripts/recipes_table.py"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from npt.config import load_config
+from npt.config import RunConfig, load_config
 from npt.devices import planned_launch
-from npt.forecast import duration, run_steps, step_time
+from npt.forecast import duration, memory_limit, run_steps, step_time
 from npt.plan import plan_run
-from npt.text import human_bytes
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-README = RECIPES / "README.md"
-START, END = "<!-- predictions: start -->", "<!-- predictions: end -->"
-#: (run configuration, shapes it is planned with, processes, nodes, device, further settings)
-ROWS: list[tuple[str, str, int, int, str, list[str]]] = [
-    ("llama-3.1-8b-1gpu.yaml", "llama-3.1-8b", 1, 1, "h100-80gb", []),
-    ("llama-3.1-8b-1gpu.yaml", "llama-3.1-8b", 1, 1, "a100-80gb", []),
-    ("llama-3.1-8b-8gpu.yaml", "llama-3.1-8b", 8, 1, "h100-80gb", []),
-    ("llama-3.1-8b-8gpu.yaml", "llama-3.1-8b", 8, 1, "h100-80gb", ["optimization.fsdp=true"]),
-    ("llama-3.1-70b-2nodes.yaml", "llama-3.1-70b", 16, 2, "h100-80gb", []),
-]
+ROOT = Path(__file__).resolve().parents[1]
+START, END = "<!-- {}: start -->", "<!-- {}: end -->"
+GIB = 2**30
 
 
-def table() -> str:
-    """The rows in Markdown."""
-    head = ("recipe", "devices", "base in each process", "predicted peak of a process", "tokens a step")
-    head += ("predicted step", "predicted training")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, shapes, processes, nodes, device, more in ROWS:
-        config = load_config(RECIPES / name, [f"model.base_model_name={shapes}", *more])
-        launch, t = planned_launch(processes, nodes, device), config.training
-        plan = plan_run(config, processes=processes)
-        seconds, steps = step_time(plan, config, launch).most, run_steps(config, processes) or 0
-        tokens = processes * t.batch_size * t.gradient_accumulation_steps * config.data.max_length
-        cells = (
-            f"`{name}`" + "".join(f" `--set {change}`" for change in more),
-            f"{processes} x {device}" + (f" on {nodes} nodes" if nodes > 1 else ""),
-            human_bytes(plan.spread.base),
-            human_bytes(plan.peak),
-            f"{tokens:,}",
-            duration(seconds),
-            f"{duration(steps * seconds)} ({steps:,} steps)",
+@dataclass(frozen=True)
+class Row:
+    """A run configuration of recipes/, the shapes it is planned with and the launch."""
+
+    recipe: str
+    shapes: str
+    processes: int
+    nodes: int = 1
+    options: tuple[str, ...] = ()
+    device: str = "h100-80gb"
+
+    def config(self) -> RunConfig:
+        """Its configuration, with the shapes in the place of the hub's model."""
+        name = f"model.base_model_name={self.shapes}"
+        return load_config(ROOT / "recipes" / f"{self.recipe}.yaml", [name, *self.options])
+
+
+ONE, NODE, TWO = "llama-3.1-8b-1gpu", "llama-3.1-8b-8gpu", "llama-3.1-70b-2nodes"
+SMALL, LARGE, SHARDED = "llama-3.1-8b", "llama-3.1-70b", ("optimization.fsdp=true",)
+RECIPES = (
+    Row(ONE, SMALL, 1),
+    Row(NODE, SMALL, 8),
+    Row(NODE, SMALL, 8, options=SHARDED),
+    Row(TWO, LARGE, 16, 2),
+)
+SCALING = (
+    Row(NODE, SMALL, 1),
+    Row(NODE, SMALL, 8),
+    Row(NODE, SMALL, 16, 2),
+    Row(NODE, SMALL, 8, options=SHARDED),
+    Row(NODE, SMALL, 16, 2, SHARDED),
+    Row(TWO, LARGE, 1, options=("optimization.fsdp=false",)),
+    Row(TWO, LARGE, 8),
+    Row(TWO, LARGE, 16, 2),
+    Row(TWO, LARGE, 16, 2, ("model.npt_layers=all",)),
+)
+TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
+    "recipes": ("recipes/README.md", RECIPES),
+    "scaling": ("docs/scaling.md", SCALING),
+}
+HEAD = (
+    "| run | processes | strategy | weights of each | peak of each | fits 80 GB | tokens a step | a step | where communication "
+    "overlaps | the training |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def line(row: Row) -> str:
+    """One row of a table."""
+    config, launch = row.config(), planned_launch(row.processes, row.nodes, row.device)
+    plan, steps = plan_run(config, None, row.processes), run_steps(config, row.processes)
+    time, t = step_time(plan, config, launch), config.training
+    tokens = row.processes * t.batch_size * t.gradient_accumulation_steps * config.data.max_length
+    options = "".join(f", `{option}`" for option in row.options)
+    cells = [
+        f"`{row.recipe}`{options}",
+        f"{row.processes} on {row.nodes} node{'s' * (row.nodes > 1)}",
+        plan.spread.strategy,
+        f"{plan.weights / GIB:.1f} GiB",
+        f"{plan.peak / GIB:.1f} GiB",
+        "yes" if plan.peak <= memory_limit(launch) else "no",
+        f"{tokens:,}",
+        duration(time.most),
+        duration(time.least),
+        "" if steps is None else f"{steps:,} steps, {duration(steps * time.most)}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def with_table(text: str, name: str, lines: Sequence[str]) -> str:
+    """A document with the table between its markers replaced."""
+    start, end = START.format(name), END.format(name)
+    before, rest = text.split(start)
+    return f"{before}{start}\n{HEAD}\n" + "\n".join(lines) + f"\n{end}{rest.split(end)[1]}"
+
+
+def lines_of(text: str, name: str) -> list[str]:
+    """The rows between a document's markers."""
+    return text.split(START.format(name))[1].split(END.format(name))[0].strip().splitlines()[2:]
+
+
+def main() -> None:
+    """Writes all tables."""
+    for name, (document, rows) in TABLES.items():
+        path = ROOT / document
+        path.write_text(
+            with_table(path.read_text(encoding="utf-8"), name, [line(row) for row in rows]), encoding="utf-8"
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def with_predictions(text: str) -> str:
-    """recipes/README.md with the table between its markers replaced."""
-    before, rest = text.split(START)
-    return f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":
-    README.write_text(with_predictions(README.read_text(encoding="utf-8")), encoding="utf-8")
+    main()

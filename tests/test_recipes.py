@@ -10,9 +10,10 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from npt.config import load_config
-from scripts.recipes_table import README, RECIPES, ROWS, with_predictions
+from scripts.recipes_table import ROOT, TABLES, line, lines_of
 from tests.conftest import REPOSITORY
 
+RECIPES, README = ROOT / "recipes", ROOT / "recipes" / "README.md"
 RUNS = sorted(RECIPES.glob("*.yaml"))
 LAUNCHES = sorted((RECIPES / "accelerate").glob("*.yaml"))
 
@@ -21,7 +22,7 @@ LAUNCHES = sorted((RECIPES / "accelerate").glob("*.yaml"))
 def test_run_configurations_load(path: Path) -> None:
     config = load_config(path)
     assert config.data.streaming and config.training.num_train_steps and config.model.dtype == "bfloat16"
-    assert path.name in {row[0] for row in ROWS}
+    assert path.stem in {row.recipe for row in TABLES["recipes"][1]}
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.name)
@@ -51,6 +52,12 @@ def test_the_readme_names_what_exists() -> None:
 
 
 @pytest.mark.slow
-def test_the_predictions_are_up_to_date() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert with_predictions(text) == text
+@pytest.mark.parametrize("name", TABLES)
+def test_the_predictions_are_up_to_date(name: str) -> None:
+    document, rows = TABLES[name]
+    assert lines_of((ROOT / document).read_text(encoding="utf-8"), name) == [line(row) for row in rows]
+
+
+def test_the_first_prediction_is_up_to_date() -> None:
+    document, rows = TABLES["recipes"]
+    assert lines_of((ROOT / document).read_text(encoding="utf-8"), "recipes")[0] == line(rows[0])
