@@ -57,8 +57,8 @@ TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
     "scaling": ("docs/scaling.md", SCALING),
 }
 HEAD = (
-    "| run | processes | strategy | weights of each | peak of each | fits 80 GB | tokens a step | a step | where communication "
-    "overlaps | the training |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| run | processes | strategy | weights of each | peak of each | fits 80 GB | tokens a step | a step | where "
+    "communication overlaps | the training |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
