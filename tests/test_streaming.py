@@ -188,7 +188,9 @@ def test_held_out_documents_are_never_trained_on(local_model: Path, shards: Any,
     tokenizer = AutoTokenizer.from_pretrained(local_model)
     corpus = streamed_corpus(config, tokenizer)
     assert (len(corpus.held_out), len(corpus.chosen_by), len(corpus.calibration)) == (6, VALIDATION_BLOCKS, 8)
-    again = load_corpus(config, None, tokenizer)
+    # Whatever else the run or its evaluation is set to.
+    other = settings(local_model, shards, tmp_path, "training.seed=7", "data.shuffle_window=3")
+    again = load_corpus(other, None, tokenizer)
     assert again.held_out[:] == corpus.held_out[:] and again.chosen_by[:] == corpus.chosen_by[:]
 
     def names(ids: list[int]) -> set[str]:

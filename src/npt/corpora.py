@@ -37,6 +37,9 @@ RUN_CONFIG = "npt_run.yaml"
 
 #: Blocks taken from the end of the training set to choose the best adapter by.
 VALIDATION_BLOCKS = 32
+#: Order of the pass that streamed text is held out in: not the run's own, so that an evaluation with other settings can't
+#: score what was trained on.
+HELD_OUT_SEED, HELD_OUT_WINDOW = 2**32, 1000
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def streamed_corpus(config: RunConfig, tokenizer: Any) -> Corpus:
     """
     data, seed = config.data, config.training.seed
     source, seen = _source(config), set[bytes]()
-    documents = DocumentStream(source, seed=seed + 2**32, window=data.shuffle_window)
+    documents = DocumentStream(source, seed=HELD_OUT_SEED, window=HELD_OUT_WINDOW)
 
     def blocks(count: int) -> datasets.Dataset:
         # One by one: what the tokenizer is given beside is lost for training.
