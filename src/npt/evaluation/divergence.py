@@ -54,7 +54,7 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
     table, filled = np.empty((len(own) * batch_size * (length - 1), len(COLUMNS))), 0
     with eval_mode(model):
         for _, first, counts in track(own, "evaluating", transient=True, disable=not progress):
-            rows = blocks.select(range(first, min(first + batch_size, len(blocks))))
+            rows = [blocks[i] for i in range(first, min(first + batch_size, len(blocks)))]
             batch = next(batches_of(rows, batch_size, device))
             inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
             counted = scored_positions(batch["labels"])
