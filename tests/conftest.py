@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from npt import NPTConfig
@@ -89,6 +90,18 @@ def converted(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> 
     model.eval()
     randomize(model)
     return model
+
+
+def allocated(run: Callable[[], Any]) -> int:
+    """Peak of what torch's CPU allocator hands out during a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from npt.data.batches import batches_of
 from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, local_source
 from npt.distributed import is_first, is_sharded, through, world
 from npt.launch import shard_base, start_processes
-from npt.pipeline import FSDP2
+from npt.pipeline import FSDP_ARGUMENTS
 from tests.conftest import random_base
 
 
@@ -130,7 +130,7 @@ def run(spec: Spec) -> None:
         output_dir=str(folder / "checkpoints"), per_device_train_batch_size=split, per_device_eval_batch_size=4,
         gradient_accumulation_steps=spec.accumulation, max_steps=spec.steps, learning_rate=5e-3, logging_steps=1,
         save_steps=10, eval_strategy="steps", eval_steps=10, report_to=[], disable_tqdm=True, use_cpu=True, seed=1,
-        **(FSDP2 if spec.sharded else {}), **spec.arguments,
+        **(FSDP_ARGUMENTS if spec.sharded else {}), **spec.arguments,
     )  # fmt: skip
     start_processes(args)
     model = build(spec)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from npt import NPTConfig
@@ -28,6 +27,7 @@ from npt.memory import (
 from npt.meta import LLAMA_7B, AllocationCounter, enable_checkpointing
 from npt.objectives import Objective
 from npt.tuner import active_layers
+from tests.conftest import allocated
 
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -67,13 +67,7 @@ def test_counted_on_real_tensors_computed_on_meta_and_the_profiler_agree(options
 
 def _profiled(run: Callable[[], Any], inputs: ComponentSpec | None = None) -> int:
     """Peak of what torch's CPU allocator hands out during a call, less what `values_peak` needs as inputs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
+    peak = allocated(run)
     if inputs is None:
         return peak
     d, f, tokens = inputs.hidden_size, inputs.intermediate_size, 128

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
 from peft import get_peft_model
 from torch.distributed.fsdp import FSDPModule
-from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -29,6 +28,7 @@ from npt.objectives import Objective
 from npt.plan import OVERHEAD, advice, plan_run
 from npt.sharding import DDP, FSDP2, local_size, shard_units, strategy_of
 from npt.tuner import active_layers, parameter_counts
+from tests.conftest import allocated
 
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -124,18 +124,6 @@ def test_a_sharded_step_takes_what_was_planned(processes: Any, objective: str) -
     peak = allocated(lambda: through(model, lambda: loss(model, inputs, 128.0)).total.backward())
     assert peak == pytest.approx(step + plan.spread.gathered, rel=0.1)
     assert plan.spread.gathered > step / 4  # else the comparison says little about it
-
-
-def allocated(run: Callable[[], Any]) -> int:
-    """Peak of what torch's CPU allocator hands out during a call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def test_what_each_process_holds() -> None:

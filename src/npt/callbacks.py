@@ -50,9 +50,8 @@ class SamplesCallback(TrainerCallback):
 
     def write(self, step: int) -> None:
         """Generates and appends."""
-        for sample in through(self.model, lambda: side_by_side(self.model, self.tokenizer, self.prompts)):
-            if not is_first():
-                continue
+        samples = through(self.model, lambda: side_by_side(self.model, self.tokenizer, self.prompts))
+        for sample in samples if is_first() else ():
             append_json(self.path, {"step": step, **sample})
             logger.info("step %d, %r: NPT %r, original %r", step, sample["prompt"], sample["npt"], sample["original"])
 
@@ -113,7 +112,7 @@ def _replace_adapter(model: Any, folder: Path, state: dict[str, Any]) -> None:
             temporary.mkdir(parents=True)
             if (folder / "README.md").is_file():
                 shutil.copy(folder / "README.md", temporary)  # a person's own card stays
-            save_weights(model, str(temporary), state_dict=state)
+            save_weights(model, str(temporary), state)
             folder.mkdir(parents=True, exist_ok=True)
             # Weights last: the other files of one run's adapters are alike.
             for path in sorted(temporary.iterdir(), key=lambda p: p.suffix == ".safetensors"):

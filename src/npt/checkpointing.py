@@ -30,7 +30,7 @@ from npt.distributed import barrier, first_does, full_tensor, is_first, is_shard
 from npt.durable import SEAL, check_space, disk_errors, is_sealed, seal, write_json
 from npt.errors import CheckpointError, RunError
 from npt.state import load_state, save_state
-from npt.tuner import npt_layers
+from npt.tuner import component_ids
 
 logger = logging.getLogger(__name__)
 
@@ -56,19 +56,17 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir() and re.fullmatch(r".*-\d+", p.name)]
 
 
-def save_weights(model: Any, folder: str, **kwargs: Any) -> None:
-    """`save_pretrained` of an adapter by the first process, from parts if need be; all call it.
+def save_weights(model: Any, folder: str, state: dict[str, torch.Tensor]) -> None:
+    """`save_pretrained` of an adapter with the values of `adapter_state`.
 
     PEFT would ask the hub whether the vocabulary was resized, which npt never does.
     """
-    state = kwargs.pop("state_dict", None) or adapter_state(model)
-    if is_first():
-        model.save_pretrained(folder, save_embedding_layers=False, state_dict=state, **kwargs)
+    model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
 
 
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:
     """{name in the model: value} of all components, whole; all processes call it."""
-    own = {id(p) for layer in npt_layers(model) for p in layer.parameters()}
+    own = component_ids(model)
     return {name: full_tensor(p) for name, p in model.named_parameters() if id(p) in own}
 
 
@@ -156,7 +154,10 @@ class DurableTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter, whole, written by the first process. HF's would gather the base too, and pickle the arguments."""
-        save_weights(self.accelerator.unwrap_model(self.model), output_dir or str(self.args.output_dir))
+        model: Any = self.accelerator.unwrap_model(self.model)
+        state = adapter_state(model)
+        if is_first():
+            save_weights(model, output_dir or str(self.args.output_dir), state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))

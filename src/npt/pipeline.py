@@ -49,7 +49,7 @@ TENSORBOARD = "tensorboard"
 #: Change of the parameters, relative to their norm, below which training did nothing.
 NO_CHANGE = 1e-7
 #: TrainingArguments of `optimization.fsdp`; under accelerate's own FSDP configuration, that says how.
-FSDP2: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+FSDP_ARGUMENTS: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
 #: Evaluations without a new best after which objective `auto` stops.
 PATIENCE = 4
 
@@ -328,7 +328,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         # The old name draws a warning in transformers 5.23, and the new one does not exist before it.
         **({"gradient_checkpointing": True} if t.gradient_checkpointing else {}),
         use_cpu=not torch.cuda.is_available(),
-        **FSDP2 if shards_base(config.optimization.fsdp) and config.optimization.fsdp else {},
+        **FSDP_ARGUMENTS if shards_base(config.optimization.fsdp) and config.optimization.fsdp else {},
         report_to=[*t.report_to, *(["wandb"] if config.wandb.enabled else [])],
         dataloader_pin_memory=torch.cuda.is_available(),
     )

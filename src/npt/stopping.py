@@ -22,7 +22,6 @@ class StopSignals(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.wanted = False  # in this or another process
         self._training = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -57,8 +56,7 @@ class StopSignals(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Saves and stops when a signal came, to any of the processes."""
-        self.wanted = any_process(self.received is not None)
-        if self.wanted:
+        if any_process(self.received is not None):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(

@@ -26,7 +26,7 @@ from npt.launch import fsdp_accelerator
 from npt.numerics import all_finite, find_nonfinite, raise_nonfinite
 from npt.objectives import Objective, check_logit_head, update_scales
 from npt.teacher import ROW, kind_of, teacher_cache, with_rows
-from npt.tuner import active_layers, device_of, npt_layers
+from npt.tuner import active_layers, component_ids, device_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ FIGURE_ROWS = 4
 
 def only_components_train(model: nn.Module) -> bool:
     """Whether nothing but NPT components is trained."""
-    own = {id(p) for layer in npt_layers(model) for p in layer.parameters()}
+    own = component_ids(model)
     return all(id(p) in own for p in model.parameters() if p.requires_grad)
 
 

@@ -393,9 +393,14 @@ def weight_delta(
     return matrices
 
 
+def component_ids(model: nn.Module) -> set[int]:
+    """The `id` of every parameter of a component, of any adapter."""
+    return {id(p) for layer in npt_layers(model) for p in layer.parameters()}
+
+
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(parameters of the active adapter, parameters of the base)."""
-    own = {id(p) for layer in npt_layers(model) for p in layer.parameters()}
+    own = component_ids(model)
     active = sum(p.numel() for layer in npt_layers(model) if layer.component for p in layer.component.parameters())
     base = sum(p.numel() for p in model.parameters() if id(p) not in own)
     return active, base

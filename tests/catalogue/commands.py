@@ -76,6 +76,32 @@ ARGUMENTS = [
         ("train", *sets(f"paths.output_dir={'a' * 300}")),
         ("paths.output_dir=aaa", "can't be made (File name too long)", "name another folder"),
     ),
+    Entry("merge: none", ("merge-adapters", "-o", "m"), ("Missing argument", "see npt --help")),
+    Entry("merge: without an output", ("merge-adapters", "{adapter}", "{adapter}"), ("'--output'", "see npt --help")),
+    Entry("merge: one", ("merge-adapters", "{adapter}", "-o", "m"), ("nothing to join", "two adapter folders or more")),
+    Entry(
+        "merge: one twice",
+        ("merge-adapters", "{adapter}", "{adapter}", "-o", "m"),
+        ("checkpoint", "is named twice", "name each adapter once"),
+        script=True,
+    ),
+    Entry(
+        "merge: a missing one",
+        ("merge-adapters", "{adapter}", "nowhere", "-o", "m"),
+        ("checkpoint nowhere: no adapter folder there", "run `npt train` first"),
+    ),
+    Entry(
+        "merge: an output under a file",
+        ("merge-adapters", "{adapter}", "nowhere", "-o", "f/m"),
+        ("--output=f/m: can't be made, f is a file", "name another folder"),
+        {"f": b"x"},
+    ),
+    Entry(
+        "merge: an output that is full",
+        ("merge-adapters", "{adapter}", "nowhere", "-o", "d"),
+        ("--output=d: is there and not empty", "name a new folder"),
+        {"d/x": b""},
+    ),
 ]
 
 GOOD_ROW = b'{"step": 1, "loss": 1.0, "eval_mean_kl": 0.1}\n'
