@@ -197,7 +197,7 @@ def test_killed_under_two_processes_and_resumed_under_any(
     assert {size for step, size in logged(folder, "world_size") if step > 10} == {count}
 
 
-@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("after", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_streamed_shards_are_read_once_also_after_a_stop(after: int, tmp_path: Path) -> None:
     """200 shards over two processes that are killed, and over one or two after: every document once in an epoch."""
     documents = [f"{shard}-{i}" for shard in range(200) for i in range(3)]
