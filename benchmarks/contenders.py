@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks.timing import Run
 from npt import NPTConfig, calibrate
 from npt.builtin import source_of
-from npt.objectives import OBJECTIVES, Objective, update_scales
-from npt.teacher import ROW, teacher_cache
-from npt.tuner import run_backbone
+from npt.equivalence.objectives import OBJECTIVES, Objective, update_scales
+from npt.equivalence.teacher import ROW, teacher_cache
+from npt.tuner.model import run_backbone
 
 RANK = 16
 

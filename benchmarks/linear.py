@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from benchmarks.timing import interleaved
-from npt.component import ComponentSpec
-from npt.memory import example
+from npt.block.component import ComponentSpec
+from npt.planning.formed_deltas import example
 
 TOKENS = (256, 1024, 2048)
 RANKS = (8, 16, 32, 64, 128, 256)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import converted, forward, frozen, llama_shape, sharing
 from benchmarks.timing import interleaved, peak, ratios
-from npt.attach import NPTLayer
-from npt.component import WeightDelta
-from npt.tuner import active_layers
+from npt.block.component import WeightDelta
+from npt.block.layer import NPTLayer
+from npt.tuner.model import active_layers
 
 
 class MaterializedMLP(nn.Module):

@@ -2,7 +2,7 @@
 
 For each shape a random checkpoint is written and `npt train` run on it in a process of its own, for a few steps. Measured
 is the process's peak resident size (Linux) above what it had after its imports. Writes benchmarks/results/memory.json and
-the table in MEMORY_OPTIMIZATION.md. None of these shapes took part in choosing `npt.plan.OVERHEAD`.
+the table in MEMORY_OPTIMIZATION.md. None of these shapes took part in choosing `npt.planning.plan.OVERHEAD`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 from benchmarks.readme import write_section
 from benchmarks.tables import markdown
 from npt.builtin import source_of
-from npt.config import load_config
+from npt.config.sections import load_config
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
 MIB = 2**20
@@ -55,8 +55,8 @@ RUNS: list[tuple[str, Any, list[str]]] = [
 
 CHILD = """
 import json, re, sys, time
-import npt.cli, npt.pipeline, transformers
-from npt.config import load_config
+import npt.cli, npt.runs.train, transformers
+from npt.config.sections import load_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 def status(name):
@@ -65,7 +65,7 @@ def status(name):
 config = load_config(None, sys.argv[2:])
 AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(config.model.base_model_name))]  # its import
 before, steps = status("VmRSS"), []
-original = npt.pipeline.EquivalenceTrainer.training_step
+original = npt.runs.train.EquivalenceTrainer.training_step
 
 def step(self, *args, **kwargs):
     start = time.perf_counter()
@@ -74,8 +74,8 @@ def step(self, *args, **kwargs):
     finally:
         steps.append(time.perf_counter() - start)
 
-npt.pipeline.EquivalenceTrainer.training_step = step
-npt.pipeline.run_training(config)
+npt.runs.train.EquivalenceTrainer.training_step = step
+npt.runs.train.run_training(config)
 found = {"peak": status("VmHWM") - before, "seconds": sorted(steps)[len(steps) // 2] if steps else None}
 open(sys.argv[1], "w").write(json.dumps(found))
 """
@@ -85,7 +85,7 @@ def measure(shape: Any, overrides: list[str]) -> dict[str, float]:
     """{"measured", "predicted" bytes; "seconds", "predicted_seconds" of a micro-batch} of one run."""
     import torch
 
-    from npt.plan import machine_speed, plan_run
+    from npt.planning.plan import machine_speed, plan_run
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)

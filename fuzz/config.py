@@ -8,7 +8,9 @@ from pathlib import Path
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-with atheris.instrument_imports(include=["npt.config", "npt.safe_yaml", "npt.text", "yaml"]):
+with atheris.instrument_imports(
+    include=["npt.config.sections", "npt.config.strict_yaml", "npt.common.display", "yaml"]
+):
     from fuzz import targets
 
 if __name__ == "__main__":

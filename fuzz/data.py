@@ -8,7 +8,7 @@ from pathlib import Path
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-with atheris.instrument_imports(include=["npt.data.sources", "npt.text", "json"]):
+with atheris.instrument_imports(include=["npt.data.sources", "npt.common.display", "json"]):
     from fuzz import targets
 
 if __name__ == "__main__":

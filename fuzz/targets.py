@@ -5,10 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from npt.config import RunConfig, load_config, save_config
+from npt.common.display import visible
+from npt.config.sections import RunConfig, load_config, save_config
 from npt.data.sources import TextFiles
 from npt.errors import ConfigError, DataError
-from npt.text import visible
 
 #: By the first byte of an input, so that one corpus reaches every reader.
 KINDS = (".txt", ".jsonl", ".json", ".parquet")

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from npt import pipeline
-from npt.config import RunConfig, load_config
+from npt.config.sections import RunConfig, load_config
 from npt.errors import CheckpointError
+from npt.runs import train as pipeline
 
 STEPS = 8
 SETTINGS = [

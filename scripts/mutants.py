@@ -77,7 +77,11 @@ TESTS = {
         *(f"tests/test_calibration.py::test_{name}" for name in _CALIBRATION),
     ),
 }
-TARGETS = {name: Target(f"npt.{name}", f"src/npt/{name}.py", tests) for name, tests in TESTS.items()}
+MODULES = {"component": "block.component", "attach": "block.layer", "calibration": "equivalence.calibration"}
+TARGETS = {
+    name: Target(f"npt.{module}", f"src/npt/{module.replace('.', '/')}.py", TESTS[name])
+    for name, module in MODULES.items()
+}
 
 
 # -- running ---------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""Writes the families npt supports into README.md, from the table in npt.families: python scripts/readme_families.py"""
+"""Writes the families npt supports into README.md, from the table in npt.block.families: python scripts/readme_families.py"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from npt.families import FAMILIES
+from npt.block.families import FAMILIES
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 START, END = "<!-- families: start -->", "<!-- families: end -->"

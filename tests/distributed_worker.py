@@ -19,14 +19,14 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from npt import EquivalenceTrainer, NPTConfig, Objective, calibrate
-from npt.callbacks import BestAdapterCallback, JsonLinesCallback
-from npt.checkpointing import adapter_state
+from npt.common.launch import shard_base, start_processes
+from npt.common.processes import is_first, is_sharded, through, world
 from npt.data import pack_token_ids
 from npt.data.batches import batches_of
 from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, local_source
-from npt.distributed import is_first, is_sharded, through, world
-from npt.launch import shard_base, start_processes
-from npt.pipeline import FSDP_ARGUMENTS
+from npt.runs.train import FSDP_ARGUMENTS
+from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback
+from npt.training.checkpoints import adapter_state
 from tests.conftest import random_base
 
 

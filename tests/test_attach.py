@@ -12,12 +12,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from npt import NPTConfig
-from npt.attach import NPTLayer, layer_mode
-from npt.component import NPComponent
+from npt.block.component import NPComponent
+from npt.block.families import FAMILIES, Family, register_family, resolve_layers
+from npt.block.layer import NPTLayer, layer_mode
+from npt.block.probing import probe_norm
 from npt.errors import ConversionError
-from npt.families import FAMILIES, Family, register_family, resolve_layers
-from npt.modules import probe_norm
-from npt.tuner import active_layers, npt_layers
+from npt.tuner.model import active_layers, npt_layers
 from tests.conftest import converted, random_base
 from tests.families import CASES
 

@@ -9,10 +9,10 @@ import torch
 from peft import get_peft_model
 
 from npt import NPTConfig, calibrate, calibration
-from npt.attach import BlockRecord, NPTLayer
-from npt.calibration import _BlockFit, _delta
+from npt.block.layer import BlockRecord, NPTLayer
+from npt.equivalence.calibration import _BlockFit, _delta
 from npt.errors import NPTError
-from npt.tuner import active_layers
+from npt.tuner.model import active_layers
 from tests.conftest import random_base
 
 

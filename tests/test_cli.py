@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from npt.cli import main
-from npt.config import load_config
-from npt.corpora import trained_on
+from npt.config.sections import load_config
+from npt.runs.corpora import trained_on
 from tests.conftest import REPOSITORY
 
 SMALL = {

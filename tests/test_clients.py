@@ -13,12 +13,12 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 from npt import NPTConfig, calibrate
-from npt.card import MARK
 from npt.cli import main
 from npt.data import pack
 from npt.data.batches import batches_of
 from npt.evaluation.divergence import token_divergences
-from npt.tuner import npt_layers
+from npt.tuner.card import MARK
+from npt.tuner.model import npt_layers
 
 SENTENCES = [
     "One day, a little girl named Lily found a needle in her room.",

@@ -14,12 +14,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from npt import NPTConfig
+from npt.adapters.folder import load_adapter
 from npt.builtin import source_of
-from npt.checkpoints import load_adapter
 from npt.cli import main
+from npt.common.fingerprint import base_fingerprint, base_record, difference, tensor_digest
 from npt.errors import CheckpointError, ConversionError
-from npt.fingerprint import base_fingerprint, base_record, difference, tensor_digest
-from npt.tuner import FORMAT_VERSION
+from npt.tuner.model import FORMAT_VERSION
 from scripts.adapter_fixture import ADAPTERS, logits
 from tests.conftest import REPOSITORY, random_base, randomize
 

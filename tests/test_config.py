@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from npt.config import RunConfig, known_keys, load_config, save_config
+from npt.config.sections import RunConfig, known_keys, load_config, save_config
 from npt.errors import ConfigError
-from npt.tuner import OPTIONS, NPTConfig
+from npt.tuner.model import OPTIONS, NPTConfig
 from tests.conftest import REPOSITORY
 
 ORIGINAL_KEYS = """

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from npt import distributed
-from npt.checkpointing import last_checkpoint
+from npt.common import processes as distributed
+from npt.common.launch import check_launch, shards_base, start_processes
 from npt.errors import NPTError
-from npt.launch import check_launch, shards_base, start_processes
+from npt.training.checkpoints import last_checkpoint
 from tests.conftest import REPOSITORY
 
 OBJECTIVES = ("local", "logits", "composite")

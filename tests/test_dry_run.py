@@ -12,12 +12,12 @@ import pytest
 from transformers import LlamaConfig
 
 from npt.cli import main
-from npt.config import load_config
-from npt.devices import planned_launch
-from npt.dryrun import data_lines, launch_here, ranges
+from npt.common.display import human_bytes
+from npt.config.sections import load_config
 from npt.errors import NPTError
-from npt.plan import plan_run
-from npt.text import human_bytes
+from npt.planning.devices import planned_launch
+from npt.planning.dry_run import data_lines, launch_here, ranges
+from npt.planning.plan import plan_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LLAMA = LlamaConfig(

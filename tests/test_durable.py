@@ -18,14 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from npt import durable
-from npt.callbacks import JsonLinesCallback, save_adapter
-from npt.checkpointing import last_checkpoint
 from npt.cli import main
-from npt.durable import append_json, is_sealed, keep_lines, only_run, seal, write_json, write_text
+from npt.common import files as durable
+from npt.common.files import append_json, is_sealed, keep_lines, only_run, seal, write_json, write_text
 from npt.errors import CheckpointError, NPTError, RunError
-from npt.state import load_state, save_state
-from npt.stopping import StopSignals
+from npt.training.callbacks import JsonLinesCallback, save_adapter
+from npt.training.checkpoints import last_checkpoint
+from npt.training.signals import StopSignals
+from npt.training.state_file import load_state, save_state
 from tests.conftest import REPOSITORY
 from tests.test_cli import settings
 from tests.test_training import trainer
@@ -156,7 +156,7 @@ def test_older_checkpoints_go_only_when_the_new_one_is_whole(tmp_path: Path, mon
     (folder / "checkpoint-5").mkdir()  # left unfinished by a killed run
     run = trainer(tmp_path, steps=10, save_steps=2, save_total_limit=1)
     monkeypatch.setattr(
-        "npt.checkpointing.seal", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
+        "npt.training.checkpoints.seal", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
     )
     with pytest.raises(RunError, match=r"checkpoint-10: can't be written \(Input/output error\)"):
         run.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
@@ -192,7 +192,7 @@ def test_space_is_checked_before_a_save(small_disk: Path) -> None:
 def test_a_disk_that_fills_during_a_save(small_disk: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The check is fooled, the second save meets a disk that is really full: the first checkpoint loads, the run goes on from
     it when there is room, and ends where a run without a full disk ends."""
-    monkeypatch.setattr("npt.checkpointing.check_space", lambda *_: None)
+    monkeypatch.setattr("npt.training.checkpoints.check_space", lambda *_: None)
     folder, run = small_disk / "checkpoints", trainer(small_disk, steps=8)
     filler, save = small_disk / "filler", type(run)._save_optimizer_and_scheduler
 
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_during_a_save(small_disk: Path, monkeypatch: pytest.M
     assert last_checkpoint(folder) == folder / "checkpoint-4" and not (folder / "checkpoint-8").exists()
     filler.unlink()
     monkeypatch.undo()
-    monkeypatch.setattr("npt.checkpointing.check_space", lambda *_: None)
+    monkeypatch.setattr("npt.training.checkpoints.check_space", lambda *_: None)
     trainer(small_disk, steps=8).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     trainer(tmp_path / "other", steps=8).train()
     weights = [
@@ -241,7 +241,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("npt.checkpointing.save_state", full)
+    monkeypatch.setattr("npt.training.checkpoints.save_state", full)
     status = main(["--quiet", "train", *settings(local_model, tmp_path)])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("npt: ")]
     assert status == 1 and len(lines) == 1 and "checkpoint-2: the disk is full" in lines[0] and "needed" in lines[0]
@@ -294,7 +294,7 @@ def test_processes_of_one_run_share_its_folders(tmp_path: Path, monkeypatch: pyt
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from npt.durable import only_run\n"
+        "import sys, time; from pathlib import Path; from npt.common.files import only_run\n"
         "with only_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -353,7 +353,7 @@ def test_an_ignored_signal_stays_ignored(request: pytest.FixtureRequest) -> None
         assert signals.received is None and signal.getsignal(signal.SIGTERM) == signals._handle
 
 
-@pytest.mark.parametrize("where", ["npt.pipeline.load_corpus", "npt.pipeline.calibrate", "npt.pipeline.evaluate"])
+@pytest.mark.parametrize("where", ["npt.runs.train.load_corpus", "npt.runs.train.calibrate", "npt.runs.train.evaluate"])
 def test_a_signal_elsewhere_leaves_at_once(
     where: str, local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -368,7 +368,7 @@ def test_resume_begins_again_where_no_checkpoint_was_reached(
 ) -> None:
     arguments = ["--quiet", "train", *settings(local_model, tmp_path), "--resume"]
     assert main(arguments) == 2  # nothing ever began there
-    monkeypatch.setattr("npt.pipeline.calibrate", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("npt.runs.train.calibrate", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     assert main(arguments[:-1]) == 143
     monkeypatch.undo()
     assert main(arguments) == 0
@@ -404,7 +404,7 @@ def test_no_memory_is_one_line(
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr("npt.pipeline.calibrate", fail)
+    monkeypatch.setattr("npt.runs.train.calibrate", fail)
     assert main(["--quiet", "train", *settings(local_model, tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "npt: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)" in error and "npt memory" in error

@@ -13,14 +13,14 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npt import NPTConfig, evaluate
-from npt.attach import layer_mode
+from npt.block.layer import layer_mode
 from npt.data import pack
 from npt.errors import DataError
-from npt.evaluation.deltas import delta_records
 from npt.evaluation.divergence import block_error, token_divergences
-from npt.evaluation.report import overlapping
+from npt.evaluation.evaluate import overlapping
 from npt.evaluation.verdict import QUANTISATION_SCALE, expected_outcomes, grade
-from npt.tuner import active_layers
+from npt.evaluation.weight_deltas import delta_records
+from npt.tuner.model import active_layers
 from tests.conftest import randomize
 
 TEXT = ["The cat sat on the mat and looked at the moon.", "A second document, a little longer than the first one."] * 6

@@ -15,12 +15,12 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from npt import NPTConfig, calibrate
-from npt.attach import layer_mode
-from npt.component import NORM_WEIGHT_EPSILON
+from npt.block.component import NORM_WEIGHT_EPSILON
+from npt.block.families import FAMILIES, Family, family_of, register_family
+from npt.block.layer import layer_mode
 from npt.errors import ConversionError
 from npt.evaluation.least_norm import least_joint_norms
-from npt.families import FAMILIES, Family, family_of, register_family
-from npt.tuner import active_layers, npt_layers
+from npt.tuner.model import active_layers, npt_layers
 from tests.conftest import randomize
 from tests.families import CASES, SIZES, Case, raw
 

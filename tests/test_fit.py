@@ -10,10 +10,10 @@ from peft import get_peft_model
 from torch import Tensor
 
 from npt import NPTConfig, calibrate, calibration
-from npt.attach import BlockRecord, layer_mode
-from npt.calibration import Part, _BlockFit, _fit_low_rank, first_tokens, fit_gain_and_carry, solve_ridge
-from npt.component import ComponentSpec, NPComponent
-from npt.tuner import active_layers
+from npt.block.component import ComponentSpec, NPComponent
+from npt.block.layer import BlockRecord, layer_mode
+from npt.equivalence.calibration import Part, _BlockFit, _fit_low_rank, first_tokens, fit_gain_and_carry, solve_ridge
+from npt.tuner.model import active_layers
 from tests.conftest import random_base
 
 D, TOKENS = 8, 90
@@ -380,7 +380,7 @@ def test_calibrating_again_changes_nothing(chunk: int | None, caplog: pytest.Log
     batches = [text(), text(seed=1)]
     first = calibrate(model, batches, chunk_tokens=chunk)
     once = parameters(model)
-    with caplog.at_level("INFO", "npt.calibration"):
+    with caplog.at_level("INFO", "npt.equivalence.calibration"):
         second = calibrate(model, batches, chunk_tokens=chunk)
     assert "calibrating on 256 tokens" in caplog.text
     for name, value in parameters(model).items():

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from npt import Objective, calibrate
-from npt.attach import layer_mode
-from npt.evaluation.deltas import weight_delta_stats
-from npt.loading import offload_frozen
-from npt.tuner import active_layers, device_of
+from npt.block.layer import layer_mode
+from npt.evaluation.weight_deltas import weight_delta_stats
+from npt.runs.base_model import offload_frozen
+from npt.tuner.model import active_layers, device_of
 from tests.conftest import converted
 
 

@@ -12,10 +12,11 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from npt import NPTConfig
-from npt.component import ComponentSpec
-from npt.config import load_config
+from npt.block.component import ComponentSpec
+from npt.config.sections import load_config
+from npt.equivalence.objectives import Objective
 from npt.errors import NPTError
-from npt.memory import (
+from npt.planning.formed_deltas import (
     component_bytes,
     estimate,
     materialized_delta_bytes,
@@ -24,9 +25,8 @@ from npt.memory import (
     memory_table,
     values_peak,
 )
-from npt.meta import LLAMA_7B, AllocationCounter, enable_checkpointing
-from npt.objectives import Objective
-from npt.tuner import active_layers
+from npt.planning.shapes import LLAMA_7B, AllocationCounter, enable_checkpointing
+from npt.tuner.model import active_layers
 from tests.conftest import allocated
 
 LLAMA = LlamaConfig(

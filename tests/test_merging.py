@@ -21,16 +21,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from npt import EquivalenceTrainer, NPTConfig, Objective, calibrate, merge_adapters
-from npt.callbacks import save_adapter
-from npt.card import MARK, as_code
-from npt.checkpoints import load_adapter
+from npt.adapters.folder import load_adapter
 from npt.cli import main
-from npt.config import load_config
-from npt.corpora import trained_on
+from npt.config.sections import load_config
 from npt.data import pack
 from npt.data.batches import batches_of
 from npt.errors import CheckpointError, NPTError, RunError
-from npt.tuner import active_layers
+from npt.runs.corpora import trained_on
+from npt.training.callbacks import save_adapter
+from npt.tuner.card import MARK, as_code
+from npt.tuner.model import active_layers
 from tests.catalogue.entries import json_of, tensors
 from tests.conftest import REPOSITORY, random_base
 from tests.test_cli import settings
@@ -438,7 +438,7 @@ def test_a_full_disk_leaves_nothing(pair: Path, monkeypatch: pytest.MonkeyPatch)
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("npt.merging.save_config", full)
+    monkeypatch.setattr("npt.adapters.join.save_config", full)
     with pytest.raises(RunError, match=r"joined: the disk is full.*make room and do it again") as caught:
         merge_adapters(["a", "b"], "joined")
     assert "--resume" not in str(caught.value)

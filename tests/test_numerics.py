@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from npt import NPTConfig, calibrate, evaluate
 from npt.cli import main
+from npt.equivalence.objectives import Objective
 from npt.errors import ConversionError, NPTError, RunError
-from npt.numerics import all_finite, find_nonfinite
-from npt.objectives import Objective
-from npt.tuner import active_layers, npt_layers
+from npt.tuner.model import active_layers, npt_layers
+from npt.tuner.nonfinite import all_finite, find_nonfinite
 from tests.conftest import random_base
 from tests.test_cli import settings
 from tests.test_training import blocks, trainer
@@ -39,7 +39,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     before = component_values(run.model)
     # Finite, and too large for what it is multiplied with.
     plant(run.model, 1, 3e38)
-    monkeypatch.setattr("npt.training.check_logit_head", lambda *_: None)  # which would see it before the first step
+    monkeypatch.setattr(
+        "npt.equivalence.trainer.check_logit_head", lambda *_: None
+    )  # which would see it before the first step
     with pytest.raises(RunError, match=r"step 1: the loss is not finite, first in block 1 of the original") as caught:
         run.train()
     assert all(map(torch.equal, before, component_values(run.model)))

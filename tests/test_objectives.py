@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from npt.attach import layer_mode
+from npt.block.layer import layer_mode
+from npt.equivalence.objectives import Objective, check_logit_head, update_scales
 from npt.errors import NPTError
-from npt.objectives import Objective, check_logit_head, update_scales
-from npt.tuner import active_layers
+from npt.tuner.model import active_layers
 from tests.conftest import converted
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npt import NPTConfig, evaluate
 from npt.cli import main
+from npt.common.display import visible
 from npt.errors import NPTError
 from npt.report.page import PARTS, write_page
 from npt.report.watch import sparkline, watch_run
-from npt.text import visible
 from tests.conftest import randomize
 from tests.test_cli import settings
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from npt.attach import layer_mode
-from npt.component import NORM_WEIGHT_EPSILON
-from npt.tuner import active_layers, npt_layers
+from npt.block.component import NORM_WEIGHT_EPSILON
+from npt.block.layer import layer_mode
+from npt.tuner.model import active_layers, npt_layers
 from tests.conftest import converted
 
 OPTIONS = [

@@ -11,11 +11,11 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from npt import NPTConfig, calibrate
-from npt.config import RunConfig, load_config, with_overrides
+from npt.config.sections import RunConfig, load_config, with_overrides
 from npt.errors import ConfigError, NPTError
 from npt.evaluation.divergence import token_divergences
-from npt.meta import AllocationCounter, shapes_of
-from npt.plan import BYTES_4BIT, Plan, advice, parse_bytes, plan_run, weight_bytes
+from npt.planning.plan import BYTES_4BIT, Plan, advice, parse_bytes, plan_run, weight_bytes
+from npt.planning.shapes import AllocationCounter, shapes_of
 
 SHAPE = LlamaConfig(
     hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from npt.errors import NPTError
 from npt.report import plots
-from npt.report.plots import plot_run, read_json_lines
+from npt.report.curves import plot_run, read_json_lines
 
 CALIBRATION = {f"layer_{i}": {"error_before": 0.3, "error_after": 0.03} for i in (9, 10)}
 ROWS: list[dict[str, Any]] = [

@@ -15,12 +15,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from npt.config import RunConfig, known_keys, load_config, save_config
+from npt.common.display import visible
+from npt.config.sections import RunConfig, known_keys, load_config, save_config
 from npt.data import pack_token_ids
 from npt.data.packing import IGNORED
 from npt.data.sources import TextFiles
 from npt.errors import ConfigError, DataError
-from npt.text import visible
 
 FEW = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 NAMES = sorted(known_keys())

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from npt.common.display import human_bytes
 from npt.errors import NPTError
-from npt.report.plots import plot_run
+from npt.report.curves import plot_run
 from npt.report.terminal import render_report
-from npt.text import human_bytes
 
 FIGURES = {
     "perplexity": {

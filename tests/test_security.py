@@ -14,8 +14,8 @@ from peft import get_peft_model
 
 from npt import NPTConfig
 from npt.cli import main
+from npt.equivalence.teacher import teacher_cache
 from npt.errors import ConversionError, DataError
-from npt.teacher import teacher_cache
 from tests.conftest import converted, random_base
 from tests.test_cli import settings
 from tests.test_page import visit

@@ -17,17 +17,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from npt import NPTConfig
-from npt.config import RunConfig, load_config
-from npt.devices import BANDWIDTH_SHARE, DEVICES, EFFICIENCY, planned_launch
-from npt.distributed import through
+from npt.block.families import blocks_of
+from npt.common.processes import through
+from npt.config.sections import RunConfig, load_config
+from npt.equivalence.objectives import Objective
 from npt.errors import NPTError
-from npt.families import blocks_of
-from npt.forecast import duration, run_steps, step_time, time_lines
-from npt.meta import KNOWN_SHAPES, shapes_of
-from npt.objectives import Objective
-from npt.plan import OVERHEAD, advice, plan_run
-from npt.sharding import DDP, FSDP2, local_size, shard_units, strategy_of
-from npt.tuner import active_layers, parameter_counts
+from npt.planning.devices import BANDWIDTH_SHARE, DEVICES, EFFICIENCY, planned_launch
+from npt.planning.plan import OVERHEAD, advice, plan_run
+from npt.planning.shapes import KNOWN_SHAPES, shapes_of
+from npt.planning.shards import DDP, FSDP2, local_size, shard_units, strategy_of
+from npt.planning.timing import duration, run_steps, step_time, time_lines
+from npt.tuner.model import active_layers, parameter_counts
 from tests.conftest import allocated
 
 LLAMA = LlamaConfig(
@@ -55,7 +55,7 @@ def processes() -> Iterator[Callable[[int], None]]:
 
 
 def shard(model: Any) -> None:
-    """As npt.launch does it, with accelerate's own function."""
+    """As npt.common.launch does it, with accelerate's own function."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",

@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainingArguments
 
 from npt import EquivalenceTrainer, NPTConfig, Objective
-from npt.checkpointing import STREAM
 from npt.cli import main
-from npt.config import load_config
-from npt.corpora import VALIDATION_BLOCKS, load_corpus, streamed_corpus
+from npt.config.sections import load_config
 from npt.data import pack
 from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, hub_source, local_source
 from npt.errors import CheckpointError, ConfigError, DataError, NPTError
-from npt.pipeline import run_training
+from npt.runs.corpora import VALIDATION_BLOCKS, load_corpus, streamed_corpus
+from npt.runs.train import run_training
+from npt.training.checkpoints import STREAM
 from tests.conftest import random_base
 from tests.distributed_worker import Letters
 from tests.test_training import _StopAt

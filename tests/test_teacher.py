@@ -12,11 +12,10 @@ import torch
 from peft import get_peft_model
 
 from npt import NPTConfig, Objective
-from npt.attach import layer_mode
+from npt.block.layer import layer_mode
 from npt.data.batches import batches_of
-from npt.errors import DataError
-from npt.objectives import update_scales
-from npt.teacher import (
+from npt.equivalence.objectives import update_scales
+from npt.equivalence.teacher import (
     ROW,
     bytes_per_block,
     check_teacher_cache,
@@ -27,7 +26,8 @@ from npt.teacher import (
     teacher_cache,
     with_rows,
 )
-from npt.tuner import active_layers, run_backbone
+from npt.errors import DataError
+from npt.tuner.model import active_layers, run_backbone
 from tests.conftest import converted, random_base, randomize
 from tests.test_training import blocks, logged, trainer
 
@@ -55,15 +55,15 @@ def test_block_objectives_are_the_same_with_targets_from_disk(
     kind: str, name: str, layers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses and gradients in float64, across shards, in another order; without running the frozen model."""
-    monkeypatch.setattr("npt.teacher.SHARD_BYTES", 40_000)
+    monkeypatch.setattr("npt.equivalence.teacher.SHARD_BYTES", 40_000)
     model, text = converted(kind, npt_layers=layers), blocks(12)
     cache = teacher_cache(tmp_path, model, text, "hidden", batch_size=5)
     assert len(list((tmp_path / "hidden").glob("shard-*"))) > 1
     batch = rows_of(text, [7, 0, 11, 4])
     live = losses(model, name, batch, None, regularizer="delta", regularization_weight=0.1)
-    monkeypatch.setattr("npt.objectives.update_scales", None)
+    monkeypatch.setattr("npt.equivalence.objectives.update_scales", None)
     scales = update_scales(model, batch) if name == "local" else {}
-    monkeypatch.setattr("npt.objectives.run_backbone", lambda *_: pytest.fail("the frozen model ran"))
+    monkeypatch.setattr("npt.equivalence.objectives.run_backbone", lambda *_: pytest.fail("the frozen model ran"))
     model.zero_grad()
     objective = Objective(name, scales=scales, teacher=cache, regularizer="delta", regularization_weight=0.1)
     read = objective(model, batch, 60.0)
@@ -120,9 +120,9 @@ def test_a_second_run_reads_what_the_first_one_wrote(
             tmp_path / name, objective=objective, trainer_options={"teacher_cache": tmp_path / "c", "teacher_top_k": 90}
         )
         if name == "second":
-            monkeypatch.setattr("npt.teacher.targets", lambda *_: pytest.fail("targets were made again"))
+            monkeypatch.setattr("npt.equivalence.teacher.targets", lambda *_: pytest.fail("targets were made again"))
             modes: list[Any] = []
-            monkeypatch.setattr("npt.objectives.run_backbone", record_mode(modes))
+            monkeypatch.setattr("npt.equivalence.objectives.run_backbone", record_mode(modes))
         run.train()
         runs[name] = logged(tmp_path / name)
     # The original ran once, for the constants of `local`, and never in a step.
@@ -184,7 +184,7 @@ def test_new_values_of_the_components_change_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "noise"])
 def test_a_damaged_shard_is_made_again(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("npt.teacher.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("npt.equivalence.teacher.SHARD_BYTES", 20_000)
     model, text = converted("llama"), blocks(8)
     teacher_cache(tmp_path, model, text, "hidden")
     path = shard_path(tmp_path / "hidden", 1)
@@ -194,16 +194,18 @@ def test_a_damaged_shard_is_made_again(damage: str, tmp_path: Path, monkeypatch:
     else:
         path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"\xff" * 64)
     made: list[int] = []
-    monkeypatch.setattr("npt.teacher.targets", lambda *a: (made.append(len(a[1]["input_ids"])), targets(*a))[1])
+    monkeypatch.setattr(
+        "npt.equivalence.teacher.targets", lambda *a: (made.append(len(a[1]["input_ids"])), targets(*a))[1]
+    )
     cache = teacher_cache(tmp_path, model, text, "hidden")
     assert path.read_bytes() == whole
     assert sum(made) == cache.manifest.shard_blocks
 
 
 def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("npt.teacher.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("npt.equivalence.teacher.SHARD_BYTES", 20_000)
     model, text = converted("llama"), blocks(8)
-    from npt import teacher
+    from npt.equivalence import teacher
 
     saved, calls = teacher.save_file, []
 
@@ -254,13 +256,13 @@ def test_a_folder_without_its_record_is_not_trusted(tmp_path: Path) -> None:
 
 
 def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("npt.teacher.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("npt.equivalence.teacher.SHARD_BYTES", 20_000)
     model, text = converted("llama"), blocks(8)
     with monkeypatch.context() as second:
-        second.setattr("npt.distributed.world", lambda: (1, 2))
-        second.setattr("npt.distributed.from_first", lambda value: value)
-        second.setattr("npt.distributed.is_first", lambda: True)
-        second.setattr("npt.teacher.barrier", lambda: None)
+        second.setattr("npt.common.processes.world", lambda: (1, 2))
+        second.setattr("npt.common.processes.from_first", lambda value: value)
+        second.setattr("npt.common.processes.is_first", lambda: True)
+        second.setattr("npt.equivalence.teacher.barrier", lambda: None)
         teacher_cache(tmp_path, model, text, "hidden")
     first = {p.name for p in (tmp_path / "hidden").glob("shard-*")}
     assert "shard-00000.safetensors" not in first and first

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from npt.memory import MemoryRow
+from npt.planning.formed_deltas import MemoryRow
 from npt.report.terminal import render_memory, render_report
 
 FIGURES: dict[str, Any] = {

@@ -12,12 +12,12 @@ from peft import get_peft_model
 from transformers import TrainingArguments
 
 from npt import EquivalenceTrainer, NPTConfig, Objective
-from npt.callbacks import BestAdapterCallback, JsonLinesCallback
 from npt.data import pack_token_ids
 from npt.data.batches import batches_of
+from npt.equivalence.objectives import update_scales
 from npt.errors import ConversionError
-from npt.objectives import update_scales
-from npt.tuner import active_layers
+from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback
+from npt.tuner.model import active_layers
 from tests.conftest import random_base
 
 

@@ -11,9 +11,9 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from npt import NPTConfig, weight_delta
-from npt.checkpoints import load_adapter
+from npt.adapters.folder import load_adapter
 from npt.errors import CheckpointError, ConversionError
-from npt.tuner import NPTModel, active_layers, npt_layers, parameter_counts
+from npt.tuner.model import NPTModel, active_layers, npt_layers, parameter_counts
 from tests.conftest import converted, random_base, randomize
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "gpt2"])

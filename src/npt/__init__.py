@@ -8,16 +8,24 @@ calibrate(model, batches)
 report = evaluate(model, tokenizer, texts)
 """
 
-from npt.calibration import calibrate
-from npt.component import NPComponent, WeightDelta
-from npt.evaluation import evaluate
-from npt.merging import merge_adapters
-from npt.objectives import Objective
-from npt.training import EquivalenceTrainer
-from npt.tuner import NPTConfig, NPTModel, register, weight_delta
+from typing import TYPE_CHECKING
+
+from npt.common.lazy import exports_of
+from npt.tuner import register
+
+if TYPE_CHECKING:
+    from npt.adapters.join import merge_adapters
+    from npt.block.component import NPComponent, WeightDelta
+    from npt.block.families import Family, register_family
+    from npt.equivalence.calibration import calibrate
+    from npt.equivalence.objectives import Objective
+    from npt.equivalence.trainer import EquivalenceTrainer
+    from npt.evaluation.evaluate import evaluate
+    from npt.tuner import NPTConfig, NPTModel, weight_delta
 
 __all__ = [
     "EquivalenceTrainer",
+    "Family",
     "NPComponent",
     "NPTConfig",
     "NPTModel",
@@ -26,8 +34,26 @@ __all__ = [
     "calibrate",
     "evaluate",
     "merge_adapters",
+    "register_family",
     "weight_delta",
 ]
 __version__ = "0.1.0"
+__getattr__ = exports_of(
+    __name__,
+    {
+        "EquivalenceTrainer": "npt.equivalence.trainer",
+        "Family": "npt.block.families",
+        "NPComponent": "npt.block.component",
+        "NPTConfig": "npt.tuner",
+        "NPTModel": "npt.tuner",
+        "Objective": "npt.equivalence.objectives",
+        "WeightDelta": "npt.block.component",
+        "calibrate": "npt.equivalence.calibration",
+        "evaluate": "npt.evaluation.evaluate",
+        "merge_adapters": "npt.adapters.join",
+        "register_family": "npt.block.families",
+        "weight_delta": "npt.tuner",
+    },
+)
 
 register()

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from npt.durable import DISK_ERRORS
+from npt.common.display import one_line, visible
+from npt.common.files import DISK_ERRORS
 from npt.errors import NPTError, RunError, Stopped
-from npt.text import one_line, visible
 
 app = typer.Typer(
     name="npt",
@@ -92,10 +92,10 @@ def train(
             raise NPTError(
                 f"{name} {value}: goes with --dry-run or npt memory; start a run with torchrun or accelerate"
             )
-    from npt.corpora import check_training_text
-    from npt.outputs import check_folders
-    from npt.pipeline import run_training
+    from npt.common.writable import check_folders
     from npt.report.terminal import render_report
+    from npt.runs.corpora import check_training_text
+    from npt.runs.train import run_training
 
     run = _load(config, set_)
     check_folders({f"paths.{name}": folder for name, folder in run.paths if folder is not None})
@@ -107,8 +107,8 @@ def train(
 
 
 def _dry_run(config: Path | None, set_: list[str] | None, resume: bool, **planned: Any) -> None:
-    from npt.dryrun import dry_run, is_first_here, launch_here
-    from npt.plan import parse_bytes
+    from npt.planning.dry_run import dry_run, is_first_here, launch_here
+    from npt.planning.plan import parse_bytes
 
     if resume:
         raise NPTError("--dry-run --resume: a dry run starts no run to go on with; leave one of the two out")
@@ -130,9 +130,9 @@ def evaluate(
     set_: Set = None,
 ) -> None:
     """Compares a checkpoint with the model it was made from."""
-    from npt.outputs import check_file
-    from npt.pipeline import run_evaluation
+    from npt.common.writable import check_file
     from npt.report.terminal import render_report
+    from npt.runs.train import run_evaluation
 
     run = _load(config, set_)
     check_file("--output", output, ".json")
@@ -146,7 +146,7 @@ def merge_adapters(
     output: Annotated[Path, typer.Option("--output", "-o", help="The new adapter's folder.")],
 ) -> None:
     """Joins adapters of disjoint blocks of one base, trained by separate jobs, into one."""
-    from npt.merging import join
+    from npt.adapters.join import join
 
     parts = join(adapters, output)
     for part in parts:
@@ -165,7 +165,7 @@ def generate(
 ) -> None:
     """Continues prompts with the NPT model and with the original, side by side."""
     from npt.evaluation.generation import check_context, check_prompts, side_by_side
-    from npt.pipeline import load_npt
+    from npt.runs.train import load_npt
 
     check_prompts(prompts)
     model, tokenizer = load_npt(_load(config, set_), checkpoint)
@@ -184,8 +184,8 @@ def plot(
     output_dir: Annotated[Path, typer.Option("--output-dir", help="The same, as an option.")] = Path("outputs"),
 ) -> None:
     """Draws the plots of a run from metrics.jsonl and, if there is one, its report, as PNG and SVG."""
-    from npt.outputs import check_folders
-    from npt.report.plots import plot_run
+    from npt.common.writable import check_folders
+    from npt.report.curves import plot_run
 
     folder = output_dir if run is None else run
     if folder.is_dir():
@@ -197,7 +197,7 @@ def plot(
 @app.command()
 def report(run: Run = Path("outputs")) -> None:
     """Writes report.html, one self-contained page, from what a run's output folder holds."""
-    from npt.outputs import check_folders
+    from npt.common.writable import check_folders
     from npt.report.page import write_page
 
     if run.is_dir():
@@ -211,9 +211,9 @@ def compare(
     output: Annotated[Path, typer.Option("--output", help="Where the plot goes.")] = Path("comparison.png"),
 ) -> None:
     """Runs side by side: one table, and one plot of perplexity ratio and KL over steps."""
-    from npt.outputs import check_file
+    from npt.common.writable import check_file
     from npt.report.compare import PLOT_KINDS, comparison_table, plot_comparison, read_runs
-    from npt.report.plots import malformed
+    from npt.report.curves import malformed
 
     found = read_runs(runs)
     check_file("--output", output, *PLOT_KINDS)
@@ -245,10 +245,10 @@ def memory(
     device: DeviceName = None,
 ) -> None:
     """What a run will need, phase by phase, before it starts, and what formed weight deltas would cost."""
-    from npt.devices import planned_launch
-    from npt.forecast import render_plan
-    from npt.memory import memory_table
-    from npt.plan import parse_bytes
+    from npt.planning.devices import planned_launch
+    from npt.planning.formed_deltas import memory_table
+    from npt.planning.plan import parse_bytes
+    from npt.planning.timing import render_plan
     from npt.report.terminal import render_memory
 
     size = None if limit is None else parse_bytes(limit)
@@ -289,7 +289,7 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def _load(config: Path | None, overrides: Sequence[str] | None) -> Any:
-    from npt.config import load_config
+    from npt.config.sections import load_config
 
     return load_config(config, overrides or ())
 

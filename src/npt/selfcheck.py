@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from npt.attach import layer_mode
-from npt.calibration import calibrate
-from npt.tuner import NPTConfig, active_layers
+from npt.block.layer import layer_mode
+from npt.equivalence.calibration import calibrate
+from npt.tuner.model import NPTConfig, active_layers
 
 
 def tiny_model(kind: str) -> Any:

@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from npt.data.progress import progress_bar
+from npt.common.progress import progress_bar
 from npt.errors import DataError
 
 logger = logging.getLogger(__name__)

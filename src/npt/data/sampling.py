@@ -26,11 +26,11 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from npt.common.fingerprint import base_fingerprint
+from npt.common.processes import first_does, is_sharded, share, total, world
+from npt.common.progress import progress_bar
 from npt.data.packing import IGNORED, as_blocks
-from npt.data.progress import progress_bar
-from npt.distributed import first_does, is_sharded, share, total, world
 from npt.errors import DataError
-from npt.fingerprint import base_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 
 from npt import builtin
+from npt.common.display import one_line
 from npt.errors import DataError
-from npt.text import one_line
 
 _LOCAL = "data.dataset_name=text with data.data_files"
 

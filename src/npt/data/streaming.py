@@ -19,10 +19,10 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset
 
+from npt.common.display import one_line
 from npt.data.packing import IGNORED, labelled, token_ids
 from npt.data.sources import expand_files, read_documents
 from npt.errors import DataError, NPTError
-from npt.text import one_line
 
 #: Files of which the first document is looked at before a run; of more, so many evenly spaced ones.
 CHECKED_FILES = 256

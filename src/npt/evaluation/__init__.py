@@ -1,5 +1,5 @@
 """Evaluation of a converted model against its original; `evaluate` is the entry point."""
 
-from npt.evaluation.report import evaluate
+from npt.evaluation.evaluate import evaluate, overlapping
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "overlapping"]

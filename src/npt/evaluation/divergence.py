@@ -14,12 +14,12 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from npt.attach import layer_mode
+from npt.block.layer import layer_mode
+from npt.common.processes import gather, is_sharded, share, world
 from npt.data.batches import batches_of, scored_positions
-from npt.distributed import gather, is_sharded, share, world
 from npt.errors import REMEDY, DataError, RunError
-from npt.numerics import find_nonfinite
-from npt.tuner import active_layers, device_of, eval_mode
+from npt.tuner.model import active_layers, device_of, eval_mode
+from npt.tuner.nonfinite import find_nonfinite
 
 #: Bytes one batch of float32 logits may take; a longer batch is split by sequences.
 LOGIT_BUDGET = 256 * 2**20

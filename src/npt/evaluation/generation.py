@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from npt.attach import layer_mode
+from npt.block.layer import layer_mode
 from npt.errors import NPTError
-from npt.tuner import active_layers, device_of, eval_mode
+from npt.tuner.model import active_layers, device_of, eval_mode
 
 DEFAULT_PROMPTS = (
     "Once upon a time",

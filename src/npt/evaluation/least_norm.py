@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npt.attach import BYPASS, EXACT, BlockRecord, NPTLayer, layer_mode
-from npt.component import INPUT_PROJECTIONS
-from npt.distributed import gathered
-from npt.tuner import active_layers, run_backbone
+from npt.block.component import INPUT_PROJECTIONS
+from npt.block.layer import BYPASS, EXACT, BlockRecord, NPTLayer, layer_mode
+from npt.common.processes import gathered
+from npt.tuner.model import active_layers, run_backbone
 
 #: Tokens per block it is searched for, and L-BFGS steps.
 TOKENS, STEPS = 16, 80

@@ -17,11 +17,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import setup_logging
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from npt.adapters.folder import load_adapter, resolve_checkpoint
 from npt.builtin import source_of
-from npt.checkpoints import load_adapter, resolve_checkpoint
 from npt.errors import NPTError
-from npt.loading import default_device
-from npt.tuner import NPTConfig
+from npt.runs.base_model import default_device
+from npt.tuner.model import NPTConfig
 
 
 @register_model("npt")

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
+from npt.common.display import visible
 from npt.errors import NPTError
 from npt.evaluation.verdict import grade
-from npt.report.figures import COLOURS, LINES
-from npt.report.plots import Rows, curve, read_json_lines, read_report
+from npt.report.curves import Rows, curve, read_json_lines, read_report
+from npt.report.distributions import COLOURS, LINES
 from npt.report.terminal import figure_with_error, number
-from npt.text import visible
 
 #: Kinds of picture a plot can be written as.
 PLOT_KINDS = (".png", ".svg", ".pdf", ".jpg")

@@ -11,12 +11,12 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup, escape
 
-from npt.durable import write_text
+from npt.common.display import visible
+from npt.common.files import write_text
 from npt.errors import NPTError
 from npt.evaluation.verdict import QUANTISATION_SCALE, SCALE_SOURCE
-from npt.report.plots import Rows, draw_run, read_json_lines, read_report
+from npt.report.curves import Rows, draw_run, read_json_lines, read_report
 from npt.report.terminal import NOT_MEASURED
-from npt.text import visible
 
 REPORT_JSON, METRICS, PAGE = "evaluation_report.json", "metrics.jsonl", "report.html"
 #: What a complete report has, by section of the page: the path in evaluation_report.json.

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from npt.text import human_bytes, visible
+from npt.common.display import human_bytes, visible
 
 NOT_MEASURED = "not measured"
 
@@ -113,7 +113,7 @@ def number(value: Any) -> str:
 
 
 def render_memory(rows: Sequence[Any], console: Console) -> None:
-    """A table of `npt.memory.MemoryRow`s."""
+    """A table of `npt.planning.formed_deltas.MemoryRow`s."""
     table = Table(title="memory of per-token weight deltas", title_justify="left")
     for column in ("what", "bytes", "how"):
         table.add_column(column, justify="right" if column == "bytes" else "left")

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from npt.report.plots import Picture
-from npt.text import visible
+from npt.common.display import visible
+from npt.report.curves import Picture
 
 SAMPLE_COLUMNS = ("prompt", "npt", "original", "matching_tokens")
 

@@ -15,10 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from npt.common.display import visible
 from npt.errors import NPTError
-from npt.report.plots import Rows, curve, malformed, read_json_lines
+from npt.report.curves import Rows, curve, malformed, read_json_lines
 from npt.report.terminal import number
-from npt.text import visible
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _SHOWN = (

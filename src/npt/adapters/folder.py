@@ -1,0 +1,155 @@
+"""Adapters on disk: finding, checking and loading them. Only safetensors and JSON are ever read."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+
+from npt.common.display import one_line
+from npt.common.fingerprint import is_record
+from npt.config.sections import option_problems
+from npt.config.strict_yaml import MAX_BYTES
+from npt.errors import CheckpointError, ConversionError
+from npt.tuner.model import FORMAT_VERSION, OPTIONS, PEFT_TYPE, NPTConfig
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The adapter folder a checkpoint path means; `best_model.pt` means the folder `best_model`.
+
+    Raises:
+        CheckpointError: there is no such folder, or it holds no NPT adapter.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.with_suffix("") if path.suffix == ".pt" else path
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"checkpoint {path}: no adapter folder there (pickled .pt files are never read); run `npt train` first, or "
+            "name a folder with adapter_config.json"
+        )
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"checkpoint {folder}: {name} is missing (pickled weights are never read); name a "
+                "folder that save_pretrained wrote"
+            )
+    _check_config(folder)
+    _header(folder)
+    return folder
+
+
+def _check_config(folder: Path) -> None:
+    """Before PEFT reads it: PEFT drops or stumbles over what it does not expect."""
+    place = f"checkpoint {folder}: {CONFIG}"
+    try:
+        with (folder / CONFIG).open("rb") as file:
+            values = json.loads(file.read(MAX_BYTES + 1).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{place} is not a JSON object ({one_line(error, 80)}); restore it from a backup"
+        ) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{place} is not a JSON object but {type(values).__name__}; restore it from a backup")
+    if values.get("peft_type") != PEFT_TYPE:
+        kind = one_line(values.get("peft_type"), 40)
+        raise CheckpointError(
+            f"checkpoint {folder}: it is a {kind} adapter, not {PEFT_TYPE}; load it with peft instead"
+        )
+    version = values.get("format_version", FORMAT_VERSION)
+    if type(version) is not int or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{place}: format_version={version!r}: the adapter was written by a newer npt, this one reads up to "
+            f"{FORMAT_VERSION}; upgrade with pip install -U npt"
+        )
+    problems = option_problems({name: values[name] for name in OPTIONS if name in values})
+    shape = values.get("base_shape")
+    if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int for n in shape)):
+        problems.append(f"base_shape: {one_line(shape, 80)}: use three whole numbers")
+    base = values.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        problems.append(f"base_model_name_or_path: {one_line(base, 80)}: use text")
+    if not (values.get("base_fingerprint") is None or is_record(values["base_fingerprint"])):
+        shown = one_line(repr(values["base_fingerprint"]), 40)
+        problems.append(f"base_fingerprint={shown}: npt writes it itself")
+    if problems:
+        raise CheckpointError(f"{place}: {'; '.join(problems)}; restore it from a backup")
+
+
+def _header(folder: Path) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the adapter's weights, which must be finite."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {}
+            for key in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(key)
+                shapes[key] = tuple(tensor.shape)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise CheckpointError(
+                        f"checkpoint {folder}: {WEIGHTS} holds NaN or infinity in {key}; take an earlier checkpoint"
+                    )
+    except (SafetensorError, OSError) as error:
+        reason = one_line(error, 120)
+        raise CheckpointError(
+            f"checkpoint {folder}: {WEIGHTS} is damaged ({reason}); restore it from a backup"
+        ) from error
+    return shapes
+
+
+def load_adapter(base: Any, path: str | Path, *, allow_other_base: bool = False) -> PeftModel:
+    """The base with the adapter at `path` attached, frozen, in eval mode.
+
+    Args:
+        allow_other_base: also where the base has the sizes, but not the weights or settings, it was made for.
+
+    Raises:
+        CheckpointError: missing, damaged, or made for a base with other blocks or sizes.
+    """
+    folder = resolve_checkpoint(path)
+    shapes = _header(folder)
+    try:
+        config = NPTConfig.from_pretrained(str(folder))
+        config.allow_other_base = allow_other_base
+        with warnings.catch_warnings():
+            # Told below, in one line, with the place.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, str(folder), config=config)
+    except ConversionError as error:
+        raise CheckpointError(f"checkpoint {folder}: {error}") from error
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"checkpoint {folder}: made for a base of other sizes: {_first_line(error)}; use the base it was made from"
+        ) from error
+    wanted = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
+    if wanted != shapes:
+        odd = sorted(set(wanted.items()) ^ set(shapes.items()))[0]
+        raise CheckpointError(
+            f"checkpoint {folder}: its weights (blocks {config.npt_layers}) do not fit its config or this "
+            f"base, first at {one_line(odd[0], 200)} {list(odd[1])}; use the base it was made from"
+        )
+    return model.eval()
+
+
+def set_aside(folder: Path, patterns: tuple[str, ...]) -> Path | None:
+    """Moves what matches into a new `previous-<n>` folder beside it, so that a new run overwrites nothing."""
+    found = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    if not found:
+        return None
+    number = 1
+    while (target := folder / f"previous-{number}").exists():
+        number += 1
+    target.mkdir()
+    for path in found:
+        path.rename(target / path.name)
+    return target
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)

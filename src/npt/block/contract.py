@@ -1,0 +1,84 @@
+"""The conversion contract: a converted block must behave as the table says, checked on the real model at conversion."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from npt.block.layer import EXACT, ZERO, NPTLayer, first_tensor, layer_mode
+from npt.errors import REMEDY, ConversionError
+
+logger = logging.getLogger(__name__)
+
+#: Largest error of an `exact` block, relative to its update, by dtype: rounding of Norm2(h + a) - z + z.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@torch.no_grad()
+def check_contract(model: Any, layers: list[NPTLayer]) -> None:
+    """Runs each converted block alone on real hidden states of a few tokens.
+
+    1. With attention and MLP outputs dropped, block(h) == h bit for bit: nothing else writes to the residual stream.
+    2. With the exact value, the block's output is the unconverted block's.
+
+    Raises:
+        ConversionError: names the block and which of the two it broke.
+    """
+    if not layers:
+        return
+    if any(p.is_meta for layer in layers for p in layer.get_base_layer().parameters()):
+        logger.warning("conversion contract skipped: the model's weights are on the meta device")
+        return
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    handles = [
+        layer.get_base_layer().register_forward_pre_hook(_keep_call(calls, layer.index), with_kwargs=True)
+        for layer in layers
+    ]
+    embedding = model.get_input_embeddings()
+    tokens = torch.arange(6, device=embedding.weight.device)[None] % embedding.weight.shape[0]
+    model.eval()
+    try:
+        with layer_mode(layers, override="bypass"):
+            model(input_ids=tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in layers:
+        _check_block(layer, *calls[layer.index])
+
+
+def _keep_call(calls: dict[int, Any], index: int) -> Any:
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[index] = (args, kwargs)
+
+    return keep
+
+
+def _check_block(layer: NPTLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    block = layer.get_base_layer()
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+
+    def run(override: str) -> torch.Tensor:
+        with layer_mode([layer], override=override):
+            return first_tensor(block(*args, **kwargs))
+
+    original, zeroed, exact = run("bypass"), run(ZERO), run(EXACT)
+    name = f"block {layer.index} ({type(block).__name__})"
+    for what, values in (("what reaches it", hidden_states), ("its output", original)):
+        if not values.isfinite().all():
+            raise ConversionError(f"{name}: {what} is not finite in the unconverted model; {REMEDY}")
+    if not torch.equal(zeroed, hidden_states):
+        raise ConversionError(
+            f"{name} breaks the conversion contract: with attention and MLP dropped it should return its input, but "
+            f"differs by up to {(zeroed - hidden_states).abs().max():.3g} (a post-norm block, or a wrong line in FAMILIES)"
+        )
+    scale = (original - hidden_states).double().norm()
+    error = (exact - original).double().norm() / scale.clamp_min(torch.finfo(torch.float64).tiny)
+    if not error <= TOLERANCE.get(original.dtype, 1e-1):
+        raise ConversionError(
+            f"{name} breaks the conversion contract: with the exact value its output should be the unconverted block's, "
+            f"but differs by {error:.3g} of the update (wrong tap, norm or MLP path in FAMILIES)"
+        )

@@ -1,0 +1,97 @@
+"""What npt asks of the modules of a block, answered by calling them: sizes, products, a norm's weight and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from npt.block.families import Family
+from npt.errors import ConversionError
+
+
+def linear_shape(module: Any) -> tuple[int, int]:
+    """(in_features, out_features) of a Linear, a Conv1D or a quantised linear."""
+    if hasattr(module, "in_features"):
+        return int(module.in_features), int(module.out_features)
+    if hasattr(module, "nf"):  # transformers' Conv1D keeps its weight as (in, out)
+        return int(module.nx), int(module.nf)
+    raise ConversionError(f"{type(module).__name__} is neither Linear nor Conv1D; NPT can't read its sizes")
+
+
+def find(block: nn.Module, family: Family, role: str) -> Any:
+    """A module of a block by its role in the family's line: tap, norm, mlp, gate, up, down or out.
+
+    Raises:
+        ConversionError: the block has none at the path.
+    """
+    paths = getattr(family, role)
+    for path in paths if isinstance(paths, tuple) else (paths,):
+        try:
+            return block.get_submodule(path)
+        except AttributeError:
+            continue
+    raise ConversionError(
+        f"{type(block).__name__} has no {role} at {paths!r}, where the family's line says it is: a mixture of experts, or "
+        "another architecture under this model type"
+    )
+
+
+def projection_shape(block: nn.Module, family: Family, name: str) -> tuple[int, int]:
+    """(in, out) of a block's projection; of its own half where gate and up are one."""
+    size_in, size_out = linear_shape(find(block, family, name))
+    return size_in, size_out // (2 if family.fused and name != "down" else 1)
+
+
+def linear_product(module: Any) -> Callable[[Tensor], Tensor]:
+    """x -> W x without bias. The linear is called, never its raw weight, so that quantised and offloaded ones work too."""
+    if getattr(module, "bias", None) is None:
+        return module.forward  # type: ignore[no-any-return]
+    return lambda x: module.forward(x) - module.forward(torch.zeros_like(x[..., :1, :]))
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or where accelerate brings them when it keeps them elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", [hook]):
+        if getattr(part, "execution_device", None) is not None:
+            return torch.device(part.execution_device)
+    return next(module.parameters()).device
+
+
+def probe_norm(norm: Any, d: int, like: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+    """(weight (d,), bias (d,) or None, whether it centres) of a norm, measured by calling it; a weightless one has ones.
+
+    Two inputs x and -x of unit variance and zero mean, scaled up so that the norm's epsilon vanishes, give
+    weight = (f(x) - f(-x)) / 2x and bias = (f(x) + f(-x)) / 2, whatever the class calls them.
+    """
+    parameter, scale = next(iter(norm.parameters()), like), 4096.0
+    sign = torch.ones(d, device=parameter.device, dtype=parameter.dtype)
+    sign[1::2] = -1
+    with torch.no_grad():
+        plus, minus = norm.forward((sign * scale)[None])[0], norm.forward((-sign * scale)[None])[0]
+        constant = norm.forward(torch.full_like(sign, scale)[None])[0]
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    bias = (plus.to(dtype) + minus.to(dtype)) / 2
+    weight = (plus.to(dtype) - minus.to(dtype)) / 2 * sign
+    if parameter.is_meta:
+        return weight, None if getattr(norm, "bias", None) is None else bias, isinstance(norm, nn.LayerNorm)
+    centered = bool((constant.to(dtype) - bias).abs().max() < weight.abs().max() / 2)
+    return weight, bias if bool(bias.any()) else None, centered
+
+
+def logit_head(model: Any) -> Callable[[Tensor], Tensor]:
+    """last hidden state (..., d) -> logits (..., vocabulary), with the scaling some families apply after lm_head."""
+    config = model.config
+    unembed = model.get_output_embeddings()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    multiplier = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = unembed(hidden) * (multiplier / divisor)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    return head

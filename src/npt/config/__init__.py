@@ -1,0 +1,31 @@
+"""The run configuration: its sections, and how a YAML file with overrides becomes one."""
+
+from npt.config.sections import (
+    DataSection,
+    ModelSection,
+    OptimizationSection,
+    PathsSection,
+    RunConfig,
+    TrainingSection,
+    WandbSection,
+    known_keys,
+    load_config,
+    option_problems,
+    save_config,
+    with_overrides,
+)
+
+__all__ = [
+    "DataSection",
+    "ModelSection",
+    "OptimizationSection",
+    "PathsSection",
+    "RunConfig",
+    "TrainingSection",
+    "WandbSection",
+    "known_keys",
+    "load_config",
+    "option_problems",
+    "save_config",
+    "with_overrides",
+]

@@ -1,0 +1,270 @@
+"""What equivalence pre-training minimises. Every loss is a sum over the tokens that count, over `items`.
+
+    local      per converted block, |update_NPT(h, a) - update(h, a)|^2 / (d c_l) with the original's h and a; c_l is the
+               mean square of the original update, so that blocks weigh alike. No gradient crosses attention or another
+               block, and one block's activations live at a time.
+    composite  the same without c_l: the original description's MSE between block outputs.
+    logits     KL(original || NPT) over next tokens, end to end, in chunks of positions.
+
+`items` is the number of counted tokens of the whole optimiser step, so the split into micro-batches changes nothing.
+`local` and `composite` report the mean over blocks, but hand each block the gradient of its own loss: it does not depend on
+which other blocks are converted, so that blocks may be trained by separate jobs (`npt.adapters.join`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from npt.block.component import WeightDelta
+from npt.block.layer import BlockRecord, NPTLayer, layer_mode
+from npt.block.probing import logit_head
+from npt.common.processes import gathered
+from npt.data.batches import scored_positions
+from npt.equivalence.teacher import ROW, TeacherCache, grouped
+from npt.errors import REMEDY, NPTError, RunError
+from npt.tuner.model import active_layers, run_backbone
+from npt.tuner.nonfinite import find_nonfinite, wide
+
+OBJECTIVES = ("local", "logits", "composite")
+REGULARIZERS = ("factors", "delta")
+#: Positions whose full next-token distributions are in memory at once.
+POSITION_CHUNK = 1024
+#: Least number of tokens that `local` and `composite` put through a block at once; fewer would starve the processor.
+TOKEN_CHUNK = 512
+
+
+class Losses(NamedTuple):
+    """One micro-batch's share of the step's losses, as scalars; `total` carries the gradient (see above)."""
+
+    total: Tensor
+    equivalence: Tensor
+    regularization: Tensor
+
+
+@dataclass
+class Objective:
+    """An objective with its weights.
+
+    Args:
+        name: one of `OBJECTIVES`. equivalence_weight: alpha. regularization_weight: beta. regularizer: one of
+            `REGULARIZERS`: `factors` is |A|_F + |B|_F, `delta` the mean |dW|_F^2 over real tokens.
+        scales: {block index: c_l}, needed by `local` (see `update_scales`).
+        teacher: the original's side from disk, for batches that say which rows they are (`npt.equivalence.teacher`).
+    """
+
+    name: str = "logits"
+    equivalence_weight: float = 1.0
+    regularization_weight: float = 0.0
+    regularizer: str = "delta"
+    scales: dict[int, float] = field(default_factory=dict)
+    teacher: TeacherCache | None = None
+
+    def __post_init__(self) -> None:
+        for value, allowed, what in (
+            (self.name, OBJECTIVES, "objective"),
+            (self.regularizer, REGULARIZERS, "regularizer"),
+        ):
+            if value not in allowed:
+                raise NPTError(f"training.{what}={value!r}: use one of {', '.join(allowed)}")
+
+    def __call__(self, model: Any, inputs: dict[str, Tensor], items: Tensor | float) -> Losses:
+        """The losses of one micro-batch {"input_ids", "attention_mask", "labels"}, each (batch, tokens)."""
+        counted = torch.nn.functional.pad(scored_positions(inputs["labels"]), (0, 1))
+        if self.name == "logits":
+            losses = self._logits(model, inputs, counted, items)
+        else:
+            losses = self._local(model, inputs, counted, items)
+        if self.regularizer == "factors":
+            norm = factor_norm(active_layers(model), apart=self.name != "logits")
+            factors = norm * (counted.sum().to(norm.dtype) / items)
+            total = losses.total + self.regularization_weight * factors
+            losses = losses._replace(total=total, regularization=factors.detach())
+        return losses
+
+    @property
+    def _needs_deltas(self) -> bool:
+        return self.regularizer == "delta" and self.regularization_weight > 0
+
+    def _local(self, model: Any, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float) -> Losses:
+        layers = active_layers(model)
+        gradients: dict[Tensor, Tensor] = {}
+        sums = [wide(torch.zeros((), dtype=layers[0].weight.dtype, device=counted.device)) for _ in range(2)]
+
+        def see(layer: NPTLayer, record: BlockRecord) -> None:
+            own = [p for p in layer.component.parameters() if p.requires_grad]  # type: ignore[union-attr]
+            for part, mask in _token_chunks(record, counted):
+                with torch.enable_grad(), layer_mode([layer], override=None, on_block=None):
+                    equivalence, delta = self._block_loss(layer, part, mask)
+                    equivalence, delta = equivalence / items, delta / items
+                    loss = self.equivalence_weight * equivalence + self.regularization_weight * delta
+                    if own and loss.requires_grad:
+                        found = torch.autograd.grad(loss, own, allow_unused=True)
+                        for p, g in zip(own, found, strict=True):
+                            g = torch.zeros_like(p) if g is None else g
+                            gradients[p] = gradients[p] + g if p in gradients else g
+                sums[0] += equivalence.detach()
+                sums[1] += delta.detach()
+
+        if self.teacher is not None and ROW in inputs:
+            for layer in layers:
+                with gathered(layer.get_base_layer()):
+                    see(layer, self.teacher.record(layer.index, inputs[ROW], counted.device))
+        else:
+            with torch.no_grad(), layer_mode(layers, override="bypass", on_block=see):
+                run_backbone(model, inputs)
+        sums = [value / len(layers) for value in sums]
+        total = self.equivalence_weight * sums[0] + self.regularization_weight * sums[1]
+        if gradients and torch.is_grad_enabled():
+            total = _WithGradients.apply(total, list(gradients.values()), *gradients)
+        return Losses(total, sums[0], sums[1])
+
+    def _block_loss(self, layer: NPTLayer, record: BlockRecord, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the counted tokens: (mean square error of the update, mean |dW|^2 over projections)."""
+        h, a, y = (x.detach()[counted] for x in (record.hidden_states, record.attention, record.output))
+        norms = _DeltaSquares()
+        with layer_mode([layer], observer=norms.see if self._needs_deltas else None):
+            update = layer.update_from(h[None], a[None])[0]
+        error = (wide(update) - wide(y - h)).square().mean(-1).sum()
+        scale = self.scales[layer.index] if self.name == "local" else 1.0
+        return error / scale, norms.mean_square(error)
+
+    def _logits(self, model: Any, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float) -> Losses:
+        layers, head = active_layers(model), logit_head(model)
+        if self.teacher is not None and ROW in inputs:
+            target = [x[counted] for x in self.teacher.log_probabilities(inputs[ROW], counted.device)]
+        else:
+            with torch.no_grad(), layer_mode(layers, override="bypass"):
+                target = [run_backbone(model, inputs)[counted]]
+        norms = _DeltaSquares(counted)
+        with layer_mode(layers, observer=norms.see if self._needs_deltas else None):
+            student = run_backbone(model, inputs)[counted]
+        kl = wide(student.new_zeros(()))
+        for chunk in torch.arange(len(student), device=student.device).split(POSITION_CHUNK):
+            kl = kl + checkpoint(_chunk_kl, head, student[chunk], *(x[chunk] for x in target), use_reentrant=False)
+        equivalence = kl / items
+        delta = norms.mean_square(kl) / (items * len(layers))
+        total = self.equivalence_weight * equivalence + self.regularization_weight * delta
+        return Losses(total, equivalence.detach(), delta.detach())
+
+
+def _token_chunks(record: BlockRecord, counted: Tensor) -> Iterator[tuple[BlockRecord, Tensor]]:
+    """(record of (tokens, d), mask (tokens,)): a pass through a block in parts of a quarter of its tokens, at least
+    `TOKEN_CHUNK`, so that training a block never holds much more than the frozen forward does."""
+    parts = [x.flatten(0, 1) for x in (record.hidden_states, record.attention, record.output)]
+    mask = counted.flatten()
+    size = max(TOKEN_CHUNK, -(-len(mask) // 4))
+    for start in range(0, len(mask), size):
+        part = slice(start, start + size)
+        yield BlockRecord(*(x[part] for x in parts)), mask[part]
+
+
+class _DeltaSquares:
+    """Collects |dW|_F^2 per token from the observer, keeping its gradient."""
+
+    def __init__(self, counted: Tensor | None = None):
+        self.counted = counted
+        self.per_layer: dict[int, list[Tensor]] = {}
+
+    def see(self, layer: NPTLayer, deltas: dict[str, WeightDelta]) -> None:
+        for delta in deltas.values():
+            square = delta.frobenius_norm_square()
+            square = square.flatten() if self.counted is None else square[self.counted]
+            self.per_layer.setdefault(layer.index, []).append(wide(square).sum())
+
+    def mean_square(self, like: Tensor) -> Tensor:
+        """The sum over tokens and blocks of the mean over projections; zero where nothing was observed."""
+        means = [torch.stack(values).mean() for values in self.per_layer.values()]
+        return torch.stack(means).sum() if means else torch.zeros_like(like)
+
+
+class _WithGradients(torch.autograd.Function):
+    """Hands gradients that are known already to the autograd engine, so that scaling and accumulation stay its job."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return (None, None, *(upstream * gradient for gradient in ctx.gradients))
+
+
+def _chunk_kl(head: Callable[[Tensor], Tensor], student: Tensor, *target: Tensor) -> Tensor:
+    """Sum over positions of KL(teacher || student).
+
+    student: last hidden states (positions, d). target: the teacher's; or ids and log-probabilities of `grouped` outcomes.
+    """
+    own = wide(head(student)).log_softmax(-1)
+    if len(target) == 2:
+        ids, expected = target
+        own = grouped(own, ids)
+    else:
+        with torch.no_grad():
+            expected = wide(head(target[0])).log_softmax(-1)
+    return (expected.exp() * (expected - own)).sum()
+
+
+@torch.no_grad()
+def check_logit_head(model: Any, input_ids: Tensor) -> None:
+    """Makes sure that `logit_head` on the backbone gives this model's own logits.
+
+    Raises:
+        NPTError: it does not, so the `logits` objective would train towards something else.
+        RunError: the hidden states are not finite.
+    """
+    hidden = run_backbone(model, {"input_ids": input_ids})
+    if not hidden.isfinite().all():
+        where = find_nonfinite(model, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
+        raise RunError(f"before step 1: the model's hidden states are not finite, {where}; {REMEDY}")
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    error = (logit_head(model)(hidden).float() - logits.float()).abs().max() / logits.float().abs().max()
+    if not error < 1e-2:
+        raise NPTError(
+            f"{type(model).__name__} transforms its logits in a way npt does not know (relative difference "
+            f"{error:.3g}); use training.objective=local, which needs no logits"
+        )
+
+
+@torch.no_grad()
+def update_scales(model: Any, inputs: dict[str, Tensor]) -> dict[int, float]:
+    """{block index: mean square of the original update y - h over real tokens}: the constants of `local`."""
+    layers, scales, mask = active_layers(model), {}, inputs["attention_mask"].bool()
+
+    def see(layer: NPTLayer, record: BlockRecord) -> None:
+        update = (record.output - record.hidden_states)[mask]
+        scales[layer.index] = max(float(wide(update).square().mean()), 1e-12)
+
+    with layer_mode(layers, override="bypass", on_block=see):
+        run_backbone(model, inputs)
+    return scales
+
+
+def factor_norm(layers: list[NPTLayer], *, apart: bool = False) -> Tensor:
+    """Mean over blocks of |A|_F + sum |B|_F: the original description's regulariser.
+
+    apart: a block's gradient is that of its own norm, not of the mean.
+    """
+    norms: list[Tensor] = []
+    gradients: dict[Tensor, Tensor] = {}
+    for layer in layers:
+        with gathered(layer.get_base_layer()), torch.enable_grad():
+            component: Any = layer.component
+            matrices = [p for n, p in component.named_parameters() if n == "A" or n.startswith("B_")]
+            # A zero matrix has no gradient direction; the epsilon keeps sqrt'(0) finite.
+            norm = sum(((m.square().sum() + 1e-24).sqrt() for m in matrices), layer.weight.new_zeros(()))
+            trained = [m for m in matrices if m.requires_grad]
+            if trained:
+                found = torch.autograd.grad(norm / (1 if apart else len(layers)), trained)
+                gradients |= dict(zip(trained, found, strict=True))
+        norms.append(norm.detach())
+    mean = torch.stack(norms).mean()
+    if gradients and torch.is_grad_enabled():
+        mean = _WithGradients.apply(mean, list(gradients.values()), *gradients)
+    return mean

@@ -1,0 +1,283 @@
+"""`EquivalenceTrainer`: HF Trainer with the equivalence objectives."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from npt.common.launch import fsdp_accelerator
+from npt.common.processes import any_process, env_flag, full_tensor, local_part, through, total, world
+from npt.data.batches import batches_of, complete_batch, scored_positions
+from npt.equivalence.objectives import Objective, check_logit_head, update_scales
+from npt.equivalence.teacher import ROW, kind_of, teacher_cache, with_rows
+from npt.errors import NPTError
+from npt.evaluation.divergence import summarize, token_divergences
+from npt.evaluation.weight_deltas import delta_records
+from npt.training.callbacks import BestAdapterCallback
+from npt.training.checkpoints import DurableTrainer
+from npt.tuner.model import active_layers, component_ids, device_of
+from npt.tuner.nonfinite import all_finite, find_nonfinite, raise_nonfinite
+
+logger = logging.getLogger(__name__)
+
+#: Blocks of the training set from which the constants of `local` are measured; fixed, so that a resumed run agrees.
+SCALE_BLOCKS = 8
+#: Rows of a step's last batch on which the logged weight deltas are measured.
+FIGURE_ROWS = 4
+
+
+def only_components_train(model: nn.Module) -> bool:
+    """Whether nothing but NPT components is trained."""
+    own = component_ids(model)
+    return all(id(p) in own for p in model.parameters() if p.requires_grad)
+
+
+class EquivalenceTrainer(DurableTrainer):
+    """Trains the active NPT adapter towards the model it was made from.
+
+    Resume, accumulation, mixed precision, schedules, distributed launch and trackers are HF Trainer's; checkpoints are
+    whole or not there (`npt.training.checkpoints`). A loss or gradient that is not finite stops the run before the step.
+
+    Args:
+        model: a PEFT model with an active NPT adapter.
+        args: HF's TrainingArguments; the datasets hold packed blocks (`npt.data.pack`).
+        objective: an `Objective` (`logits` KL by default), or a schedule [(first step, Objective), ...] from step 0 on.
+        teacher_cache: folder for the original's side of the objective, made at the first run (`npt.equivalence.teacher`).
+        teacher_top_k: tokens kept of each next-token distribution. kwargs: as `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        objective: Objective | Sequence[tuple[int, Objective]] | None = None,
+        *,
+        teacher_cache: str | Path | None = None,
+        teacher_top_k: int = 64,
+        **kwargs: Any,
+    ):
+        active_layers(model)  # a readable error before any long work
+        args.remove_unused_columns = False
+        args.label_names = ["labels"]
+        if args.ddp_find_unused_parameters is None and only_components_train(model):
+            args.ddp_find_unused_parameters = False  # each of them has a gradient in every step
+        if args.fsdp_plugin_args is not None or env_flag("ACCELERATE_USE_FSDP"):
+            fsdp_accelerator(args)
+        super().__init__(model=model, args=args, **kwargs)
+        objective = objective or Objective()
+        self.schedule = [(0, objective)] if isinstance(objective, Objective) else sorted(objective, key=lambda x: x[0])
+        if self.schedule[0][0] != 0:
+            raise NPTError(f"the objective schedule begins at step {self.schedule[0][0]}; give one for step 0")
+        # Losses are divided by the counted tokens of the whole step, over labels[:, 1:].
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self.teacher_cache, self.teacher_top_k = teacher_cache, teacher_top_k
+        self._sums = [0.0, 0.0, 0.0]
+        self._sums_from: int | None = None  # the step before the first one in the sums
+        self._last_inputs: dict[str, Tensor] = {}
+        self._last_objective = ""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As HF's, after the checks and constants the objective needs."""
+        text = self.eval_dataset if self.is_streamed else self.train_dataset
+        first = next(batches_of(text, SCALE_BLOCKS, device_of(self.model)))
+        for _, objective in self.schedule:
+            if objective.name == "logits":
+                through(self.model, lambda: check_logit_head(self.model, first["input_ids"][:1, :8]))
+            if objective.name == "local" and not objective.scales:
+                objective.scales = through(self.model, lambda: update_scales(self.model, first))
+        self.read_teacher()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                # Left open by an error, the bar would share its line with the message.
+                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    callback.training_bar.close()
+
+    def read_teacher(self) -> None:
+        """Makes the teacher targets that are missing, if a folder for them was named, and gives them to the objectives.
+
+        Raises:
+            DataError: those in the folder were made from something else.
+        """
+        folder = self.teacher_cache
+        if folder is None or all(objective.teacher is not None for _, objective in self.schedule):
+            return
+        blocks: Any = self.train_dataset  # type: ignore[has-type]
+        self.train_dataset: Any = blocks if ROW in blocks.column_names else with_rows(blocks)
+        caches = {}
+        for kind in dict.fromkeys(kind_of(objective.name) for _, objective in self.schedule):
+            with self.accelerator.autocast():
+                make = partial(
+                    teacher_cache,
+                    folder,
+                    self.accelerator.unwrap_model(self.model),
+                    blocks,
+                    kind,
+                    top_k=self.teacher_top_k,
+                    batch_size=self.args.per_device_train_batch_size,
+                    precision=self.accelerator.mixed_precision,
+                    progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+                )
+                caches[kind] = through(self.model, make)
+        for _, objective in self.schedule:
+            objective.teacher = caches[kind_of(objective.name)]
+
+    def is_finished(self, checkpoint: Path) -> bool:
+        """Whether nothing is left to train after a checkpoint; HF's Trainer would take one more step."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        steps = self.args.max_steps
+        if steps <= 0:
+            per_epoch = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
+            steps = math.ceil(self.args.num_train_epochs * per_epoch)
+        return state.global_step >= steps or any(
+            callback.patience_is_over(state.global_step, self.args)
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, BestAdapterCallback)
+        )
+
+    @property
+    def objective(self) -> Objective:
+        """The objective of the current step."""
+        return [objective for start, objective in self.schedule if start <= self.state.global_step][-1]
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """As HF's, but a model whose frozen weights are offloaded is where it should be already."""
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            super()._move_model_to_device(model, device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's total for one micro-batch, its share of the optimiser step."""
+        unwrapped, inputs = self.accelerator.unwrap_model(model), complete_batch(inputs)
+        items = scored_positions(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch
+        # The model's own forward carries autocast; the objectives call what is inside it.
+        with self.accelerator.autocast():
+            losses = through(model, lambda: self.objective(unwrapped, inputs, items))
+        self._stop_unless(math.isfinite(float(losses.total.detach())), lambda: "the loss", inputs)
+        if self._sums_from is None:
+            self._sums_from = self.state.global_step
+        # DDP and FSDP average over processes, where shares of one sum are to be added. Blocks without labels are counted
+        # batch by batch, and Trainer averages over accumulated ones itself.
+        together = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        count = self.accelerator.num_processes
+        parts = 1 if together else count
+        if num_items_in_batch is None:
+            parts *= self.current_gradient_accumulation_steps
+        for i, value in enumerate(losses):
+            self._sums[i] += float(value.detach()) / parts
+        self._last_inputs, self._last_objective = inputs, self.objective.name
+        loss = losses.total * (count if together else 1)
+        return (loss, {}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As HF's; its gradient is looked at before an optimiser sees it (a gradient scaler looks itself)."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self.accelerator.scaler is None:
+            found = {n: local_part(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
+
+            def broken() -> str:
+                name = next((name for name, gradient in found.items() if not all_finite([gradient])), "a parameter")
+                return f"the gradient of {name}"
+
+            self._stop_unless(all_finite(list(found.values())), broken, self._last_inputs)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As HF's with `logits`. Else each block by its own norm, as if it trained alone; returns the joint norm, for logs.
+
+        DeepSpeed clips by itself, all blocks together.
+        """
+        if self.objective.name == "logits" or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        norms = [
+            full_tensor(nn.utils.clip_grad_norm_(group, self.args.max_grad_norm)).to(self.args.device)
+            for group in self._clipped_together(model)
+        ]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    @staticmethod
+    def _clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
+        """The parameters that have a gradient: those of each block's component, and any others."""
+        groups = [list(layer.component.parameters()) for layer in active_layers(model)]  # type: ignore[union-attr]
+        own = {id(p) for group in groups for p in group}
+        groups.append([p for p in model.parameters() if id(p) not in own])
+        return [found for group in groups if (found := [p for p in group if p.grad is not None])]
+
+    def _stop_unless(self, finite: bool, what: Callable[[], str], inputs: dict[str, Tensor]) -> None:
+        """Stops all processes where one of them met something that is not finite."""
+        if not any_process(not finite):
+            return
+        model, step = self.accelerator.unwrap_model(self.model), self.state.global_step + 1
+        where = through(self.model, lambda: find_nonfinite(model, inputs, together=True))
+        raise_nonfinite(None if finite else what(), where, inputs, step, Path(self.args.output_dir))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds what equivalence training is judged by to every logged training step."""
+        if "loss" in logs:
+            steps = max(1, self.state.global_step - (self._sums_from or 0))
+            # In double precision and over all processes, which HF's own sum is not.
+            sums = (total(torch.tensor(self._sums, dtype=torch.float64)) / steps).tolist()
+            logs["loss"], logs["equivalence_loss"], regularization = sums
+            logs["mean_delta_norm"], logs["regularization_loss"] = self._delta_figures(regularization)
+            logs["objective"] = self._last_objective  # type: ignore[assignment]
+            self._sums, self._sums_from = [0.0, 0.0, 0.0], None
+        super().log({**logs, "world_size": self.accelerator.num_processes}, *args, **kwargs)
+
+    def _delta_figures(self, regularization: float) -> tuple[float, float]:
+        """(mean |dW|_F over real tokens, blocks and projections of the last batch's first rows; the regularisation loss).
+
+        The objective leaves out a `delta` regulariser of weight zero, so its value is taken here.
+        """
+        model, (rank, _) = self.accelerator.unwrap_model(self.model), world()
+        first = self._last_inputs["input_ids"]
+        wanted = min(max(0, FIGURE_ROWS - rank * len(first)), len(first))
+        # A process whose rows are not among the first runs one for company: a sharded forward needs it.
+        rows = {name: value[: wanted or 1] for name, value in self._last_inputs.items() if name != "labels"}
+        records = through(self.model, lambda: delta_records(model, [rows], effect_tokens=0))
+        squares = [[torch.cat(r.squares) for r in entry.values()] for entry in records.values()]
+        sums = [torch.stack([x.sqrt().sum(), x.sum(), x.new_tensor(len(x))]) for entry in squares for x in entry]
+        found = total(torch.stack(sums) * (wanted > 0))
+        means = iter((found[:, :2] / found[:, 2:]).tolist())
+        per_block = [[next(means) for _ in entry] for entry in squares]
+        norm, square = (fmean(fmean(pair[i] for pair in entry) for entry in per_block) for i in (0, 1))
+        measured = self.objective.regularizer == "delta" and not self.objective.regularization_weight
+        return norm, square if measured else regularization
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Perplexity of both models, their ratio and the mean KL on the evaluation blocks."""
+        blocks = self.eval_dataset if eval_dataset is None else eval_dataset
+        model = self.accelerator.unwrap_model(self.model)
+        size = self.args.per_device_eval_batch_size
+        figures = summarize(through(self.model, lambda: token_divergences(model, blocks, batch_size=size)))
+        values = {
+            "npt_perplexity": figures["perplexity"]["npt_perplexity"],
+            "original_perplexity": figures["perplexity"]["original_perplexity"],
+            "perplexity_ratio": figures["perplexity"]["perplexity_ratio"],
+            "mean_kl": figures["divergence"]["mean_kl"],
+            "top1_agreement": figures["divergence"]["top1_agreement"],
+            "loss": figures["divergence"]["mean_kl"],
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        self.log(dict(metrics))
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

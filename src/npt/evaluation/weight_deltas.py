@@ -1,0 +1,178 @@
+"""How large the weight deltas are, beside the exact value's and beside the least that gives the same block output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from npt.block.component import WeightDelta
+from npt.block.layer import EXACT, NPTLayer, layer_mode
+from npt.block.probing import execution_device
+from npt.common.processes import gathered
+from npt.evaluation.least_norm import least_joint_norms
+from npt.tuner.model import active_layers, run_backbone
+
+#: Tokens whose dW x are held per projection for its effective rank.
+RANK_TOKENS = 512
+LARGEST = 10
+PERCENTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "p99": 0.99}
+
+
+@dataclass
+class DeltaRecord:
+    """The weight deltas of one projection over real tokens.
+
+    squares: |dW|_F^2 (tokens,). skipped: tokens without an input key. effects: dW x of the first ones, (tokens, out).
+    """
+
+    squares: list[Tensor] = field(default_factory=list)
+    skipped: float = 0.0
+    effects: list[Tensor] = field(default_factory=list)
+
+    def norms(self) -> np.ndarray:
+        """|dW|_F, (tokens,)."""
+        found: np.ndarray = torch.cat(self.squares).sqrt().numpy()
+        return found
+
+
+@torch.no_grad()
+def delta_records(
+    model: Any, batches: Sequence[dict[str, Tensor]], override: str | None = None, *, effect_tokens: int = RANK_TOKENS
+) -> dict[int, dict[str, DeltaRecord]]:
+    """{block: {projection: record}} on the model's own stream; `override=EXACT` measures the exact value's dW instead.
+
+    effect_tokens: of how many tokens dW x is kept; 0 where only norms are wanted.
+    """
+    layers = active_layers(model)
+    records: dict[int, dict[str, DeltaRecord]] = {layer.index: {} for layer in layers}
+    mask: list[Tensor] = []
+
+    def see(layer: NPTLayer, deltas: dict[str, WeightDelta]) -> None:
+        for name, delta in deltas.items():
+            record = records[layer.index].setdefault(name, DeltaRecord())
+            record.squares.append(delta.frobenius_norm_square()[mask[0]].double().cpu())
+            record.skipped += float(delta.skipped[mask[0]].sum())
+            room = effect_tokens - sum(map(len, record.effects))
+            if room > 0:
+                record.effects.append(delta.apply()[mask[0]][:room].float().cpu())
+
+    with layer_mode(layers, observer=see, override=override):
+        for batch in batches:
+            mask[:] = [batch["attention_mask"].bool()]
+            run_backbone(model, batch)
+    return records
+
+
+def effective_rank(rows: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of (tokens, out) (Roy and Vetterli, EUSIPCO 2007)."""
+    rows = rows.double()  # the Gram matrix squares the rounding
+    values = torch.linalg.eigvalsh(rows @ rows.T).clamp_min(0).sqrt()
+    if not values.sum():
+        return 0.0
+    share = values[values > 1e-6 * values.max()] / values.sum()
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+@torch.no_grad()
+def weight_norm(layer: NPTLayer, name: str) -> float:
+    """|W_t|_F of a linear of any kind, from its products with the unit vectors."""
+    rows, module, product = layer.shape(name)[0], layer.module(name), layer.product(name)
+    parameter, square = next(module.parameters()), 0.0
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    unit = torch.eye(rows, dtype=dtype, device=execution_device(module))
+    with gathered(layer.get_base_layer()):
+        for chunk in unit.split(512):
+            square += float(product(chunk).double().square().sum())
+    return square**0.5
+
+
+def weight_delta_stats(model: Any, batches: Sequence[dict[str, Tensor]], tokenizer: Any = None) -> dict[str, Any]:
+    """The report's `weight_delta_stats`: means over real tokens, converted blocks and target projections, in this order.
+
+    frobenius |dW|_F, relative |dW|_F / |W|_F, rms_entry |dW|_F / sqrt(rows columns); `exact` beside on the same tokens.
+    With a tokenizer, also the tokens that write the largest deltas.
+    """
+    own, exact = delta_records(model, batches), delta_records(model, batches, override=EXACT)
+    layers = active_layers(model)
+    per_layer = {
+        f"layer_{layer.index}": {
+            name: _projection_figures(layer, name, record, exact[layer.index][name])
+            for name, record in own[layer.index].items()
+        }
+        for layer in layers
+    }
+
+    def mean(key: str) -> float:
+        if not any(per_layer.values()):  # the adapter is disabled: there is no dW
+            return 0.0
+        return fmean(fmean(figures[key] for figures in entry.values()) for entry in per_layer.values())
+
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    joint = np.sqrt(sum((np.square(r.norms()) for entry in own.values() for r in entry.values()), np.zeros(tokens)))
+    return {
+        "mean_frobenius": mean("frobenius"),
+        "relative_frobenius": mean("relative"),
+        "rms_entry": mean("rms_entry"),
+        "exact_frobenius": mean("exact_frobenius"),
+        "tokens": tokens,
+        "effective_rank_tokens": min(RANK_TOKENS, tokens),
+        "least_joint_norm": least_joint_norms(model, batches[0]),
+        "largest": [] if tokenizer is None else _largest(joint, batches, tokenizer),
+        "per_layer": per_layer,
+    }
+
+
+def _projection_figures(layer: NPTLayer, name: str, own: DeltaRecord, exact: DeltaRecord) -> dict[str, Any]:
+    rows, columns = layer.shape(name)
+    weight, entries = max(weight_norm(layer, name), 1e-300), (rows * columns) ** 0.5
+    figures: dict[str, Any] = {}
+    for prefix, record in (("", own), ("exact_", exact)):
+        norm = float(record.norms().mean())
+        figures |= {
+            f"{prefix}frobenius": norm,
+            f"{prefix}relative": norm / weight,
+            f"{prefix}rms_entry": norm / entries,
+            f"{prefix}distribution": _distribution(record.norms()),
+            f"{prefix}effective_rank": effective_rank(torch.cat(record.effects)),
+        }
+    return {**figures, "weight_frobenius": weight, "tokens_without_key": own.skipped}
+
+
+def _distribution(norms: np.ndarray) -> dict[str, float]:
+    percentiles = {name: float(np.quantile(norms, share)) for name, share in PERCENTILES.items()}
+    return {
+        "standard_deviation": float(norms.std()),
+        "min": float(norms.min()),
+        **percentiles,
+        "max": float(norms.max()),
+    }
+
+
+def _largest(norms: np.ndarray, batches: Sequence[dict[str, Tensor]], tokenizer: Any) -> list[dict[str, Any]]:
+    """The tokens with the largest joint norm over all converted blocks and projections, and the text before each."""
+    rows = [(row[keep], keep.nonzero()[:, 0]) for b in batches for row, keep in _rows(b)]
+    owner = np.repeat(np.arange(len(rows)), [len(ids) for ids, _ in rows])
+    within = np.concatenate([np.arange(len(ids)) for ids, _ in rows])
+    found = []
+    for i in np.argsort(-norms, kind="stable")[:LARGEST]:
+        ids, place = rows[owner[i]][0].tolist(), int(within[i])
+        found.append(
+            {
+                "joint_norm": float(norms[i]),
+                "token": tokenizer.decode([ids[place]]),
+                "text_before": tokenizer.decode(ids[max(0, place - 12) : place]),
+                "block": int(owner[i]),
+                "position": int(rows[owner[i]][1][place]),
+            }
+        )
+    return found
+
+
+def _rows(batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(batch["input_ids"].cpu(), batch["attention_mask"].bool().cpu(), strict=True))

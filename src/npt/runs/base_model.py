@@ -1,0 +1,218 @@
+"""The base model of a configuration, on its device."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import cpu_offload
+from accelerate.utils.memory import clear_device_cache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from npt.block.families import FAMILIES, blocks_of, family_of, resolve_layers
+from npt.builtin import source_of
+from npt.common.display import one_line
+from npt.common.launch import shards_base
+from npt.common.processes import world
+from npt.config.sections import RunConfig
+from npt.errors import ConversionError, NPTError
+from npt.tuner.model import npt_layers
+
+logger = logging.getLogger(__name__)
+
+
+def default_device() -> torch.device:
+    """The accelerator, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_base(config: RunConfig) -> tuple[Any, Any]:
+    """(causal LM in eval mode on its device, tokenizer) of `model.base_model_name`; weights from safetensors only.
+
+    Raises:
+        NPTError: neither a local folder nor a reachable hub id; its files are damaged, incomplete or of a family that
+            can't be converted; or 8-bit without bitsandbytes.
+    """
+    name, options = source_of(config.model.base_model_name), config.optimization
+    loading = {"dtype": config.model.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)}
+    quantized = options.use_8bit or options.use_4bit
+    if quantized:
+        loading |= _bitsandbytes(4 if options.use_4bit else 8)
+    tokenizer = load_tokenizer(config)
+    with _named(config), _quiet_libraries():
+        # Weights of other shapes are let through to be named below, where the library only points to a log.
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, **_arguments(config), **loading, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    _check_complete(config.model.base_model_name, found)
+    if not (quantized or options.use_cpu_offload or shards_base(options.fsdp)):
+        model.to(default_device())
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(config: RunConfig) -> Any:
+    """The base's tokenizer, once the base's configuration has been checked (see `base_config`)."""
+    base_config(config)
+    with _named(config), _quiet_libraries():
+        return AutoTokenizer.from_pretrained(source_of(config.model.base_model_name), **_arguments(config))
+
+
+def base_config(config: RunConfig) -> Any:
+    """The base's own configuration (config.json), read before its weights.
+
+    Raises:
+        NPTError: missing or damaged; of a family that isn't supported; without the blocks or the size that the `model`
+            section asks for.
+    """
+    name = source_of(config.model.base_model_name)
+    where = f"model.base_model_name={config.model.base_model_name}"
+    if Path(name).is_file():
+        raise NPTError(f"{where}: is a file; name the Hugging Face model folder it lies in")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise NPTError(f"{where}: the folder has no config.json; name a Hugging Face model folder")
+    with _named(config), _quiet_libraries():
+        found = AutoConfig.from_pretrained(name, **_arguments(config))
+        text = found.get_text_config()
+        blocks, width = (getattr(text, key, None) for key in ("num_hidden_layers", "hidden_size"))
+    # Of a model of several parts the text part alone may be what is loaded.
+    if not {found.model_type, text.model_type} & set(FAMILIES):
+        raise ConversionError(
+            f"{where}: model type {found.model_type!r} is not supported; use one of {', '.join(sorted(FAMILIES))}, or add "
+            "it with npt.families.register_family(model_type, Family(...))"
+        )
+    if blocks is not None:
+        resolve_layers(config.model.npt_layers, blocks)
+    if width is not None and config.model.rank > width:
+        raise ConversionError(
+            f"model.rank={config.model.rank} is larger than the model's hidden size {width}; use a rank up to that"
+        )
+    return found
+
+
+def _arguments(config: RunConfig) -> dict[str, Any]:
+    return {"cache_dir": config.paths.cache_dir, "trust_remote_code": config.model.trust_remote_code}
+
+
+@contextmanager
+def _named(config: RunConfig) -> Iterator[None]:
+    """Whatever the libraries raise for a damaged or absent model (tokenizers: plain Exception), in one line."""
+    name = source_of(config.model.base_model_name)
+    try:
+        yield
+    except (NPTError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        reason = one_line(error, 200) or type(error).__name__
+        if "trust_remote_code" in str(error) and not config.model.trust_remote_code:
+            raise NPTError(
+                f"model.base_model_name={name!r} brings Python code of its own, which is not run; read that code and set "
+                "model.trust_remote_code=true, or name another model"
+            ) from error
+        if Path(name).is_dir():
+            raise NPTError(
+                f"model.base_model_name={name!r} can't be loaded ({type(error).__name__}: {reason}); restore its "
+                "config.json, tokenizer and *.safetensors, or name another folder (builtin:tiny needs nothing)"
+            ) from error
+        raise NPTError(
+            f"model.base_model_name={name!r} can't be loaded: it is no local model folder, and the hub did not deliver it "
+            f"({reason}); check the name, the network or `hf auth login`, or give the path of a local folder "
+            "(builtin:tiny needs nothing)"
+        ) from error
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """transformers' own reports are told in one line here, and a bar is for a terminal."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_complete(name: str, found: Any) -> None:
+    """transformers fills what a checkpoint lacks with random values and says so in a log only."""
+    for keys, what in (
+        (found["mismatched_keys"], "have another shape than config.json says"),
+        (found["missing_keys"], "are missing"),
+    ):
+        if keys:
+            first = min(key if isinstance(key, str) else key[0] for key in keys)
+            raise NPTError(
+                f"model.base_model_name={name!r}: {len(keys)} of the model's weights {what}, first {first}; restore its "
+                "*.safetensors and config.json, or name another model"
+            )
+    if found["unexpected_keys"]:
+        keys = sorted(found["unexpected_keys"])
+        logger.warning(
+            "%s: %d weights of the checkpoint have no place in the model, first %s", name, len(keys), keys[0]
+        )
+
+
+def release_memory() -> None:
+    """Gives back what the last phase of a run has freed: the device's cache, and on Linux the C library's heap, which
+    else keeps hundreds of megabytes in pieces under the next phase's large tensors."""
+    clear_device_cache(garbage_collection=True)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def offload_frozen(model: Any, device: torch.device) -> None:
+    """Keeps the frozen weights of all decoder blocks in CPU memory; accelerate brings each to `device` as it is used.
+
+    For a converted model, still on the CPU: components, embeddings and head go to the device and stay there.
+    """
+    base = model.get_base_model()
+    blocks = blocks_of(base)
+    ours = {id(m) for layer in npt_layers(model) for m in layer.modules()}
+    leaves = [
+        m
+        for block in blocks
+        for m in block.modules()
+        if id(m) not in ours and next(m.parameters(False), None) is not None
+    ]
+    offloaded = {id(m) for m in leaves}
+    for module in model.modules():
+        if id(module) not in offloaded:
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if isinstance(tensor, torch.nn.Parameter):
+                    tensor.data = tensor.data.to(device)
+                else:
+                    setattr(module, name, tensor.to(device))
+    for module in leaves:
+        cpu_offload(module, execution_device=device)
+    # As accelerate's own dispatch leaves it: Trainer and Accelerator then don't try to move the model.
+    base.hf_device_map = {"": str(device), family_of(base).blocks: "cpu"}
+
+
+def _bitsandbytes(bits: int) -> dict[str, Any]:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise NPTError(
+            f"optimization.use_{bits}bit=true needs bitsandbytes: pip install 'npt[quantization]', or set it to false"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    # Four bits as QLoRA sets them (arXiv 2305.14314).
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    config = BitsAndBytesConfig(**four) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
+    # Over all GPUs of a single process, or each of several processes on its own.
+    device_map = "auto" if world()[1] == 1 else {"": torch.cuda.current_device()}
+    return {"quantization_config": config, "device_map": device_map}

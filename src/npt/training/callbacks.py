@@ -1,0 +1,123 @@
+"""Trainer callbacks that write what a run leaves: metrics, samples, the best adapter."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from npt.common.files import PART, append_json, disk_errors, flush, write_json
+from npt.common.processes import first_does, is_first, through
+from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
+from npt.training.checkpoints import adapter_state, save_weights
+
+logger = logging.getLogger(__name__)
+
+#: What the best adapter is chosen by.
+BEST_METRIC = "eval_mean_kl"
+
+
+class JsonLinesCallback(TrainerCallback):
+    """Appends every logged step to metrics.jsonl, whatever trackers there are."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Writes one object."""
+        if state.is_world_process_zero and logs:
+            append_json(self.path, {"step": state.global_step, **logs})
+
+
+class SamplesCallback(TrainerCallback):
+    """Every `every` steps, lets both models continue fixed prompts and keeps what they wrote in samples.jsonl."""
+
+    def __init__(self, path: Path, model: Any, tokenizer: Any, every: int, prompts: Sequence[str] = DEFAULT_PROMPTS):
+        self.path, self.model, self.tokenizer, self.every, self.prompts = path, model, tokenizer, every, prompts
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes the samples when they are due."""
+        if state.global_step % self.every == 0:
+            self.write(state.global_step)
+
+    def write(self, step: int) -> None:
+        """Generates and appends."""
+        samples = through(self.model, lambda: side_by_side(self.model, self.tokenizer, self.prompts))
+        for sample in samples if is_first() else ():
+            append_json(self.path, {"step": step, **sample})
+            logger.info("step %d, %r: NPT %r, original %r", step, sample["prompt"], sample["npt"], sample["original"])
+
+
+class BestAdapterCallback(TrainerCallback):
+    """Keeps the adapter with the lowest mean KL in best_model/; the figures it was chosen by stand in best.json.
+
+    With `patience`, training stops after that many evaluations in a row without a new best.
+    """
+
+    def __init__(self, folder: Path, model: Any, patience: int | None = None):
+        self.folder, self.model, self.patience = folder, model, patience
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Saves when this evaluation is the best so far."""
+        if first_does(lambda: metrics[BEST_METRIC] >= self.best()):
+            if self.patience_is_over(state.global_step, args):
+                logger.info(
+                    "no better adapter for %d evaluations; stopping at step %d", self.patience, state.global_step
+                )
+                control.should_training_stop = True
+            return
+        save_adapter(self.model, self.folder)
+        # Last: a run killed before it finds an older figure here on resuming, and saves this adapter again.
+        first_does(lambda: write_json(self.folder / "best.json", {"step": state.global_step, **metrics}))
+
+    def patience_is_over(self, step: int, args: TrainingArguments) -> bool:
+        """Whether `patience` evaluations have passed since the best one."""
+        if self.patience is None:
+            return False
+        path = self.folder / "best.json"
+        best = first_does(lambda: json.loads(path.read_text())["step"] if path.is_file() else step)
+        return bool(step - best >= self.patience * (args.eval_steps or 1))
+
+    def best(self) -> float:
+        """The lowest mean KL so far, infinity before the first evaluation."""
+        path = self.folder / "best.json"
+        return float(json.loads(path.read_text())[BEST_METRIC]) if path.is_file() else float("inf")
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """`save_pretrained` whose files each replace the old one whole, by the first process; all call it.
+
+    Raises:
+        RunError: the disk is full or gone; the folder holds what it held.
+    """
+    state = adapter_state(model)
+    first_does(lambda: _replace_adapter(model, folder, state))
+
+
+def _replace_adapter(model: Any, folder: Path, state: dict[str, Any]) -> None:
+    temporary = folder.with_name(folder.name + PART)
+    with disk_errors(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            if (folder / "README.md").is_file():
+                shutil.copy(folder / "README.md", temporary)  # a person's own card stays
+            save_weights(model, str(temporary), state)
+            folder.mkdir(parents=True, exist_ok=True)
+            # Weights last: the other files of one run's adapters are alike.
+            for path in sorted(temporary.iterdir(), key=lambda p: p.suffix == ".safetensors"):
+                flush(path)
+                os.replace(path, folder / path.name)
+            flush(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,43 @@
+"""The PEFT method: `NPTConfig` and `NPTModel`, the model card, and questions to a converted model."""
+
+from npt.tuner.model import (
+    FORMAT_VERSION,
+    LAYER_NAME,
+    OPTIONS,
+    PEFT_TYPE,
+    Method,
+    NPTConfig,
+    NPTModel,
+    active_layers,
+    adapter_config,
+    component_ids,
+    device_of,
+    eval_mode,
+    npt_layers,
+    parameter_counts,
+    refuse_unsupported,
+    register,
+    run_backbone,
+    weight_delta,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "LAYER_NAME",
+    "OPTIONS",
+    "PEFT_TYPE",
+    "Method",
+    "NPTConfig",
+    "NPTModel",
+    "active_layers",
+    "adapter_config",
+    "component_ids",
+    "device_of",
+    "eval_mode",
+    "npt_layers",
+    "parameter_counts",
+    "refuse_unsupported",
+    "register",
+    "run_backbone",
+    "weight_delta",
+]

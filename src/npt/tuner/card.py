@@ -1,0 +1,135 @@
+"""The model card (README.md) of an adapter folder, written with the adapter and again when figures are known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from npt.common.display import one_line
+
+if TYPE_CHECKING:
+    from npt.tuner.model import NPTConfig
+
+#: A card with this line is ours to write anew; without it, it is a person's.
+MARK = "<!-- Written by npt on every save. Delete this line to keep your own text. -->"
+#: The title of the stub PEFT writes where there is no card.
+_STUB = "# Model Card for Model ID"
+
+_TEXT = """\
+{mark}
+
+# {title}
+
+In blocks {layers} of {base} the attention output no longer joins the residual stream: for each token it generates a
+transient low-rank weight delta for the block's MLP (the Neuro-Plastic Transformer). The base's own weights are unchanged.
+
+```python
+import npt  # makes peft know the method
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base_argument!r})
+model = PeftModel.from_pretrained(base, "path or hub name of this adapter")
+```
+
+| option | value |
+|---|---|
+{options}
+{parts}{results}"""
+
+_PARTS = """
+## Joined from
+
+Trained by separate jobs and joined by `npt merge-adapters`:
+
+{lines}
+"""
+
+_RESULTS = """
+## Against the base model
+
+Measured on {tokens:,} tokens of {corpus}, {context} tokens of context, {dtype}.
+
+| figure | value |
+|---|---|
+| perplexity ratio, NPT / base | {ratio} |
+| mean KL (nats per token) | {kl} |
+| same top token | {top:.2%} |
+| root-mean-square entry of ΔW | {rms:.4g} |
+| new parameters | {own:,} ({share:.3g} % of the base) |
+"""
+
+
+def write_model_card(
+    folder: str | Path,
+    config: NPTConfig,
+    report: Mapping[str, Any] | None = None,
+    parts: Sequence[tuple[str, Sequence[int]]] = (),
+) -> None:
+    """Writes README.md beside an adapter, unless a person's own card is there.
+
+    Args:
+        folder: the adapter's. config: the adapter's. report: what `evaluate` returned, for the table of results.
+        parts: of a joined adapter, (the folder a part came from, its blocks) each.
+    """
+    path = Path(folder) / "README.md"
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+        if MARK not in text and _STUB not in text:
+            return
+    base = config.base_model_name_or_path or ""
+    data = ModelCardData(
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["npt", "neuro-plastic-transformer", "transformers"],
+        base_model=base if base and not Path(base).exists() else None,  # a folder's path is no name on a hub
+    )
+    names = ("rank", "key", "carry", "gain", "low_rank_at", "modulation_scale", "target_projections")
+    body = _TEXT.format(
+        mark=MARK,
+        title="NPT adapter" + (f" for {Path(base).name}" if base else ""),
+        layers=config.npt_layers,
+        base=f"`{Path(base).name}`" if base else "the base model",
+        base_argument=base or "the base model",
+        options="\n".join(f"| {name} | {getattr(config, name)} |" for name in names),
+        parts=_PARTS.format(lines=_part_lines(parts)) if parts else "",
+        results="" if report is None else _results(report),
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(path)
+
+
+def _part_lines(parts: Sequence[tuple[str, Sequence[int]]]) -> str:
+    return "\n".join(f"- blocks {list(blocks)}: {as_code(name)}" for name, blocks in parts)
+
+
+def as_code(text: str) -> str:
+    """Any text as Markdown that shows it as it is, on one line: code between more backticks than it holds in a row."""
+    line = one_line(text, 200)
+    fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
+
+
+def _results(report: Mapping[str, Any]) -> str:
+    figures, protocol, model = report["evaluations"], report["protocol"], report["model_config"]
+    perplexity, divergence = figures["perplexity"], figures["divergence"]
+    return _RESULTS.format(
+        tokens=protocol["tokens"],
+        corpus=protocol["corpora"][0],
+        context=protocol["context_length"],
+        dtype=protocol["dtype"],
+        ratio=_with_error(perplexity, "perplexity_ratio"),
+        kl=_with_error(divergence, "mean_kl"),
+        top=divergence["top1_agreement"],
+        rms=figures["weight_delta_stats"]["rms_entry"],
+        own=model["trainable_parameters"],
+        share=100 * model["trainable_parameters"] / model["base_parameters"],
+    )
+
+
+def _with_error(figures: Mapping[str, Any], key: str) -> str:
+    error = figures.get(f"{key}_standard_error")
+    return f"{figures[key]:.5f}" + ("" if error is None else f" ± {error:.5f}")
