@@ -42,7 +42,7 @@ class Target:
 
 
 def _families(test: str, names: str) -> tuple[str, ...]:
-    return tuple(f"tests/test_families.py::{test}[{name}]" for name in names.split())
+    return tuple(f"tests/block/test_families.py::{test}[{name}]" for name in names.split())
 
 
 _FORMULA, _EXACT = (
@@ -57,24 +57,27 @@ _CALIBRATION = (
 #: Tests that take less than a few seconds, of what touches the file.
 TESTS = {
     "component": (
-        *(f"tests/test_{name}.py" for name in ("component", "parity", "attach", "tuner")),
+        *(
+            f"tests/{name}.py"
+            for name in ("block/test_component", "block/test_parity", "block/test_hooks", "tuner/test_tuner")
+        ),
         *_families(_FORMULA, "cohere olmo2"),
-        "tests/test_composition.py::test_half_precision_is_as_near_as_the_base_is",
-        "tests/test_objectives.py",
+        "tests/tuner/test_composition.py::test_half_precision_is_as_near_as_the_base_is",
+        "tests/equivalence/test_objectives.py",
     ),
     "attach": (
-        *(f"tests/test_{name}.py" for name in ("attach", "parity", "tuner")),
+        *(f"tests/{name}.py" for name in ("block/test_hooks", "block/test_parity", "tuner/test_tuner")),
         *_families(_FORMULA, "phi3 granite olmo2 gemma2 opt cohere"),
         *_families("test_any_subset_of_projections", "targets0-phi3 targets1-phi3 targets2-phi3 targets3-phi3"),
         *_families(_EXACT, "phi3 granite olmo2 gemma2 opt cohere"),
-        "tests/test_composition.py::test_lora_before_and_after_give_the_same_model",
-        "tests/test_composition.py::test_adapters_switched_per_call",
-        "tests/test_composition.py::test_deepcopy_is_independent_of_the_original",
+        "tests/tuner/test_composition.py::test_lora_before_and_after_give_the_same_model",
+        "tests/tuner/test_composition.py::test_adapters_switched_per_call",
+        "tests/tuner/test_composition.py::test_deepcopy_is_independent_of_the_original",
     ),
     "calibration": (
-        "tests/test_fit.py",
-        "tests/test_numerics.py::test_half_precision_overflow_is_caught",
-        *(f"tests/test_calibration.py::test_{name}" for name in _CALIBRATION),
+        "tests/equivalence/test_closed_form.py",
+        "tests/tuner/test_nonfinite.py::test_half_precision_overflow_is_caught",
+        *(f"tests/equivalence/test_calibration.py::test_{name}" for name in _CALIBRATION),
     ),
 }
 MODULES = {"component": "block.component", "attach": "block.layer", "calibration": "equivalence.calibration"}

@@ -1,6 +1,6 @@
 """Malformed inputs and the one line each must give: words of it that name the value, the place and the remedy.
 
-`tests/test_catalogue.py` runs them. In arguments, {model} is a working base model, {adapter} an adapter for it and
+`tests/system/test_catalogue.py` runs them. In arguments, {model} is a working base model, {adapter} an adapter for it and
 {run} the output folder of a finished run; an entry's own files lie in the folder it runs in.
 """
 

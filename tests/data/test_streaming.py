@@ -29,7 +29,7 @@ from npt.runs.train import run_training
 from npt.training.checkpoints import STREAM
 from tests.conftest import random_base
 from tests.distributed_worker import Letters
-from tests.test_training import _StopAt
+from tests.equivalence.test_trainer import _StopAt
 
 SHARDS = 200
 

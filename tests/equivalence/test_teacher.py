@@ -29,7 +29,7 @@ from npt.equivalence.teacher import (
 from npt.errors import DataError
 from npt.tuner.model import active_layers, run_backbone
 from tests.conftest import converted, random_base, randomize
-from tests.test_training import blocks, logged, trainer
+from tests.equivalence.test_trainer import blocks, logged, trainer
 
 CPU = torch.device("cpu")
 

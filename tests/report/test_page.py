@@ -22,7 +22,7 @@ from npt.errors import NPTError
 from npt.report.page import PARTS, write_page
 from npt.report.watch import sparkline, watch_run
 from tests.conftest import randomize
-from tests.test_cli import settings
+from tests.system.test_cli import settings
 
 TEXT = ["The cat sat on the mat and looked at the moon.", "A second document, a little longer than the first one."] * 6
 ROWS: list[dict[str, Any]] = [

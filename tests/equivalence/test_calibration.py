@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from npt import NPTConfig, calibrate, calibration
+from npt import NPTConfig, calibrate
 from npt.block.layer import BlockRecord, NPTLayer
+from npt.equivalence import calibration
 from npt.equivalence.calibration import _BlockFit, _delta
 from npt.errors import NPTError
 from npt.tuner.model import active_layers

@@ -17,8 +17,8 @@ from npt.errors import ConversionError, NPTError, RunError
 from npt.tuner.model import active_layers, npt_layers
 from npt.tuner.nonfinite import all_finite, find_nonfinite
 from tests.conftest import random_base
-from tests.test_cli import settings
-from tests.test_training import blocks, trainer
+from tests.equivalence.test_trainer import blocks, trainer
+from tests.system.test_cli import settings
 
 
 def component_values(model: Any) -> list[torch.Tensor]:

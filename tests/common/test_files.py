@@ -27,8 +27,8 @@ from npt.training.checkpoints import last_checkpoint
 from npt.training.signals import StopSignals
 from npt.training.state_file import load_state, save_state
 from tests.conftest import REPOSITORY
-from tests.test_cli import settings
-from tests.test_training import trainer
+from tests.equivalence.test_trainer import trainer
+from tests.system.test_cli import settings
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

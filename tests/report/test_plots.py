@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from npt.errors import NPTError
-from npt.report import plots
+from npt.report import curves as plots
 from npt.report.curves import plot_run, read_json_lines
 
 CALIBRATION = {f"layer_{i}": {"error_before": 0.3, "error_after": 0.03} for i in (9, 10)}

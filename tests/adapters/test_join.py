@@ -33,8 +33,8 @@ from npt.tuner.card import MARK, as_code
 from npt.tuner.model import active_layers
 from tests.catalogue.entries import json_of, tensors
 from tests.conftest import REPOSITORY, random_base
-from tests.test_cli import settings
-from tests.test_training import blocks
+from tests.equivalence.test_trainer import blocks
+from tests.system.test_cli import settings
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "npt_run.yaml"
 CLIP = 1e-3
