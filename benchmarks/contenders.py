@@ -16,7 +16,7 @@ from npt import NPTConfig, calibrate
 from npt.builtin import source_of
 from npt.equivalence.objectives import OBJECTIVES, Objective, update_scales
 from npt.equivalence.teacher import ROW, teacher_cache
-from npt.tuner.model import run_backbone
+from npt.tuner.converted import run_backbone
 
 RANK = 16
 

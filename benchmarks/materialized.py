@@ -11,7 +11,7 @@ from benchmarks.contenders import converted, forward, frozen, llama_shape, shari
 from benchmarks.timing import interleaved, peak, ratios
 from npt.block.component import WeightDelta
 from npt.block.layer import NPTLayer
-from npt.tuner.model import active_layers
+from npt.tuner.converted import active_layers
 
 
 class MaterializedMLP(nn.Module):

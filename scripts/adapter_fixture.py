@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from npt import NPTConfig
 from npt.builtin import source_of
-from npt.tuner.model import active_layers
+from npt.tuner.converted import active_layers
 
 #: What an adapter's files may differ in.
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from npt.data import pack
 from npt.data.batches import batches_of, scored_positions
 from npt.data.sampling import preallocated_cache
-from npt.tuner.model import device_of
+from npt.tuner.converted import device_of
 
 CONTEXT = 512
 VOCABULARY = 2048

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from npt import NPTConfig
 from npt.builtin import model_folder
-from npt.tuner.model import active_layers
+from npt.tuner.converted import active_layers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 
 from npt import EquivalenceTrainer, NPTConfig, Objective, calibrate
 from npt.common.launch import shard_base, start_processes
-from npt.common.processes import is_first, is_sharded, through, world
+from npt.common.processes import is_first, world
+from npt.common.sharded import is_sharded, through
 from npt.data import pack_token_ids
 from npt.data.batches import batches_of
 from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, local_source

@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from npt.block.layer import layer_mode
 from npt.equivalence.calibration import calibrate
-from npt.tuner.model import NPTConfig, active_layers
+from npt.tuner.config import NPTConfig
+from npt.tuner.converted import active_layers
 
 
 def tiny_model(kind: str) -> Any:

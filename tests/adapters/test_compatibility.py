@@ -19,7 +19,7 @@ from npt.builtin import source_of
 from npt.cli import main
 from npt.common.fingerprint import base_fingerprint, base_record, difference, tensor_digest
 from npt.errors import CheckpointError, ConversionError
-from npt.tuner.model import FORMAT_VERSION
+from npt.tuner.config import FORMAT_VERSION
 from scripts.adapter_fixture import ADAPTERS, logits
 from tests.conftest import REPOSITORY, random_base, randomize
 

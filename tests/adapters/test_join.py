@@ -30,7 +30,7 @@ from npt.errors import CheckpointError, NPTError, RunError
 from npt.runs.corpora import trained_on
 from npt.training.callbacks import save_adapter
 from npt.tuner.card import MARK, as_code
-from npt.tuner.model import active_layers
+from npt.tuner.converted import active_layers
 from tests.catalogue.entries import json_of, tensors
 from tests.conftest import REPOSITORY, random_base
 from tests.equivalence.test_trainer import blocks

@@ -20,7 +20,7 @@ from npt.block.families import FAMILIES, Family, family_of, register_family
 from npt.block.layer import layer_mode
 from npt.errors import ConversionError
 from npt.evaluation.least_norm import least_joint_norms
-from npt.tuner.model import active_layers, npt_layers
+from npt.tuner.converted import active_layers, npt_layers
 from tests.conftest import randomize
 from tests.families import CASES, SIZES, Case, raw
 

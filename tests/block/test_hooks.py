@@ -17,7 +17,7 @@ from npt.block.families import FAMILIES, Family, register_family, resolve_layers
 from npt.block.layer import NPTLayer, layer_mode
 from npt.block.probing import probe_norm
 from npt.errors import ConversionError
-from npt.tuner.model import active_layers, npt_layers
+from npt.tuner.converted import active_layers, npt_layers
 from tests.conftest import converted, random_base
 from tests.families import CASES
 

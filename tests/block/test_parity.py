@@ -10,7 +10,7 @@ import torch
 
 from npt.block.component import NORM_WEIGHT_EPSILON
 from npt.block.layer import layer_mode
-from npt.tuner.model import active_layers, npt_layers
+from npt.tuner.converted import active_layers, npt_layers
 from tests.conftest import converted
 
 OPTIONS = [

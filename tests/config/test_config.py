@@ -8,7 +8,7 @@ import pytest
 
 from npt.config.sections import RunConfig, known_keys, load_config, save_config
 from npt.errors import ConfigError
-from npt.tuner.model import OPTIONS, NPTConfig
+from npt.tuner.config import OPTIONS, NPTConfig
 from tests.conftest import REPOSITORY
 
 ORIGINAL_KEYS = """

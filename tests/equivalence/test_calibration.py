@@ -13,7 +13,7 @@ from npt.block.layer import BlockRecord, NPTLayer
 from npt.equivalence import calibration
 from npt.equivalence.calibration import _BlockFit, _delta
 from npt.errors import NPTError
-from npt.tuner.model import active_layers
+from npt.tuner.converted import active_layers
 from tests.conftest import random_base
 
 

@@ -14,7 +14,7 @@ from npt.block.component import ComponentSpec, NPComponent
 from npt.block.layer import BlockRecord, layer_mode
 from npt.equivalence import calibration
 from npt.equivalence.calibration import Part, _BlockFit, _fit_low_rank, first_tokens, fit_gain_and_carry, solve_ridge
-from npt.tuner.model import active_layers
+from npt.tuner.converted import active_layers
 from tests.conftest import random_base
 
 D, TOKENS = 8, 90

@@ -10,7 +10,7 @@ import torch
 from npt.block.layer import layer_mode
 from npt.equivalence.objectives import Objective, check_logit_head, update_scales
 from npt.errors import NPTError
-from npt.tuner.model import active_layers
+from npt.tuner.converted import active_layers
 from tests.conftest import converted
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "gpt2"])

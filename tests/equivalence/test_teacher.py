@@ -27,7 +27,7 @@ from npt.equivalence.teacher import (
     with_rows,
 )
 from npt.errors import DataError
-from npt.tuner.model import active_layers, run_backbone
+from npt.tuner.converted import active_layers, run_backbone
 from tests.conftest import converted, random_base, randomize
 from tests.equivalence.test_trainer import blocks, logged, trainer
 

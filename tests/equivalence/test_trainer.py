@@ -17,7 +17,7 @@ from npt.data.batches import batches_of
 from npt.equivalence.objectives import update_scales
 from npt.errors import ConversionError
 from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback
-from npt.tuner.model import active_layers
+from npt.tuner.converted import active_layers
 from tests.conftest import random_base
 
 

@@ -26,7 +26,7 @@ from npt.planning.formed_deltas import (
     values_peak,
 )
 from npt.planning.shapes import LLAMA_7B, AllocationCounter, enable_checkpointing
-from npt.tuner.model import active_layers
+from npt.tuner.converted import active_layers
 from tests.conftest import allocated
 
 LLAMA = LlamaConfig(

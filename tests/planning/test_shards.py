@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from npt import NPTConfig
 from npt.block.families import blocks_of
-from npt.common.processes import through
+from npt.common.sharded import through
 from npt.config.sections import RunConfig, load_config
 from npt.equivalence.objectives import Objective
 from npt.errors import NPTError
@@ -27,7 +27,7 @@ from npt.planning.plan import OVERHEAD, advice, plan_run
 from npt.planning.shapes import KNOWN_SHAPES, shapes_of
 from npt.planning.shards import DDP, FSDP2, local_size, shard_units, strategy_of
 from npt.planning.timing import duration, run_steps, step_time, time_lines
-from npt.tuner.model import active_layers, parameter_counts
+from npt.tuner.converted import active_layers, parameter_counts
 from tests.conftest import allocated
 
 LLAMA = LlamaConfig(

@@ -18,7 +18,7 @@ from npt.data import pack
 from npt.data.batches import batches_of
 from npt.evaluation.divergence import token_divergences
 from npt.tuner.card import MARK
-from npt.tuner.model import npt_layers
+from npt.tuner.converted import npt_layers
 
 SENTENCES = [
     "One day, a little girl named Lily found a needle in her room.",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from npt import NPTConfig
 from npt.errors import ConversionError
-from npt.tuner.model import active_layers, npt_layers
+from npt.tuner.converted import active_layers, npt_layers
 from tests.conftest import randomize
 from tests.families import CASES, Case
 

@@ -14,7 +14,7 @@ from npt import NPTConfig, calibrate, evaluate
 from npt.cli import main
 from npt.equivalence.objectives import Objective
 from npt.errors import ConversionError, NPTError, RunError
-from npt.tuner.model import active_layers, npt_layers
+from npt.tuner.converted import active_layers, npt_layers
 from npt.tuner.nonfinite import all_finite, find_nonfinite
 from tests.conftest import random_base
 from tests.equivalence.test_trainer import blocks, trainer

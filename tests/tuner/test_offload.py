@@ -9,7 +9,7 @@ from npt import Objective, calibrate
 from npt.block.layer import layer_mode
 from npt.evaluation.weight_deltas import weight_delta_stats
 from npt.runs.base_model import offload_frozen
-from npt.tuner.model import active_layers, device_of
+from npt.tuner.converted import active_layers, device_of
 from tests.conftest import converted
 
 

@@ -13,7 +13,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from npt import NPTConfig, weight_delta
 from npt.adapters.folder import load_adapter
 from npt.errors import CheckpointError, ConversionError
-from npt.tuner.model import NPTModel, active_layers, npt_layers, parameter_counts
+from npt.tuner.converted import active_layers, npt_layers, parameter_counts
+from npt.tuner.model import NPTModel
 from tests.conftest import converted, random_base, randomize
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -16,7 +16,7 @@ from npt.common.fingerprint import is_record
 from npt.config.sections import option_problems
 from npt.config.strict_yaml import MAX_BYTES
 from npt.errors import CheckpointError, ConversionError
-from npt.tuner.model import FORMAT_VERSION, OPTIONS, PEFT_TYPE, NPTConfig
+from npt.tuner.config import FORMAT_VERSION, OPTIONS, PEFT_TYPE, NPTConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -26,7 +26,7 @@ from npt.config.sections import RunConfig, load_config, save_config, with_overri
 from npt.errors import CheckpointError, ConfigError, ConversionError, NPTError
 from npt.runs.corpora import RUN_CONFIG
 from npt.tuner.card import write_model_card
-from npt.tuner.model import LAYER_NAME, OPTIONS, NPTConfig
+from npt.tuner.config import LAYER_NAME, OPTIONS, NPTConfig
 
 logger = logging.getLogger(__name__)
 

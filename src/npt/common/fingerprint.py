@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from npt.common.processes import full_tensor, is_sharded
+from npt.common.sharded import full_tensor, is_sharded
 
 #: Words of 8 bytes whose sum is kept.
 _ROW = 2**16

@@ -27,8 +27,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from npt.common.fingerprint import base_fingerprint
-from npt.common.processes import first_does, is_sharded, share, total, world
+from npt.common.processes import first_does, share, total, world
 from npt.common.progress import progress_bar
+from npt.common.sharded import is_sharded
 from npt.data.packing import IGNORED, as_blocks
 from npt.errors import DataError
 

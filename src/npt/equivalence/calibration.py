@@ -25,9 +25,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from npt.block.component import NPComponent
 from npt.block.layer import EXACT, BlockRecord, NPTLayer, layer_mode
-from npt.common.processes import full_tensor, gather, gathered, like, same_everywhere, total, world
+from npt.common.processes import gather, total, world
+from npt.common.sharded import full_tensor, gathered, like, same_everywhere
 from npt.errors import REMEDY, NPTError, RunError
-from npt.tuner.model import active_layers, device_of, eval_mode, run_backbone
+from npt.tuner.converted import active_layers, device_of, eval_mode, run_backbone
 from npt.tuner.nonfinite import find_nonfinite
 
 logger = logging.getLogger(__name__)

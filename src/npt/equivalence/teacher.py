@@ -28,11 +28,12 @@ from npt.block.layer import BYPASS, BlockRecord, NPTLayer, layer_mode
 from npt.block.probing import logit_head
 from npt.common.display import human_bytes
 from npt.common.fingerprint import base_fingerprint, text_fingerprint
-from npt.common.processes import barrier, first_does, is_sharded, share, world
+from npt.common.processes import barrier, first_does, share, world
 from npt.common.progress import progress_bar
+from npt.common.sharded import is_sharded
 from npt.data.batches import batches_of
 from npt.errors import DataError
-from npt.tuner.model import active_layers, device_of, eval_mode, run_backbone
+from npt.tuner.converted import active_layers, device_of, eval_mode, run_backbone
 
 logger = logging.getLogger(__name__)
 

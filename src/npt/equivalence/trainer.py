@@ -16,7 +16,8 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 from transformers.trainer import TRAINER_STATE_NAME
 
 from npt.common.launch import fsdp_accelerator
-from npt.common.processes import any_process, env_flag, full_tensor, local_part, through, total, world
+from npt.common.processes import any_process, env_flag, total, world
+from npt.common.sharded import full_tensor, local_part, through
 from npt.data.batches import batches_of, complete_batch, scored_positions
 from npt.equivalence.objectives import Objective, check_logit_head, update_scales
 from npt.equivalence.teacher import ROW, kind_of, teacher_cache, with_rows
@@ -25,7 +26,7 @@ from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.weight_deltas import delta_records
 from npt.training.callbacks import BestAdapterCallback
 from npt.training.checkpoints import DurableTrainer
-from npt.tuner.model import active_layers, component_ids, device_of
+from npt.tuner.converted import active_layers, component_ids, device_of
 from npt.tuner.nonfinite import all_finite, find_nonfinite, raise_nonfinite
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from npt.block.families import blocks_of
 from npt.block.layer import EXACT, BlockRecord, NPTLayer, first_tensor, layer_mode
-from npt.tuner.model import active_layers, run_backbone
+from npt.tuner.converted import active_layers, run_backbone
 
 Batches = Iterable[dict[str, Tensor]]
 #: Sequences whose hidden states of all blocks are held at once.

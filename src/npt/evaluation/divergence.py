@@ -15,10 +15,11 @@ from rich.progress import track
 from torch import Tensor
 
 from npt.block.layer import layer_mode
-from npt.common.processes import gather, is_sharded, share, world
+from npt.common.processes import gather, share, world
+from npt.common.sharded import is_sharded
 from npt.data.batches import batches_of, scored_positions
 from npt.errors import REMEDY, DataError, RunError
-from npt.tuner.model import active_layers, device_of, eval_mode
+from npt.tuner.converted import active_layers, device_of, eval_mode
 from npt.tuner.nonfinite import find_nonfinite
 
 #: Bytes one batch of float32 logits may take; a longer batch is split by sequences.

@@ -19,7 +19,7 @@ from npt.evaluation.divergence import kl_by_position, summarize, token_divergenc
 from npt.evaluation.generation import DEFAULT_PROMPTS, generation_section, side_by_side
 from npt.evaluation.verdict import expected_outcomes, grade
 from npt.evaluation.weight_deltas import weight_delta_stats
-from npt.tuner.model import active_layers, adapter_config, device_of, eval_mode, parameter_counts
+from npt.tuner.converted import active_layers, adapter_config, device_of, eval_mode, parameter_counts
 
 #: Blocks used for the per-layer figures and the weight deltas, which cost more per token.
 DETAIL_BLOCKS = 32

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from npt.block.layer import layer_mode
 from npt.errors import NPTError
-from npt.tuner.model import active_layers, device_of, eval_mode
+from npt.tuner.converted import active_layers, device_of, eval_mode
 
 DEFAULT_PROMPTS = (
     "Once upon a time",

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from npt.block.component import INPUT_PROJECTIONS
 from npt.block.layer import BYPASS, EXACT, BlockRecord, NPTLayer, layer_mode
-from npt.common.processes import gathered
-from npt.tuner.model import active_layers, run_backbone
+from npt.common.sharded import gathered
+from npt.tuner.converted import active_layers, run_backbone
 
 #: Tokens per block it is searched for, and L-BFGS steps.
 TOKENS, STEPS = 16, 80

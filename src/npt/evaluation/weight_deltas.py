@@ -14,9 +14,9 @@ from torch import Tensor
 from npt.block.component import WeightDelta
 from npt.block.layer import EXACT, NPTLayer, layer_mode
 from npt.block.probing import execution_device
-from npt.common.processes import gathered
+from npt.common.sharded import gathered
 from npt.evaluation.least_norm import least_joint_norms
-from npt.tuner.model import active_layers, run_backbone
+from npt.tuner.converted import active_layers, run_backbone
 
 #: Tokens whose dW x are held per projection for its effective rank.
 RANK_TOKENS = 512

@@ -21,7 +21,7 @@ from npt.adapters.folder import load_adapter, resolve_checkpoint
 from npt.builtin import source_of
 from npt.errors import NPTError
 from npt.runs.base_model import default_device
-from npt.tuner.model import NPTConfig
+from npt.tuner.config import NPTConfig
 
 
 @register_model("npt")

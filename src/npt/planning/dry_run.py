@@ -22,7 +22,7 @@ from npt.planning.plan import Plan, plan_model
 from npt.planning.shapes import dtype_of, load_shapes, shapes_of
 from npt.planning.shards import ShardUnit, strategy_of
 from npt.planning.timing import memory_limit, plan_table, spread_lines, time_lines
-from npt.tuner.model import active_layers, parameter_counts
+from npt.tuner.converted import active_layers, parameter_counts
 
 
 def launch_here(processes: int | None, nodes: int | None, device: str | None) -> Launch:

@@ -24,7 +24,7 @@ from npt.planning.shapes import (
     load_shapes,
     shapes_of,
 )
-from npt.tuner.model import active_layers, parameter_counts
+from npt.tuner.converted import active_layers, parameter_counts
 
 BATCH, TOKENS = 4, 512
 #: Tokens measured at once; more are computed, so that a large batch does not fill the memory it asks about.

@@ -44,7 +44,7 @@ from npt.planning.shapes import (
     shapes_of,
 )
 from npt.planning.shards import DDP, FSDP2, Spread, spread_over, strategy_of
-from npt.tuner.model import active_layers, eval_mode
+from npt.tuner.converted import active_layers, eval_mode
 
 #: Bytes per weight of a quantised linear: 8 bits and a scale per row; 4 bits and a float32 scale per 64 weights.
 BYTES_8BIT, BYTES_4BIT = 1.0, 0.5 + 4 / 64

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 from npt.builtin import source_of
 from npt.errors import ConversionError, NPTError
 from npt.runs.base_model import base_config
-from npt.tuner.model import NPTConfig
+from npt.tuner.config import NPTConfig
 
 #: Shapes of Llama-2-7b, so that no hub is needed to talk about 7B.
 LLAMA_7B = {

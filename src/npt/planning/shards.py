@@ -14,7 +14,7 @@ from torch import Tensor
 from npt.block.families import blocks_of
 from npt.config.sections import RunConfig
 from npt.errors import NPTError
-from npt.tuner.model import active_layers, parameter_counts
+from npt.tuner.converted import active_layers, parameter_counts
 
 DDP, FSDP2, ALONE = "DDP", "FSDP2", "one process"
 #: Names of units beside "block <i>".

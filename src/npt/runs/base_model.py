@@ -23,7 +23,7 @@ from npt.common.launch import shards_base
 from npt.common.processes import world
 from npt.config.sections import RunConfig
 from npt.errors import ConversionError, NPTError
-from npt.tuner.model import npt_layers
+from npt.tuner.converted import npt_layers
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from transformers.integrations import TensorBoardCallback, get_available_reporti
 from npt.adapters.folder import load_adapter, resolve_checkpoint, set_aside
 from npt.common.files import append_json, keep_lines, only_run, write_json
 from npt.common.launch import check_launch, shard_base, shards_base, start_processes, tell_processes
-from npt.common.processes import any_process, first_does, full_tensor, is_first, through, world
+from npt.common.processes import any_process, first_does, is_first, world
+from npt.common.sharded import full_tensor, through
 from npt.config.sections import RunConfig, save_config
 from npt.equivalence.calibration import calibrate
 from npt.equivalence.objectives import Objective
@@ -40,7 +41,8 @@ from npt.training.callbacks import BEST_METRIC, BestAdapterCallback, JsonLinesCa
 from npt.training.checkpoints import last_checkpoint, load_weights, step_of
 from npt.training.signals import StopSignals
 from npt.tuner.card import write_model_card
-from npt.tuner.model import NPTConfig, adapter_config, device_of, parameter_counts
+from npt.tuner.config import NPTConfig
+from npt.tuner.converted import adapter_config, device_of, parameter_counts
 
 logger = logging.getLogger(__name__)
 

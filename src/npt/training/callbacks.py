@@ -13,7 +13,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from npt.common.files import PART, append_json, disk_errors, flush, write_json
-from npt.common.processes import first_does, is_first, through
+from npt.common.processes import first_does, is_first
+from npt.common.sharded import through
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 from npt.training.checkpoints import adapter_state, save_weights
 

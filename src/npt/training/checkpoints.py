@@ -26,11 +26,12 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from npt.common.files import SEAL, check_space, disk_errors, is_sealed, seal, write_json
-from npt.common.processes import barrier, first_does, full_tensor, is_first, is_sharded, like
+from npt.common.processes import barrier, first_does, is_first
+from npt.common.sharded import full_tensor, is_sharded, like
 from npt.data.streaming import StreamedBlocks
 from npt.errors import CheckpointError, RunError
 from npt.training.state_file import load_state, save_state
-from npt.tuner.model import component_ids
+from npt.tuner.converted import component_ids
 
 logger = logging.getLogger(__name__)
 

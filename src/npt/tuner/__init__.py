@@ -1,13 +1,7 @@
 """The PEFT method: `NPTConfig` and `NPTModel`, the model card, and questions to a converted model."""
 
-from npt.tuner.model import (
-    FORMAT_VERSION,
-    LAYER_NAME,
-    OPTIONS,
-    PEFT_TYPE,
-    Method,
-    NPTConfig,
-    NPTModel,
+from npt.tuner.config import FORMAT_VERSION, LAYER_NAME, OPTIONS, PEFT_TYPE, Method, NPTConfig
+from npt.tuner.converted import (
     active_layers,
     adapter_config,
     component_ids,
@@ -15,11 +9,10 @@ from npt.tuner.model import (
     eval_mode,
     npt_layers,
     parameter_counts,
-    refuse_unsupported,
-    register,
     run_backbone,
     weight_delta,
 )
+from npt.tuner.model import NPTModel, refuse_unsupported, register
 
 __all__ = [
     "FORMAT_VERSION",

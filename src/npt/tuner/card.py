@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from npt.common.display import one_line
 
 if TYPE_CHECKING:
-    from npt.tuner.model import NPTConfig
+    from npt.tuner.config import NPTConfig
 
 #: A card with this line is ours to write anew; without it, it is a person's.
 MARK = "<!-- Written by npt on every save. Delete this line to keep your own text. -->"

@@ -12,9 +12,10 @@ from torch import Tensor
 from npt.block.families import blocks_of
 from npt.block.layer import BYPASS, first_tensor, layer_mode
 from npt.common.files import write_file
-from npt.common.processes import gather_values, is_sharded, world
+from npt.common.processes import gather_values, world
+from npt.common.sharded import is_sharded
 from npt.errors import REMEDY, RunError
-from npt.tuner.model import eval_mode, npt_layers, run_backbone
+from npt.tuner.converted import eval_mode, npt_layers, run_backbone
 
 
 def wide(x: Tensor) -> Tensor:

@@ -1,0 +1,135 @@
+"""`NPTConfig`: which blocks become neuro-plastic, and how; PEFT saves it as adapter_config.json."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from peft.config import PeftConfig
+
+from npt.block import component as maths
+from npt.errors import ConversionError
+from npt.tuner.card import write_model_card
+
+
+class Method(str, Enum):
+    """Our name among PEFT's methods; an enum, because transformers and TRL ask a config's `peft_type` for its `.value`."""
+
+    NPT = "NPT"
+    __str__ = str.__str__
+
+
+PEFT_TYPE = Method.NPT
+
+
+#: The attribute of a decoder block that holds its NPTLayer. The prefix "npt_" stands in `NPTLayer.npt_components` alone:
+#: PEFT and transformers put the adapter's name right after the word that begins with it.
+LAYER_NAME = "neuroplastic"
+
+
+#: Of an adapter's files. An adapter of an older format is read for ever (tests/fixtures/adapters).
+FORMAT_VERSION = 1
+
+
+#: The fields a person chooses; the `model` section of a run configuration has them under the same names.
+OPTIONS = ("npt_layers", "rank", "modulation_scale", "key", "carry", "gain", "low_rank_at", "target_projections")
+
+
+@dataclass
+class NPTConfig(PeftConfig):
+    """Which blocks become neuro-plastic, and how their weight delta is generated.
+
+    Args:
+        npt_layers: "upper_half" (n//2 ... n-1), "lower_half", "all", or indices (negatives from the end).
+        rank: columns of A; 0 for no low-rank part. modulation_scale: s in s tanh(a A).
+        key: "input" (least norm), "tied" (the low-rank part reads z through A) or "learned".
+        carry: "none", "diagonal" or "exact" (no parameters: the oracle, reads h). gain: "none", "norm" (reads the
+            attention output alone), "overlap" (also its agreement with the token's own normalised state) or "state"
+            (the norm's own formula, with 1 / rms(h) estimated from that state).
+        low_rank_at: "input" or "projection". target_projections: subset of gate, up, down; a name the family does not
+            have is an error, except gate, which plain MLPs lack by nature.
+        target_modules: filled in by npt with the converted blocks' names; leave it alone.
+        base_shape, base_fingerprint: filled in by npt: [hidden size, intermediate size, number of blocks] of the base it was
+            made for, and what else it is recognised by (`npt.common.fingerprint.base_record`).
+        allow_other_base: load it on another base of the same sizes all the same; it is never saved as true.
+        format_version: of the adapter's files; `FORMAT_VERSION` is written.
+    """
+
+    npt_layers: str | list[int] = "upper_half"
+    rank: int = 16
+    modulation_scale: float = 1.0
+    key: str = "input"
+    carry: str = "diagonal"
+    gain: str = "state"
+    low_rank_at: str = "input"
+    target_projections: list[str] = field(default_factory=lambda: ["gate", "up", "down"])
+    target_modules: list[str] | None = None
+    exclude_modules: list[str] | None = None
+    base_shape: list[int] | None = None
+    base_fingerprint: dict[str, Any] | None = None
+    allow_other_base: bool = False
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Validates everything that can be without the model.
+
+        Raises:
+            ConversionError: names every wrong option, its value and what is allowed.
+        """
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self.task_type = self.task_type or "CAUSAL_LM"  # type: ignore[has-type]
+        problems = []
+        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+            raise ConversionError(
+                f"format_version={self.format_version!r}: the adapter was written by a newer npt, this one reads up to "
+                f"{FORMAT_VERSION}; upgrade with pip install -U npt"
+            )
+        if not isinstance(self.base_fingerprint, dict | None):
+            problems.append(
+                f"base_fingerprint={self.base_fingerprint!r}: npt writes it itself; restore the adapter's file"
+            )
+        for name, allowed in (
+            ("key", maths.KEYS),
+            ("carry", maths.CARRIES),
+            ("gain", maths.GAINS),
+            ("low_rank_at", maths.LOW_RANK_SITES),
+        ):
+            if getattr(self, name) not in allowed:
+                problems.append(f"{name}={getattr(self, name)!r}: use one of {', '.join(allowed)}")
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 0:
+            problems.append(f"rank={self.rank!r}: use a whole number from 0 up")
+        unknown = [name for name in self.target_projections if name not in maths.PROJECTIONS]
+        if unknown or not self.target_projections:
+            problems.append(
+                f"target_projections={self.target_projections!r}: use some of {', '.join(maths.PROJECTIONS)}"
+            )
+        if self.key == "tied" and "down" in self.target_projections and self.rank > 0 and self.carry != "exact":
+            problems.append(
+                "key='tied' with target_projections including 'down': A has as many rows as the hidden size, the down "
+                "projection's input is wider; use target_projections=['gate', 'up'] or key='input'"
+            )
+        if problems:
+            raise ConversionError("; ".join(problems))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes adapter_config.json, and the model card beside it unless a person's own is there."""
+        allowed, self.allow_other_base = self.allow_other_base, False
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.allow_other_base = allowed
+        write_model_card(save_directory, self)
+
+    def component_options(self) -> dict[str, Any]:
+        """The fields of `ComponentSpec` this config fixes."""
+        options = {name: getattr(self, name) for name in OPTIONS}
+        del options["npt_layers"]
+        return {"projections": tuple(options.pop("target_projections")), **options}
+
+    @classmethod
+    def from_options(cls, source: Any) -> NPTConfig:
+        """A new adapter's configuration from anything with the fields `OPTIONS`."""
+        return cls(**copy.deepcopy({name: getattr(source, name) for name in OPTIONS}))

@@ -1,0 +1,104 @@
+"""Questions to a converted model: its active layers, its own parameters, its last hidden states, one token's weight delta."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from npt.block.component import WeightDelta
+from npt.block.layer import NPTLayer, layer_mode
+from npt.block.probing import execution_device
+from npt.errors import ConversionError
+from npt.tuner.config import NPTConfig
+
+
+def npt_layers(model: nn.Module) -> list[NPTLayer]:
+    """The NPT layers of a model, in depth order; empty for an unconverted one."""
+    return sorted((m for m in model.modules() if isinstance(m, NPTLayer)), key=lambda layer: layer.index)
+
+
+def active_layers(model: nn.Module) -> list[NPTLayer]:
+    """The NPT layers whose active adapter has a component.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    layers = [layer for layer in npt_layers(model) if layer.component is not None]
+    if not layers:
+        raise ConversionError(
+            f"{type(model).__name__} has no active NPT adapter; convert it first: get_peft_model(model, NPTConfig(...))"
+        )
+    return layers
+
+
+def adapter_config(model: Any) -> NPTConfig:
+    """The active adapter's config."""
+    config: NPTConfig = model.peft_config[active_layers(model)[0].active_name]
+    return config
+
+
+@torch.no_grad()
+def weight_delta(
+    model: Any, input_ids: torch.Tensor, layer: int, token: tuple[int, int], attention_mask: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """dW of one token in one converted block, formed: {projection: (out, in)}, for inspection and permanent updates.
+
+    Args:
+        input_ids: (batch, tokens). layer: the block's index. token: (row, position), negatives from the end.
+
+    Raises:
+        ConversionError: the block is not converted.
+    """
+    layers = {found.index: found for found in active_layers(model)}
+    if layer not in layers:
+        raise ConversionError(f"layer={layer} is not a converted block; use one of {sorted(layers)}")
+    matrices: dict[str, torch.Tensor] = {}
+
+    def see(_: NPTLayer, deltas: dict[str, WeightDelta]) -> None:
+        matrices.update({name: delta.matrix(*token) for name, delta in deltas.items()})
+
+    with layer_mode([layers[layer]], observer=see):
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return matrices
+
+
+def component_ids(model: nn.Module) -> set[int]:
+    """The `id` of every parameter of a component, of any adapter."""
+    return {id(p) for layer in npt_layers(model) for p in layer.parameters()}
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(parameters of the active adapter, parameters of the base)."""
+    own = component_ids(model)
+    active = sum(p.numel() for layer in npt_layers(model) if layer.component for p in layer.component.parameters())
+    base = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    return active, base
+
+
+def run_backbone(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Last hidden states (batch, tokens, d) of {"input_ids", "attention_mask"}, without the language-model head."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = getattr(base, base.base_model_prefix, base)
+    output = decoder(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
+    hidden: torch.Tensor = output.last_hidden_state
+    return hidden
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of a block; the mode it was in comes back, also after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device inputs go to: that of the input embedding."""
+    return execution_device(model.get_input_embeddings())  # type: ignore[operator]
