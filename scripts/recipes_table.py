@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from npt.common.display import duration
 from npt.config.sections import RunConfig, load_config
 from npt.planning.devices import planned_launch
 from npt.planning.plan import plan_run
-from npt.planning.timing import duration, memory_limit, run_steps, step_time
+from npt.planning.timing import memory_limit, run_steps, step_time
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- {}: start -->", "<!-- {}: end -->"
