@@ -261,8 +261,9 @@ def test_modulation_is_computed_once_per_block(token_ids: torch.Tensor, monkeypa
     """Gate and up hand it on to down."""
     calls = []
     whole = NPComponent.modulation
+    model = converted("llama")
     monkeypatch.setattr(NPComponent, "modulation", lambda self, a: calls.append(1) or whole(self, a))
-    converted("llama")(token_ids)
+    model(token_ids)
     assert len(calls) == 4
 
 
