@@ -58,8 +58,8 @@ def run(hidden: int, rank: int, tokens: int) -> Any:
 
     def once() -> None:
         with torch.no_grad():
-            values = component(a, z, "input", exact_input=a)
+            values = component.input_values(a, z, exact_input=a)
             z + values.shift
-            z + component(a, i, "down", modulation=values.modulation)
+            z + component.down_value(a, i, values.modulation)
 
     return once

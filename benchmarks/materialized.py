@@ -34,9 +34,9 @@ class MaterializedMLP(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z (batch, tokens, d) to (batch, tokens, d)."""
         a, x, mlp = self.attention.flatten(0, 1), z.flatten(0, 1), self.mlp
-        deltas = self.component.weight_deltas(a, x, "input", {"gate": mlp.gate_proj, "up": mlp.up_proj})
+        deltas = self.component.input_deltas(a, x, {"gate": mlp.gate_proj, "up": mlp.up_proj})
         inner = mlp.act_fn(_product(mlp.gate_proj, deltas["gate"])) * _product(mlp.up_proj, deltas["up"])
-        return _product(mlp.down_proj, self.component.weight_deltas(a, inner, "down", {})["down"]).view_as(z)
+        return _product(mlp.down_proj, self.component.down_deltas(a, inner)["down"]).view_as(z)
 
 
 def _product(linear: nn.Linear, delta: WeightDelta) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from npt.block.layer import layer_mode
+from npt.block.modes import Mode, running_as
 from npt.equivalence.calibration import calibrate
 from npt.tuner.config import NPTConfig
 from npt.tuner.converted import active_layers
@@ -54,7 +54,7 @@ def _disabled(model: Any, ids: torch.Tensor, original: torch.Tensor) -> bool:
 
 
 def _exact(model: Any, ids: torch.Tensor, original: torch.Tensor) -> bool:
-    with layer_mode(active_layers(model), override="exact"):
+    with running_as(active_layers(model), Mode.EXACT):
         return bool((model(ids).logits - original).abs().max() < 1e-4)
 
 

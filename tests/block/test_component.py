@@ -84,7 +84,7 @@ def test_weight_deltas_are_the_matrices_of_the_documentation(key: str, carry: st
     z[1], i[1] = 0, 0
     weights = {"gate": normal(F, D, seed=4), "up": normal(F, D, seed=5)}
     products = {name: (lambda x, w=w: x @ w.T) for name, w in weights.items()}
-    found = {**p.weight_deltas(a, z, "input", products, exact), **p.weight_deltas(a, i, "down", {})}
+    found = {**p.input_deltas(a, z, products, exact), **p.down_deltas(a, i)}
     assert list(found) == ["gate", "up", "down"]
     for name, delta in found.items():
         for t in (0, 2, 1):
@@ -112,16 +112,16 @@ def test_weight_deltas_are_the_matrices_of_the_documentation(key: str, carry: st
 def test_a_token_without_a_key_gets_nothing(site: str) -> None:
     p, a, z = component(low_rank_at=site), normal(3, D), normal(3, D, seed=1)
     z[1] = 0
-    found = p(a, z, "input")
+    found = p.input_values(a, z)
     for value in (found.shift, *found.values.values()):
         assert value[1].abs().max() == 0 and value[0].abs().max() > 0
     assert len(found.values) == 2 * (site == "projection")
-    assert component(carry="exact")(a, z, "input", exact_input=a).shift[1].abs().max() == 0
+    assert component(carry="exact").input_values(a, z, exact_input=a).shift[1].abs().max() == 0
 
 
 def test_exact_says_what_it_needs() -> None:
     with pytest.raises(ValueError, match="needs exact_input"):
-        component(carry="exact")(normal(2, D), normal(2, D), "input")
+        component(carry="exact").input_values(normal(2, D), normal(2, D))
 
 
 def test_modulation_scale() -> None:
@@ -134,12 +134,12 @@ def test_modulation_scale() -> None:
 
 def test_modulation_is_computed_once_for_both_sites(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    whole = NPComponent._modulation
-    monkeypatch.setattr(NPComponent, "_modulation", lambda self, a: calls.append(1) or whole(self, a))
+    whole = NPComponent.modulation
+    monkeypatch.setattr(NPComponent, "modulation", lambda self, a: calls.append(1) or whole(self, a))
     for projections in (("gate", "up", "down"), ("down",)):
         made, a = component(projections=projections), normal(2, D)
-        m = made(a, normal(2, D), "input").modulation
-        made(a, normal(2, F), "down", modulation=m)
+        m = made.input_values(a, normal(2, D)).modulation
+        made.down_value(a, normal(2, F), m)
         assert len(calls) == 1, projections
         calls.clear()
 

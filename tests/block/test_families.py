@@ -17,7 +17,7 @@ from torch import Tensor
 from npt import NPTConfig, calibrate
 from npt.block.component import NORM_WEIGHT_EPSILON
 from npt.block.families import FAMILIES, Family, family_of, register_family
-from npt.block.layer import layer_mode
+from npt.block.modes import Mode, running_as, watching_deltas
 from npt.errors import ConversionError
 from npt.evaluation.least_norm import least_joint_norms
 from npt.tuner.converted import active_layers, npt_layers
@@ -217,7 +217,11 @@ def test_least_joint_norm_is_below_the_exact_values(case: Case) -> None:
     found = least_joint_norms(model, batch)["layer_1"]
     seen: list[Any] = []
     (layer,) = active_layers(model)
-    with torch.no_grad(), layer_mode([layer], override="exact", observer=lambda q, deltas: seen.append(deltas)):
+    with (
+        torch.no_grad(),
+        running_as([layer], Mode.EXACT),
+        watching_deltas([layer], lambda q, deltas: seen.append(deltas)),
+    ):
         model(IDS, use_cache=False)
     joint = sum(delta.frobenius_norm_square() for deltas in seen for delta in deltas.values()).sqrt().flatten()
     chosen = torch.linspace(0, joint.numel() - 1, found["tokens"]).round().long()

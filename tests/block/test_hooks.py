@@ -14,7 +14,8 @@ from torch import nn
 from npt import NPTConfig
 from npt.block.component import NPComponent
 from npt.block.families import FAMILIES, Family, register_family, resolve_layers
-from npt.block.layer import NPTLayer, layer_mode
+from npt.block.layer import NPTLayer
+from npt.block.modes import Mode, running_as, watching
 from npt.block.probing import probe_norm
 from npt.errors import ConversionError
 from npt.tuner.converted import active_layers, npt_layers
@@ -129,13 +130,13 @@ def test_a_forward_that_dies_leaves_nothing_behind(name: str, dies_in: str, carr
     expected = model(ids).logits
     layer = active_layers(model)[1]
     handle = layer.module(dies_in).register_forward_pre_hook(lambda m, x: (_ for _ in ()).throw(RuntimeError("died")))
-    with pytest.raises(RuntimeError, match="died"), layer_mode([layer], on_block=lambda *_: None):
+    with pytest.raises(RuntimeError, match="died"), watching([layer], lambda *_: None):
         model(ids)
     handle.remove()
     kept = [
         name
         for name in ("attention", "observed", "residual", "values", "down")
-        if getattr(layer._pass, name) is not None
+        if getattr(layer.hooks.now, name) is not None
     ]
     assert not kept
     assert torch.equal(model(ids).logits, expected)
@@ -171,7 +172,7 @@ def test_the_oracle_beside_another_adapter(token_ids: torch.Tensor) -> None:
     model.add_adapter("oracle", NPTConfig(npt_layers="all", carry="exact"))
     assert all(len(hooks) == 1 for hooks in norms)
     kept = []
-    layers[1].module("mlp").register_forward_pre_hook(lambda *_: kept.append(layers[1]._pass.residual is not None))
+    layers[1].module("mlp").register_forward_pre_hook(lambda *_: kept.append(layers[1].hooks.now.residual is not None))
     for _ in range(2):
         assert torch.equal(model(token_ids).logits, alone)
         model.set_adapter("oracle")
@@ -182,7 +183,7 @@ def test_the_oracle_beside_another_adapter(token_ids: torch.Tensor) -> None:
     assert kept == [False, True, False] * 2
     model.delete_adapter("oracle")
     for _ in range(2):
-        with layer_mode(layers, override="exact"):
+        with running_as(layers, Mode.EXACT):
             torch.testing.assert_close(model(token_ids).logits, original, rtol=1e-4, atol=1e-5)
             assert all(len(hooks) == 1 for hooks in norms)
         assert torch.equal(model(token_ids).logits, alone)
@@ -220,7 +221,7 @@ def test_a_layer_made_by_hand_applies_the_adapter_peft_names_first() -> None:
     assert layer.active_name == "default" and layer.active() is layer.npt_components["default"]
     layer.set_adapter("other")
     assert layer.active_name == "other"
-    assert layer.multiplier == 1
+    assert layer.parts.multiplier == 1
 
 
 @torch.no_grad()
@@ -230,16 +231,16 @@ def test_hooks_move_only_when_a_module_was_wrapped(token_ids: torch.Tensor) -> N
     expected = base(token_ids).logits
     model = get_peft_model(base, NPTConfig(npt_layers="all", carry="exact")).eval()
     layers = active_layers(model)
-    before = [layer._handles for layer in layers]
+    before = [layer.hooks.handles for layer in layers]
     for _ in range(2):
         torch.testing.assert_close(model(token_ids).logits, expected, rtol=1e-10, atol=1e-10)
-        assert all(layer._handles is handles for layer, handles in zip(layers, before, strict=True))
+        assert all(layer.hooks.handles is handles for layer, handles in zip(layers, before, strict=True))
     lora = LoraConfig(target_modules=["up_proj", "o_proj"], layers_to_transform=[1], r=2)
     model = get_peft_model(model.get_base_model(), lora).eval()
     after = []
     for _ in range(2):
         torch.testing.assert_close(model(token_ids).logits, expected, rtol=1e-10, atol=1e-10)
-        after.append([layer._handles for layer in layers])
+        after.append([layer.hooks.handles for layer in layers])
     moved = [layer.index for layer, old, new in zip(layers, before, after[0], strict=True) if old is not new]
     assert moved == [1] and all(old is new for old, new in zip(*after, strict=True))
 
@@ -252,16 +253,17 @@ def test_residual_multipliers(multiplier: float) -> None:
     ids = torch.arange(3, 12)[None]
     expected = base(ids).logits
     model = get_peft_model(base, NPTConfig(npt_layers="all", carry="exact")).eval()
-    assert [layer.multiplier for layer in active_layers(model)] == [multiplier] * 4
+    assert [layer.parts.multiplier for layer in active_layers(model)] == [multiplier] * 4
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_modulation_is_computed_once_per_block(token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gate and up hand it on to down."""
     calls = []
-    whole = NPComponent._modulation
-    monkeypatch.setattr(NPComponent, "_modulation", lambda self, a: calls.append(1) or whole(self, a))
-    converted("llama")(token_ids)
+    whole = NPComponent.modulation
+    model = converted("llama")
+    monkeypatch.setattr(NPComponent, "modulation", lambda self, a: calls.append(1) or whole(self, a))
+    model(token_ids)
     assert len(calls) == 4
 
 
@@ -337,7 +339,7 @@ def test_update_from_is_the_block_without_attention(kind: str, token_ids: torch.
     (layer,) = active_layers(model)
     seen: dict[str, Any] = {}
     with torch.no_grad():
-        with layer_mode([layer], override="bypass", on_block=lambda _, record: seen.update(record=record)):
+        with running_as([layer], Mode.ORIGINAL), watching([layer], lambda _, record: seen.update(record=record)):
             model(token_ids)
         handle = layer.get_base_layer().register_forward_hook(lambda m, x, y: seen.update(y=y))
         model(token_ids)

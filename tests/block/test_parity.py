@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from npt.block.component import NORM_WEIGHT_EPSILON
-from npt.block.layer import layer_mode
+from npt.block.modes import watching_deltas
 from npt.tuner.converted import active_layers, npt_layers
 from tests.conftest import converted
 
@@ -169,7 +169,7 @@ def test_norm_and_matrix_of_weight_delta(kind: str, key: str, site: str, token_i
     targets = ["gate", "up"] if key == "tied" else ["gate", "up", "down"]
     model = converted(kind, key=key, low_rank_at=site, target_projections=targets)
     seen = []
-    with layer_mode(active_layers(model), observer=lambda layer, deltas: seen.append((layer, deltas))):
+    with watching_deltas(active_layers(model), lambda layer, deltas: seen.append((layer, deltas))):
         model(token_ids)
     names = set()
     for layer, deltas in seen:
@@ -189,7 +189,7 @@ def test_input_key_is_the_least_norm() -> None:
     """No other dW with the same product has a smaller norm."""
     model = converted("llama", npt_layers=[1])
     seen: dict[str, Any] = {}
-    with layer_mode(active_layers(model), observer=lambda layer, deltas: seen.update(deltas)):
+    with watching_deltas(active_layers(model), lambda layer, deltas: seen.update(deltas)):
         model(torch.arange(6)[None])
     delta = seen["down"]
     x, value = delta.inputs[0, 2], delta.value[0, 2]
@@ -204,8 +204,8 @@ def test_zero_input_has_no_key_and_is_counted() -> None:
     component = active_layers(model)[0].component
     a, i = torch.randn(3, 24, dtype=torch.float64), torch.randn(3, 40, dtype=torch.float64)
     i[1] = 0
-    value = component(a, i, "down")
+    value = component.down_value(a, i)
     assert value[1].abs().max() == 0 and value[0].abs().max() > 0
-    delta = component.weight_deltas(a, i, "down", {})["down"]
+    delta = component.down_deltas(a, i)["down"]
     assert delta.skipped.tolist() == [False, True, False]
     assert delta.frobenius_norm()[1] == 0 and delta.matrix(1).abs().max() == 0

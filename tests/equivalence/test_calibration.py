@@ -104,7 +104,7 @@ def fitted_error(
     fit.see(BlockRecord(h[None], a[None], h[None]), torch.ones(1, len(h), dtype=torch.bool))
     fit.finish()
     z, delta = _delta(layer, h_test, a_test)
-    return float((delta - layer.component(a_test, z, "input").shift).norm() / delta.norm())
+    return float((delta - layer.component.input_values(a_test, z).shift).norm() / delta.norm())
 
 
 @pytest.mark.parametrize("ids", [torch.full((2, 32), 7), torch.tensor([[3, 4]])])

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from npt import NPTConfig, calibrate
 from npt.block.component import ComponentSpec, NPComponent
-from npt.block.layer import BlockRecord, layer_mode
+from npt.block.layer import BlockRecord
+from npt.block.modes import Mode, running_as
 from npt.equivalence import calibration
 from npt.equivalence.calibration import Part, _BlockFit, _fit_low_rank, first_tokens, fit_gain_and_carry, solve_ridge
 from npt.tuner.converted import active_layers
@@ -296,8 +297,7 @@ def test_the_error_of_a_half_precision_block_is_not_rounded() -> None:
     layer = layer_of().to(torch.bfloat16)
     layer.get_base_layer().to(torch.bfloat16)
     h, a = normal(1, 50, 24).bfloat16(), normal(1, 50, 24, seed=1).bfloat16()
-    with layer_mode([layer], override="exact"):
-        target = layer.update_from(h, a)
+    target = layer.update_from(h, a, Mode.EXACT)
     layer.component.float()
     expected = (layer.update_from(h, a) - target).double().norm() / target.double().norm()
     layer.component.bfloat16()
@@ -337,7 +337,7 @@ def original_error(layer: Any, h: Tensor, a: Tensor) -> float:
     block = layer.get_base_layer()
     found = layer.update_from(h[None], a[None])[0]
     mlp, norm = block.mlp, block.post_attention_layernorm
-    with layer_mode([layer], override="bypass"):
+    with running_as([layer], Mode.ORIGINAL):
         target = a + mlp.forward(norm.forward((h + a)[None]))[0]
     return float((found - target).norm() / target.norm())
 

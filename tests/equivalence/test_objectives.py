@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from npt.block.layer import layer_mode
+from npt.block.modes import Mode, running_as, watching
 from npt.equivalence.objectives import Objective, check_logit_head, update_scales
 from npt.errors import NPTError
 from npt.tuner.converted import active_layers
@@ -59,7 +59,11 @@ def test_local_objective_is_the_block_error_on_the_teachers_stream(kind: str, na
     loss = objective(model, name, inputs)
     records: dict[int, Any] = {}
     layers = active_layers(model)
-    with torch.no_grad(), layer_mode(layers, override="bypass", on_block=lambda q, r: records.update({q.index: r})):
+    with (
+        torch.no_grad(),
+        running_as(layers, Mode.ORIGINAL),
+        watching(layers, lambda q, r: records.update({q.index: r})),
+    ):
         model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     counted = torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))
     expected = 0.0
@@ -122,7 +126,11 @@ def test_local_gradient_equals_autograd_through_the_sum() -> None:
     model.zero_grad()
     records: dict[int, Any] = {}
     layers = active_layers(model)
-    with torch.no_grad(), layer_mode(layers, override="bypass", on_block=lambda q, r: records.update({q.index: r})):
+    with (
+        torch.no_grad(),
+        running_as(layers, Mode.ORIGINAL),
+        watching(layers, lambda q, r: records.update({q.index: r})),
+    ):
         model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     counted = torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))
     total = torch.zeros(())
@@ -180,7 +188,7 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_nothing(kind: str) -> 
         active_layers(model)[0].module("down").register_forward_pre_hook(lambda m, x, r=runs: r.append(1))
         loss.backward()
         assert len(runs) == checkpointed, "the block was recomputed, or was not, against what was asked"
-        passes = [layer._pass for layer in active_layers(model)]
+        passes = [layer.hooks.now for layer in active_layers(model)]
         assert not any((p.attention, p.values, p.residual) != (None, None, None) for p in passes)
         found.append(gradients(model))
     for one, other in zip(*found, strict=True):

@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 
 from npt import NPTConfig, Objective
-from npt.block.layer import layer_mode
+from npt.block.modes import Mode, running_as, watching
 from npt.data.batches import batches_of
 from npt.equivalence.objectives import update_scales
 from npt.equivalence.teacher import (
@@ -136,7 +136,7 @@ def test_a_second_run_reads_what_the_first_one_wrote(
 
 def record_mode(modes: list[Any]) -> Any:
     def run(model: Any, inputs: Any) -> Any:
-        modes.append(active_layers(model)[0].override)
+        modes.append(active_layers(model)[0].mode)
         return run_backbone(model, inputs)
 
     return run
@@ -280,7 +280,11 @@ def test_targets_are_the_original_blocks_own(tmp_path: Path) -> None:
     record = teacher_cache(tmp_path, model, text, "hidden").record(2, torch.tensor([1, 0]), CPU)
     seen: list[Any] = []
     batch = rows_of(text, [1, 0])
-    with torch.no_grad(), layer_mode(active_layers(model), override="bypass", on_block=lambda _, r: seen.append(r)):
+    with (
+        torch.no_grad(),
+        running_as(active_layers(model), Mode.ORIGINAL),
+        watching(active_layers(model), lambda _, r: seen.append(r)),
+    ):
         run_backbone(model, batch)
     for name in ("hidden_states", "attention", "output"):
         torch.testing.assert_close(getattr(record, name), getattr(seen[0], name), rtol=1e-12, atol=1e-12)

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npt import NPTConfig, evaluate
-from npt.block.layer import layer_mode
+from npt.block.modes import Mode, running_as, watching_deltas
 from npt.data import pack
 from npt.errors import DataError
 from npt.evaluation.divergence import block_error, token_divergences
@@ -121,16 +121,17 @@ def test_weight_delta_figures_are_those_of_the_matrices(pair: Any) -> None:
     report = evaluate(model, tokenizer, TEXT[:2], context_length=24, prompts=[])
     stats = report["evaluations"]["weight_delta_stats"]
     ids = torch.tensor(pack(TEXT[:2], tokenizer, 24)["input_ids"][:])
-    for override, key in ((None, "frobenius"), ("exact", "exact_frobenius")):
+    for mode, key in ((None, "frobenius"), (Mode.EXACT, "exact_frobenius")):
         norms: dict[str, list[float]] = {}
         seen: list[Any] = []
-        with layer_mode(active_layers(model), override=override, observer=lambda q, d, s=seen: s.append((q.index, d))):
+        layers = active_layers(model)
+        with running_as(layers, mode), watching_deltas(layers, lambda q, d, s=seen: s.append((q.index, d))):
             model(ids)
         for index, deltas in seen:
             for name, delta in deltas.items():
                 cells = [delta.matrix(*divmod(n, ids.shape[1])).norm() for n in range(ids.numel())]
                 norms[f"layer_{index}.{name}"] = [float(c) for c in cells]
-        records = delta_records(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], override)
+        records = delta_records(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], mode)
         for path, values in norms.items():
             layer, name = path.split(".")
             found = records[int(layer.removeprefix("layer_"))][name].norms()
@@ -265,7 +266,7 @@ def test_distribution_and_rank_of_the_deltas(pair: Any) -> None:
     ids = torch.tensor(pack(TEXT, tokenizer, 32)["input_ids"][:])[:32]
     seen: list[Any] = []
     (layer,) = active_layers(model)
-    with layer_mode([layer], observer=lambda q, deltas: seen.append(deltas)):
+    with watching_deltas([layer], lambda q, deltas: seen.append(deltas)):
         model(ids)
     delta = seen[1]["down"]
     norms = delta.frobenius_norm().flatten()

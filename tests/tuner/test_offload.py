@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from npt import Objective, calibrate
-from npt.block.layer import layer_mode
+from npt.block.modes import Mode, running_as
 from npt.evaluation.weight_deltas import weight_delta_stats
 from npt.runs.base_model import offload_frozen
 from npt.tuner.converted import active_layers, device_of
@@ -29,7 +29,7 @@ def test_offloaded_blocks_compute_the_same(kind: str) -> None:
         assert device_of(model) == torch.device("cpu")
         with torch.no_grad():
             outputs = [model(ids).logits, model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)]
-            with layer_mode(active_layers(model), override="bypass"):
+            with running_as(active_layers(model), Mode.ORIGINAL):
                 outputs.append(model(ids).logits)
         Objective("composite")(model, batch, 22.0).total.backward()
         outputs += [p.grad for layer in active_layers(model) for p in layer.component.parameters()]

@@ -17,120 +17,43 @@ per token, except by `WeightDelta.matrix`, on request, for one token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-INPUT_PROJECTIONS = ("gate", "up")
-PROJECTIONS = ("gate", "up", "down")
-KEYS = ("input", "tied", "learned")
-CARRIES = ("none", "diagonal", "exact")
-GAINS = ("none", "norm", "overlap", "state")
-LOW_RANK_SITES = ("input", "projection")
+from npt.block.spec import INPUT_PROJECTIONS, ComponentSpec
+from npt.block.weight_delta import Factors, WeightDelta
+
+__all__ = ["INPUT_PROJECTIONS", "ComponentSpec", "InputValues", "NPComponent", "WeightDelta"]
+
 #: Keeps the division by the norm's weight finite where a weight is (close to) zero.
 NORM_WEIGHT_EPSILON = 1e-6
 
 
-@dataclass(frozen=True)
-class ComponentSpec:
-    """Everything that fixes a component's parameters and shapes.
+#: The place of a term that is added to z itself, and so reaches gate and up through their own weights.
+MLP_INPUT = "mlp input"
+T = TypeVar("T")
 
-    `hidden_size` d, `intermediate_size` f; `projections` is the subset of gate, up, down that receives a delta;
-    `centered` says that Norm2 subtracts the mean (LayerNorm), so the mean of `a` is taken out too. `reads` is what the
-    original MLP reads: "norm(h + a)", "h + a" (no norm before the MLP: no gain) or "h" (a parallel block: attention
-    leaves the MLP's input alone, so gate and up need no carry either).
+
+class Term(NamedTuple):
+    """One term of a token's value.
+
+    place: `MLP_INPUT`, "gate", "up" or "down". value: what it adds there, (..., d) at `MLP_INPUT`, else (..., out).
+    factors: of a low-rank part with a key of its own; None where the input key carries the term.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    projections: tuple[str, ...] = PROJECTIONS
-    rank: int = 16
-    modulation_scale: float = 1.0
-    key: str = "input"
-    carry: str = "diagonal"
-    gain: str = "state"
-    low_rank_at: str = "input"
-    centered: bool = False
-    reads: str = "norm(h + a)"
-
-    @cached_property
-    def input_projections(self) -> tuple[str, ...]:
-        """The targeted projections that read z."""
-        return tuple(name for name in INPUT_PROJECTIONS if name in self.projections)
-
-    @cached_property
-    def has_low_rank(self) -> bool:
-        """Whether there is a low-rank part at all (`exact` has none)."""
-        return self.rank > 0 and self.carry != "exact"
-
-
-@dataclass
-class WeightDelta:
-    """dW of one projection for a batch of tokens, in factors: dW = value k^T + B^T diag(m) C^T.
-
-    value (..., out) is carried by the input key k = x / |x|^2; inputs x (..., in); low_rank is (m (..., r), C (in, r),
-    B (r, out)), or None when the low-rank part rides on the input key.
-    Tokens with x = 0 have no input key: their `value` is zero and `skipped` counts them.
-    """
-
+    place: str
     value: Tensor
-    inputs: Tensor
-    low_rank: tuple[Tensor, Tensor, Tensor] | None = None
-
-    @property
-    def skipped(self) -> Tensor:
-        """(...) bool: tokens whose input is all zero, so that no input key exists."""
-        return self.inputs.square().sum(-1) == 0
-
-    def apply(self) -> Tensor:
-        """dW x, (..., out)."""
-        return self.value if self.low_rank is None else self.value + self._low_rank_product(*self.low_rank)
-
-    def frobenius_norm(self) -> Tensor:
-        """|dW|_F per token, (...), without forming dW."""
-        return self.frobenius_norm_square().sqrt()
-
-    def frobenius_norm_square(self) -> Tensor:
-        """|dW|_F^2 per token, (...) (docs/maths.md, Eq. 3)."""
-        input_square = self.inputs.square().sum(-1)
-        inverse = torch.where(input_square > 0, 1 / input_square.clamp_min(torch.finfo(input_square.dtype).tiny), 0)
-        square = self.value.square().sum(-1) * inverse
-        if self.low_rank is not None:
-            m, c, b = self.low_rank
-            gram = (c.T @ c) * (b @ b.T)
-            square = square + ((m @ gram) * m).sum(-1)
-            square = square + 2 * (self.value * self._low_rank_product(m, c, b)).sum(-1) * inverse
-        return square.clamp_min(0)
-
-    def scaled(self, factor: float) -> WeightDelta:
-        """factor * dW."""
-        if factor == 1:
-            return self
-        low_rank = None if self.low_rank is None else (factor * self.low_rank[0], *self.low_rank[1:])
-        return WeightDelta(factor * self.value, self.inputs, low_rank)
-
-    def matrix(self, *token: int) -> Tensor:
-        """dW of the token at index `token` of the leading dimensions, as an (out, in) matrix."""
-        value, x = self.value[token], self.inputs[token]
-        square = x.square().sum()
-        key = x / square if square > 0 else torch.zeros_like(x)
-        delta = torch.outer(value, key)
-        if self.low_rank is not None:
-            m, c, b = self.low_rank
-            delta = delta + (b.T * m[token]) @ c.T
-        return delta
-
-    def _low_rank_product(self, m: Tensor, c: Tensor, b: Tensor) -> Tensor:
-        return ((self.inputs @ c) * m) @ b
+    factors: Factors | None = None
 
 
 @dataclass
 class InputValues:
-    """What gate and up receive for one batch of tokens.
+    """The values of gate and up for one batch of tokens.
 
     shift (..., d): added to z before the projections (carry, gain and a low rank at the input, Eq. 2), or None.
     values: per projection (..., f), added to its output (a low rank at the projection).
@@ -239,72 +162,94 @@ class NPComponent(nn.Module):
                 self.register_parameter(f"C_{name}", nn.Parameter(matrix))
         return tuple(sites)
 
-    # -- the forward pass ------------------------------------------------------------------------------------------
+    # -- the two entry points ----------------------------------------------------------------------------------------
 
-    def forward(
+    def input_values(
         self,
-        attention: Tensor,
-        inputs: Tensor,
-        site: str,
-        *,
-        modulation: Tensor | None = None,
-        exact_input: Tensor | None = None,
-    ) -> InputValues | Tensor | None:
-        """The value at one site of the MLP; both go through `__call__`, so that sharding hooks fire.
+        attention: Float[Tensor, "*tokens d"],
+        z: Float[Tensor, "*tokens d"],
+        exact_input: Float[Tensor, "*tokens d"] | None = None,
+    ) -> InputValues:
+        """The values of gate and up.
 
         Args:
-            attention: a (..., d). inputs: z (..., d) at site "input", i (..., f) at site "down".
-            site: "input" -> `InputValues` for gate and up; "down" -> v_down (..., d), or None when not targeted.
-            modulation: m of an earlier call on the same tokens, to save a product.
-            exact_input: Norm2(h + a) (..., d), needed by carry "exact" at site "input".
+            attention: a. z: the MLP's input. exact_input: Norm2(h + a), which carry "exact" needs.
+
+        Raises:
+            ValueError: carry "exact" without `exact_input`.
         """
-        if site == "input":
-            return self._input_values(attention, inputs, exact_input)
-        value = self._down_value(attention, inputs, modulation)
-        return None if value is None else _cast(value * _has_key(inputs, value), attention.dtype)
+        values: InputValues = self(self._input_values, attention, z, exact_input)
+        return values
+
+    def down_value(
+        self,
+        attention: Float[Tensor, "*tokens d"],
+        inner: Float[Tensor, "*tokens f"],
+        modulation: Float[Tensor, "*tokens r"] | None = None,
+    ) -> Float[Tensor, "*tokens d"] | None:
+        """v_down, or None where down receives no delta.
+
+        Args:
+            attention: a. inner: i, the input of down. modulation: m of `input_values` on the same tokens, to save a product.
+        """
+        value: Tensor | None = self(self._down_value, attention, inner, modulation)
+        return value
+
+    def forward(self, compute: Callable[..., T], *inputs: Tensor | None) -> T:
+        """Runs an entry point inside the module's call, so that hooks on the component (sharding) fire around it."""
+        return compute(*inputs)
 
     def _input_values(self, attention: Tensor, z: Tensor, exact_input: Tensor | None) -> InputValues:
-        spec, dtype = self.spec, z.dtype
-        if not spec.input_projections:
+        if not self.spec.input_projections:
             return InputValues()
-        if spec.carry == "exact":
+        m = self.modulation(attention)
+        sums, mask = _sums(self._input_terms(attention, z, m, exact_input)), _has_key(z, z)
+        values = {place: _cast(value * mask, z.dtype) for place, value in sums.items()}
+        return InputValues(values.pop(MLP_INPUT, None), values, m)
+
+    def _down_value(self, attention: Tensor, inner: Tensor, m: Tensor | None) -> Tensor | None:
+        m = self.modulation(attention) if m is None else m
+        value = _sums(self._down_terms(attention, inner, m)).get("down")
+        return None if value is None else _cast(value * _has_key(inner, value), attention.dtype)
+
+    # -- the terms, of which both the forward and the norms are made ---------------------------------------------------
+
+    def _input_terms(self, attention: Tensor, z: Tensor, m: Tensor | None, exact_input: Tensor | None) -> list[Term]:
+        """What is added to z, or to the outputs of gate and up."""
+        if self.spec.carry == "exact":
             if exact_input is None:
                 raise ValueError("carry 'exact' needs exact_input, Norm2(h + a)")
-            return InputValues(shift=(exact_input - z) * _has_key(z, z))
-        m = self.modulation(attention)
-        shift, mask = self.keyed_shift(attention, z), _has_key(z, z)
-        values = {}
-        if m is not None:
-            for name, (b, c) in self.low_rank_factors("input").items():
-                u = m if c is None else (_cast(z, m.dtype) @ c) * m
-                if name == "in":
-                    shift = u @ b if shift is None else shift + u @ b
-                else:
-                    values[name] = _cast(u @ b * mask, dtype)
-        return InputValues(None if shift is None else _cast(shift * mask, dtype), values, m)
+            return [Term(MLP_INPUT, exact_input - z)]
+        shift = self.keyed_shift(attention, z)
+        return [*([] if shift is None else [Term(MLP_INPUT, shift)]), *self._low_rank_terms("input", z, m)]
 
-    def _down_value(self, attention: Tensor, inputs: Tensor, m: Tensor | None) -> Tensor | None:
-        spec = self.spec
-        if "down" not in spec.projections:
-            return None
-        if spec.carry == "exact":
-            return attention
-        value = None
-        if spec.carry == "diagonal":
-            value = self.e * attention
-        if spec.has_low_rank:
-            m = self._modulation(attention) if m is None else m
-            b, c = self.low_rank_factors("down")["down"]
-            low_rank = (m if c is None else (_cast(inputs, m.dtype) @ c) * m) @ b
-            value = low_rank if value is None else value + low_rank
-        return value
+    def _down_terms(self, attention: Tensor, inner: Tensor, m: Tensor | None) -> list[Term]:
+        """What is added to the output of down."""
+        if "down" not in self.spec.projections:
+            return []
+        if self.spec.carry == "exact":
+            return [Term("down", attention)]
+        carried = [Term("down", self.e * attention)] if self.spec.carry == "diagonal" else []
+        return [*carried, *self._low_rank_terms("down", inner, m)]
+
+    def _low_rank_terms(self, site: str, x: Tensor, m: Tensor | None) -> list[Term]:
+        """m B on the input key, or ((x C) * m) B on a key of its own."""
+        if m is None:
+            return []
+        found = []
+        for name, (b, c) in self.low_rank_factors(site).items():
+            u = m if c is None else (_cast(x, m.dtype) @ c) * m
+            found.append(Term(MLP_INPUT if name == "in" else name, u @ b, None if c is None else (m, c, b)))
+        return found
 
     # -- its pieces ------------------------------------------------------------------------------------------------
 
-    def features(self, attention: Tensor, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """(a centred where the norm centres, (..., d); z - b, (..., d); phi), float32 or better.
+    def features(
+        self, attention: Float[Tensor, "*tokens d"], z: Float[Tensor, "*tokens d"]
+    ) -> tuple[Float[Tensor, "*tokens d"], Float[Tensor, "*tokens d"], tuple[Float[Tensor, "*tokens 1"], ...]]:
+        """(a, centred where the norm centres; z - b; phi), float32 or better.
 
-        phi holds |a|^2/d and, but for gain `norm`, <zhat, a>/d, each (..., 1); it is empty without a gain.
+        phi holds |a|^2/d and, but for gain `norm`, <zhat, a>/d; it is empty without a gain.
         """
         own = next(iter(self._parameters.values()), None)
         dtype = _wide(attention if own is None else own)
@@ -320,8 +265,10 @@ class NPComponent(nn.Module):
         overlap = a if self.norm_inverse is None else a * self.norm_inverse
         return a, z, (size, (z * overlap).sum(-1, keepdim=True) * per_channel)
 
-    def gains(self, z: Tensor, phi: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """(g, w), each (..., 1): the factor on z - b and the one on c * a."""
+    def gains(
+        self, z: Float[Tensor, "*tokens d"], phi: tuple[Float[Tensor, "*tokens 1"], ...]
+    ) -> tuple[Float[Tensor, "*tokens 1"], Float[Tensor, "*tokens 1"]]:
+        """(g, w): the factor on z - b and the one on c * a. z: z - b, as `features` gives it."""
         if self.spec.gain == "state":
             size, overlap = phi
             scale = torch.exp((z * self.scale_direction).sum(-1, keepdim=True) + self.log_scale)
@@ -332,21 +279,22 @@ class NPComponent(nn.Module):
         w = 1 + (features * self.carry_gain).sum(-1, keepdim=True) if self.has_carry else torch.ones_like(g)
         return g, w
 
-    def centered(self, attention: Tensor) -> Tensor:
-        """a (..., d), its mean taken out where Norm2 would take it out."""
+    def centered(self, attention: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
+        """a, its mean taken out where Norm2 would take it out."""
         return attention - attention.mean(-1, keepdim=True) if self.spec.centered else attention
 
-    def modulation(self, attention: Tensor) -> Tensor | None:
-        """m = s tanh(a A), (..., r), or None without a low-rank part."""
-        return self._modulation(attention) if self.spec.has_low_rank else None
-
-    def _modulation(self, attention: Tensor) -> Tensor:
+    def modulation(self, attention: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens r"] | None:
+        """m = s tanh(a A), or None without a low-rank part."""
+        if not self.spec.has_low_rank:
+            return None
         to_rank = self.A
         modulation = torch.tanh(self.centered(_cast(attention, to_rank.dtype)) @ to_rank)
         return modulation if self.spec.modulation_scale == 1 else self.spec.modulation_scale * modulation
 
-    def keyed_shift(self, attention: Tensor, z: Tensor) -> Tensor | None:
-        """w (c * a) + g (z - b), (..., d): what carry and gain add to z; None when both are off."""
+    def keyed_shift(
+        self, attention: Float[Tensor, "*tokens d"], z: Float[Tensor, "*tokens d"]
+    ) -> Float[Tensor, "*tokens d"] | None:
+        """w (c * a) + g (z - b): the part of the shift that carry and gain make; None when both are off."""
         if not self.has_carry and not self.has_gain:
             return None
         a, z, phi = self.features(attention, z)
@@ -355,7 +303,7 @@ class NPComponent(nn.Module):
         g, w = self.gains(z, phi)
         return g * z if not self.has_carry else torch.addcmul(g * z, w, self.c * a)
 
-    def low_rank_factors(self, site: str) -> dict[str, tuple[Tensor, Any]]:
+    def low_rank_factors(self, site: str) -> dict[str, tuple[Tensor, Tensor | None]]:
         """{"in" | "gate" | "up" | "down": (B (r, out), C (in, r) or None for the input key)} of one site."""
         return {name: (getattr(self, f"B_{name}"), self._key_matrix(name)) for name in self._low_rank_sites[site]}
 
@@ -366,46 +314,62 @@ class NPComponent(nn.Module):
 
     # -- dW itself, for norms and inspection -------------------------------------------------------------------------
 
-    def weight_deltas(
+    def input_deltas(
         self,
-        attention: Tensor,
-        inputs: Tensor,
-        site: str,
-        products: dict[str, Callable[[Tensor], Tensor]],
-        exact_input: Tensor | None = None,
+        attention: Float[Tensor, "*tokens d"],
+        z: Float[Tensor, "*tokens d"],
+        products: Mapping[str, Callable[[Tensor], Tensor]],
+        exact_input: Float[Tensor, "*tokens d"] | None = None,
     ) -> dict[str, WeightDelta]:
-        """dW of every targeted projection at a site, in factors.
+        """dW of gate and up in factors, as far as they receive one; arguments as `input_values`.
 
-        `products[t]` maps (..., d) to W_t applied to it, without bias, for t in gate and up; arguments as `forward`.
+        products: {"gate" | "up": x (..., d) -> W_t x (..., f), without bias}.
         """
-        spec = self.spec
-        mask = _has_key(inputs, inputs)
-        if site == "down":
-            if "down" not in spec.projections:
-                return {}
-            factors = None if spec.key == "input" or not spec.has_low_rank else self.low_rank_factors("down")["down"]
-            if factors is None:
-                down = self._down_value(attention, inputs, None)
-                return {"down": WeightDelta(torch.zeros_like(attention) if down is None else down * mask, inputs)}
-            value = self.e * attention * mask if spec.carry == "diagonal" else torch.zeros_like(attention)
-            return {"down": WeightDelta(value, inputs, (self._modulation(attention), factors[1], factors[0]))}
-        return {t: self._input_delta(t, attention, inputs, products[t], exact_input) for t in spec.input_projections}
+        if not self.spec.input_projections:
+            return {}
+        terms = self._input_terms(attention, z, self.modulation(attention), exact_input)
+        mask = _has_key(z, z)
+        keyed = {place: _cast(value * mask, z.dtype) for place, value in _sums(terms, own_key=False).items()}
+        return {t: self._input_delta(t, z, keyed, terms, products[t]) for t in self.spec.input_projections}
 
     def _input_delta(
-        self, t: str, attention: Tensor, z: Tensor, product: Callable[[Tensor], Tensor], exact_input: Tensor | None
+        self, t: str, z: Tensor, keyed: Mapping[str, Tensor], terms: Sequence[Term], product: Callable[[Tensor], Tensor]
     ) -> WeightDelta:
-        spec = self.spec
-        if spec.key == "input" or not spec.has_low_rank:
-            out = self._input_values(attention, z, exact_input)
-            value = None if out.shift is None else product(out.shift)
-            if t in out.values:
-                value = out.values[t] if value is None else value + out.values[t]
-            return WeightDelta(z.new_zeros(*z.shape[:-1], spec.intermediate_size) if value is None else value, z)
-        shift = self.keyed_shift(attention, z)
-        value = z.new_zeros(*z.shape[:-1], spec.intermediate_size) if shift is None else product(shift * _has_key(z, z))
-        factors = self.low_rank_factors("input")
-        b, c = factors.get("in") or factors[t]
-        return WeightDelta(value, z, (self._modulation(attention), c, product(b) if "in" in factors else b))
+        value = product(keyed[MLP_INPUT]) if MLP_INPUT in keyed else None
+        if t in keyed:
+            value = keyed[t] if value is None else value + keyed[t]
+        if value is None:
+            value = z.new_zeros(*z.shape[:-1], self.spec.intermediate_size)
+        factors, shared = _own_key(terms, t), _own_key(terms, MLP_INPUT)
+        if shared is not None:  # it reaches the projection through W_t
+            m, c, b = shared
+            factors = m, c, product(b)
+        return WeightDelta(value, z, factors)
+
+    def down_deltas(
+        self, attention: Float[Tensor, "*tokens d"], inner: Float[Tensor, "*tokens f"]
+    ) -> dict[str, WeightDelta]:
+        """{"down": dW of down in factors}, empty where it receives none; arguments as `down_value`."""
+        if "down" not in self.spec.projections:
+            return {}
+        terms = self._down_terms(attention, inner, self.modulation(attention))
+        value = _sums(terms, own_key=False).get("down")
+        value = torch.zeros_like(attention) if value is None else value * _has_key(inner, inner)
+        return {"down": WeightDelta(value, inner, _own_key(terms, "down"))}
+
+
+def _sums(terms: Sequence[Term], own_key: bool = True) -> dict[str, Tensor]:
+    """{place: the sum of its terms}; without `own_key` those of the input key alone."""
+    found: dict[str, Tensor] = {}
+    for place, value, factors in terms:
+        if own_key or factors is None:
+            found[place] = found[place] + value if place in found else value
+    return found
+
+
+def _own_key(terms: Sequence[Term], place: str) -> Factors | None:
+    """(m, C, B) of the term at a place that has a key of its own."""
+    return next((term.factors for term in terms if term.place == place and term.factors is not None), None)
 
 
 def _has_key(x: Tensor, like: Tensor) -> Tensor:

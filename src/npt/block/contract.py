@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from npt.block.layer import EXACT, ZERO, NPTLayer, first_tensor, layer_mode
+from npt.block.hooks import first_tensor
+from npt.block.layer import NPTLayer
+from npt.block.modes import Mode, running_as
 from npt.errors import REMEDY, ConversionError
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ def check_contract(model: Any, layers: list[NPTLayer]) -> None:
     tokens = torch.arange(6, device=embedding.weight.device)[None] % embedding.weight.shape[0]
     model.eval()
     try:
-        with layer_mode(layers, override="bypass"):
+        with running_as(layers, Mode.ORIGINAL):
             model(input_ids=tokens, use_cache=False)
     finally:
         for handle in handles:
@@ -61,11 +63,11 @@ def _check_block(layer: NPTLayer, args: tuple[Any, ...], kwargs: dict[str, Any])
     block = layer.get_base_layer()
     hidden_states = args[0] if args else kwargs["hidden_states"]
 
-    def run(override: str) -> torch.Tensor:
-        with layer_mode([layer], override=override):
+    def run(mode: Mode) -> torch.Tensor:
+        with running_as([layer], mode):
             return first_tensor(block(*args, **kwargs))
 
-    original, zeroed, exact = run("bypass"), run(ZERO), run(EXACT)
+    original, zeroed, exact = run(Mode.ORIGINAL), run(Mode.ZERO), run(Mode.EXACT)
     name = f"block {layer.index} ({type(block).__name__})"
     for what, values in (("what reaches it", hidden_states), ("its output", original)):
         if not values.isfinite().all():

@@ -95,3 +95,52 @@ def logit_head(model: Any) -> Callable[[Tensor], Tensor]:
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     return head
+
+
+class BlockParts:
+    """A decoder block and where its family says its pieces are.
+
+    Args:
+        block: the decoder block. family: its line of the table.
+    """
+
+    def __init__(self, block: nn.Module, family: Family):
+        self._block = (block,)  # in a tuple: a module that holds this must not register the block as its child
+        self.family = family
+
+    @property
+    def block(self) -> nn.Module:
+        """The decoder block."""
+        return self._block[0]
+
+    def module(self, role: str) -> Any:
+        """A module of the block by its role: tap, norm, mlp, gate, up, down or out."""
+        return find(self.block, self.family, role)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(in, out) of a projection; of its own half where gate and up are one."""
+        return projection_shape(self.block, self.family, name)
+
+    def product(self, name: str) -> Callable[[Tensor], Tensor]:
+        """x -> W_t x of a projection, without bias."""
+        product = linear_product(self.module(name))
+        if not self.family.fused or name == "down":
+            return product
+        half = ("gate", "up").index(name)
+        return lambda x: product(x).chunk(2, -1)[half]
+
+    @property
+    def multiplier(self) -> float:
+        """The factor of attention's and the MLP's output in the residual stream; npt keeps a as it joins the stream."""
+        name = self.family.multiplier
+        return 1.0 if name is None else float(getattr(self.block, name))
+
+    def mlp_inputs(self, hidden_states: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """(the MLP's input in the NPT block, that in the original block), (..., d), from h and a."""
+        norm: Callable[[Tensor], Tensor] = _identity if self.family.norm is None else self.module("norm").forward
+        z = norm(hidden_states)
+        return z, z if self.family.parallel else norm(hidden_states + attention)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from npt.block.component import NPComponent
-from npt.block.layer import EXACT, BlockRecord, NPTLayer, layer_mode
+from npt.block.layer import BlockRecord, NPTLayer
+from npt.block.modes import Mode, running_as, watching
 from npt.common.processes import gather, total, world
 from npt.common.sharded import full_tensor, gathered, like, same_everywhere
 from npt.errors import REMEDY, NPTError, RunError
@@ -97,7 +98,7 @@ def _collect(model: Any, fits: dict[int, _BlockFit], batches: Iterable[Mapping[s
     def see(layer: NPTLayer, record: BlockRecord) -> None:
         fits[layer.index].see(record, mask, part)
 
-    with eval_mode(model), layer_mode(active_layers(model), override="bypass"), layer_mode(layers, on_block=see):
+    with eval_mode(model), running_as(active_layers(model), Mode.ORIGINAL), watching(layers, see):
         for group in _groups(track(batches, "calibrating", transient=True, disable=not progress), count):
             texts = [_text(batch) for batch in group]
             sizes = [int(text["attention_mask"].sum()) for text in texts]
@@ -213,8 +214,7 @@ class _BlockFit:
         chunk, later = self.chunk or [self.later[0].cut(0)], self.later
         self.chunk, self.later = [], []
         h, a = self._choose_probe(chunk)
-        with layer_mode([self.layer], on_block=None, override=EXACT):
-            self.probe = (h, a, self.layer.update_from(h[None], a[None])[0])
+        self.probe = (h, a, self.layer.update_from(h[None], a[None], Mode.EXACT)[0])
         self.error_before = self._update_error()
         sizes = torch.cat([token_sizes(_delta(self.layer, h, a)[1], a) for _, h, a in _slices(chunk)])
         medians = torch.cat(gather(sizes)).median(0).values
@@ -253,8 +253,7 @@ class _BlockFit:
 
     def _update_error(self) -> float:
         h, a, target = self.probe
-        with layer_mode([self.layer], on_block=None, override=None):
-            update = self.layer.update_from(h[None], a[None])[0]
+        update = self.layer.update_from(h[None], a[None])[0]
         return float((update - target).double().norm() / target.double().norm().clamp_min(1e-300))
 
 

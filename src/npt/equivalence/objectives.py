@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from npt.block.component import WeightDelta
-from npt.block.layer import BlockRecord, NPTLayer, layer_mode
+from npt.block.layer import BlockRecord, NPTLayer
+from npt.block.modes import Mode, running_as, watching, watching_deltas
 from npt.block.probing import logit_head
 from npt.common.precision import wide
 from npt.common.sharded import gathered
@@ -100,7 +101,7 @@ class Objective:
         def see(layer: NPTLayer, record: BlockRecord) -> None:
             own = [p for p in layer.component.parameters() if p.requires_grad]  # type: ignore[union-attr]
             for part, mask in _token_chunks(record, counted):
-                with torch.enable_grad(), layer_mode([layer], override=None, on_block=None):
+                with torch.enable_grad():
                     equivalence, delta = self._block_loss(layer, part, mask)
                     equivalence, delta = equivalence / items, delta / items
                     loss = self.equivalence_weight * equivalence + self.regularization_weight * delta
@@ -117,7 +118,7 @@ class Objective:
                 with gathered(layer.get_base_layer()):
                     see(layer, self.teacher.record(layer.index, inputs[ROW], counted.device))
         else:
-            with torch.no_grad(), layer_mode(layers, override="bypass", on_block=see):
+            with torch.no_grad(), running_as(layers, Mode.ORIGINAL), watching(layers, see):
                 run_backbone(model, inputs)
         sums = [value / len(layers) for value in sums]
         total = self.equivalence_weight * sums[0] + self.regularization_weight * sums[1]
@@ -129,7 +130,7 @@ class Objective:
         """Sums over the counted tokens: (mean square error of the update, mean |dW|^2 over projections)."""
         h, a, y = (x.detach()[counted] for x in (record.hidden_states, record.attention, record.output))
         norms = _DeltaSquares()
-        with layer_mode([layer], observer=norms.see if self._needs_deltas else None):
+        with watching_deltas([layer], norms.see if self._needs_deltas else None):
             update = layer.update_from(h[None], a[None])[0]
         error = (wide(update) - wide(y - h)).square().mean(-1).sum()
         scale = self.scales[layer.index] if self.name == "local" else 1.0
@@ -140,10 +141,10 @@ class Objective:
         if self.teacher is not None and ROW in inputs:
             target = [x[counted] for x in self.teacher.log_probabilities(inputs[ROW], counted.device)]
         else:
-            with torch.no_grad(), layer_mode(layers, override="bypass"):
+            with torch.no_grad(), running_as(layers, Mode.ORIGINAL):
                 target = [run_backbone(model, inputs)[counted]]
         norms = _DeltaSquares(counted)
-        with layer_mode(layers, observer=norms.see if self._needs_deltas else None):
+        with watching_deltas(layers, norms.see if self._needs_deltas else None):
             student = run_backbone(model, inputs)[counted]
         kl = wide(student.new_zeros(()))
         for chunk in torch.arange(len(student), device=student.device).split(POSITION_CHUNK):
@@ -242,7 +243,7 @@ def update_scales(model: Any, inputs: dict[str, Tensor]) -> dict[int, float]:
         update = (record.output - record.hidden_states)[mask]
         scales[layer.index] = max(float(wide(update).square().mean()), 1e-12)
 
-    with layer_mode(layers, override="bypass", on_block=see):
+    with running_as(layers, Mode.ORIGINAL), watching(layers, see):
         run_backbone(model, inputs)
     return scales
 

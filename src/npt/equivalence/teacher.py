@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from npt.block.layer import BYPASS, BlockRecord, NPTLayer, layer_mode
+from npt.block.layer import BlockRecord, NPTLayer
+from npt.block.modes import Mode, running_as, watching
 from npt.block.probing import logit_head
 from npt.common.display import human_bytes
 from npt.common.fingerprint import base_fingerprint, text_fingerprint
@@ -321,7 +322,7 @@ def targets(model: Any, batch: dict[str, Tensor], kind: str, top_k: int) -> dict
             )
         found[f"{layer.index}.attention"], found[f"{layer.index}.output"] = attention, output
 
-    with eval_mode(model), layer_mode(layers, override=BYPASS, on_block=see if kind == "hidden" else None):
+    with eval_mode(model), running_as(layers, Mode.ORIGINAL), watching(layers, see if kind == "hidden" else None):
         hidden = run_backbone(model, batch)
     if kind == "logits":
         rows = [_top(logit_head(model)(row), top_k) for row in hidden]

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from npt.block.families import blocks_of
-from npt.block.layer import EXACT, BlockRecord, NPTLayer, first_tensor, layer_mode
+from npt.block.hooks import first_tensor
+from npt.block.layer import BlockRecord, NPTLayer
+from npt.block.modes import Mode, running_as, watching
 from npt.tuner.converted import active_layers, run_backbone
 
 Batches = Iterable[dict[str, Tensor]]
@@ -61,25 +63,24 @@ def layer_equivalence(model: Any, batches: Batches) -> dict[str, dict[str, Any]]
         _see(layer, record, None, teacher[layer.index], mask[0])
 
     def on_own(layer: NPTLayer, record: BlockRecord) -> None:
-        _see(layer, record, EXACT, own[layer.index], mask[0])
+        _see(layer, record, Mode.EXACT, own[layer.index], mask[0])
 
     for batch in batches:
         mask[:] = [batch["attention_mask"].bool()]
-        with layer_mode(layers, override="bypass", on_block=on_teachers):
+        with running_as(layers, Mode.ORIGINAL), watching(layers, on_teachers):
             run_backbone(model, batch)
-        with layer_mode(layers, on_block=on_own):
+        with watching(layers, on_own):
             run_backbone(model, batch)
     return {
         f"layer_{index}": {**teacher[index].figures(), "own_stream": own[index].figures()} for index in sorted(teacher)
     }
 
 
-def _see(layer: NPTLayer, record: BlockRecord, override: str | None, comparison: _Comparison, mask: Tensor) -> None:
-    """Runs the other block, NPT's or (EXACT) the original, on the h and a of a pass, and compares the two outputs."""
-    with layer_mode([layer], override=override, on_block=None):
-        other = record.hidden_states + layer.update_from(record.hidden_states, record.attention)
+def _see(layer: NPTLayer, record: BlockRecord, mode: Mode | None, comparison: _Comparison, mask: Tensor) -> None:
+    """Compares a pass with the other block, NPT's (None) or the original (Mode.EXACT), on the same h and a."""
+    other = record.hidden_states + layer.update_from(record.hidden_states, record.attention, mode)
     h, here, there = (x[mask].double() for x in (record.hidden_states, record.output, other))
-    found, expected = (there, here) if override is None else (here, there)
+    found, expected = (there, here) if mode is None else (here, there)
     comparison.add(found, expected, h)
 
 
@@ -108,7 +109,7 @@ def residual_stream(model: Any, batches: Batches) -> dict[str, dict[str, float]]
                 mask = rows["attention_mask"].bool()
                 run_backbone(model, rows)
                 own = dict(kept)
-                with layer_mode(layers, override="bypass"):
+                with running_as(layers, Mode.ORIGINAL):
                     run_backbone(model, rows)
                 for index, comparison in comparisons.items():
                     expected = kept[index][mask].double()

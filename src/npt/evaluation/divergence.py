@@ -14,7 +14,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from npt.block.layer import layer_mode
+from npt.block.modes import Mode, running_as
 from npt.common.processes import gather, share, world
 from npt.common.sharded import is_sharded
 from npt.data.batches import batches_of, scored_positions
@@ -59,7 +59,7 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
             batch = next(batches_of(rows, batch_size, device))
             inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
             counted = scored_positions(batch["labels"])
-            with layer_mode(layers, override="bypass"):
+            with running_as(layers, Mode.ORIGINAL):
                 teacher = base(**inputs).logits[:, :-1][counted]
             student = base(**inputs).logits[:, :-1][counted]
             target = batch["input_ids"][:, 1:][counted]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from npt.block.layer import layer_mode
+from npt.block.modes import Mode, running_as
 from npt.errors import NPTError
 from npt.tuner.converted import active_layers, device_of, eval_mode
 
@@ -96,7 +96,7 @@ def side_by_side(
     with eval_mode(model):
         for prompt in prompts:
             npt, ids = continue_text(model, tokenizer, prompt, max_new_tokens, seed)
-            with layer_mode(active_layers(model), override="bypass"):
+            with running_as(active_layers(model), Mode.ORIGINAL):
                 original, original_ids = continue_text(model, tokenizer, prompt, max_new_tokens, seed)
             samples.append(
                 {

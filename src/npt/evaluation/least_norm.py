@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from npt.block.component import INPUT_PROJECTIONS
-from npt.block.layer import BYPASS, EXACT, BlockRecord, NPTLayer, layer_mode
+from npt.block.layer import BlockRecord, NPTLayer
+from npt.block.modes import Mode, running_as, watching
 from npt.common.sharded import gathered
 from npt.tuner.converted import active_layers, run_backbone
 
@@ -39,7 +40,7 @@ def least_joint_norms(model: Any, batch: dict[str, Tensor]) -> dict[str, dict[st
     def see(layer: NPTLayer, record: BlockRecord) -> None:
         records[layer.index] = record
 
-    with torch.no_grad(), layer_mode(layers, override=BYPASS, on_block=see):
+    with torch.no_grad(), running_as(layers, Mode.ORIGINAL), watching(layers, see):
         run_backbone(model, rows)
     real = rows["attention_mask"].bool()
     chosen = torch.linspace(0, int(real.sum()) - 1, min(TOKENS, int(real.sum()))).round().long().to(real.device)
@@ -60,15 +61,15 @@ def least_joint_norms(model: Any, batch: dict[str, Tensor]) -> dict[str, dict[st
 def _search(layer: NPTLayer, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """Squared joint norms (tokens,) of the exact value and of the least found, for h and a (1, tokens, d)."""
     names = [name for name in INPUT_PROJECTIONS if name in layer.family.projections]
-    with torch.no_grad(), layer_mode([layer], override=EXACT):
-        target = layer.update_from(h, a)
+    with torch.no_grad():
+        target = layer.update_from(h, a, Mode.EXACT)
     z, original = layer.mlp_inputs(h, a)
     wide = torch.promote_types(z.dtype, torch.float32)  # the search needs more digits than a half-precision base has
     start = [layer.product(name)(original - z).detach().to(wide) for name in names]
 
     def squares(values: list[Tensor]) -> Tensor:
-        with _added(layer, dict(zip(names, values, strict=True))) as seen, layer_mode([layer], override=BYPASS):
-            missing = (target.to(wide) - layer.update_from(h, a).to(wide)) / layer.multiplier
+        with _added(layer, dict(zip(names, values, strict=True))) as seen:
+            missing = (target.to(wide) - layer.update_from(h, a, Mode.ORIGINAL).to(wide)) / layer.parts.multiplier
         inputs = torch.stack([v.square().sum(-1) for v in values]).sum(0) / _square(z.to(wide))
         return (inputs + missing.square().sum(-1) / _square(seen[0].to(wide)))[0]
 

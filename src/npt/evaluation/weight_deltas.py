@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from npt.block.component import WeightDelta
-from npt.block.layer import EXACT, NPTLayer, layer_mode
+from npt.block.layer import NPTLayer
+from npt.block.modes import Mode, running_as, watching_deltas
 from npt.block.probing import execution_device
 from npt.common.sharded import gathered
 from npt.evaluation.least_norm import least_joint_norms
@@ -43,9 +44,9 @@ class DeltaRecord:
 
 @torch.no_grad()
 def delta_records(
-    model: Any, batches: Sequence[dict[str, Tensor]], override: str | None = None, *, effect_tokens: int = RANK_TOKENS
+    model: Any, batches: Sequence[dict[str, Tensor]], mode: Mode | None = None, *, effect_tokens: int = RANK_TOKENS
 ) -> dict[int, dict[str, DeltaRecord]]:
-    """{block: {projection: record}} on the model's own stream; `override=EXACT` measures the exact value's dW instead.
+    """{block: {projection: record}} on the model's own stream; in Mode.EXACT those of the exact value instead.
 
     effect_tokens: of how many tokens dW x is kept; 0 where only norms are wanted.
     """
@@ -62,7 +63,7 @@ def delta_records(
             if room > 0:
                 record.effects.append(delta.apply()[mask[0]][:room].float().cpu())
 
-    with layer_mode(layers, observer=see, override=override):
+    with running_as(layers, mode), watching_deltas(layers, see):
         for batch in batches:
             mask[:] = [batch["attention_mask"].bool()]
             run_backbone(model, batch)
@@ -98,7 +99,7 @@ def weight_delta_stats(model: Any, batches: Sequence[dict[str, Tensor]], tokeniz
     frobenius |dW|_F, relative |dW|_F / |W|_F, rms_entry |dW|_F / sqrt(rows columns); `exact` beside on the same tokens.
     With a tokenizer, also the tokens that write the largest deltas.
     """
-    own, exact = delta_records(model, batches), delta_records(model, batches, override=EXACT)
+    own, exact = delta_records(model, batches), delta_records(model, batches, Mode.EXACT)
     layers = active_layers(model)
     per_layer = {
         f"layer_{layer.index}": {

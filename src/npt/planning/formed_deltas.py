@@ -101,10 +101,10 @@ def values_peak(spec: ComponentSpec, tokens: int, *, seed: int = 0, device: str 
     """
     component, a, z, i = example(spec, tokens, seed=seed, device=device)
     with AllocationCounter() as counter:
-        values = component(a, z, "input", exact_input=a)
+        values = component.input_values(a, z, exact_input=a)
         shifted = z if values.shift is None else z + values.shift
         added = [i + value for value in values.values.values()]  # i has the shape of gate's and up's output
-        down = component(a, i, "down", modulation=values.modulation)
+        down = component.down_value(a, i, values.modulation)
         output = z if down is None else z + down
         del shifted, added, down, output
     return counter.peak
@@ -130,7 +130,8 @@ def measure_materialized(
     """(peak bytes, relative difference to the component) of forming each token's dW of `down` and applying it."""
     spec = ComponentSpec(hidden_size, intermediate_size, rank=rank)
     component, a, _, i = example(spec, tokens, seed=seed)
-    expected = component(a, i, "down")
+    (delta_in_factors,) = component.down_deltas(a, i).values()
+    expected = delta_in_factors.apply()
     with AllocationCounter() as counter:
         key = i / i.square().sum(-1, keepdim=True)
         delta = expected[:, :, None] * key[:, None, :]

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from npt.block.families import blocks_of
-from npt.block.layer import EXACT
+from npt.block.modes import Mode
 from npt.config.sections import RunConfig, with_overrides
 from npt.data.sampling import default_batch, draw, preallocated_cache
 from npt.equivalence.calibration import SLICE_TOKENS, calibrate, first_tokens
@@ -208,7 +208,7 @@ def _runs(
 
 
 def _deltas(model: Any, batches: list[dict[str, Tensor]]) -> Any:
-    return delta_records(model, batches), delta_records(model, batches, override=EXACT)
+    return delta_records(model, batches), delta_records(model, batches, Mode.EXACT)
 
 
 #: Fused attention, which torch's counter does not know for the CPU: (floating point operations, tensors they depend on).

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from npt.block import component as maths
+from npt.block import spec as maths
 from npt.errors import ConversionError
 from npt.tuner.card import write_model_card
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from npt.block.component import WeightDelta
-from npt.block.layer import NPTLayer, layer_mode
+from npt.block.layer import NPTLayer
+from npt.block.modes import watching_deltas
 from npt.block.probing import execution_device
 from npt.errors import ConversionError
 from npt.tuner.config import NPTConfig
@@ -61,7 +62,7 @@ def weight_delta(
     def see(_: NPTLayer, deltas: dict[str, WeightDelta]) -> None:
         matrices.update({name: delta.matrix(*token) for name, delta in deltas.items()})
 
-    with layer_mode([layers[layer]], observer=see):
+    with watching_deltas([layers[layer]], see):
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return matrices
 

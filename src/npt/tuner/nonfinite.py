@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from npt.block.families import blocks_of
-from npt.block.layer import BYPASS, first_tensor, layer_mode
+from npt.block.hooks import first_tensor
+from npt.block.modes import Mode, running_as, watching
 from npt.common.files import write_file
 from npt.common.processes import gather_values, world
 from npt.common.sharded import is_sharded
@@ -31,9 +32,10 @@ def find_nonfinite(model: Any, inputs: dict[str, Tensor], *, together: bool = Fa
     if broken is not None:
         return f"weight {broken} is not finite"
     mask = inputs["attention_mask"].bool()
-    for override, which in ((BYPASS, "the original model"), (None, "the NPT model")):
+    for mode, which in ((Mode.ORIGINAL, "the original model"), (None, "the NPT model")):
         found: list[str] = []
-        with eval_mode(model), layer_mode(npt_layers(model), override=override, on_block=None):
+        layers = npt_layers(model)
+        with eval_mode(model), running_as(layers, mode), watching(layers, None):
             handles = [module.register_forward_hook(_look(found, where, mask)) for where, module in _places(model)]
             try:
                 hidden = run_backbone(model, inputs)

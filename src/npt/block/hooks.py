@@ -1,0 +1,324 @@
+"""The hooks of one NPT block, in the order in which they fire. The block's own forward is never rewritten.
+
+    transformer block                      NPT block
+    a = Attn(Norm1(h))                     a = Attn(Norm1(h))
+    h' = h + a                             z = Norm2(h)                  # no h + a anywhere
+    y = h' + MLP_W(Norm2(h'))              y = h + MLP_{W + dW(a)}(z)
+
+| hook           | on                   | reads                    | writes                                        |
+|----------------|----------------------|--------------------------|-----------------------------------------------|
+| `begin`        | block, before        | mode, active adapter     | pass: component, multiplier, mode             |
+| `tap`          | tap, after           | its output, a            | pass: attention; the residual stream gets 0   |
+| `keep_residual`| norm, before         | h                        | pass: residual (carry `exact` alone reads it) |
+| `shift_mlp`    | mlp (or up), before  | z, pass: attention       | pass: values; z + shift                       |
+| `shift_gate`,  | gate, up, before     | pass: values             | z + shift, where only one of the two has a    |
+| `shift_up`     |                      |                          | delta                                         |
+| `add_gate`,    | gate, up, after      | pass: values             | output + v_t (low rank at the projection)     |
+| `add_up`       |                      |                          |                                               |
+| `add_fused`    | gate and up as one,  | pass: values             | both of the above, on the halves of the output|
+|                | after                |                          |                                               |
+| `add_down`     | down, after          | its input i,             | output + v_down, or pass: down where a norm   |
+|                |                      | pass: attention, values  | follows the MLP                               |
+| `add_out`      | out, after           | pass: down               | output + v_down                               |
+| `finish`       | block, after         | pass: observed           | nothing; empties the pass, tells `on_block`   |
+
+tap: the last module whose output attention adds to the residual stream. out: the norm after the MLP, where there is one.
+All hooks are registered once and switched by what the pass holds: torch.compile ignores hooks that are added after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from npt.block.component import INPUT_PROJECTIONS, InputValues, NPComponent, WeightDelta
+from npt.block.probing import BlockParts
+from npt.errors import ConversionError
+
+if TYPE_CHECKING:
+    from npt.block.layer import NPTLayer
+
+
+class Mode(Enum):
+    """A block's behaviour instead of its adapter's."""
+
+    ORIGINAL = "original"  # the unconverted block
+    EXACT = "exact"  # the exact value, which has no parameters: gives the unconverted block's output
+    ZERO = "zero"  # attention and MLP both dropped: the block must be the identity
+
+
+@dataclass
+class BlockRecord:
+    """One pass through a block: h, a and the block's output, each (batch, tokens, d)."""
+
+    hidden_states: Tensor
+    attention: Tensor
+    output: Tensor
+
+
+BlockObserver = Callable[["NPTLayer", BlockRecord], None]
+DeltaObserver = Callable[["NPTLayer", dict[str, WeightDelta]], None]
+
+
+class Pass:
+    """The values that the hooks of one block hand to each other during one forward.
+
+    Not a module: setting a module's attribute costs as much as a small kernel.
+    """
+
+    def __init__(self) -> None:
+        self.component: NPComponent | None = None
+        self.mode: Mode | None = None
+        self.multiplier = 1.0
+        self.clear()
+
+    def clear(self) -> None:
+        """Lets go of every tensor."""
+        self.attention: Tensor | None = None
+        self.observed: Tensor | None = None
+        self.residual: Tensor | None = None
+        self.values: InputValues | None = None
+        self.down: Tensor | None = None
+
+
+class BlockHooks:
+    """The hooks of one block, see the table above.
+
+    Args:
+        layer: decides which component is active. parts: the block's modules.
+    """
+
+    def __init__(self, layer: NPTLayer, parts: BlockParts):
+        self.layer, self.parts, self.family = layer, parts, parts.family
+        self.mode: Mode | None = None
+        self.on_block: BlockObserver | None = None
+        self.on_deltas: DeltaObserver | None = None
+        self.now = Pass()
+        self.handles: list[Any] = []
+        self.has_projection_hooks = False
+        self._norm_handle: Any = None
+        self._places: list[tuple[dict[str, Any], str, nn.Module]] = []
+
+    # -- the hooks, in firing order ----------------------------------------------------------------------------------
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """Settles what is active. First moves the hooks where a module was wrapped after conversion, as LoRA wraps linears."""
+        for children, name, hooked in self._places:
+            if children[name] is not hooked:
+                self.detach()
+                self.attach()
+                break
+        self.start(self.mode)
+
+    def start(self, mode: Mode | None) -> Pass:
+        """Begins a pass; returns what its hooks share."""
+        now = self.now
+        now.mode, now.component = mode, self.layer.active(mode)
+        if self.family.multiplier is not None:
+            now.multiplier = self.parts.multiplier
+        return now
+
+    def tap(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Keeps the attention output a, as it would join the residual stream, and gives the stream zeros."""
+        now, observed = self.now, self.on_block is not None
+        if now.component is None and not observed:
+            return None
+        now.attention = output if now.multiplier == 1 else output * now.multiplier
+        now.observed = now.attention if observed else None
+        return None if now.component is None else torch.zeros_like(output)
+
+    def keep_residual(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Keeps h, which the norm reads, for the exact value."""
+        now = self.now
+        if now.component is not None and now.component.spec.carry == "exact":
+            now.residual = args[0]
+
+    def shift_mlp(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Makes the values of gate and up from a and z, and adds the shift to z where both take it."""
+        now = self.now
+        if now.component is None or now.attention is None or now.mode is Mode.ZERO:
+            return None
+        # Some models flatten batch and tokens before the MLP: the maths keeps the shape attention had.
+        now.values = self._input_values(now.component, now.attention, shaped(args[0], now.attention))
+        if now.values.shift is None or not self._shares_input(now.component):
+            return None
+        return (args[0] + now.values.shift.view_as(args[0]), *args[1:])
+
+    def shift_gate(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """z + shift for gate alone."""
+        return self._shift_projection("gate", args)
+
+    def shift_up(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """z + shift for up alone."""
+        return self._shift_projection("up", args)
+
+    def add_gate(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Adds gate's own value to its output."""
+        return self._add_value("gate", output)
+
+    def add_up(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Adds up's own value to its output."""
+        return self._add_value("up", output)
+
+    def add_fused(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Where gate and up are one projection: adds each one's value, and W_t shift where only one takes the shift."""
+        component, values = self.now.component, self.now.values
+        if component is None or values is None:
+            return None
+        halves = list(output.chunk(2, -1))
+        for i, name in enumerate(INPUT_PROJECTIONS):
+            if name in values.values:
+                halves[i] = halves[i] + values.values[name].view_as(halves[i])
+            if name in component.spec.projections and values.shift is not None and not self._shares_input(component):
+                halves[i] = halves[i] + self.parts.product(name)(values.shift).view_as(halves[i])
+        return torch.cat(halves, -1)
+
+    def add_down(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """Makes v_down from a, and adds it to down's output unless a norm follows."""
+        now = self.now
+        if now.mode is Mode.ZERO:
+            return torch.zeros_like(output)
+        component, values, attention = now.component, now.values, now.attention
+        if component is None or values is None or attention is None:
+            return None
+        # Let go here, the last use: a recomputed forward under gradient checkpointing never reaches the block's hook.
+        now.attention = now.values = now.residual = None
+        inner = shaped(args[0], attention)
+        if self.on_deltas is not None:
+            deltas = component.down_deltas(attention, inner)
+            self.on_deltas(self.layer, {name: delta.scaled(1 / now.multiplier) for name, delta in deltas.items()})
+        value = component.down_value(attention, inner, values.modulation)
+        if value is not None and now.multiplier != 1:
+            value = value / now.multiplier
+        if self.family.out is not None:
+            now.down = value
+            return None
+        return None if value is None else output + value.view_as(output)
+
+    def add_out(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Where a norm follows the MLP, v_down joins after it."""
+        now = self.now
+        if now.mode is Mode.ZERO:
+            return torch.zeros_like(output)
+        value, now.down = now.down, None
+        return None if value is None else output + value.view_as(output)
+
+    def finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Hands the pass to `on_block`; lets go of all that was kept, also when a forward died half-way."""
+        attention = self.now.observed
+        self.now.clear()
+        if self.on_block is None or attention is None or output is None:
+            return
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        self.on_block(self.layer, BlockRecord(hidden_states, attention, first_tensor(output)))
+
+    # -- their pieces --------------------------------------------------------------------------------------------------
+
+    def _input_values(self, component: NPComponent, attention: Tensor, z: Tensor) -> InputValues:
+        exact_input = self._exact_input(z, attention) if component.spec.carry == "exact" else None
+        if self.on_deltas is not None:
+            products = {name: self.parts.product(name) for name in component.spec.input_projections}
+            self.on_deltas(self.layer, component.input_deltas(attention, z, products, exact_input))
+        return component.input_values(attention, z, exact_input)
+
+    def _exact_input(self, z: Tensor, attention: Tensor) -> Tensor:
+        """The original block's MLP input, from h: what the norm read, or z itself where there is no norm."""
+        if self.family.parallel:
+            return z
+        residual = z if self.family.norm is None else self.now.residual
+        if residual is None:
+            raise ConversionError(
+                f"block {self.layer.index}: the MLP ran before its norm, so carry 'exact' has no h to read"
+            )
+        return self.parts.mlp_inputs(shaped(residual, attention), attention)[1]
+
+    def _shift_projection(self, name: str, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        component, values = self.now.component, self.now.values
+        if component is None or values is None or values.shift is None or name not in component.spec.projections:
+            return None
+        if self._shares_input(component):
+            return None
+        return (args[0] + values.shift.view_as(args[0]), *args[1:])
+
+    def _add_value(self, name: str, output: Tensor) -> Tensor | None:
+        values = self.now.values
+        value = None if values is None else values.values.get(name)
+        return None if value is None else output + value.view_as(output)
+
+    def _shares_input(self, component: NPComponent) -> bool:
+        """True where one shift of the MLP's input serves every projection that reads it."""
+        return all(name in component.spec.projections for name in INPUT_PROJECTIONS if name in self.family.projections)
+
+    def needs_projection_hooks(self, component: NPComponent) -> bool:
+        """True where gate or up get something of their own.
+
+        A hook that does nothing still costs a decoding step time; one that comes with a new adapter is seen by torch.compile,
+        which traces again when the active adapter changes.
+        """
+        return component.spec.low_rank_at == "projection" or not self._shares_input(component)
+
+    # -- putting them on and taking them off -------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Registers the hooks of the table on the modules they are for."""
+        family = self.family
+        before: list[tuple[str, Any]] = [("mlp" if family.mlp else "up", self.shift_mlp)]
+        after: list[tuple[str, Any]] = [("tap", self.tap), ("down", self.add_down)]
+        if family.out is not None:
+            after.append(("out", self.add_out))
+        self.has_projection_hooks = any(map(self.needs_projection_hooks, self.layer.components()))
+        if self.has_projection_hooks and family.fused:
+            after.append(("up", self.add_fused))
+        elif self.has_projection_hooks:
+            before.append(("up", self.shift_up))
+            after.append(("up", self.add_up))
+            if family.gate is not None:
+                before.append(("gate", self.shift_gate))
+                after.append(("gate", self.add_gate))
+        self.handles += [self._followed(role).register_forward_pre_hook(hook) for role, hook in before]
+        self.handles += [self._followed(role).register_forward_hook(hook) for role, hook in after]
+        if family.norm is not None:
+            self._followed("norm")
+            self.hook_norm()
+        block = self.parts.block
+        self.handles.append(block.register_forward_pre_hook(self.begin))
+        self.handles.append(block.register_forward_hook(self.finish, with_kwargs=True, always_call=True))
+
+    def _followed(self, role: str) -> nn.Module:
+        """A module to hook; where it stands is remembered, see `begin`."""
+        module: nn.Module = self.parts.module(role)
+        inside = self.parts.block.modules()
+        self._places += [(m._modules, n, c) for m in inside for n, c in m.named_children() if c is module]
+        return module
+
+    def hook_norm(self) -> None:
+        """Only the exact value reads h, which the norm sees: that hook is there while it is wanted."""
+        wanted = self.mode is Mode.EXACT or any(c.spec.carry == "exact" for c in self.layer.components())
+        wanted = wanted and self.family.norm is not None and not self.family.parallel
+        if wanted and self._norm_handle is None:
+            self._norm_handle = self.parts.module("norm").register_forward_pre_hook(self.keep_residual)
+        elif not wanted and self._norm_handle is not None:
+            self._norm_handle.remove()
+            self._norm_handle = None
+
+    def detach(self) -> None:
+        """Takes the hooks off; the block is the original one again."""
+        for handle in [*self.handles, *([] if self._norm_handle is None else [self._norm_handle])]:
+            handle.remove()
+        self.handles, self._places, self._norm_handle = [], [], None
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A block's hidden states: its output, or the first entry of the tuple it returns."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+def shaped(x: Tensor, like: Tensor) -> Tensor:
+    """x with the leading dimensions of `like`."""
+    return x.view(*like.shape[:-1], x.shape[-1])

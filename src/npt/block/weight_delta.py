@@ -1,0 +1,72 @@
+"""`WeightDelta`: the per-token weight delta of one projection, kept in factors and formed only on request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+#: m (..., r), C (in, r) and B (r, out) of a low-rank part that has a key of its own: dW = B^T diag(m) C^T.
+Factors = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class WeightDelta:
+    """dW of one projection for a batch of tokens, in factors: dW = value k^T + B^T diag(m) C^T.
+
+    value (..., out) is carried by the input key k = x / |x|^2; inputs x (..., in); low_rank is (m (..., r), C (in, r),
+    B (r, out)), or None when the low-rank part rides on the input key.
+    Tokens with x = 0 have no input key: their `value` is zero and `skipped` counts them.
+    """
+
+    value: Float[Tensor, "*tokens out"]
+    inputs: Float[Tensor, "*tokens in"]
+    low_rank: Factors | None = None
+
+    @property
+    def skipped(self) -> Bool[Tensor, "*tokens"]:
+        """Tokens whose input is all zero, so that no input key exists."""
+        return self.inputs.square().sum(-1) == 0
+
+    def apply(self) -> Float[Tensor, "*tokens out"]:
+        """dW x."""
+        return self.value if self.low_rank is None else self.value + self._low_rank_product(*self.low_rank)
+
+    def frobenius_norm(self) -> Float[Tensor, "*tokens"]:
+        """|dW|_F per token, without forming dW."""
+        return self.frobenius_norm_square().sqrt()
+
+    def frobenius_norm_square(self) -> Float[Tensor, "*tokens"]:
+        """|dW|_F^2 per token (docs/maths.md, Eq. 3)."""
+        input_square = self.inputs.square().sum(-1)
+        inverse = torch.where(input_square > 0, 1 / input_square.clamp_min(torch.finfo(input_square.dtype).tiny), 0)
+        square = self.value.square().sum(-1) * inverse
+        if self.low_rank is not None:
+            m, c, b = self.low_rank
+            gram = (c.T @ c) * (b @ b.T)
+            square = square + ((m @ gram) * m).sum(-1)
+            square = square + 2 * (self.value * self._low_rank_product(m, c, b)).sum(-1) * inverse
+        return square.clamp_min(0)
+
+    def scaled(self, factor: float) -> WeightDelta:
+        """factor * dW."""
+        if factor == 1:
+            return self
+        low_rank = None if self.low_rank is None else (factor * self.low_rank[0], *self.low_rank[1:])
+        return WeightDelta(factor * self.value, self.inputs, low_rank)
+
+    def matrix(self, *token: int) -> Float[Tensor, "out in"]:
+        """dW of the token at index `token` of the leading dimensions, formed."""
+        value, x = self.value[token], self.inputs[token]
+        square = x.square().sum()
+        key = x / square if square > 0 else torch.zeros_like(x)
+        delta = torch.outer(value, key)
+        if self.low_rank is not None:
+            m, c, b = self.low_rank
+            delta = delta + (b.T * m[token]) @ c.T
+        return delta
+
+    def _low_rank_product(self, m: Tensor, c: Tensor, b: Tensor) -> Tensor:
+        return ((self.inputs @ c) * m) @ b
