@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.readme import ROOT, write_section
 from benchmarks.tables import markdown
-from npt.config.sections import RunConfig, load_config
+from npt.config import RunConfig, load_config
 from npt.runs.train import run_evaluation, run_training
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npt.common.display import duration
-from npt.config.sections import RunConfig, load_config
+from npt.config import RunConfig, load_config
 from npt.planning.devices import planned_launch
 from npt.planning.plan import plan_run
 from npt.planning.timing import memory_limit, run_steps, step_time

@@ -289,7 +289,7 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def _load(config: Path | None, overrides: Sequence[str] | None) -> Any:
-    from npt.config.sections import load_config
+    from npt.config import load_config
 
     return load_config(config, overrides or ())
 

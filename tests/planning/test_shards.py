@@ -20,7 +20,7 @@ from npt import NPTConfig
 from npt.block.families import blocks_of
 from npt.common.display import duration
 from npt.common.sharded import through
-from npt.config.sections import RunConfig, load_config
+from npt.config import RunConfig, load_config
 from npt.equivalence.objectives import Objective
 from npt.errors import NPTError
 from npt.planning.devices import BANDWIDTH_SHARE, DEVICES, EFFICIENCY, planned_launch

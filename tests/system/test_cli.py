@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from npt.cli import main
-from npt.config.sections import load_config
+from npt.config import load_config
 from npt.runs.corpora import trained_on
 from tests.conftest import REPOSITORY
 

@@ -21,7 +21,7 @@ from npt.common.display import one_line
 from npt.common.files import new_folder, temporary_name
 from npt.common.fingerprint import difference
 from npt.common.writable import check_folders
-from npt.config.sections import RunConfig, load_config, save_config, with_overrides
+from npt.config import RunConfig, load_config, save_config, with_overrides
 from npt.errors import CheckpointError, ConfigError, ConversionError, NPTError
 from npt.runs.corpora import RUN_CONFIG
 from npt.tuner.card import write_model_card

@@ -15,7 +15,7 @@ from rich.table import Table
 from npt.common.display import human_bytes, visible
 from npt.common.launch import local_world_size, world_size
 from npt.common.processes import env_flag
-from npt.config.sections import RunConfig
+from npt.config import RunConfig
 from npt.errors import NPTError
 from npt.planning.devices import Launch, planned_launch
 from npt.planning.plan import Plan, plan_model

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from npt.common.display import duration, human_bytes
-from npt.config.sections import RunConfig
+from npt.config import RunConfig
 from npt.planning.devices import BANDWIDTH_SHARE, EFFICIENCY, Device, Launch
 from npt.planning.plan import OVERHEAD, Plan, advice, device_memory, machine_speed, plan_run
 from npt.planning.shapes import dtype_of, load_shapes

@@ -17,7 +17,7 @@ from npt.common.files import append_json, keep_lines, only_run, write_json
 from npt.common.launch import check_launch
 from npt.common.processes import any_process, first_does, is_first, world
 from npt.common.sharded import full_tensor, through
-from npt.config.sections import RunConfig, save_config
+from npt.config import RunConfig, save_config
 from npt.equivalence.calibration import calibrate
 from npt.equivalence.objectives import Objective
 from npt.equivalence.teacher import check_teacher_cache, kind_of
