@@ -17,7 +17,8 @@ from typing import Any
 from benchmarks.readme import ROOT, write_section
 from benchmarks.tables import markdown
 from npt.config import RunConfig, load_config
-from npt.runs.train import run_evaluation, run_training
+from npt.runs.evaluate import run_evaluation
+from npt.runs.train import run_training
 
 RESULTS = ROOT / "benchmarks" / "results"
 SEEDS = (0, 1, 2)

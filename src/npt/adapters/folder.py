@@ -19,6 +19,8 @@ from npt.errors import CheckpointError, ConversionError
 from npt.tuner.config import FORMAT_VERSION, OPTIONS, PEFT_TYPE, NPTConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+#: The run configuration an adapter was trained with, beside it in its folder.
+RUN_CONFIG = "npt_run.yaml"
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -134,20 +136,6 @@ def load_adapter(base: Any, path: str | Path, *, allow_other_base: bool = False)
             f"base, first at {one_line(odd[0], 200)} {list(odd[1])}; use the base it was made from"
         )
     return model.eval()
-
-
-def set_aside(folder: Path, patterns: tuple[str, ...]) -> Path | None:
-    """Moves what matches into a new `previous-<n>` folder beside it, so that a new run overwrites nothing."""
-    found = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    if not found:
-        return None
-    number = 1
-    while (target := folder / f"previous-{number}").exists():
-        number += 1
-    target.mkdir()
-    for path in found:
-        path.rename(target / path.name)
-    return target
 
 
 def _first_line(error: Exception) -> str:

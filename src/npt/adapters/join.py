@@ -16,14 +16,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from npt.adapters.folder import WEIGHTS, resolve_checkpoint
+from npt.adapters.folder import RUN_CONFIG, WEIGHTS, resolve_checkpoint
 from npt.common.display import one_line
 from npt.common.files import new_folder, temporary_name
 from npt.common.fingerprint import difference
 from npt.common.writable import check_folders
 from npt.config import RunConfig, load_config, save_config, with_overrides
 from npt.errors import CheckpointError, ConfigError, ConversionError, NPTError
-from npt.runs.corpora import RUN_CONFIG
 from npt.tuner.card import write_model_card
 from npt.tuner.config import LAYER_NAME, OPTIONS, NPTConfig
 

@@ -155,12 +155,12 @@ def dtype_of(name: str, hf_config: Any) -> torch.dtype:
 
 
 def load_shapes(config: Any) -> Any:
-    """The configuration of a model known by shape, else of `model.base_model_name` (see `loading.base_config`)."""
+    """The configuration of a model known by shape, else of `model.base_model_name` (see `npt.runs.base_model.base_config`)."""
     name = source_of(config.model.base_model_name)
     if name in KNOWN_SHAPES and not Path(name).is_dir():
         return LlamaConfig(**KNOWN_SHAPES[name])
     try:
-        return base_config(config)
+        return base_config(config.model, config.paths.cache_dir)
     except ConversionError:
         raise
     except NPTError as error:

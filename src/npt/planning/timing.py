@@ -20,7 +20,7 @@ from npt.planning.plan import OVERHEAD, Plan, advice, device_memory, machine_spe
 from npt.planning.shapes import dtype_of, load_shapes
 from npt.planning.shards import ALONE, FSDP2
 from npt.runs.base_model import default_device
-from npt.runs.corpora import VALIDATION_BLOCKS
+from npt.training.steps import VALIDATION_BLOCKS
 
 
 @dataclass(frozen=True)
