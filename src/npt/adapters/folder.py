@@ -48,7 +48,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def _check_config(folder: Path) -> None:
-    """Before PEFT reads it: PEFT drops or stumbles over what it does not expect."""
+    """Checks adapter_config.json before PEFT reads it: PEFT drops, or fails on, values it does not expect."""
     place = f"checkpoint {folder}: {CONFIG}"
     try:
         with (folder / CONFIG).open("rb") as file:
@@ -85,7 +85,7 @@ def _check_config(folder: Path) -> None:
 
 
 def _header(folder: Path) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the adapter's weights, which must be finite."""
+    """{name: shape} of the adapter's weights; refuses any that are not finite."""
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             shapes = {}
