@@ -65,7 +65,7 @@ TESTS = {
         "tests/tuner/test_composition.py::test_half_precision_is_as_near_as_the_base_is",
         "tests/equivalence/test_objectives.py",
     ),
-    "attach": (
+    "hooks": (
         *(f"tests/{name}.py" for name in ("block/test_hooks", "block/test_parity", "tuner/test_tuner")),
         *_families(_FORMULA, "phi3 granite olmo2 gemma2 opt cohere"),
         *_families("test_any_subset_of_projections", "targets0-phi3 targets1-phi3 targets2-phi3 targets3-phi3"),
@@ -80,7 +80,7 @@ TESTS = {
         *(f"tests/equivalence/test_calibration.py::test_{name}" for name in _CALIBRATION),
     ),
 }
-MODULES = {"component": "block.component", "attach": "block.layer", "calibration": "equivalence.calibration"}
+MODULES = {"component": "block.component", "hooks": "block.hooks", "calibration": "equivalence.calibration"}
 TARGETS = {
     name: Target(f"npt.{module}", f"src/npt/{module.replace('.', '/')}.py", TESTS[name])
     for name, module in MODULES.items()

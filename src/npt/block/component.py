@@ -1,4 +1,4 @@
-"""The neuro-plastic component: the maths of one NPT block, without any model around it.
+"""The equation of the weight delta: the neuro-plastic component of one block, without any model around it.
 
     transformer block                      NPT block
     a = Attn(Norm1(h))                     a = Attn(Norm1(h))
