@@ -215,7 +215,7 @@ class NPComponent(nn.Module):
     # -- the terms, of which both the forward and the norms are made ---------------------------------------------------
 
     def _input_terms(self, attention: Tensor, z: Tensor, m: Tensor | None, exact_input: Tensor | None) -> list[Term]:
-        """What is added to z, or to the outputs of gate and up."""
+        """The terms added to z, or to the outputs of gate and up."""
         if self.spec.carry == "exact":
             if exact_input is None:
                 raise ValueError("carry 'exact' needs exact_input, Norm2(h + a)")
@@ -224,7 +224,7 @@ class NPComponent(nn.Module):
         return [*([] if shift is None else [Term(MLP_INPUT, shift)]), *self._low_rank_terms("input", z, m)]
 
     def _down_terms(self, attention: Tensor, inner: Tensor, m: Tensor | None) -> list[Term]:
-        """What is added to the output of down."""
+        """The terms added to the output of down."""
         if "down" not in self.spec.projections:
             return []
         if self.spec.carry == "exact":

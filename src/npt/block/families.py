@@ -219,7 +219,7 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 
 
 def resolve_layers(choice: str | list[int], num_blocks: int) -> list[int]:
-    """Returns block indices, ascending, of "all", "upper_half" (n//2 ... n-1), "lower_half" or a list (negatives from the end).
+    """Block indices, ascending, of "all", "upper_half" (n//2 ... n-1), "lower_half" or a list (negatives from the end).
 
     Raises:
         ConversionError: an unknown word, an index out of range, a duplicate or an empty list.

@@ -163,7 +163,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
 
     @property
     def mode(self) -> Mode | None:
-        """What the block runs as instead of its active adapter; see `npt.block.modes.running_as`."""
+        """The block's behaviour instead of its active adapter's, or None; see `npt.block.modes.running_as`."""
         return self.hooks.mode
 
     @mode.setter

@@ -48,7 +48,8 @@ def projection_shape(block: nn.Module, family: Family, name: str) -> tuple[int, 
 def linear_product(module: Any) -> Callable[[Tensor], Tensor]:
     """x -> W x without bias. The linear is called, never its raw weight, so that quantised and offloaded ones work too."""
     if getattr(module, "bias", None) is None:
-        return module.forward  # type: ignore[no-any-return]
+        forward: Callable[[Tensor], Tensor] = module.forward
+        return forward
     return lambda x: module.forward(x) - module.forward(torch.zeros_like(x[..., :1, :]))
 
 
