@@ -198,7 +198,12 @@ def check(root: Path, target: Target, mutants: list[Mutant], records: list[dict[
 
 def hashes_of(root: Path, target: Target) -> dict[str, str]:
     """Short hashes of the source and of all its tests."""
-    files = [*sorted({test.split("::")[0] for test in target.tests}), "tests/conftest.py", "tests/families.py"]
+    files = [
+        *sorted({test.split("::")[0] for test in target.tests}),
+        "tests/conftest.py",
+        "tests/families.py",
+        "tests/helpers.py",
+    ]
     tests = b"".join((root / name).read_bytes() for name in files if (root / name).exists())
     source = (root / target.file).read_bytes()
     return {"source": hashlib.sha256(source).hexdigest()[:8], "tests": hashlib.sha256(tests).hexdigest()[:8]}

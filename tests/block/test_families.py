@@ -21,8 +21,8 @@ from npt.block.modes import Mode, running_as, watching_deltas
 from npt.errors import ConversionError
 from npt.evaluation.least_norm import least_joint_norms
 from npt.tuner.converted import active_layers, npt_layers
-from tests.conftest import randomize
 from tests.families import CASES, SIZES, Case, raw
+from tests.helpers import randomize
 
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
