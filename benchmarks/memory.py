@@ -17,10 +17,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config
 
-from benchmarks.readme import write_section
 from benchmarks.tables import markdown
 from npt.builtin import source_of
 from npt.config.sections import load_config
+from scripts.marked import write_section
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
 MIB = 2**20
