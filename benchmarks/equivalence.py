@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import RESULTS, equivalence_table, kept_equivalence, outcomes_table, summary_table
-from npt.config.sections import RunConfig, load_config
+from npt.config import RunConfig, load_config
 from npt.runs.train import run_evaluation, run_training
 from scripts.marked import ROOT, write_section
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from benchmarks.tables import markdown
 from npt.builtin import source_of
-from npt.config.sections import load_config
+from npt.config import load_config
 from scripts.marked import write_section
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
@@ -56,7 +56,7 @@ RUNS: list[tuple[str, Any, list[str]]] = [
 CHILD = """
 import json, re, sys, time
 import npt.cli, npt.runs.train, transformers
-from npt.config.sections import load_config
+from npt.config import load_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 def status(name):

@@ -9,7 +9,7 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 with atheris.instrument_imports(
-    include=["npt.config.sections", "npt.config.strict_yaml", "npt.common.display", "yaml"]
+    include=["npt.config.load", "npt.config.sections", "npt.config.strict_yaml", "npt.common.display", "yaml"]
 ):
     from fuzz import targets
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from npt.common.display import visible
-from npt.config.sections import RunConfig, load_config, save_config
+from npt.config import RunConfig, load_config, save_config
 from npt.data.sources import TextFiles
 from npt.errors import ConfigError, DataError
 

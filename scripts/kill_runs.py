@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from npt.config.sections import RunConfig, load_config
+from npt.config import RunConfig, load_config
 from npt.errors import CheckpointError
 from npt.runs import train as pipeline
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from npt.config.sections import RunConfig, load_config
+from npt.common.display import duration
+from npt.config import RunConfig, load_config
 from npt.planning.devices import planned_launch
 from npt.planning.plan import plan_run
-from npt.planning.timing import duration, memory_limit, run_steps, step_time
+from npt.planning.timing import memory_limit, run_steps, step_time
 from scripts.marked import ROOT, section, write_section
 
 GIB = 2**30

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from rich.markup import escape
 
 from npt.common.display import one_line, visible
 from npt.common.files import DISK_ERRORS
+from npt.common.launch import is_first_launched, process_label
 from npt.errors import NPTError, RunError, Stopped
 
 app = typer.Typer(
@@ -28,8 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 #: Of the processes that torchrun or accelerate launch, the first one talks; the others only when something is wrong.
-RANK = os.environ.get("RANK", "0")
-console = Console(quiet=RANK != "0")
+TALKS = is_first_launched()
+console = Console(quiet=not TALKS)
 #: Newer versions of typer carry click inside, older ones import it; the exported exception has the same parent.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -63,7 +63,7 @@ class _VisibleFormatter(logging.Formatter):
 def _setup(quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and results.")] = False) -> None:
     # peft 0.21 still calls transformers by an older name; nothing a user could change.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-    level = logging.ERROR if RANK != "0" else logging.WARNING if quiet else logging.INFO
+    level = logging.ERROR if not TALKS else logging.WARNING if quiet else logging.INFO
     handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
     handler.setFormatter(_VisibleFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -107,7 +107,7 @@ def train(
 
 
 def _dry_run(config: Path | None, set_: list[str] | None, resume: bool, **planned: Any) -> None:
-    from npt.planning.dry_run import dry_run, is_first_here, launch_here
+    from npt.planning.dry_run import dry_run, launch_here
     from npt.planning.plan import parse_bytes
 
     if resume:
@@ -115,7 +115,7 @@ def _dry_run(config: Path | None, set_: list[str] | None, resume: bool, **planne
     limit = planned.pop("limit")
     size = None if limit is None else parse_bytes(limit)
     launch, run = launch_here(**planned), _load(config, set_)
-    if is_first_here():
+    if is_first_launched():
         dry_run(run, launch, size, console)
 
 
@@ -289,7 +289,7 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def _load(config: Path | None, overrides: Sequence[str] | None) -> Any:
-    from npt.config.sections import load_config
+    from npt.config import load_config
 
     return load_config(config, overrides or ())
 
@@ -335,8 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(text: str) -> None:
-    which = "" if RANK == "0" else f" (process {RANK} of {os.environ.get('WORLD_SIZE', '?')})"
-    print(f"npt{which}: {one_line(text)}", file=sys.stderr)
+    print(f"npt{process_label()}: {one_line(text)}", file=sys.stderr)
 
 
 def _out_of_memory(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from npt import EquivalenceTrainer, NPTConfig, Objective, calibrate, merge_adapters
 from npt.adapters.folder import load_adapter
 from npt.cli import main
-from npt.config.sections import load_config
+from npt.config import load_config
 from npt.data import pack
 from npt.data.batches import batches_of
 from npt.errors import CheckpointError, NPTError, RunError

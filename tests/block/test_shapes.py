@@ -16,7 +16,8 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError, install_import_hook
 
-from npt.block.spec import CARRIES, GAINS, KEYS, LOW_RANK_SITES, ComponentSpec
+from npt.block.spec import ComponentSpec
+from npt.common.options import CARRIES, GAINS, KEYS, LOW_RANK_SITES
 
 CHECKED = ("npt.block.weight_delta", "npt.block.component")
 D, F, R = 6, 10, 2

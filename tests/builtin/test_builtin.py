@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npt import builtin
 from npt.cli import main
-from npt.config.sections import load_config
+from npt.config import load_config
 from npt.errors import ConfigError, DataError, NPTError
 from npt.runs.corpora import further_corpora
 from tests.helpers import REPOSITORY

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from npt.config.sections import RunConfig, known_keys, load_config, save_config
+from npt.config import RunConfig, known_keys, load_config, save_config
 from npt.errors import ConfigError
 from npt.tuner.config import OPTIONS, NPTConfig
 from tests.helpers import REPOSITORY

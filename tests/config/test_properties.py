@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from npt.common.display import visible
-from npt.config.sections import RunConfig, known_keys, load_config, save_config
+from npt.config import RunConfig, known_keys, load_config, save_config
 from npt.data import pack_token_ids
 from npt.data.packing import IGNORED
 from npt.data.sources import TextFiles

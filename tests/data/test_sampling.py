@@ -161,7 +161,7 @@ def test_a_cache_hit_runs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_torn_cache_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = random_base("llama", torch.float32)
     with monkeypatch.context() as patch:
-        patch.setattr("npt.data.sampling.os.replace", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             sampled(base, cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, TrainingArguments
 
 from npt import EquivalenceTrainer, NPTConfig, Objective
 from npt.cli import main
-from npt.config.sections import load_config
+from npt.config import load_config
 from npt.data import pack
 from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, hub_source, local_source
 from npt.errors import CheckpointError, ConfigError, DataError, NPTError

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from npt.cli import main
 from npt.common.display import human_bytes
-from npt.config.sections import load_config
+from npt.config import load_config
 from npt.errors import NPTError
 from npt.planning.devices import planned_launch
 from npt.planning.dry_run import data_lines, launch_here, ranges

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from npt import NPTConfig
 from npt.block.component import ComponentSpec
-from npt.config.sections import load_config
+from npt.config import load_config
 from npt.equivalence.objectives import Objective
 from npt.errors import NPTError
 from npt.planning.formed_deltas import (

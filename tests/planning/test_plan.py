@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from npt import NPTConfig, calibrate
-from npt.config.sections import RunConfig, load_config, with_overrides
+from npt.config import RunConfig, load_config, with_overrides
 from npt.errors import ConfigError, NPTError
 from npt.evaluation.divergence import token_divergences
 from npt.planning.plan import BYTES_4BIT, Plan, advice, parse_bytes, plan_run, weight_bytes

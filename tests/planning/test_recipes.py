@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from npt.config.sections import load_config
+from npt.config import load_config
 from scripts.recipes_table import ROOT, TABLES, line, lines_of
 from tests.helpers import REPOSITORY
 

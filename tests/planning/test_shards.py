@@ -18,15 +18,16 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from npt import NPTConfig
 from npt.block.families import blocks_of
+from npt.common.display import duration
 from npt.common.sharded import through
-from npt.config.sections import RunConfig, load_config
+from npt.config import RunConfig, load_config
 from npt.equivalence.objectives import Objective
 from npt.errors import NPTError
 from npt.planning.devices import BANDWIDTH_SHARE, DEVICES, EFFICIENCY, planned_launch
 from npt.planning.plan import OVERHEAD, advice, plan_run
 from npt.planning.shapes import KNOWN_SHAPES, shapes_of
 from npt.planning.shards import DDP, FSDP2, local_size, shard_units, strategy_of
-from npt.planning.timing import duration, run_steps, step_time, time_lines
+from npt.planning.timing import run_steps, step_time, time_lines
 from npt.tuner.converted import active_layers, parameter_counts
 from tests.helpers import allocated
 
@@ -55,7 +56,7 @@ def processes() -> Iterator[Callable[[int], None]]:
 
 
 def shard(model: Any) -> None:
-    """As npt.common.launch does it, with accelerate's own function."""
+    """As npt.runs.processes does it, with accelerate's own function."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from npt import NPTConfig
 from npt.cli import _setup, main
-from npt.config.sections import load_config
+from npt.config import load_config
 from npt.runs.base_model import load_base
 from tests.catalogue import CATALOGUE, Entry, Kit, tensors
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from npt.cli import main
-from npt.config.sections import load_config
+from npt.config import load_config
 from npt.runs.corpora import trained_on
 from tests.helpers import REPOSITORY, settings
 

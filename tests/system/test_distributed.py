@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from npt.common import processes as distributed
-from npt.common.launch import check_launch, shards_base, start_processes
+from npt.common.launch import check_launch
 from npt.errors import NPTError
+from npt.runs.processes import shards_base, start_processes
 from npt.training.checkpoints import last_checkpoint
 from tests.helpers import REPOSITORY
 

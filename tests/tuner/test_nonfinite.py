@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from npt import NPTConfig, calibrate, evaluate
 from npt.cli import main
+from npt.common.precision import all_finite
 from npt.equivalence.objectives import Objective
 from npt.errors import ConversionError, NPTError, RunError
 from npt.tuner.converted import active_layers, npt_layers
-from npt.tuner.nonfinite import all_finite, find_nonfinite
+from npt.tuner.nonfinite import find_nonfinite
 from tests.helpers import blocks, random_base, settings, trainer
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from npt.common.display import one_line
 from npt.common.fingerprint import is_record
-from npt.config.sections import option_problems
+from npt.config import option_problems
 from npt.config.strict_yaml import MAX_BYTES
 from npt.errors import CheckpointError, ConversionError
 from npt.tuner.config import FORMAT_VERSION, OPTIONS, PEFT_TYPE, NPTConfig

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from npt.adapters.folder import WEIGHTS, resolve_checkpoint
 from npt.common.display import one_line
-from npt.common.files import PART, disk_errors, flush
+from npt.common.files import new_folder, temporary_name
 from npt.common.fingerprint import difference
 from npt.common.writable import check_folders
-from npt.config.sections import RunConfig, load_config, save_config, with_overrides
+from npt.config import RunConfig, load_config, save_config, with_overrides
 from npt.errors import CheckpointError, ConfigError, ConversionError, NPTError
 from npt.runs.corpora import RUN_CONFIG
 from npt.tuner.card import write_model_card
@@ -95,10 +94,10 @@ def join(folders: Iterable[str | Path], output: str | Path) -> list[Part]:
             _check_alike(parts[0], part)
             _check_base(parts[0], part)
     for part in parts:
-        place, temporary = part.found.resolve(), _temporary(target)
+        place, temporary = part.found.resolve(), temporary_name(target)
         if place in (target, *target.parents) or temporary in (place, *place.parents):
             raise NPTError(f"--output={output}: is in {part.folder}, one of the adapters; name a folder of its own")
-    _write(parts, target)
+    new_folder(target, lambda folder: _fill(parts, folder), again="do it again")
     return parts
 
 
@@ -106,10 +105,6 @@ def _check_output(output: str | Path, target: Path) -> None:
     check_folders({"--output": output})
     if target.is_dir() and any(target.iterdir()):
         raise NPTError(f"--output={output}: is there and not empty; name a new folder, or move what is in it")
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(target.name + PART)
 
 
 # -- one adapter ---------------------------------------------------------------------------------------------------------
@@ -249,24 +244,6 @@ def _fingerprint(config: NPTConfig) -> dict[str, Any] | None:
 
 
 # -- the result ----------------------------------------------------------------------------------------------------------
-
-
-def _write(parts: Sequence[Part], target: Path) -> None:
-    """The folder appears whole, by its last rename."""
-    temporary = _temporary(target)
-    with disk_errors(target, again="do it again"):
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            _fill(parts, temporary)
-            for path in (*(p for p in temporary.rglob("*") if p.is_file()), temporary):
-                flush(path)
-            if target.is_dir():
-                target.rmdir()  # empty; Windows renames onto nothing that is there
-            os.replace(temporary, target)
-            flush(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _fill(parts: Sequence[Part], folder: Path) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from npt.block.spec import INPUT_PROJECTIONS, ComponentSpec
 from npt.block.weight_delta import Factors, WeightDelta
+from npt.common.precision import cast, wide_dtype
 
 __all__ = ["INPUT_PROJECTIONS", "ComponentSpec", "InputValues", "NPComponent", "WeightDelta"]
 
@@ -204,13 +205,13 @@ class NPComponent(nn.Module):
             return InputValues()
         m = self.modulation(attention)
         sums, mask = _sums(self._input_terms(attention, z, m, exact_input)), _has_key(z, z)
-        values = {place: _cast(value * mask, z.dtype) for place, value in sums.items()}
+        values = {place: cast(value * mask, z.dtype) for place, value in sums.items()}
         return InputValues(values.pop(MLP_INPUT, None), values, m)
 
     def _down_value(self, attention: Tensor, inner: Tensor, m: Tensor | None) -> Tensor | None:
         m = self.modulation(attention) if m is None else m
         value = _sums(self._down_terms(attention, inner, m)).get("down")
-        return None if value is None else _cast(value * _has_key(inner, value), attention.dtype)
+        return None if value is None else cast(value * _has_key(inner, value), attention.dtype)
 
     # -- the terms, of which both the forward and the norms are made ---------------------------------------------------
 
@@ -238,7 +239,7 @@ class NPComponent(nn.Module):
             return []
         found = []
         for name, (b, c) in self.low_rank_factors(site).items():
-            u = m if c is None else (_cast(x, m.dtype) @ c) * m
+            u = m if c is None else (cast(x, m.dtype) @ c) * m
             found.append(Term(MLP_INPUT if name == "in" else name, u @ b, None if c is None else (m, c, b)))
         return found
 
@@ -252,8 +253,8 @@ class NPComponent(nn.Module):
         phi holds |a|^2/d and, but for gain `norm`, <zhat, a>/d; it is empty without a gain.
         """
         own = next(iter(self._parameters.values()), None)
-        dtype = _wide(attention if own is None else own)
-        a, z = self.centered(_cast(attention, dtype)), _cast(z, dtype)
+        dtype = wide_dtype((attention if own is None else own).dtype)
+        a, z = self.centered(cast(attention, dtype)), cast(z, dtype)
         z = z if self.norm_bias is None else z - self.norm_bias
         if not self.has_gain:
             return a, z, ()
@@ -288,7 +289,7 @@ class NPComponent(nn.Module):
         if not self.spec.has_low_rank:
             return None
         to_rank = self.A
-        modulation = torch.tanh(self.centered(_cast(attention, to_rank.dtype)) @ to_rank)
+        modulation = torch.tanh(self.centered(cast(attention, to_rank.dtype)) @ to_rank)
         return modulation if self.spec.modulation_scale == 1 else self.spec.modulation_scale * modulation
 
     def keyed_shift(
@@ -331,7 +332,7 @@ class NPComponent(nn.Module):
     ) -> WeightDelta:
         # Anew for each projection: shared ones would sum a regulariser's gradients in another order.
         terms, mask = self._input_terms(attention, z, self.modulation(attention), exact_input), _has_key(z, z)
-        keyed = {place: _cast(value * mask, z.dtype) for place, value in _sums(terms, own_key=False).items()}
+        keyed = {place: cast(value * mask, z.dtype) for place, value in _sums(terms, own_key=False).items()}
         value = product(keyed[MLP_INPUT]) if MLP_INPUT in keyed else None
         if t in keyed:
             value = keyed[t] if value is None else value + keyed[t]
@@ -372,15 +373,5 @@ def _own_key(terms: Sequence[Term], place: str) -> Factors | None:
 def _has_key(x: Tensor, like: Tensor) -> Tensor:
     """(..., 1) one where |x|^2 > 0 (so that the input key exists), else zero, in `like`'s dtype."""
     x = x.detach() if x.requires_grad else x
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
-    return _cast(norm.sign(), like.dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """x's dtype, float32 at least."""
-    return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.promote_types(x.dtype, torch.float32)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype: `x.to` costs a decoding step time even where it has nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x.dtype))
+    return cast(norm.sign(), like.dtype)

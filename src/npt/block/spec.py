@@ -1,16 +1,13 @@
-"""The options of one NP component, their names and defaults."""
+"""The sizes and options of one NP component."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 
+from npt.common.options import DEFAULTS
+
 INPUT_PROJECTIONS = ("gate", "up")
-PROJECTIONS = ("gate", "up", "down")
-KEYS = ("input", "tied", "learned")
-CARRIES = ("none", "diagonal", "exact")
-GAINS = ("none", "norm", "overlap", "state")
-LOW_RANK_SITES = ("input", "projection")
 
 
 @dataclass(frozen=True)
@@ -28,13 +25,13 @@ class ComponentSpec:
 
     hidden_size: int
     intermediate_size: int
-    projections: tuple[str, ...] = PROJECTIONS
-    rank: int = 16
-    modulation_scale: float = 1.0
-    key: str = "input"
-    carry: str = "diagonal"
-    gain: str = "state"
-    low_rank_at: str = "input"
+    projections: tuple[str, ...] = DEFAULTS.target_projections
+    rank: int = DEFAULTS.rank
+    modulation_scale: float = DEFAULTS.modulation_scale
+    key: str = DEFAULTS.key
+    carry: str = DEFAULTS.carry
+    gain: str = DEFAULTS.gain
+    low_rank_at: str = DEFAULTS.low_rank_at
     centered: bool = False
     reads: str = "norm(h + a)"
 

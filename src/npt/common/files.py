@@ -1,7 +1,14 @@
 """Files that outlive a killed process, a full disk and a second run on the same folder.
 
-A file is written under another name, flushed to the disk and renamed, so that it is either the old one or the new one. A
-folder of several files is sealed last, by a list of their sizes and digests: what has no seal was never finished.
+This module is the only one that writes a file atomically: under another name, flushed to the disk and renamed, so that a
+reader finds either the old file or the new one. A folder of several files is sealed last, by a list of their sizes and
+digests: a folder without a seal was never finished.
+
+    replace_file    one file; the errors of the disk as Python raises them
+    write_file      one file; an error of the disk becomes a RunError that says what to do (also text, JSON, tensors)
+    append_json     one line of a JSON-lines file
+    new_folder      a folder of several files, which appears whole
+    replace_files   several files of a folder that is there, each replaced whole
 """
 
 from __future__ import annotations
@@ -11,43 +18,72 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from npt.common.display import human_bytes
+from npt.common.launch import is_first_launched
 from npt.errors import NPTError, RunError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: How the name of a file or folder ends while it is written.
 PART = ".part"
 SEAL = "complete.json"
 LOCK = ".lock"
-#: What a disk does to a write, wherever it happens: it is full, over a quota, gone, or has become read-only.
+#: The errors of a disk that is full, over a quota, gone, or has become read-only.
 DISK_ERRORS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EIO, errno.EROFS)  # Windows has no quotas
 #: Disk kept free beside what a save needs.
 RESERVE = 16 * 2**20
 
 
+def replace_file(path: Path, write: Callable[[Path], object], *, shared: bool = False) -> None:
+    """Replaces a file by the one that `write` makes at the path it is given.
+
+    Args:
+        shared: other processes may write the same file at the same time, so each needs a temporary name of its own.
+
+    Raises:
+        OSError, SafetensorError: from `write` or the disk; the old file is as it was.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}{PART}" if shared else path.name + PART)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Replaces a file by what `write` puts at the path it is given.
+    """Replaces a file by the one that `write` makes at the path it is given.
 
     Raises:
         RunError: the disk is full or gone; the old file is as it was.
     """
-    temporary = path.with_name(path.name + PART)
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            flush(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        flush(path.parent)
+        replace_file(path, write)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replaces a file by tensors in safetensors' format.
+
+    Raises:
+        RunError: the disk is full or gone; the old file is as it was.
+    """
+    from safetensors.torch import save_file  # here, because it imports torch
+
+    write_file(path, lambda temporary: save_file(dict(tensors), temporary))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -76,8 +112,62 @@ def append_json(path: Path, value: Any) -> None:
                 raise
 
 
-def whole_lines(file: Any) -> int:
-    """Where the last whole line of an open binary file ends."""
+def new_folder(target: Path, fill: Callable[[Path], object], *, again: str = "go on with --resume") -> None:
+    """Makes a folder out of the files that `fill` puts into the one it is given. The folder appears whole, by its last rename.
+
+    Args:
+        target: is not there yet, or empty. again: what to do once the disk is well, for the error.
+
+    Raises:
+        RunError: the disk is full or gone; there is no `target`.
+    """
+    with disk_errors(target, again=again), _temporary_folder(target) as temporary:
+        fill(temporary)
+        for path in (*(p for p in temporary.rglob("*") if p.is_file()), temporary):
+            flush(path)
+        if target.is_dir():
+            target.rmdir()  # Windows can't rename a folder onto one that is there, even if that is empty
+        os.replace(temporary, target)
+        flush(target.parent)
+
+
+def replace_files(folder: Path, fill: Callable[[Path], object], *, last: str = ".safetensors") -> None:
+    """Replaces files of a folder by those that `fill` puts into the one it is given, each whole. Other files stay.
+
+    Args:
+        last: files with this suffix are replaced after all others.
+
+    Raises:
+        RunError: the disk is full or gone; where `fill` failed, the folder holds what it held.
+    """
+    with disk_errors(folder), _temporary_folder(folder) as temporary:
+        fill(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(temporary.iterdir(), key=lambda p: p.suffix == last):
+            flush(path)
+            os.replace(path, folder / path.name)
+        flush(folder)
+
+
+def temporary_name(folder: Path) -> Path:
+    """The folder in which `new_folder` and `replace_files` put the files first."""
+    return folder.with_name(folder.name + PART)
+
+
+@contextmanager
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, removed at the end if it is still there."""
+    temporary = temporary_name(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def whole_lines(file: BinaryIO) -> int:
+    """The offset at which the last whole line of an open binary file ends."""
     end = file.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - 4096)
@@ -126,10 +216,10 @@ def seal(folder: Path) -> None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether a folder was finished and every file in it is what it was then."""
+    """True for a folder that was finished and whose files have not changed since."""
     try:
         names = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        # A name that leads out of the folder is no name `seal` wrote.
+        # `seal` writes no name that leads out of the folder.
         inside = all(folder.resolve() in (folder / name).resolve().parents for name in names)
         return inside and all(_identity(folder / name) == found for name, found in names.items())
     except (OSError, ValueError, AttributeError, TypeError):
@@ -137,6 +227,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 def _identity(path: Path) -> list[Any]:
+    """[size in bytes, SHA-256] of a file."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while part := file.read(2**20):
@@ -146,7 +237,7 @@ def _identity(path: Path) -> list[Any]:
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Stops before a save that the disk can't take.
+    """Stops before a save for which the disk has too little room.
 
     Raises:
         RunError: with what is needed and what is free.
@@ -161,9 +252,10 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 @contextmanager
 def disk_errors(path: Path, needed: int | None = None, again: str = "go on with --resume") -> Iterator[None]:
-    """Turns what a disk can do to a write into one line; safetensors hides the number of the error in its text.
+    """Turns an error of the disk into a RunError of one line; safetensors hides the error's number in its text.
 
-    again: what to do once the disk is well.
+    Args:
+        needed: bytes the write needs, for the message. again: what to do once the disk is well.
     """
     try:
         yield
@@ -180,16 +272,14 @@ def disk_errors(path: Path, needed: int | None = None, again: str = "go on with 
 
 @contextmanager
 def only_run(*folders: Path) -> Iterator[None]:
-    """Holds folders for this process: a second run on one of them is refused. The system lets go when the process ends.
-
-    Of the processes that torchrun or accelerate launch for one run, the first one holds them.
+    """Locks folders for this process, so that a second run on one of them is refused. The system unlocks them when the process
+    ends. Of the processes that torchrun or accelerate launch for one run, the first one locks them.
 
     Raises:
         NPTError: another run holds one, or it can't be made.
     """
     with ExitStack() as held:
-        first = os.environ.get("RANK", "0") == "0"
-        for folder in dict.fromkeys(folder.resolve() for folder in folders if first):
+        for folder in dict.fromkeys(folder.resolve() for folder in folders if is_first_launched()):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = FileLock(folder / LOCK, timeout=0)

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from npt.common.processes import wire_device, world
+from npt.errors import NPTError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 T = TypeVar("T")
 
 
 def through(model: nn.Module, function: Callable[[], T]) -> T:
-    """Runs a function inside the forward of a wrapped model, so that the wrapper's own hooks gather weights before and
-    reduce gradients after, as they would for its forward. All processes call it.
+    """Runs a function inside the forward of a wrapped model, so that the wrapper's own hooks gather the weights before it and
+    reduce the gradients after it. All processes call it.
 
     Lightning and TRL redirect a forward in the same way.
     """
@@ -50,17 +56,17 @@ def through(model: nn.Module, function: Callable[[], T]) -> T:
 
 
 def is_wrapped(model: nn.Module) -> bool:
-    """Whether a wrapper of several processes has to see a forward."""
+    """True for a model in a wrapper (DDP, FSDP2, DeepSpeed) that has to see every forward."""
     return isinstance(model, FSDPModule | DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine"
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 keeps the model's weights in parts."""
+    """True for a model whose weights FSDP2 keeps in parts."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets go of gathered weights; without a backward FSDP2 keeps those of the root."""
+    """Frees gathered weights; without a backward, FSDP2 keeps those of the root module."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -80,7 +86,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
-    """A parameter whole, detached; all processes call it."""
+    """The whole parameter, detached; all processes call it."""
     if isinstance(parameter, DTensor):
         whole: Tensor = parameter.full_tensor()
         return whole.detach()
@@ -93,12 +99,12 @@ def full_tensor(parameter: Tensor) -> Tensor:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """The part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor as the parameter (or a state of it) is kept: in parts, where that is; all processes call it."""
+    """A whole tensor, cut into parts where the parameter (or a state of it) is kept in parts; all processes call it."""
     if isinstance(parameter, DTensor):
         return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)
     return whole
@@ -113,3 +119,25 @@ def same_everywhere(tensors: Mapping[str, Tensor]) -> None:
         dist.broadcast(wire, src=0)
         with torch.no_grad():
             tensor.copy_(wire)
+
+
+def fsdp_accelerator(args: TrainingArguments) -> Accelerator:
+    """The accelerator of a run with FSDP2, as TrainingArguments or accelerate's configuration describe it.
+
+    On CPUs accelerate would ignore FSDP and fall back to DDP without a word, though torch can shard there as well.
+
+    Raises:
+        NPTError: FSDP's first version.
+    """
+    options = args.fsdp_plugin_args
+    plugin = FullyShardedDataParallelPlugin(**(options or {}))
+    accelerator = Accelerator(fsdp_plugin=plugin)
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if not accelerator.is_fsdp2:
+        raise NPTError("fsdp_version=1 in accelerate's configuration: npt shards with FSDP2; set fsdp_version: 2")
+    return accelerator

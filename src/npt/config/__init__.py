@@ -1,5 +1,6 @@
 """The run configuration: its sections, and how a YAML file with overrides becomes one."""
 
+from npt.config.load import load_config, option_problems, save_config, with_overrides
 from npt.config.sections import (
     DataSection,
     ModelSection,
@@ -9,10 +10,6 @@ from npt.config.sections import (
     TrainingSection,
     WandbSection,
     known_keys,
-    load_config,
-    option_problems,
-    save_config,
-    with_overrides,
 )
 
 __all__ = [

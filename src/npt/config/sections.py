@@ -1,16 +1,11 @@
-"""The run configuration: typed YAML with dotted overrides, every problem reported at once."""
+"""The sections of a run configuration: every key with its type and default, and which combinations contradict each other."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -24,16 +19,13 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from npt.builtin import MODELS, PREFIX, TEXTS
-from npt.common.display import one_line
-from npt.common.files import write_text
-from npt.config.strict_yaml import MAX_BYTES, parse_yaml
-from npt.errors import ConfigError
+from npt.common.options import DEFAULTS, Carry, Gain, Key, LowRankSite, Projection, tied_targets_down
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; a person means the number."""
+    """Text such as 1e-3 as the number it means: YAML 1.1 takes it for text."""
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
 
 
@@ -44,7 +36,7 @@ def _no_duplicates(value: Any) -> Any:
 
 
 def _layers(value: Any, validate: Callable[[Any], Any]) -> Any:
-    """One message instead of one for each form that the value does not have."""
+    """Gives one message, where pydantic would give one for each form that the value does not have."""
     try:
         return validate(value)
     except ValidationError:
@@ -52,7 +44,7 @@ def _layers(value: Any, validate: Callable[[Any], Any]) -> Any:
 
 
 def _known(names: Iterable[str]) -> Callable[[str], str]:
-    """A `builtin:` name has to be one of `names`; any other is checked when it is loaded."""
+    """A check that a `builtin:` name is one of `names`; any other name is checked when it is loaded."""
 
     def check(name: str) -> str:
         if name.startswith(PREFIX) and name not in names:
@@ -63,24 +55,24 @@ def _known(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def _writable(text: str) -> str:
-    """No system takes a NUL in a file's name, and half a surrogate pair can't be written at all."""
+    """Refuses what can't be written: a NUL, which no file's name may hold, and half a surrogate pair."""
     if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("holds a NUL or half a surrogate pair; take it out")
     return text
 
 
 def _listed(value: Any) -> Any:
-    """One name need not be a list."""
+    """A list of one for a single name."""
     return [value] if isinstance(value, str) else value
 
 
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-#: What fits the libraries' and the machine's whole numbers.
+#: The largest whole number that all libraries take.
 MOST = 2**31 - 1
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_writable)]
-Projections = Annotated[list[Literal["gate", "up", "down"]], Field(min_length=1), AfterValidator(_no_duplicates)]
+Projections = Annotated[list[Projection], Field(min_length=1), AfterValidator(_no_duplicates)]
 Indices = Annotated[list[Annotated[int, Field(ge=-MOST, le=MOST)]], Field(min_length=1)]
 Layers = Annotated[
     Literal["upper_half", "lower_half", "all"] | Indices, WrapValidator(_layers), AfterValidator(_no_duplicates)
@@ -92,46 +84,46 @@ TextNames = Annotated[list[TextName], BeforeValidator(_listed), AfterValidator(_
 Conflict = tuple[tuple[str, ...], str]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
 
     def conflicts(self) -> Iterator[Conflict]:
-        """What is right key by key and wrong together; the first key is the one to blame."""
+        """Combinations of valid keys that contradict each other; the error names the first key."""
         yield from ()
 
     @model_validator(mode="after")
-    def _consistent(self) -> _Section:
+    def _consistent(self) -> Section:
         found = list(self.conflicts())
         if found:
             raise PydanticCustomError("conflict", "keys contradict each other", {"conflicts": found})
         return self
 
 
-class ModelSection(_Section):
-    """Which model, and which of its blocks become neuro-plastic, how."""
+class ModelSection(Section):
+    """The base model, and how which of its blocks become neuro-plastic."""
 
     base_model_name: Annotated[Text, AfterValidator(_known(MODELS))] = "builtin:tiny"
-    npt_layers: Layers = "upper_half"
-    rank: Count = 16
-    modulation_scale: Annotated[Real, Field(gt=0)] = 1.0
-    key: Literal["input", "tied", "learned"] = "input"
-    carry: Literal["none", "diagonal", "exact"] = "diagonal"
-    gain: Literal["none", "norm", "overlap", "state"] = "state"
-    low_rank_at: Literal["input", "projection"] = "input"
-    target_projections: Projections = ["gate", "up", "down"]
+    npt_layers: Layers = DEFAULTS.npt_layers
+    rank: Count = DEFAULTS.rank
+    modulation_scale: Annotated[Real, Field(gt=0)] = DEFAULTS.modulation_scale
+    key: Key = DEFAULTS.key
+    carry: Carry = DEFAULTS.carry
+    gain: Gain = DEFAULTS.gain
+    low_rank_at: LowRankSite = DEFAULTS.low_rank_at
+    target_projections: Projections = list(DEFAULTS.target_projections)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
     allow_other_base: bool = False
 
     def conflicts(self) -> Iterator[Conflict]:
-        """A tied key reads the hidden state through A; the down projection's input is wider."""
-        if self.key == "tied" and "down" in self.target_projections and self.rank and self.carry != "exact":
+        """A tied key can't read the input of the down projection, see `tied_targets_down`."""
+        if tied_targets_down(self.key, self.target_projections, self.rank, self.carry):
             text = '"tied" can\'t target down; set model.target_projections=[gate, up] or model.key=input'
             yield ("key", "target_projections"), text
 
 
-class TrainingSection(_Section):
-    """How long and towards what to train; `num_train_steps` null = epochs, 0 = calibration only."""
+class TrainingSection(Section):
+    """How long to train and with which objective; `num_train_steps` null: `num_epochs`, 0: calibration only."""
 
     batch_size: Positive = 16
     gradient_accumulation_steps: Positive = 1
@@ -157,11 +149,11 @@ class TrainingSection(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def objectives(self) -> list[str]:
-        """The objectives of a run, in their order: `auto` is `logits`, after `local` where nothing was calibrated."""
+        """The objectives of a run in their order. `auto` is `logits`, or `local` and then `logits` without calibration."""
         return {"auto": ["logits"] if self.calibrate else ["local", "logits"]}.get(self.objective, [self.objective])
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Text: `self` (the frozen model's own), `text` with data_files, a builtin name, or a hub id.
 
     A sample is a block of max_length. `streaming` reads the text as it trains, all of it, whatever `num_train_samples` says,
@@ -183,7 +175,7 @@ class DataSection(_Section):
     num_calibration_samples: Positive = 384
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Text needs files, and the model's own text has no end of its own."""
+        """Sources, files and streaming that do not go together, and text that would be both trained and evaluated on."""
         if self.streaming and (self.dataset_name == "self" or self.dataset_name.startswith(PREFIX)):
             text = "is for text from a hub or from files; set data.dataset_name, or take it out"
             yield ("streaming", "dataset_name"), text
@@ -201,7 +193,7 @@ class DataSection(_Section):
                 yield ("eval_texts", name), text
 
 
-class WandbSection(_Section):
+class WandbSection(Section):
     """Weights & Biases; WANDB_MODE=offline works as usual."""
 
     enabled: bool = False
@@ -210,7 +202,7 @@ class WandbSection(_Section):
     tags: list[Text] = []
 
 
-class OptimizationSection(_Section):
+class OptimizationSection(Section):
     """Memory: see MEMORY_OPTIMIZATION.md; `fsdp` shards the base over the processes of a launch: docs/scaling.md."""
 
     use_cpu_offload: bool = False
@@ -220,7 +212,7 @@ class OptimizationSection(_Section):
     fsdp: bool = False
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Quantised weights stay where bitsandbytes put them; sharded ones are FSDP's to move."""
+        """Pairs of ways to keep the weights: bitsandbytes, offloading and FSDP each place them on their own."""
         pairs = [("use_8bit", "use_cpu_offload"), ("use_4bit", "use_cpu_offload"), ("use_4bit", "use_8bit")]
         for one, other in (*pairs, *(("fsdp", name) for name in ("use_8bit", "use_4bit", "use_cpu_offload"))):
             if getattr(self, one) and getattr(self, other):
@@ -228,9 +220,9 @@ class OptimizationSection(_Section):
                 yield (one, other), text
 
 
-class PathsSection(_Section):
-    """Where things go; `cache_dir` null = the libraries' own caches, and sampled text is not kept; `teacher_cache` null =
-    the original model runs in every training step.
+class PathsSection(Section):
+    """Folders. `cache_dir` null: the libraries' own caches, and sampled text is not kept. `teacher_cache` null: the original
+    model runs in every training step.
     """
 
     output_dir: Text = "outputs"
@@ -239,7 +231,7 @@ class PathsSection(_Section):
     teacher_cache: Text | None = None
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything a run needs."""
 
     model: ModelSection = Field(default_factory=ModelSection)
@@ -250,7 +242,7 @@ class RunConfig(_Section):
     paths: PathsSection = Field(default_factory=PathsSection)
 
     def conflicts(self) -> Iterator[Conflict]:
-        """A stream has no end to count from, and no fixed blocks to keep something for."""
+        """A stream has no end to count steps from, and no fixed blocks to keep teacher targets for."""
         if self.data.streaming and self.training.num_train_steps is None:
             text = "has no end with data.streaming=true; set a number of steps"
             yield ("training.num_train_steps", "data.streaming"), text
@@ -259,198 +251,17 @@ class RunConfig(_Section):
             yield ("paths.teacher_cache", "data.streaming"), text
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a YAML file (or the defaults) with "dotted.key=value" overrides, values in YAML.
-
-    Raises:
-        ConfigError: every problem in one message, each with its key, its value and what to do.
-    """
-    values: dict[str, Any] = {} if path is None else _read(Path(path))
-    problems = []
-    for override in overrides:
-        problem = _override(values, override)
-        if problem:
-            problems.append(problem)
-    problems += [_unknown(key) for key in islice(_unknown_keys(values), 100)]
-    config, found = _validate(values)
-    problems += found
-    if problems or config is None:
-        raise ConfigError(f"{'configuration' if path is None else path}: {_together(problems)}")
-    return config
-
-
-def _together(problems: Iterable[str]) -> str:
-    """One line of all problems; past the first 20 they are counted."""
-    lines = list(dict.fromkeys(one_line(problem) for problem in problems))
-    return "; ".join([*lines[:20], *([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])])
-
-
-def save_config(config: RunConfig, path: str | Path) -> None:
-    """Writes a configuration as YAML, every key."""
-    write_text(Path(path), yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
-
-
-def with_overrides(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """A copy with {"section.key": value} changed.
-
-    Raises:
-        ConfigError: what comes out contradicts itself.
-    """
-    values = config.model_dump()
-    for name, value in changes.items():
-        section, key = name.split(".")
-        values[section][key] = value
-    changed, problems = _validate(values)
-    if changed is None or problems:
-        raise ConfigError(_together(problems))
-    return changed
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise ConfigError(f"--config {path}: more than {MAX_BYTES:,} bytes; that is no configuration, name another")
-        values = parse_yaml(data.decode("utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"--config {path}: no such file; name a YAML file, e.g. config.yaml") from error
-    except IsADirectoryError as error:
-        raise ConfigError(f"--config {path}: is a folder; name a YAML file in it, e.g. config.yaml") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = one_line(error, 300)
-        raise ConfigError(f"--config {path}: not readable as YAML: {reason}; mend the file or name another") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"--config {path}: expected sections like `model:`, found {type(values).__name__}; write section: and its "
-            "keys indented below"
-        )
-    # A section whose keys are all commented out is null.
-    return {name: {} if name in RunConfig.model_fields and value is None else value for name, value in values.items()}
-
-
-def _override(values: dict[str, Any], override: str) -> str | None:
-    """Applies one override; returns what is wrong with it, if anything."""
-    dotted, separator, text = (part.strip() for part in override.partition("="))
-    parts = dotted.split(".")
-    shown = f"--set {one_line(override, 200)}"
-    if not separator or not all(parts):
-        return f"{shown}: write section.key=value, e.g. training.num_train_steps=100"
-    if dotted in RunConfig.model_fields:
-        return f"{shown}: {dotted} is a section; write {dotted}.key=value"
-    if len(parts) != 2:
-        return f"{shown}: {_unknown(dotted)}"
-    try:
-        value = parse_yaml(text)
-    except yaml.YAMLError as error:
-        return f"{shown}: the value is not YAML ({one_line(error, 80)}); quote it"
-    section = values.setdefault(parts[0], {})
-    if isinstance(section, dict):
-        section[parts[1]] = value
-    return None
-
-
-def option_problems(options: Mapping[str, Any]) -> list[str]:
-    """What is wrong with values of the `model` section, as an adapter's file holds them."""
-    return [problem.removeprefix("model.") for problem in _validate({"model": dict(options)})[1]]
-
-
-def known_keys() -> dict[str, type[BaseModel]]:
-    """{"section.key": section class} of every key."""
-    sections = {name: field.default_factory for name, field in RunConfig.model_fields.items()}
-    return {f"{name}.{key}": section for name, section in sections.items() for key in section.model_fields}  # type: ignore
-
-
-def _unknown_keys(values: dict[str, Any]) -> Iterator[str]:
-    known = known_keys()
-    for name, section in values.items():
-        if name not in RunConfig.model_fields:
-            yield name
-        elif isinstance(section, dict):
-            yield from (f"{name}.{key}" for key in section if f"{name}.{key}" not in known)
-
-
-def _unknown(key: str) -> str:
-    """What to write instead: the nearest key of any section, one of the same section before its like elsewhere."""
-    section, _, leaf = key.rpartition(".")
-
-    def likeness(name: str) -> float:
-        its_section, _, its_leaf = name.rpartition(".")
-        return difflib.SequenceMatcher(None, leaf, its_leaf).ratio() + 0.1 * (section == its_section)
-
-    names = [*known_keys(), *(() if section else RunConfig.model_fields)]
-    nearest = max(names, key=likeness)
-    if likeness(nearest) >= 0.7:
-        return f"{key}: unknown key; did you mean {nearest}?"
-    return f"{key}: unknown key; remove it (the sections are {', '.join(RunConfig.model_fields)})"
-
-
-def _validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    """(the configuration or None, every problem but unknown keys).
-
-    A wrong value hides the checks across keys of its section, so it is taken out and the rest checked again.
-    """
-    values = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
-    config, first = _attempt(values)
-    wrong = {tuple(error["loc"][:2]) for error in first if len(error["loc"]) > 1}
-    for section, key in wrong:
-        values[section].pop(key)
-    second = _attempt(values)[1] if wrong else []
-    first = [error for error in first if error["type"] != "extra_forbidden"]
-    conflicts = [error for error in second if error["type"] == "conflict" and error not in first]
-    return config, [line for error in (*first, *conflicts) for line in _explain(error, wrong)]
-
-
-def _attempt(values: dict[str, Any]) -> tuple[RunConfig | None, list[Any]]:
-    try:
-        return RunConfig.model_validate(values), []
-    except ValidationError as error:
-        return None, error.errors(include_url=False)
-
-
-#: By the type of pydantic's error; braces are filled from its context.
-_REMEDIES = {
-    "int_type": "use a whole number",
-    "int_from_float": "use a whole number",
-    "float_type": "use a number",
-    "finite_number": "use a finite number",
-    "bool_type": "use true or false",
-    "string_type": "use text, in quotes where YAML would read something else",
-    "string_unicode": "holds half a surrogate pair; take it out",
-    "string_too_short": "must not be empty",
-    "list_type": "use a list, such as [a, b]",
-    "too_short": "use at least {min_length} entry",
-    "literal_error": "use {expected}",
-    "greater_than": "use a value above {gt}",
-    "greater_than_equal": "use a value of {ge} or more",
-    "less_than": "use a value below {lt}",
-    "less_than_equal": "use a value of {le} or less",
+#: {name: class} of the sections.
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "training": TrainingSection,
+    "data": DataSection,
+    "wandb": WandbSection,
+    "optimization": OptimizationSection,
+    "paths": PathsSection,
 }
 
 
-def _explain(error: Any, wrong: set[tuple[Any, ...]]) -> Iterator[str]:
-    """`key: value: remedy`; conflicts that involve a value in `wrong` wait until that is right."""
-    location, kind, context = error["loc"], error["type"], error.get("ctx", {})
-    key = ".".join(str(part) for part in location[:2])
-    if kind == "conflict":
-        for keys, text in context["conflicts"]:
-            if not any((*location, *name.split(".")) in wrong for name in keys):
-                yield f"{key}.{keys[0]}: {text}".removeprefix(".")
-        return
-    if len(location) == 1:
-        yield f"{key}: {_shown(error['input'])}: not a section; write `{key}:` with its keys indented below"
-        return
-    text = str(context["error"]) if kind == "value_error" else _REMEDIES.get(kind, error["msg"]).format(**context)
-    if kind == "literal_error" and isinstance(error["input"], bool):
-        text += ", in quotes: YAML reads a bare yes or no as true or false"
-    yield f"{key}: {_shown(error['input'])}: {text}"
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = json.dumps(value, default=str, ensure_ascii=False)
-    except ValueError:  # Python writes no number of more than 4,300 digits
-        text = "a number of thousands of digits"
-    return one_line(text, 80)
+def known_keys() -> dict[str, type[Section]]:
+    """{"section.key": section class} of every key."""
+    return {f"{name}.{key}": section for name, section in SECTIONS.items() for key in section.model_fields}

@@ -10,8 +10,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from npt.common.files import replace_file
 from npt.common.fingerprint import base_fingerprint
 from npt.common.processes import first_does, share, total, world
 from npt.common.progress import progress_bar
@@ -243,13 +242,5 @@ def _read_cache(path: Path, shape: tuple[int, int]) -> torch.Tensor | None:
 
 
 def _write_cache(path: Path, ids: torch.Tensor) -> None:
-    """Written whole under another name, then renamed: a run that dies half-way leaves nothing that could be read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file({"input_ids": ids}, name)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    """Writes a cache file whole; other runs may write the same one at the same time."""
+    replace_file(path, lambda temporary: save_file({"input_ids": ids}, temporary), shared=True)

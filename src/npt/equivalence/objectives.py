@@ -25,12 +25,13 @@ from npt.block.component import WeightDelta
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import Mode, running_as, watching, watching_deltas
 from npt.block.probing import logit_head
+from npt.common.precision import wide
 from npt.common.sharded import gathered
 from npt.data.batches import scored_positions
 from npt.equivalence.teacher import ROW, TeacherCache, grouped
 from npt.errors import REMEDY, NPTError, RunError
 from npt.tuner.converted import active_layers, run_backbone
-from npt.tuner.nonfinite import find_nonfinite, wide
+from npt.tuner.nonfinite import find_nonfinite
 
 OBJECTIVES = ("local", "logits", "composite")
 REGULARIZERS = ("factors", "delta")

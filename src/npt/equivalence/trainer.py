@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from npt.common.launch import fsdp_accelerator
+from npt.common.precision import all_finite
 from npt.common.processes import any_process, env_flag, total, world
-from npt.common.sharded import full_tensor, local_part, through
+from npt.common.sharded import fsdp_accelerator, full_tensor, local_part, through
 from npt.data.batches import batches_of, complete_batch, scored_positions
 from npt.equivalence.objectives import Objective, check_logit_head, update_scales
 from npt.equivalence.teacher import ROW, kind_of, teacher_cache, with_rows
@@ -27,7 +27,7 @@ from npt.evaluation.weight_deltas import delta_records
 from npt.training.callbacks import BestAdapterCallback
 from npt.training.checkpoints import DurableTrainer
 from npt.tuner.converted import active_layers, component_ids, device_of
-from npt.tuner.nonfinite import all_finite, find_nonfinite, raise_nonfinite
+from npt.tuner.nonfinite import find_nonfinite, raise_nonfinite
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ No weights are read, no text is tokenised and nothing is written: config.json of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -14,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from npt.common.display import human_bytes, visible
+from npt.common.launch import local_world_size, world_size
 from npt.common.processes import env_flag
-from npt.config.sections import RunConfig
+from npt.config import RunConfig
 from npt.errors import NPTError
 from npt.planning.devices import Launch, planned_launch
 from npt.planning.plan import Plan, plan_model
@@ -31,16 +31,9 @@ def launch_here(processes: int | None, nodes: int | None, device: str | None) ->
     Raises:
         NPTError: see `planned_launch`.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     if processes is None:
-        processes, nodes = world, (world // here if nodes is None else nodes)
+        processes, nodes = world_size(), (world_size() // local_world_size() if nodes is None else nodes)
     return planned_launch(processes, 1 if nodes is None else nodes, device)
-
-
-def is_first_here() -> bool:
-    """Whether this process is the one of its launch that speaks; the launch itself is not joined."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def dry_run(config: RunConfig, launch: Launch, limit: int | None, console: Console) -> Plan:

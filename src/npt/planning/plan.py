@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from npt.block.families import blocks_of
 from npt.block.modes import Mode
-from npt.config.sections import RunConfig, with_overrides
+from npt.config import RunConfig, with_overrides
 from npt.data.sampling import default_batch, draw, preallocated_cache
 from npt.equivalence.calibration import SLICE_TOKENS, calibrate, first_tokens
 from npt.equivalence.objectives import Objective

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
 from npt.builtin import source_of
+from npt.common.display import quiet
 from npt.errors import ConversionError, NPTError
 from npt.runs.base_model import base_config
 from npt.tuner.config import NPTConfig
@@ -123,19 +122,8 @@ def shapes_of(hf_config: Any, options: Any, dtype: torch.dtype) -> Any:
     except ValueError as error:
         reason = " ".join(str(error).split())[:120]
         raise NPTError(f"{type(hf_config).__name__} is no causal language model ({reason}); name another") from error
-    with quiet("npt.block.contract"), quiet("npt.tuner.model"):
+    with quiet("npt.block.contract", "npt.tuner.model"):
         return get_peft_model(base, adapter)
-
-
-@contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Switches a logger off: on the meta device there is nothing to check, and nobody to tell."""
-    logger = logging.getLogger(name)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def enable_checkpointing(base: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from npt.block.families import blocks_of
-from npt.config.sections import RunConfig
+from npt.config import RunConfig
 from npt.errors import NPTError
 from npt.tuner.converted import active_layers, parameter_counts
 

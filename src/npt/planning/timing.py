@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from npt.common.display import human_bytes
-from npt.config.sections import RunConfig
+from npt.common.display import duration, human_bytes
+from npt.config import RunConfig
 from npt.planning.devices import BANDWIDTH_SHARE, EFFICIENCY, Device, Launch
 from npt.planning.plan import OVERHEAD, Plan, advice, device_memory, machine_speed, plan_run
 from npt.planning.shapes import dtype_of, load_shapes
@@ -63,14 +63,6 @@ def run_steps(config: RunConfig, processes: int) -> int | None:
     blocks = samples - min(VALIDATION_BLOCKS, max(1, samples // 10))
     batches = -(-blocks // (processes * t.batch_size))
     return math.ceil(t.num_epochs * -(-batches // t.gradient_accumulation_steps))
-
-
-def duration(seconds: float) -> str:
-    """ "1.4 s", "12 min", "3.1 h"."""
-    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def time_lines(plan: Plan, config: RunConfig, launch: Launch, dtype: str) -> list[str]:

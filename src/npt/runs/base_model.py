@@ -19,10 +19,10 @@ from transformers.utils import logging as transformers_logging
 from npt.block.families import FAMILIES, blocks_of, family_of, resolve_layers
 from npt.builtin import source_of
 from npt.common.display import one_line
-from npt.common.launch import shards_base
 from npt.common.processes import world
-from npt.config.sections import RunConfig
+from npt.config import RunConfig
 from npt.errors import ConversionError, NPTError
+from npt.runs.processes import shards_base
 from npt.tuner.converted import npt_layers
 
 logger = logging.getLogger(__name__)

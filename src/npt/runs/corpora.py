@@ -12,8 +12,9 @@ import torch
 
 from npt.adapters.folder import resolve_checkpoint
 from npt.builtin import PREFIX
+from npt.common.display import quiet
 from npt.common.processes import is_first, world
-from npt.config.sections import RunConfig, load_config
+from npt.config import RunConfig, load_config
 from npt.data import load_documents, pack, sample_blocks, split_blocks
 from npt.data.batches import batches_of
 from npt.data.packing import pack_token_ids, token_ids
@@ -28,7 +29,6 @@ from npt.data.streaming import (
     local_source,
 )
 from npt.errors import DataError
-from npt.planning.shapes import quiet
 from npt.runs.base_model import load_tokenizer
 
 #: The configuration an adapter was trained with, beside it in its folder.

@@ -14,10 +14,10 @@ from transformers.integrations import TensorBoardCallback, get_available_reporti
 
 from npt.adapters.folder import load_adapter, resolve_checkpoint, set_aside
 from npt.common.files import append_json, keep_lines, only_run, write_json
-from npt.common.launch import check_launch, shard_base, shards_base, start_processes, tell_processes
+from npt.common.launch import check_launch
 from npt.common.processes import any_process, first_does, is_first, world
 from npt.common.sharded import full_tensor, through
-from npt.config.sections import RunConfig, save_config
+from npt.config import RunConfig, save_config
 from npt.equivalence.calibration import calibrate
 from npt.equivalence.objectives import Objective
 from npt.equivalence.teacher import check_teacher_cache, kind_of
@@ -37,6 +37,7 @@ from npt.runs.corpora import (
     further_corpora,
     load_corpus,
 )
+from npt.runs.processes import shard_base, shards_base, start_processes, tell_processes
 from npt.training.callbacks import BEST_METRIC, BestAdapterCallback, JsonLinesCallback, SamplesCallback
 from npt.training.checkpoints import last_checkpoint, load_weights, step_of
 from npt.training.signals import StopSignals

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from npt.block import spec as maths
+from npt.common.options import ALLOWED, DEFAULTS, OPTIONS, PROJECTIONS, tied_targets_down
 from npt.errors import ConversionError
 from npt.tuner.card import write_model_card
 
@@ -33,10 +33,6 @@ LAYER_NAME = "neuroplastic"
 FORMAT_VERSION = 1
 
 
-#: The fields a person chooses; the `model` section of a run configuration has them under the same names.
-OPTIONS = ("npt_layers", "rank", "modulation_scale", "key", "carry", "gain", "low_rank_at", "target_projections")
-
-
 @dataclass
 class NPTConfig(PeftConfig):
     """Which blocks become neuro-plastic, and how their weight delta is generated.
@@ -57,14 +53,14 @@ class NPTConfig(PeftConfig):
         format_version: of the adapter's files; `FORMAT_VERSION` is written.
     """
 
-    npt_layers: str | list[int] = "upper_half"
-    rank: int = 16
-    modulation_scale: float = 1.0
-    key: str = "input"
-    carry: str = "diagonal"
-    gain: str = "state"
-    low_rank_at: str = "input"
-    target_projections: list[str] = field(default_factory=lambda: ["gate", "up", "down"])
+    npt_layers: str | list[int] = DEFAULTS.npt_layers
+    rank: int = DEFAULTS.rank
+    modulation_scale: float = DEFAULTS.modulation_scale
+    key: str = DEFAULTS.key
+    carry: str = DEFAULTS.carry
+    gain: str = DEFAULTS.gain
+    low_rank_at: str = DEFAULTS.low_rank_at
+    target_projections: list[str] = field(default_factory=lambda: list(DEFAULTS.target_projections))
     target_modules: list[str] | None = None
     exclude_modules: list[str] | None = None
     base_shape: list[int] | None = None
@@ -91,22 +87,15 @@ class NPTConfig(PeftConfig):
             problems.append(
                 f"base_fingerprint={self.base_fingerprint!r}: npt writes it itself; restore the adapter's file"
             )
-        for name, allowed in (
-            ("key", maths.KEYS),
-            ("carry", maths.CARRIES),
-            ("gain", maths.GAINS),
-            ("low_rank_at", maths.LOW_RANK_SITES),
-        ):
+        for name, allowed in ALLOWED.items():
             if getattr(self, name) not in allowed:
                 problems.append(f"{name}={getattr(self, name)!r}: use one of {', '.join(allowed)}")
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 0:
             problems.append(f"rank={self.rank!r}: use a whole number from 0 up")
-        unknown = [name for name in self.target_projections if name not in maths.PROJECTIONS]
+        unknown = [name for name in self.target_projections if name not in PROJECTIONS]
         if unknown or not self.target_projections:
-            problems.append(
-                f"target_projections={self.target_projections!r}: use some of {', '.join(maths.PROJECTIONS)}"
-            )
-        if self.key == "tied" and "down" in self.target_projections and self.rank > 0 and self.carry != "exact":
+            problems.append(f"target_projections={self.target_projections!r}: use some of {', '.join(PROJECTIONS)}")
+        if tied_targets_down(self.key, self.target_projections, self.rank, self.carry):
             problems.append(
                 "key='tied' with target_projections including 'down': A has as many rows as the hidden size, the down "
                 "projection's input is wider; use target_projections=['gate', 'up'] or key='input'"

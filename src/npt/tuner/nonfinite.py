@@ -19,19 +19,6 @@ from npt.errors import REMEDY, RunError
 from npt.tuner.converted import eval_mode, npt_layers, run_backbone
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float32 or better: sums and distributions need more digits than a half-precision model has."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether every entry is finite, with one transfer from the device. Norms overflow only past 1e19 in float32."""
-    if not tensors:
-        return True
-    norms = torch._foreach_norm([wide(t.detach()) for t in tensors])
-    return bool(torch.stack(list(norms)).isfinite().all())
-
-
 @torch.no_grad()
 def find_nonfinite(model: Any, inputs: dict[str, Tensor], *, together: bool = False) -> str:
     """In words, the first place of a forward pass that is not finite: a weight, or a block of one of the two models.
