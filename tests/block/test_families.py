@@ -23,8 +23,8 @@ from npt.evaluation.least_norm import least_joint_norms
 from npt.tuner.converted import active_layers, npt_layers
 from scripts.family_list import DOCUMENT, NAME, family_list
 from scripts.marked import ROOT, section
-from tests.conftest import randomize
 from tests.families import CASES, SIZES, Case, raw
+from tests.helpers import randomize
 
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -300,8 +300,7 @@ def test_architectures_that_do_not_fit_are_refused_with_the_reason(model_type: s
 
 
 def test_every_test_the_documentation_names_exists() -> None:
-    ecosystem = (ROOT / "docs" / "ecosystem.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", ecosystem)
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "ecosystem.md").read_text(encoding="utf-8"))
     assert len(named) > 35
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"

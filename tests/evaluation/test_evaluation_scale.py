@@ -16,7 +16,7 @@ from npt import NPTConfig
 from npt.builtin import model_folder
 from npt.evaluation.divergence import summarize, token_divergences
 from npt.planning.shapes import AllocationCounter
-from tests.conftest import randomize
+from tests.helpers import randomize
 
 MEASURE = """
 import resource, sys

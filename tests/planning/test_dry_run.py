@@ -18,8 +18,8 @@ from npt.errors import NPTError
 from npt.planning.devices import planned_launch
 from npt.planning.dry_run import data_lines, launch_here, ranges
 from npt.planning.plan import plan_run
+from tests.helpers import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=509, max_position_embeddings=64, architectures=["LlamaForCausalLM"], dtype="bfloat16",

@@ -27,7 +27,7 @@ from npt.planning.formed_deltas import (
 )
 from npt.planning.shapes import LLAMA_7B, AllocationCounter, enable_checkpointing
 from npt.tuner.converted import active_layers
-from tests.conftest import allocated
+from tests.helpers import allocated
 
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,

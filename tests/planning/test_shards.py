@@ -28,7 +28,7 @@ from npt.planning.shapes import KNOWN_SHAPES, shapes_of
 from npt.planning.shards import DDP, FSDP2, local_size, shard_units, strategy_of
 from npt.planning.timing import duration, run_steps, step_time, time_lines
 from npt.tuner.converted import active_layers, parameter_counts
-from tests.conftest import allocated
+from tests.helpers import allocated
 
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,

@@ -1,4 +1,4 @@
-"""The neuro-plastic component: the maths of one NPT block, without any model around it.
+"""The equation of the weight delta: the neuro-plastic component of one block, without any model around it.
 
     transformer block                      NPT block
     a = Attn(Norm1(h))                     a = Attn(Norm1(h))
@@ -215,7 +215,7 @@ class NPComponent(nn.Module):
     # -- the terms, of which both the forward and the norms are made ---------------------------------------------------
 
     def _input_terms(self, attention: Tensor, z: Tensor, m: Tensor | None, exact_input: Tensor | None) -> list[Term]:
-        """What is added to z, or to the outputs of gate and up."""
+        """The terms added to z, or to the outputs of gate and up."""
         if self.spec.carry == "exact":
             if exact_input is None:
                 raise ValueError("carry 'exact' needs exact_input, Norm2(h + a)")
@@ -224,7 +224,7 @@ class NPComponent(nn.Module):
         return [*([] if shift is None else [Term(MLP_INPUT, shift)]), *self._low_rank_terms("input", z, m)]
 
     def _down_terms(self, attention: Tensor, inner: Tensor, m: Tensor | None) -> list[Term]:
-        """What is added to the output of down."""
+        """The terms added to the output of down."""
         if "down" not in self.spec.projections:
             return []
         if self.spec.carry == "exact":
@@ -305,12 +305,11 @@ class NPComponent(nn.Module):
 
     def low_rank_factors(self, site: str) -> dict[str, tuple[Tensor, Tensor | None]]:
         """{"in" | "gate" | "up" | "down": (B (r, out), C (in, r) or None for the input key)} of one site."""
-        return {name: (getattr(self, f"B_{name}"), self._key_matrix(name)) for name in self._low_rank_sites[site]}
+        own: dict[str, Any] = self._parameters  # past nn.Module's lookup, which a decoding step would feel
+        return {name: (own[f"B_{name}"], self._key_matrix(own, name)) for name in self._low_rank_sites[site]}
 
-    def _key_matrix(self, name: str) -> Tensor | None:
-        if self.spec.key == "input":
-            return None
-        return self.A if self.spec.key == "tied" else getattr(self, f"C_{name}")
+    def _key_matrix(self, own: Mapping[str, Tensor], name: str) -> Tensor | None:
+        return None if self.spec.key == "input" else own["A" if self.spec.key == "tied" else f"C_{name}"]
 
     # -- dW itself, for norms and inspection -------------------------------------------------------------------------
 
@@ -325,16 +324,14 @@ class NPComponent(nn.Module):
 
         products: {"gate" | "up": x (..., d) -> W_t x (..., f), without bias}.
         """
-        if not self.spec.input_projections:
-            return {}
-        terms = self._input_terms(attention, z, self.modulation(attention), exact_input)
-        mask = _has_key(z, z)
-        keyed = {place: _cast(value * mask, z.dtype) for place, value in _sums(terms, own_key=False).items()}
-        return {t: self._input_delta(t, z, keyed, terms, products[t]) for t in self.spec.input_projections}
+        return {t: self._input_delta(t, attention, z, products[t], exact_input) for t in self.spec.input_projections}
 
     def _input_delta(
-        self, t: str, z: Tensor, keyed: Mapping[str, Tensor], terms: Sequence[Term], product: Callable[[Tensor], Tensor]
+        self, t: str, attention: Tensor, z: Tensor, product: Callable[[Tensor], Tensor], exact_input: Tensor | None
     ) -> WeightDelta:
+        # Anew for each projection: shared ones would sum a regulariser's gradients in another order.
+        terms, mask = self._input_terms(attention, z, self.modulation(attention), exact_input), _has_key(z, z)
+        keyed = {place: _cast(value * mask, z.dtype) for place, value in _sums(terms, own_key=False).items()}
         value = product(keyed[MLP_INPUT]) if MLP_INPUT in keyed else None
         if t in keyed:
             value = keyed[t] if value is None else value + keyed[t]
