@@ -49,6 +49,11 @@ def test_the_readme_is_short() -> None:
     assert len(text_of(ROOT / "README.md").split()) <= 1600
 
 
+def test_the_readme_counts_the_families() -> None:
+    families = section(text_of(ROOT / "docs" / "families.md"), "families").split(", ")
+    assert f"lists the {len(families)} families" in " ".join(text_of(ROOT / "README.md").split())
+
+
 def test_the_file_map_names_every_package() -> None:
     readme = text_of(ROOT / "README.md")
     named = {name.rstrip("/") for name in re.findall(r"^\| `([\w./]+)` \|", readme, re.MULTILINE)}
