@@ -300,7 +300,8 @@ def test_architectures_that_do_not_fit_are_refused_with_the_reason(model_type: s
 
 
 def test_every_test_the_documentation_names_exists() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "ecosystem.md").read_text(encoding="utf-8"))
+    ecosystem = (ROOT / "docs" / "ecosystem.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", ecosystem)
     assert len(named) > 35
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
