@@ -85,7 +85,8 @@ def measure(shape: Any, overrides: list[str]) -> dict[str, float]:
     """{"measured", "predicted" bytes; "seconds", "predicted_seconds" of a micro-batch} of one run."""
     import torch
 
-    from npt.planning.plan import machine_speed, plan_run
+    from npt.planning.devices import machine_speed
+    from npt.planning.plan import plan_run
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)

@@ -64,7 +64,8 @@ def line(row: Row) -> str:
     """One row of a table."""
     config, launch = row.config(), planned_launch(row.processes, row.nodes, row.device)
     plan, steps = plan_run(config, None, row.processes), run_steps(config, row.processes)
-    time, t = step_time(plan, config, launch), config.training
+    t = config.training
+    time = step_time(plan, t.gradient_accumulation_steps, launch)
     tokens = row.processes * t.batch_size * t.gradient_accumulation_steps * config.data.max_length
     options = "".join(f", `{option}`" for option in row.options)
     cells = [

@@ -149,9 +149,8 @@ def test_npt_memory_plans_the_same(shapes: Path, capsys: Any) -> None:
 
 def test_names_of_what_is_done() -> None:
     assert ranges([2, 3, 4, 7, 9, 10]) == "2-4, 7, 9-10"
-    lines = list(
-        data_lines(load_config(None, ["training.calibrate=false", "data.num_train_samples=8"]), planned_launch(2))
-    )
+    config = load_config(None, ["training.calibrate=false", "data.num_train_samples=8"])
+    lines = list(data_lines(config.data, config.training, 2))
     assert lines[0] == "data: self, 8 blocks of 256 tokens"
     assert lines[1] == "objective: no calibration, then local, then logits"
     with pytest.raises(NPTError, match="--nodes 2: does not divide --processes 1"):

@@ -16,6 +16,7 @@ from npt.block.component import ComponentSpec
 from npt.config import load_config
 from npt.equivalence.objectives import Objective
 from npt.errors import NPTError
+from npt.planning.counters import AllocationCounter
 from npt.planning.formed_deltas import (
     component_bytes,
     estimate,
@@ -25,7 +26,7 @@ from npt.planning.formed_deltas import (
     memory_table,
     values_peak,
 )
-from npt.planning.shapes import LLAMA_7B, AllocationCounter, enable_checkpointing
+from npt.planning.shapes import LLAMA_7B, enable_checkpointing
 from npt.tuner.converted import active_layers
 from tests.helpers import allocated
 
