@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from npt.block.families import blocks_of
+from npt.block.modes import Mode
 from npt.config import DataSection, OptimizationSection, RunConfig, TrainingSection
 from npt.data.sampling import default_batch, draw, preallocated_cache
 from npt.equivalence.calibration import SLICE_TOKENS, calibrate, first_tokens
