@@ -20,7 +20,7 @@ from npt.config import load_config
 from npt.errors import ConfigError, DataError, NPTError
 from npt.runs.corpora import further_corpora
 from npt.runs.texts import RunTexts
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 TINY = builtin.MODELS["builtin:tiny"]
 

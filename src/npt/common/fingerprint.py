@@ -77,7 +77,7 @@ def tensor_digest(tensor: torch.Tensor) -> bytes:
 
 
 def base_record(base: Any) -> dict[str, Any] | None:
-    """The record that an adapter keeps of the base it is made for; None where weights are not at hand (meta device, offloaded).
+    """The record an adapter keeps of the base it is made for; None where weights are not at hand (meta device, offloaded).
 
     config: `_CONFIG_KEYS` of it. dtype and weights: a digest of all parameters, whatever their names. sample: values of
     the embedding and of the last matrix, by which a base in another dtype is recognised.

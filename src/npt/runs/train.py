@@ -20,8 +20,9 @@ from npt.config import RunConfig, save_config
 from npt.equivalence.calibration import calibrate
 from npt.equivalence.teacher import check_teacher_cache, kind_of
 from npt.equivalence.trainer import EquivalenceTrainer
-from npt.report.curves import draw_run, read_json_lines
 from npt.report.page import write_page
+from npt.report.plots import draw_run
+from npt.report.run_files import read_json_lines
 from npt.report.trackers import log_evaluation
 from npt.runs.arguments import check_trackers, objective_schedule, prepare_wandb, start, trackers
 from npt.runs.base_model import default_device, load_base, offload_frozen, release_memory
