@@ -242,7 +242,7 @@ def memory(
     nodes: Nodes = None,
     device: DeviceName = None,
 ) -> None:
-    """What a run will need, phase by phase, before it starts, and what formed weight deltas would cost."""
+    """Predicts what a run will need, phase by phase, and what formed weight deltas would cost."""
     from npt.planning.devices import parse_bytes, planned_launch
     from npt.planning.formed_deltas import memory_table
     from npt.planning.tables import render_memory, render_plan

@@ -14,7 +14,7 @@ from npt.common.options import ALLOWED, DEFAULTS, OPTIONS, PROJECTIONS
 from npt.config import RunConfig, known_keys, load_config
 from npt.config.sections import SECTIONS
 from npt.tuner.config import NPTConfig
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 #: What the smaller files change, as {key: value}; everything else is a default.
 SMALL = {
