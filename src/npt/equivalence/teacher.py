@@ -129,11 +129,6 @@ def shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.safetensors"
 
 
-def kind_of(objective: str) -> str:
-    """Which targets an objective needs."""
-    return "logits" if objective == "logits" else "hidden"
-
-
 def bytes_per_block(model: Any, kind: str, top_k: int, tokens: int) -> int:
     """Bytes on disk of a block of `tokens`, from shapes."""
     if kind == "logits":

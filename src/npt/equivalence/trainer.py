@@ -19,8 +19,8 @@ from npt.common.precision import all_finite
 from npt.common.processes import any_process, env_flag, total, world
 from npt.common.sharded import fsdp_accelerator, full_tensor, local_part, through
 from npt.data.batches import batches_of, complete_batch, scored_positions
-from npt.equivalence.objectives import Objective, check_logit_head, update_scales
-from npt.equivalence.teacher import ROW, kind_of, teacher_cache, with_rows
+from npt.equivalence.objectives import Objective
+from npt.equivalence.teacher import ROW, teacher_cache, with_rows
 from npt.errors import NPTError
 from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.weight_deltas import delta_records
@@ -93,10 +93,7 @@ class EquivalenceTrainer(DurableTrainer):
         text = self.eval_dataset if self.is_streamed else self.train_dataset
         first = next(batches_of(text, SCALE_BLOCKS, device_of(self.model)))
         for _, objective in self.schedule:
-            if objective.name == "logits":
-                through(self.model, lambda: check_logit_head(self.model, first["input_ids"][:1, :8]))
-            if objective.name == "local" and not objective.scales:
-                objective.scales = through(self.model, lambda: update_scales(self.model, first))
+            objective.prepare(self.model, first)
         self.read_teacher()
         try:
             return super().train(*args, **kwargs)
@@ -118,7 +115,7 @@ class EquivalenceTrainer(DurableTrainer):
         blocks: Any = self.train_dataset  # type: ignore[has-type]
         self.train_dataset: Any = blocks if ROW in blocks.column_names else with_rows(blocks)
         caches = {}
-        for kind in dict.fromkeys(kind_of(objective.name) for _, objective in self.schedule):
+        for kind in dict.fromkeys(objective.teacher_kind for _, objective in self.schedule):
             with self.accelerator.autocast():
                 make = partial(
                     teacher_cache,
@@ -133,7 +130,7 @@ class EquivalenceTrainer(DurableTrainer):
                 )
                 caches[kind] = through(self.model, make)
         for _, objective in self.schedule:
-            objective.teacher = caches[kind_of(objective.name)]
+            objective.teacher = caches[objective.teacher_kind]
 
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether nothing is left to train after a checkpoint; HF's Trainer would take one more step."""
@@ -205,7 +202,7 @@ class EquivalenceTrainer(DurableTrainer):
 
         DeepSpeed clips by itself, all blocks together.
         """
-        if self.objective.name == "logits" or self.is_deepspeed_enabled:
+        if not self.objective.per_block or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         norms = [

@@ -27,8 +27,8 @@ from npt.block.modes import Mode
 from npt.config import RunConfig, with_overrides
 from npt.data.sampling import default_batch, draw, preallocated_cache
 from npt.equivalence.calibration import SLICE_TOKENS, calibrate, first_tokens
-from npt.equivalence.objectives import Objective
-from npt.equivalence.teacher import bytes_per_block, kind_of
+from npt.equivalence.objectives import Objective, objective_class
+from npt.equivalence.teacher import bytes_per_block
 from npt.errors import NPTError
 from npt.evaluation.block_errors import layer_equivalence, residual_stream
 from npt.evaluation.divergence import token_divergences
@@ -134,7 +134,7 @@ def plan_model(model: Any, config: RunConfig, processes: int, strategy: str) -> 
 def _target_bytes(model: Any, config: RunConfig) -> int:
     if config.paths.teacher_cache is None:
         return 0
-    kinds = {kind_of(name) for name in config.training.objectives()}
+    kinds = {objective_class(name).teacher_kind for name in config.training.objectives()}
     return sum(bytes_per_block(model, kind, config.training.teacher_top_k, config.data.max_length) for kind in kinds)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from npt.block.families import blocks_of
 from npt.config import RunConfig
+from npt.equivalence.objectives import objective_class
 from npt.errors import NPTError
 from npt.tuner.converted import active_layers, parameter_counts
 
@@ -150,7 +151,7 @@ def _gathered_per_batch(units: tuple[ShardUnit, ...], config: RunConfig, first: 
     `local`: one frozen forward without the head. `logits`: two forwards and the blocks that a gradient crosses once more;
     the head, the root and a tied embedding are kept between the two.
     """
-    local = config.training.objectives()[-1] != "logits"
+    local = objective_class(config.training.objectives()[-1]).per_block
     # With gradient checkpointing the embedding's output asks for a gradient, and all blocks are crossed.
     first = 0 if config.training.gradient_checkpointing else first
     total = 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from npt.block.component import WeightDelta
@@ -15,6 +16,22 @@ from npt.block.modes import watching_deltas
 from npt.block.probing import execution_device
 from npt.errors import ConversionError
 from npt.tuner.config import NPTConfig
+
+if TYPE_CHECKING:
+
+    class ConvertedModel(nn.Module):
+        """A PEFT model with an NPT adapter: the attributes npt asks of it, which peft does not type."""
+
+        config: Any
+        dtype: torch.dtype
+        device: torch.device
+        peft_config: dict[str, NPTConfig]
+
+        def get_base_model(self) -> nn.Module: ...
+        def get_output_embeddings(self) -> nn.Module: ...
+
+else:
+    ConvertedModel = PeftModel
 
 
 def npt_layers(model: nn.Module) -> list[NPTLayer]:
