@@ -19,7 +19,7 @@ from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from npt.block.component import NPComponent
@@ -41,7 +41,7 @@ from npt.equivalence.closed_form import (
     token_sizes,
 )
 from npt.errors import REMEDY, NPTError, RunError
-from npt.tuner.converted import active_layers, device_of, eval_mode, run_backbone
+from npt.tuner.converted import ConvertedModel, active_layers, device_of, eval_mode, run_backbone
 from npt.tuner.nonfinite import find_nonfinite
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ SLICE_TOKENS, PROBE_TOKENS = 1024, 512
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,
+    model: ConvertedModel,
     batches: Iterable[Mapping[str, Tensor]],
     *,
     chunk_tokens: int | None = None,
@@ -97,7 +97,7 @@ def calibrate(
 
 
 def _collect(
-    model: nn.Module, fits: dict[int, _BlockFit], batches: Iterable[Mapping[str, Tensor]], progress: bool
+    model: ConvertedModel, fits: dict[int, _BlockFit], batches: Iterable[Mapping[str, Tensor]], progress: bool
 ) -> int:
     """Shows the text to the fits, each process its share. Returns the number of tokens of all processes."""
     device, seen, (rank, count) = device_of(model), 0, world()

@@ -276,7 +276,8 @@ def _chunk_kl(head: Callable[[Tensor], Tensor], student: Tensor, *target: Tensor
     """Sum over positions of KL(teacher || student).
 
     Args:
-        student: last hidden states (positions, d). target: the teacher's; or ids and log-probabilities as `grouped` gives them.
+        student: last hidden states (positions, d). target: the teacher's; or ids and log-probabilities of outcomes, as
+            `grouped` gives them.
     """
     own = wide(head(student)).log_softmax(-1)
     if len(target) == 2:
