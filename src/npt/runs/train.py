@@ -19,8 +19,8 @@ from npt.common.processes import any_process, first_does, is_first, world
 from npt.common.sharded import full_tensor, through
 from npt.config import RunConfig, save_config
 from npt.equivalence.calibration import calibrate
-from npt.equivalence.objectives import Objective
-from npt.equivalence.teacher import check_teacher_cache, kind_of
+from npt.equivalence.objectives import Objective, objective_class
+from npt.equivalence.teacher import check_teacher_cache
 from npt.equivalence.trainer import EquivalenceTrainer
 from npt.errors import CheckpointError, ConfigError
 from npt.evaluation import evaluate
@@ -280,7 +280,7 @@ def make_trainer(
 def check_targets(config: RunConfig, model: Any, blocks: int) -> None:
     """Where teacher targets are wanted: says how large they will be for so many blocks, and stops where they can't be."""
     if config.paths.teacher_cache is not None:
-        kinds = list(dict.fromkeys(kind_of(name) for name in config.training.objectives()))
+        kinds = list(dict.fromkeys(objective_class(name).teacher_kind for name in config.training.objectives()))
         check_teacher_cache(
             config.paths.teacher_cache, model, kinds, config.training.teacher_top_k, blocks, config.data.max_length
         )
