@@ -42,13 +42,13 @@ def token_sizes(delta: Float[Tensor, "tokens d"], attention: Float[Tensor, "toke
     return torch.stack(norms, -1).square()
 
 
-def outlier_cutoff(sizes: Float[Tensor, "tokens 2"]) -> Float[Tensor, 2]:
+def outlier_cutoff(sizes: Float[Tensor, "tokens 2"]) -> Float[Tensor, " 2"]:
     """The sizes beyond which a token counts as extreme; infinite where the median is zero."""
     medians = sizes.median(0).values
     return torch.where(medians > 0, OUTLIER_FACTOR * medians, torch.inf)
 
 
-def outlier_weights(sizes: Float[Tensor, "tokens 2"], cutoff: Float[Tensor, 2]) -> Float[Tensor, "tokens 1"]:
+def outlier_weights(sizes: Float[Tensor, "tokens 2"], cutoff: Float[Tensor, " 2"]) -> Float[Tensor, "tokens 1"]:
     """One for a usual token, (cutoff / size)^2 for one beyond a cutoff, in float64.
 
     The square is needed because the gain's own features grow with |a|^2: with the first power, a token's influence on
@@ -75,7 +75,7 @@ def channel_products(
 
 def alternate(
     gram: Float[Tensor, "d n n"], count_z: int, count_a: int
-) -> tuple[Float[Tensor, k], Float[Tensor, l], Float[Tensor, d]]:
+) -> tuple[Float[Tensor, " k"], Float[Tensor, " l"], Float[Tensor, " d"]]:
     """(k, l, c): the least squares of D on k . Z + c (A_0 + l . A_1...), solved for c and for (k, l) by turns.
 
     Args:
@@ -110,7 +110,9 @@ class Regression:
     def __init__(self) -> None:
         self.moments = torch.zeros(())
 
-    def add(self, x: Float[Tensor, "tokens d"], y: Float[Tensor, tokens], weights: Float[Tensor, "tokens 1"]) -> None:
+    def add(
+        self, x: Float[Tensor, "tokens d"], y: Float[Tensor, " tokens"], weights: Float[Tensor, "tokens 1"]
+    ) -> None:
         """Adds tokens."""
         columns = torch.cat([x, torch.ones_like(weights), y[:, None]], -1)
         self.moments = self.moments + token_product(weights * columns, columns)
@@ -121,7 +123,7 @@ class Regression:
         both.moments = self.moments + other.moments
         return both
 
-    def solve(self, ridge: float) -> tuple[Float[Tensor, d], Float[Tensor, ""]]:
+    def solve(self, ridge: float) -> tuple[Float[Tensor, " d"], Float[Tensor, ""]]:
         """(direction, offset); the ridge is relative to the mean variance of x."""
         xx, x1, xy = self.moments[:-2, :-2], self.moments[:-2, -2], self.moments[:-2, -1]
         weight, y1 = self.moments[-2, -2], self.moments[-2, -1]
@@ -129,13 +131,13 @@ class Regression:
         direction = solve_ridge(xx - torch.outer(mean, x1), xy - mean * y1, ridge)
         return direction, mean_y - mean @ direction
 
-    def error(self, direction: Float[Tensor, d], offset: Float[Tensor, ""]) -> float:
+    def error(self, direction: Float[Tensor, " d"], offset: Float[Tensor, ""]) -> float:
         """The weighted sum of squared errors of a solution on these tokens."""
         coefficients = torch.cat([direction, offset[None], -torch.ones_like(offset)[None]])
         return float(coefficients @ self.moments @ coefficients)
 
 
-def best_regression(fitted: Regression, checked: Regression) -> tuple[Float[Tensor, d], Float[Tensor, ""]]:
+def best_regression(fitted: Regression, checked: Regression) -> tuple[Float[Tensor, " d"], Float[Tensor, ""]]:
     """(direction, offset) over the tokens of both, with the ridge whose fit to `fitted` errs least on `checked`."""
     errors = [(checked.error(*fitted.solve(ridge)), ridge) for ridge in SCALE_RIDGES]
     return fitted.joined(checked).solve(min(errors)[1])
@@ -175,9 +177,8 @@ def reduced_rank_regression(
     # An eigenvector may come with either sign; rounding must not choose it.
     directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
     a_matrix = torch.linalg.solve_triangular(lower.T, directions, upper=True)
-    a_matrix = a_matrix * (
-        MODULATION_STD * total_weight**0.5
-    )  # A^T S A = I so far: a A has mean square 1 / total_weight
+    # A^T S A = I so far: a A has mean square 1 / total_weight.
+    a_matrix = a_matrix * (MODULATION_STD * total_weight**0.5)
     return a_matrix, solve_ridge(a_matrix.T @ gram @ a_matrix, a_matrix.T @ cross, 1e-8)
 
 
