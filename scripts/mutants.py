@@ -74,13 +74,19 @@ TESTS = {
         "tests/tuner/test_composition.py::test_adapters_switched_per_call",
         "tests/tuner/test_composition.py::test_deepcopy_is_independent_of_the_original",
     ),
+    "closed_form": ("tests/equivalence/test_closed_form.py",),
     "calibration": (
         "tests/equivalence/test_closed_form.py",
         "tests/tuner/test_nonfinite.py::test_half_precision_overflow_is_caught",
         *(f"tests/equivalence/test_calibration.py::test_{name}" for name in _CALIBRATION),
     ),
 }
-MODULES = {"component": "block.component", "hooks": "block.hooks", "calibration": "equivalence.calibration"}
+MODULES = {
+    "component": "block.component",
+    "hooks": "block.hooks",
+    "closed_form": "equivalence.closed_form",
+    "calibration": "equivalence.calibration",
+}
 TARGETS = {
     name: Target(f"npt.{module}", f"src/npt/{module.replace('.', '/')}.py", TESTS[name])
     for name, module in MODULES.items()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from jaxtyping import install_import_hook
 from peft import get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
@@ -173,3 +177,20 @@ def visit(browser: Any, path: Path, width: int, scheme: str = "light") -> tuple[
     page.on("request", lambda request: asked.append(request.url))
     page.goto(path.as_uri())
     return page, said, [url for url in asked if url != path.as_uri() and not url.startswith("data:")]
+
+
+def checked_copy(name: str, *others: str) -> ModuleType:
+    """A second copy of a module whose annotations jaxtyping checks at every call; `others` are copied with it.
+
+    The package keeps the modules it has: torch.compile could not trace the checks.
+    """
+    names = [*others, name]
+    before = {each: sys.modules.pop(each) for each in names if each in sys.modules}
+    try:
+        with install_import_hook(names, "beartype.beartype"):
+            return importlib.import_module(name)
+    finally:
+        for each, module in before.items():
+            sys.modules[each] = module
+            parent, _, child = each.rpartition(".")
+            setattr(importlib.import_module(parent), child, module)

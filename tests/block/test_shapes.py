@@ -5,7 +5,6 @@ The checked modules are second copies: torch.compile could not trace the checks,
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
 from itertools import product
@@ -14,27 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from jaxtyping import TypeCheckError, install_import_hook
+from jaxtyping import TypeCheckError
 
 from npt.block.spec import ComponentSpec
 from npt.common.options import CARRIES, GAINS, KEYS, LOW_RANK_SITES
+from tests.helpers import checked_copy
 
-CHECKED = ("npt.block.weight_delta", "npt.block.component")
 D, F, R = 6, 10, 2
 
 
 @pytest.fixture(scope="module")
 def checked() -> ModuleType:
     """`npt.block.component` with every annotation checked at run time; the package keeps the modules it has."""
-    before = {name: sys.modules.pop(name) for name in CHECKED}
-    package = importlib.import_module("npt.block")
-    try:
-        with install_import_hook(list(CHECKED), "beartype.beartype"):
-            return importlib.import_module(CHECKED[-1])
-    finally:
-        sys.modules.update(before)
-        for name, module in before.items():
-            setattr(package, name.rpartition(".")[2], module)
+    return checked_copy("npt.block.component", "npt.block.weight_delta")
 
 
 def options() -> Iterator[dict[str, Any]]:

@@ -13,8 +13,9 @@ from npt import NPTConfig, calibrate
 from npt.block.component import ComponentSpec, NPComponent
 from npt.block.layer import BlockRecord
 from npt.block.modes import Mode, running_as
-from npt.equivalence import calibration
-from npt.equivalence.calibration import Part, _BlockFit, _fit_low_rank, first_tokens, fit_gain_and_carry, solve_ridge
+from npt.equivalence import calibration, closed_form
+from npt.equivalence.calibration import Part, _BlockFit, _fit_low_rank, first_tokens, fit_gain_and_carry
+from npt.equivalence.closed_form import solve_ridge
 from npt.tuner.converted import active_layers
 from tests.helpers import random_base
 
@@ -255,12 +256,12 @@ def test_weights_depend_on_no_unit() -> None:
     """(tokens, 2) |D|^2 and |a|^2 of which one, both or none lie beyond their cutoffs."""
     sizes = torch.tensor([[1.0, 1.0], [8.0, 1.0], [1.0, 10.0], [8.0, 20.0], [0.0, 0.0]], dtype=torch.float64)
     for unit in (1.0, 1e-9, 1e9):
-        found = calibration.outlier_weights(unit * sizes, unit * torch.tensor([2.0, 5.0], dtype=torch.float64))
+        found = closed_form.outlier_weights(unit * sizes, unit * torch.tensor([2.0, 5.0], dtype=torch.float64))
         torch.testing.assert_close(found[:, 0], torch.tensor([1, 1 / 16, 1 / 4, 1 / 16, 1], dtype=torch.float64))
     x = normal(5, D).float()
     expected = x.double().square().sum(-1)
     torch.testing.assert_close(
-        calibration.token_sizes(x, 2 * x), torch.stack([expected, 4 * expected], -1), rtol=1e-6, atol=0
+        closed_form.token_sizes(x, 2 * x), torch.stack([expected, 4 * expected], -1), rtol=1e-6, atol=0
     )
 
 
@@ -326,9 +327,9 @@ def test_products_on_a_gpu_are_float64_throughout() -> None:
         is_cuda = True
 
     x, y = normal(40, D).float(), normal(40, D, seed=1).float()
-    found = calibration._product(x.as_subclass(OnGPU), y.as_subclass(OnGPU)).as_subclass(Tensor)
+    found = closed_form.token_product(x.as_subclass(OnGPU), y.as_subclass(OnGPU)).as_subclass(Tensor)
     torch.testing.assert_close(found, x.double().T @ y.double(), rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(calibration._product(x, y), x.double().T @ y.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(closed_form.token_product(x, y), x.double().T @ y.double(), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -406,12 +407,12 @@ def test_lists_and_batches_of_padding_are_taken() -> None:
 
 
 def test_a_bar_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden = []
-    monkeypatch.setattr(calibration, "track", lambda batches, *_, disable, **__: hidden.append(disable) or batches)
+    shown_each = []
+    monkeypatch.setattr(calibration, "tracked", lambda batches, _, shown, **__: shown_each.append(shown) or batches)
     model = get_peft_model(random_base("llama"), NPTConfig(rank=4))
     for progress in ({}, {"progress": True}):
         calibrate(model, [text()], **progress)
-    assert hidden == [True, False]
+    assert shown_each == [False, True]
 
 
 @pytest.mark.parametrize("options", [{}, {"carry": "none", "low_rank_at": "projection"}], ids=str)

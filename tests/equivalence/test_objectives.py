@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from npt.block.modes import Mode, running_as, watching
-from npt.equivalence.objectives import Objective, check_logit_head, update_scales
+from npt.equivalence.objectives import BlockObjective, LogitsObjective, Objective, check_logit_head, update_scales
 from npt.errors import NPTError
 from npt.tuner.converted import active_layers
 from tests.helpers import converted
@@ -193,6 +195,20 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_nothing(kind: str) -> 
         found.append(gradients(model))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("local", BlockObjective), ("composite", BlockObjective), ("logits", LogitsObjective)]
+)
+def test_the_name_picks_the_class(name: str, kind: type[Objective]) -> None:
+    found = Objective(name, 0.5, regularizer="factors")
+    assert type(found) is kind and isinstance(found, Objective)
+    assert (found.name, found.equivalence_weight, found.regularizer, found.teacher) == (name, 0.5, "factors", None)
+    for again in (copy.deepcopy(found), replace(found), kind(name, 0.5, regularizer="factors"), Objective(name=name)):
+        assert type(again) is kind and again.name == name
+    assert (type(Objective()), Objective().name) == (LogitsObjective, "logits")
+    with pytest.raises(NPTError, match="training.objective='logits': use one of local, composite"):
+        BlockObjective("logits")
 
 
 def test_unknown_names_are_refused() -> None:

@@ -14,13 +14,12 @@ from peft import get_peft_model
 from npt import NPTConfig, Objective
 from npt.block.modes import Mode, running_as, watching
 from npt.data.batches import batches_of
-from npt.equivalence.objectives import update_scales
+from npt.equivalence.objectives import objective_class, update_scales
 from npt.equivalence.teacher import (
     ROW,
     bytes_per_block,
     check_teacher_cache,
     grouped,
-    kind_of,
     shard_path,
     targets,
     teacher_cache,
@@ -270,7 +269,11 @@ def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_kinds_and_rows() -> None:
-    assert [kind_of(name) for name in ("local", "composite", "logits")] == ["hidden", "hidden", "logits"]
+    assert [objective_class(name).teacher_kind for name in ("local", "composite", "logits")] == [
+        "hidden",
+        "hidden",
+        "logits",
+    ]
     assert with_rows(blocks(3))[ROW] == [0, 1, 2]
 
 

@@ -39,7 +39,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     # Finite, and too large for what it is multiplied with.
     plant(run.model, 1, 3e38)
     monkeypatch.setattr(
-        "npt.equivalence.trainer.check_logit_head", lambda *_: None
+        "npt.equivalence.objectives.check_logit_head", lambda *_: None
     )  # which would see it before the first step
     with pytest.raises(RunError, match=r"step 1: the loss is not finite, first in block 1 of the original") as caught:
         run.train()

@@ -4,9 +4,10 @@ Per converted block, with h and a from the unconverted model and D = Norm2(h + a
 
 1. on a first chunk of tokens: gain and carry, least squares of D on what they can write;
 2. over all text, in float64: S = a^T a and T = a^T R, where R is what step 1 leaves of D (and of a, for down);
-3. a reduced-rank regression of R on a: L L^T = S, U from the SVD of L^-1 T, A = L^-T U_r, B = (A^T S A)^-1 A^T T.
+3. a reduced-rank regression of R on a.
 
-Tokens are weighted so that a few extreme ones (attention sinks, massive activations) cannot dominate the fit.
+Tokens are weighted so that a few extreme ones (attention sinks, massive activations) cannot dominate the fit. The
+formulas are in `npt.equivalence.closed_form`; this module passes the text and puts the solutions into the components.
 """
 
 from __future__ import annotations
@@ -15,21 +16,32 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from npt.block.component import NPComponent
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import Mode, running_as, watching
+from npt.common.precision import wide_dtype
 from npt.common.processes import gather, total, world
+from npt.common.progress import tracked
 from npt.common.sharded import full_tensor, gathered, like, same_everywhere
+from npt.equivalence.closed_form import (
+    Regression,
+    alternate,
+    best_regression,
+    channel_products,
+    outlier_cutoff,
+    outlier_weights,
+    reduced_rank_regression,
+    token_product,
+    token_sizes,
+)
 from npt.errors import REMEDY, NPTError, RunError
-from npt.tuner.converted import active_layers, device_of, eval_mode, run_backbone
+from npt.tuner.converted import ConvertedModel, active_layers, device_of, eval_mode, run_backbone
 from npt.tuner.nonfinite import find_nonfinite
 
 logger = logging.getLogger(__name__)
@@ -41,17 +53,11 @@ T = TypeVar("T")
 CHUNK_TOKENS, CHUNK_TOKENS_PER_CHANNEL = 8_192, 4
 #: Tokens whose temporaries are in memory at once, and tokens on which a block's error is measured.
 SLICE_TOKENS, PROBE_TOKENS = 1024, 512
-#: A token counts as extreme when its |D|^2 or |a|^2 is this many times the median.
-OUTLIER_FACTOR = 10.0
-#: Standard deviation of a A: tanh is then linear to 0.3 %.
-MODULATION_STD = 0.1
-#: Ridge of the low-rank fit, relative to the mean diagonal of a^T a, which is close to singular in real models.
-LOW_RANK_RIDGE = 1e-4
 
 
 @torch.no_grad()
 def calibrate(
-    model: Any,
+    model: ConvertedModel,
     batches: Iterable[Mapping[str, Tensor]],
     *,
     chunk_tokens: int | None = None,
@@ -67,7 +73,7 @@ def calibrate(
         batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}; padding is left out.
         chunk_tokens: how many tokens per block are kept in memory for gain and carry; the rest only passes through.
             None: 8,192, or 4 d where that is more.
-        progress: show a bar.
+        progress: shows a bar.
 
     Returns:
         {"layer_<i>": {"error_before", "error_after", "tokens"}}: the error of the block's update y - h, relative
@@ -77,7 +83,7 @@ def calibrate(
         NPTError: no text, or text so degenerate that the fit is not finite.
         RunError: the model's own hidden states are not finite.
     """
-    layers = [layer for layer in active_layers(model) if layer.component and layer.component.spec.carry != "exact"]
+    layers = [layer for layer in active_layers(model) if layer.own.spec.carry != "exact"]
     with _whole_components(layers):
         fits = {layer.index: _BlockFit(layer, chunk_tokens or first_tokens(layer.shape("up")[0])) for layer in layers}
         seen = _collect(model, fits, batches, progress)
@@ -86,12 +92,14 @@ def calibrate(
         logger.info("calibrating on %d tokens", seen)
         figures = {f"layer_{index}": fit.finish() for index, fit in fits.items()}
         # Two kinds of processors may solve the same equations to other last digits.
-        same_everywhere({f"{layer.index}.{n}": p for layer in layers for n, p in layer.component.named_parameters()})  # type: ignore[union-attr]
+        same_everywhere({f"{layer.index}.{n}": p for layer in layers for n, p in layer.own.named_parameters()})
     return figures
 
 
-def _collect(model: Any, fits: dict[int, _BlockFit], batches: Iterable[Mapping[str, Tensor]], progress: bool) -> int:
-    """Passes the text by the fits, each process its share; the number of tokens of all."""
+def _collect(
+    model: ConvertedModel, fits: dict[int, _BlockFit], batches: Iterable[Mapping[str, Tensor]], progress: bool
+) -> int:
+    """Shows the text to the fits, each process its share. Returns the number of tokens of all processes."""
     device, seen, (rank, count) = device_of(model), 0, world()
     layers = [fit.layer for fit in fits.values()]
 
@@ -99,7 +107,7 @@ def _collect(model: Any, fits: dict[int, _BlockFit], batches: Iterable[Mapping[s
         fits[layer.index].see(record, mask, part)
 
     with eval_mode(model), running_as(active_layers(model), Mode.ORIGINAL), watching(layers, see):
-        for group in _groups(track(batches, "calibrating", transient=True, disable=not progress), count):
+        for group in _groups(tracked(batches, "Calibrating", progress, unit="batches"), count):
             texts = [_text(batch) for batch in group]
             sizes = [int(text["attention_mask"].sum()) for text in texts]
             part = TextPart(seen + sum(sizes[:rank]), seen + sum(sizes), rank < len(group))
@@ -125,19 +133,20 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 @contextmanager
 def _whole_components(layers: list[NPTLayer]) -> Iterator[None]:
-    """Puts whole components in the place of sharded ones, and what was fitted back into the parts."""
-    sharded = [layer for layer in layers if isinstance(layer.get_base_layer(), FSDPModule)]
+    """Puts whole components in the place of sharded ones; at the end, cuts the fitted values into the shards again."""
     before: list[tuple[NPTLayer, str, NPComponent]] = []
-    for layer in sharded:
-        name, component = layer.active_name, layer.component
-        whole = layer.new_component(component.spec).requires_grad_(False)  # type: ignore[union-attr]
-        whole.load_state_dict({n: full_tensor(p) for n, p in component.named_parameters()})  # type: ignore[union-attr]
-        before.append((layer, name, component))  # type: ignore[arg-type]
-        layer.npt_components[name] = whole  # type: ignore[index]
+    for layer in layers:
+        name, component = layer.active_name, layer.own
+        if name is None or not isinstance(layer.get_base_layer(), FSDPModule):
+            continue
+        whole = layer.new_component(component.spec).requires_grad_(False)
+        whole.load_state_dict({n: full_tensor(p) for n, p in component.named_parameters()})
+        before.append((layer, name, component))
+        layer.npt_components[name] = whole
     try:
         yield
         for layer, name, component in before:
-            fitted: Any = layer.npt_components[name]
+            fitted = layer.npt_components[name]
             for n, parameter in component.named_parameters():
                 parameter.copy_(like(fitted.get_parameter(n), parameter))
     finally:
@@ -146,8 +155,11 @@ def _whole_components(layers: list[NPTLayer]) -> Iterator[None]:
 
 
 class TextPart(NamedTuple):
-    """Where a batch stands in the text: its first token's place, the text up to the end of this round of all processes'
-    batches, and whether the batch is more than company for the others' forward."""
+    """The place of a batch in the text.
+
+    start: of its first token. end: of the first token after this round, in which each process has one batch. counts:
+    False for a filler batch that only keeps the processes' forwards in step.
+    """
 
     start: int
     end: int
@@ -155,7 +167,7 @@ class TextPart(NamedTuple):
 
 
 def first_tokens(hidden_size: int) -> int:
-    """How many tokens per block `calibrate` keeps in memory for gain and carry."""
+    """Returns how many tokens per block `calibrate` keeps in memory for gain and carry."""
     return max(CHUNK_TOKENS, CHUNK_TOKENS_PER_CHANNEL * hidden_size)
 
 
@@ -164,13 +176,13 @@ class _BlockFit:
 
     def __init__(self, layer: NPTLayer, chunk_tokens: int):
         self.layer, self.chunk_tokens = layer, chunk_tokens
-        self.component: NPComponent = layer.component  # type: ignore[assignment]
+        self.component = layer.own
         self.dtype = next(self.component.parameters(), torch.empty(0)).dtype
-        self.component.to(torch.promote_types(self.dtype, torch.float32))
-        self.chunk: list[Part] = []  # what gain and carry are fitted on
-        self.later: list[Part] = []  # what other processes' share of it came with
+        self.component.to(wide_dtype(self.dtype))
+        self.chunk: list[Part] = []  # this process's share of the first chunk, for gain and carry
+        self.later: list[Part] = []  # batches beyond the chunk, from the round in which other processes completed it
         self.tokens = 0
-        self.cutoff: Any = None
+        self.cutoff: Tensor | None = None
         self.gram: Tensor | float = 0.0
         self.cross: Tensor | float = 0.0
         self.total_weight = 0.0
@@ -178,7 +190,7 @@ class _BlockFit:
     def see(self, record: BlockRecord, mask: Tensor, text: TextPart | None = None) -> None:
         """Takes one batch of (batch, tokens, d) hidden states; mask (batch, tokens) marks the real ones.
 
-        text: where it stands; None in a single process, after what came before.
+        text: its place; None in a single process, where it follows the batch before.
         """
         unpadded = bool(mask.all())
         h, a = (x.flatten(0, 1) if unpadded else x[mask] for x in (record.hidden_states, record.attention))
@@ -186,7 +198,7 @@ class _BlockFit:
         self.tokens = text.end
         part = Part(text.start, h, a) if text.counts else Part(text.start, h[:0], a[:0])
         if self.cutoff is not None:
-            self._accumulate([part])
+            self._accumulate([part], self.cutoff)
             return
         (self.chunk if text.start < self.chunk_tokens else self.later).append(part)
         if text.end >= self.chunk_tokens:
@@ -197,9 +209,10 @@ class _BlockFit:
         with gathered(self.layer.get_base_layer()):
             if self.cutoff is None:
                 self._fit_chunk()
-            gram, cross = (x if isinstance(x, float) else total(x) for x in (self.gram, self.cross))
-            weight = float(total(torch.tensor(self.total_weight, dtype=torch.float64)))
-            _fit_low_rank(self.layer, self.component, gram, cross, weight)
+            weight = torch.tensor(self.total_weight, dtype=torch.float64)
+            if isinstance(self.gram, Tensor) and isinstance(self.cross, Tensor):
+                gram, cross = total(self.gram), total(self.cross)
+                _fit_low_rank(self.layer, self.component, gram, cross, float(total(weight)))
             self.component.to(self.dtype)
             error = self._update_error()
         for name, parameter in self.component.named_parameters():
@@ -217,11 +230,10 @@ class _BlockFit:
         self.probe = (h, a, self.layer.update_from(h[None], a[None], Mode.EXACT)[0])
         self.error_before = self._update_error()
         sizes = torch.cat([token_sizes(_delta(self.layer, h, a)[1], a) for _, h, a in _slices(chunk)])
-        medians = torch.cat(gather(sizes)).median(0).values
-        self.cutoff = torch.where(medians > 0, OUTLIER_FACTOR * medians, torch.inf)
+        self.cutoff = outlier_cutoff(torch.cat(gather(sizes)))
         if self.component.spec.input_projections:
             fit_gain_and_carry(self.layer, self.component, chunk, self.cutoff)
-        self._accumulate([*chunk, *later])
+        self._accumulate([*chunk, *later], self.cutoff)
 
     def _choose_probe(self, chunk: list[Part]) -> tuple[Tensor, Tensor]:
         """h and a, (`PROBE_TOKENS`, d) each, of tokens from all processes' chunks, in the order of the text."""
@@ -235,21 +247,22 @@ class _BlockFit:
         h, a = (torch.cat(gather(torch.cat(parts)))[order.to(parts[0].device)] for parts in zip(*picked, strict=True))
         return h, a
 
-    def _accumulate(self, chunk: list[Part]) -> None:
+    def _accumulate(self, chunk: list[Part], cutoff: Tensor) -> None:
+        """Adds tokens to S, T and the total weight."""
         component, spec = self.component, self.component.spec
         parts = _low_rank_targets(component)
         if not spec.has_low_rank or spec.key != "input" or not parts:
             return
         for _, h, a in _slices(chunk):
             z, delta = _delta(self.layer, h, a)
-            weights = outlier_weights(token_sizes(delta, a), self.cutoff)
+            weights = outlier_weights(token_sizes(delta, a), cutoff)
             shift = component.keyed_shift(a, z) if "in" in parts else None
             rest = {"in": delta if shift is None else delta - shift, "down": a.to(z.dtype)}
             features = component.centered(a.to(z.dtype))
             weighted = weights.to(z.dtype) * features
             self.total_weight += float(weights.sum())
-            self.gram = self.gram + _product(weighted, features)
-            self.cross = self.cross + torch.cat([_product(weighted, rest[name]) for name in parts], -1)
+            self.gram = self.gram + token_product(weighted, features)
+            self.cross = self.cross + torch.cat([token_product(weighted, rest[name]) for name in parts], -1)
 
     def _update_error(self) -> float:
         h, a, target = self.probe
@@ -258,76 +271,53 @@ class _BlockFit:
 
 
 class Part(NamedTuple):
-    """h and a, (tokens, d) each, of consecutive tokens of the text, and the place of the first."""
+    """h and a, (tokens, d) each, of consecutive tokens of the text; start is the place of the first one."""
 
     start: int
     h: Tensor
     a: Tensor
 
     def cut(self, first: int, end: int | None = None) -> Part:
-        """Its tokens from `first` to before `end`; at first none."""
+        """Returns its tokens from `first` to before `end`; none where `end` is None."""
         end = first if end is None else end
         return Part(self.start + first, self.h[first:end], self.a[first:end])
 
 
 def _slices(chunk: list[Part]) -> Iterator[Part]:
-    """In parts whose temporaries stay small; an empty part is one of them."""
+    """Yields parts of at most `SLICE_TOKENS`, whose temporaries stay small. An empty part gives one empty slice."""
     for part in chunk:
         for first in range(0, max(1, len(part.h)), SLICE_TOKENS):
             yield part.cut(first, first + SLICE_TOKENS)
 
 
 def _held(chunk: list[Part]) -> int:
-    """Tokens of all processes' chunks."""
+    """Returns the number of tokens in all processes' chunks."""
     return int(total(torch.tensor(sum(len(part.h) for part in chunk))))
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """x^T y (d, e) of one slice (tokens, d), (tokens, e), in float64 for the sum over slices.
-
-    On the CPU the slice itself is multiplied in float32 or better, twice as fast; a GPU may be set to TF32, which would
-    not do, so there it is float64.
-    """
-    return x.double().T @ y.double() if x.is_cuda else (x.T @ y).double()
 
 
 def _delta(layer: NPTLayer, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """(z, D), each (tokens, d), float32 or better."""
-    z, original = (x.to(torch.promote_types(h.dtype, torch.float32)) for x in layer.mlp_inputs(h, a))
+    z, original = (x.to(wide_dtype(h.dtype)) for x in layer.mlp_inputs(h, a))
     return z, original - z
-
-
-def token_sizes(delta: Tensor, attention: Tensor) -> Tensor:
-    """(tokens, 2) float64: |D|^2, which the fit explains, and |a|^2, which it explains it with."""
-    norms = [torch.linalg.vector_norm(x, dim=-1, dtype=delta.dtype).double() for x in (delta, attention)]
-    return torch.stack(norms, -1).square()
-
-
-def outlier_weights(sizes: Tensor, cutoff: Tensor) -> Tensor:
-    """(tokens, 1) float64: one, but (cutoff / size)^2 for tokens beyond a cutoff (2,).
-
-    The square because the gain's own features grow with |a|^2: a token's pull on the fit would else still grow.
-    """
-    return (cutoff / sizes.clamp_min(1e-300)).clamp_max(1).amin(-1, keepdim=True).square()
 
 
 def fit_gain_and_carry(layer: NPTLayer, component: NPComponent, chunk: list[Part], cutoff: Tensor) -> None:
     """Weighted least squares of D on gain and carry, over h and a of all processes' chunks.
 
-    Per channel, all that gain and carry can write is k . Z + c (A_0 + l . A_1...): Z is z - b and A is a, each times a
-    few numbers per token. Their products with one another and with D, summed over tokens, are all the fit needs.
+    Per channel, gain and carry can write k . Z + c (A_0 + l . A_1...), where Z is z - b and A is a, each times a few
+    numbers per token. The fit needs only the products of Z, A and D with one another, summed over tokens.
     """
     if component.has_gain and component.spec.gain == "state":
         _fit_scale(layer, component, chunk, cutoff)
-    gram: Any = 0.0
+    gram = torch.zeros(())
     for _, h, a in _slices(chunk):
         z, delta = _delta(layer, h, a)
         weights = outlier_weights(token_sizes(delta, a), cutoff).to(z.dtype)
         of_z, of_a = _basis(component, *component.features(a, z))
-        gram = gram + _channel_products([*of_z, *of_a, delta], weights)
+        gram = gram + channel_products([*of_z, *of_a, delta], weights)
     if not of_z and not of_a:
         return
-    gain, slope, c = _alternate(total(gram), len(of_z), len(of_a))
+    gain, slope, c = alternate(total(gram), len(of_z), len(of_a))
     if component.has_carry:
         component.c.copy_(c)
     if component.has_gain:
@@ -336,8 +326,8 @@ def fit_gain_and_carry(layer: NPTLayer, component: NPComponent, chunk: list[Part
         component.carry_gain.copy_(slope)
 
 
-def _basis(component: NPComponent, a: Tensor, z: Tensor, phi: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """(Z, A): what the gain's and the carry's coefficients multiply, each (tokens, d)."""
+def _basis(component: NPComponent, a: Tensor, z: Tensor, phi: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns (Z, A), the columns that the gain's and the carry's coefficients multiply, each (tokens, d)."""
     if not component.has_gain:
         return [], [a] if component.has_carry else []
     if component.spec.gain == "state":
@@ -348,40 +338,10 @@ def _basis(component: NPComponent, a: Tensor, z: Tensor, phi: Any) -> tuple[list
     return of_z, of_a if component.has_carry else []
 
 
-def _channel_products(columns: list[Tensor], weights: Tensor) -> Tensor:
-    """(d, n, n) float64: weighted sums over tokens of the products of n columns (tokens, d)."""
-    n = len(columns)
-    products = columns[0].new_zeros(columns[0].shape[-1], n, n, dtype=torch.float64)
-    for i, column in enumerate(columns):
-        weighted = weights * column
-        for j in range(i, n):
-            products[:, i, j] = products[:, j, i] = (weighted * columns[j]).sum(0)
-    return products
-
-
-def _alternate(gram: Tensor, count_z: int, count_a: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(k, l, c) from products (d, n, n) of [Z, A, D]: by turns c given (k, l), then (k, l) given c."""
-    gram, right = gram[:, :-1, :-1], gram[:, :-1, -1]
-    gain, slope, c = gram.new_zeros(count_z), gram.new_zeros(max(0, count_a - 1)), gram.new_zeros(len(gram))
-    shared = [i for i in range(count_z + count_a) if i != count_z or not count_a]
-    for _ in range(10):
-        if count_a:
-            v = F.pad(slope, (1, 0), value=1.0)
-            rest = right[:, count_z:] - gram[:, count_z:, :count_z] @ gain
-            square = v @ gram[:, count_z:, count_z:] @ v
-            c = torch.where(square > 0, rest @ v / square, 0)
-        if count_z:
-            scale = torch.stack([torch.ones_like(c)] * count_z + [c] * len(slope), -1)
-            rest = right[:, shared] - (c[:, None] * gram[:, shared, count_z] if count_a else 0)
-            products = (scale[:, :, None] * scale[:, None] * gram[:, shared][:, :, shared]).sum(0)
-            gain, slope = solve_ridge(products, (scale * rest).sum(0), 1e-10).split([count_z, len(slope)])
-    return gain, slope, c
-
-
 def _fit_scale(layer: NPTLayer, component: NPComponent, chunk: list[Part], cutoff: Tensor) -> None:
     """Ridge regression of -log rms(h) on z - b, the ridge chosen on the last quarter of the tokens."""
     tokens, origin = _held(chunk), None
-    fitted, checked = _Regression(), _Regression()
+    fitted, checked = Regression(), Regression()
     for start, h, a in _slices(chunk):
         z, delta = _delta(layer, h, a)
         weights = outlier_weights(token_sizes(delta, a), cutoff).to(z.dtype)
@@ -395,80 +355,29 @@ def _fit_scale(layer: NPTLayer, component: NPComponent, chunk: list[Part], cutof
         fitted.add(x[:cut] - origin, target[:cut], weights[:cut])
         checked.add(x[cut:] - origin, target[cut:], weights[cut:])
     fitted.moments, checked.moments = total(fitted.moments), total(checked.moments)
-    errors = [(checked.error(*fitted.solve(ridge)), ridge) for ridge in (1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e8)]
-    direction, offset = fitted.joined(checked).solve(min(errors)[1])
+    direction, offset = best_regression(fitted, checked)
     component.scale_direction.copy_(direction)
-    component.log_scale.copy_(offset - origin.double() @ direction)  # type: ignore[union-attr]
-
-
-class _Regression:
-    """Weighted moments of [x, 1, y], in float64: enough for any ridge regression of y on x and for its error elsewhere."""
-
-    def __init__(self) -> None:
-        self.moments: Any = 0.0
-
-    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        """x (tokens, d), y (tokens,), weights (tokens, 1)."""
-        columns = torch.cat([x, torch.ones_like(weights), y[:, None]], -1)
-        self.moments = self.moments + _product(weights * columns, columns)
-
-    def joined(self, other: _Regression) -> _Regression:
-        """Both."""
-        both = _Regression()
-        both.moments = self.moments + other.moments
-        return both
-
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """(direction (d,), offset ()), the ridge relative to the mean variance of x."""
-        xx, x1, xy = self.moments[:-2, :-2], self.moments[:-2, -2], self.moments[:-2, -1]
-        weight, y1 = self.moments[-2, -2], self.moments[-2, -1]
-        mean, mean_y = x1 / weight, y1 / weight
-        direction = solve_ridge(xx - torch.outer(mean, x1), xy - mean * y1, ridge)
-        return direction, mean_y - mean @ direction
-
-    def error(self, direction: Tensor, offset: Tensor) -> float:
-        """Weighted sum of squared errors of a solution."""
-        coefficients = torch.cat([direction, offset[None], -torch.ones_like(offset)[None]])
-        return float(coefficients @ self.moments @ coefficients)
+    if origin is not None:
+        component.log_scale.copy_(offset - origin.double() @ direction)
 
 
 def _low_rank_targets(component: NPComponent) -> list[str]:
-    """What the low-rank part has to explain: "in" for gate and up; "down" where no carry brings a itself."""
+    """The targets of the low-rank part: "in" for gate and up; "down" where no carry brings a itself."""
     spec = component.spec
     down = "down" in spec.projections and spec.carry != "diagonal"
     return ["in"] * bool(spec.input_projections) + ["down"] * down
 
 
-def _fit_low_rank(layer: NPTLayer, component: NPComponent, gram: Any, cross: Any, total: float) -> None:
-    """Reduced-rank regression from S = a^T a (d, d) and T = a^T R (d, d per target) of `total` weighted tokens."""
+def _fit_low_rank(layer: NPTLayer, component: NPComponent, gram: Tensor, cross: Tensor, weight: float) -> None:
+    """Sets A and B from S = a^T a (d, d) and T = a^T R (d, d per target) over tokens whose weights sum to `weight`."""
     spec = component.spec
-    if not isinstance(gram, Tensor) or not float(gram.diagonal().sum()) > 0:
+    if not float(gram.diagonal().sum()) > 0:
         return
-    d, scale = spec.hidden_size, gram.diagonal().mean()
-    ridged = gram + LOW_RANK_RIDGE * scale * torch.eye(d, dtype=gram.dtype, device=gram.device)
-    lower = torch.linalg.cholesky(ridged)
-    whitened = torch.linalg.solve_triangular(lower, cross, upper=False)
-    # Input and down targets have different units: each is scaled to unit energy before directions are chosen.
-    whitened = torch.cat([part / part.norm().clamp_min(1e-300) for part in whitened.split(d, -1)], -1)
-    # The leading left singular vectors, from a matrix a quarter the size where there are two targets.
-    directions = torch.linalg.eigh(whitened @ whitened.T)[1][:, -spec.rank :].flip(-1)
-    # Of either sign; rounding must not choose.
-    directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
-    a_matrix = torch.linalg.solve_triangular(lower.T, directions, upper=True)
-    a_matrix = a_matrix * (MODULATION_STD * total**0.5)  # A^T S A = I so far: a A has mean square 1 / total
-    fitted = solve_ridge(a_matrix.T @ gram @ a_matrix, a_matrix.T @ cross, 1e-8) / spec.modulation_scale
+    a_matrix, fitted = reduced_rank_regression(gram, cross, weight, spec.rank)
     component.A.copy_(a_matrix)
-    found = dict(zip(_low_rank_targets(component), fitted.split(d, -1), strict=True))
+    parts = (fitted / spec.modulation_scale).split(spec.hidden_size, -1)
+    found = dict(zip(_low_rank_targets(component), parts, strict=True))
     for name, (b, _) in component.low_rank_factors("input").items():
         b.copy_(found["in"] if name == "in" else layer.product(name)(found["in"].to(layer.weight.dtype)))
     if "down" in spec.projections:
         component.low_rank_factors("down")["down"][0].copy_(found.get("down", torch.zeros(())))
-
-
-def solve_ridge(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """(gram + ridge mean(diag gram) I)^-1 right; zero where gram is zero."""
-    scale = gram.diagonal().mean()
-    if not float(scale) > 0:
-        return torch.zeros_like(right)
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + ridge * scale * identity, right)

@@ -1,4 +1,4 @@
-"""What equivalence pre-training minimises. Every loss is a sum over the tokens that count, over `items`.
+"""The objectives of equivalence pre-training. Every loss is a sum over the tokens that count, divided by `items`.
 
     local      per converted block, |update_NPT(h, a) - update(h, a)|^2 / (d c_l) with the original's h and a; c_l is the
                mean square of the original update, so that blocks weigh alike. No gradient crosses attention or another
@@ -7,15 +7,15 @@
     logits     KL(original || NPT) over next tokens, end to end, in chunks of positions.
 
 `items` is the number of counted tokens of the whole optimiser step, so the split into micro-batches changes nothing.
-`local` and `composite` report the mean over blocks, but hand each block the gradient of its own loss: it does not depend on
-which other blocks are converted, so that blocks may be trained by separate jobs (`npt.adapters.join`).
+`local` and `composite` report the mean over blocks, but hand each block the gradient of its own loss. That gradient does not
+depend on which other blocks are converted, so blocks may be trained by separate jobs (`npt.adapters.join`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +26,11 @@ from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import Mode, running_as, watching, watching_deltas
 from npt.block.probing import logit_head
 from npt.common.precision import wide
-from npt.common.sharded import gathered
+from npt.common.sharded import gathered, through
 from npt.data.batches import scored_positions
 from npt.equivalence.teacher import ROW, TeacherCache, grouped
 from npt.errors import REMEDY, NPTError, RunError
-from npt.tuner.converted import active_layers, run_backbone
+from npt.tuner.converted import ConvertedModel, active_layers, run_backbone
 from npt.tuner.nonfinite import find_nonfinite
 
 OBJECTIVES = ("local", "logits", "composite")
@@ -42,7 +42,7 @@ TOKEN_CHUNK = 512
 
 
 class Losses(NamedTuple):
-    """One micro-batch's share of the step's losses, as scalars; `total` carries the gradient (see above)."""
+    """One micro-batch's share of the step's losses, as scalars. Only `total` carries a gradient."""
 
     total: Tensor
     equivalence: Tensor
@@ -51,13 +51,18 @@ class Losses(NamedTuple):
 
 @dataclass
 class Objective:
-    """An objective with its weights.
+    """An objective with its weights. `Objective(name)` makes a `BlockObjective` or a `LogitsObjective`.
 
     Args:
         name: one of `OBJECTIVES`. equivalence_weight: alpha. regularization_weight: beta. regularizer: one of
             `REGULARIZERS`: `factors` is |A|_F + |B|_F, `delta` the mean |dW|_F^2 over real tokens.
         scales: {block index: c_l}, needed by `local` (see `update_scales`).
         teacher: the original's side from disk, for batches that say which rows they are (`npt.equivalence.teacher`).
+
+    Attributes:
+        per_block: True where each block has a loss and a gradient of its own.
+        teacher_kind: the targets on disk it reads, one of `npt.equivalence.teacher.TARGETS`.
+        names: the names that the class takes.
     """
 
     name: str = "logits"
@@ -67,39 +72,80 @@ class Objective:
     scales: dict[int, float] = field(default_factory=dict)
     teacher: TeacherCache | None = None
 
+    per_block: ClassVar[bool]
+    teacher_kind: ClassVar[str]
+    names: ClassVar[tuple[str, ...]] = OBJECTIVES
+
+    def __new__(cls, name: str = "logits", *args: Any, **kwargs: Any) -> Objective:
+        """Picks the class by the name; `__post_init__` refuses a name that has none."""
+        found = next((c for c in (BlockObjective, LogitsObjective) if name in c.names), cls)
+        return super().__new__(found if cls is Objective else cls)
+
     def __post_init__(self) -> None:
         for value, allowed, what in (
-            (self.name, OBJECTIVES, "objective"),
+            (self.name, self.names, "objective"),
             (self.regularizer, REGULARIZERS, "regularizer"),
         ):
             if value not in allowed:
                 raise NPTError(f"training.{what}={value!r}: use one of {', '.join(allowed)}")
 
-    def __call__(self, model: Any, inputs: dict[str, Tensor], items: Tensor | float) -> Losses:
+    def __call__(self, model: ConvertedModel, inputs: dict[str, Tensor], items: Tensor | float) -> Losses:
         """The losses of one micro-batch {"input_ids", "attention_mask", "labels"}, each (batch, tokens)."""
         counted = torch.nn.functional.pad(scored_positions(inputs["labels"]), (0, 1))
-        if self.name == "logits":
-            losses = self._logits(model, inputs, counted, items)
-        else:
-            losses = self._local(model, inputs, counted, items)
+        losses = self._losses(model, inputs, counted, items)
         if self.regularizer == "factors":
-            norm = factor_norm(active_layers(model), apart=self.name != "logits")
+            norm = factor_norm(active_layers(model), apart=self.per_block)
             factors = norm * (counted.sum().to(norm.dtype) / items)
             total = losses.total + self.regularization_weight * factors
             losses = losses._replace(total=total, regularization=factors.detach())
         return losses
 
+    def prepare(self, model: ConvertedModel, first: dict[str, Tensor]) -> None:
+        """Checks the model and measures the constants that the losses need. All processes call it before training.
+
+        Args:
+            first: a batch of the first blocks of the text, the same on every process.
+        """
+
+    def _losses(
+        self, model: ConvertedModel, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float
+    ) -> Losses:
+        """The losses with the `delta` regulariser. counted (batch, tokens): the positions whose predictions count."""
+        raise NotImplementedError
+
     @property
     def _needs_deltas(self) -> bool:
         return self.regularizer == "delta" and self.regularization_weight > 0
 
-    def _local(self, model: Any, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float) -> Losses:
+
+@dataclass
+class BlockObjective(Objective):
+    """`local` and `composite`: each block is compared with its original on the original's own h and a."""
+
+    name: str = "local"
+    per_block: ClassVar[bool] = True
+    teacher_kind: ClassVar[str] = "hidden"
+    names: ClassVar[tuple[str, ...]] = ("local", "composite")
+
+    @property
+    def _is_scaled(self) -> bool:
+        """True where each block's error is divided by its c_l."""
+        return self.name == "local"
+
+    def prepare(self, model: ConvertedModel, first: dict[str, Tensor]) -> None:
+        """Measures c_l of every block, unless it is given."""
+        if self._is_scaled and not self.scales:
+            self.scales = through(model, lambda: update_scales(model, first))
+
+    def _losses(
+        self, model: ConvertedModel, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float
+    ) -> Losses:
         layers = active_layers(model)
         gradients: dict[Tensor, Tensor] = {}
         sums = [wide(torch.zeros((), dtype=layers[0].weight.dtype, device=counted.device)) for _ in range(2)]
 
         def see(layer: NPTLayer, record: BlockRecord) -> None:
-            own = [p for p in layer.component.parameters() if p.requires_grad]  # type: ignore[union-attr]
+            own = [p for p in layer.own.parameters() if p.requires_grad]
             for part, mask in _token_chunks(record, counted):
                 with torch.enable_grad():
                     equivalence, delta = self._block_loss(layer, part, mask)
@@ -133,10 +179,25 @@ class Objective:
         with watching_deltas([layer], norms.see if self._needs_deltas else None):
             update = layer.update_from(h[None], a[None])[0]
         error = (wide(update) - wide(y - h)).square().mean(-1).sum()
-        scale = self.scales[layer.index] if self.name == "local" else 1.0
+        scale = self.scales[layer.index] if self._is_scaled else 1.0
         return error / scale, norms.mean_square(error)
 
-    def _logits(self, model: Any, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float) -> Losses:
+
+@dataclass
+class LogitsObjective(Objective):
+    """`logits`: the KL divergence of next-token distributions, end to end."""
+
+    per_block: ClassVar[bool] = False
+    teacher_kind: ClassVar[str] = "logits"
+    names: ClassVar[tuple[str, ...]] = ("logits",)
+
+    def prepare(self, model: ConvertedModel, first: dict[str, Tensor]) -> None:
+        """Checks that the logits can be computed from the last hidden states."""
+        through(model, lambda: check_logit_head(model, first["input_ids"][:1, :8]))
+
+    def _losses(
+        self, model: ConvertedModel, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float
+    ) -> Losses:
         layers, head = active_layers(model), logit_head(model)
         if self.teacher is not None and ROW in inputs:
             target = [x[counted] for x in self.teacher.log_probabilities(inputs[ROW], counted.device)]
@@ -155,9 +216,17 @@ class Objective:
         return Losses(total, equivalence.detach(), delta.detach())
 
 
+def objective_class(name: str) -> type[Objective]:
+    """The class of an objective, by its name: one of `OBJECTIVES`."""
+    return LogitsObjective if name in LogitsObjective.names else BlockObjective
+
+
 def _token_chunks(record: BlockRecord, counted: Tensor) -> Iterator[tuple[BlockRecord, Tensor]]:
-    """(record of (tokens, d), mask (tokens,)): a pass through a block in parts of a quarter of its tokens, at least
-    `TOKEN_CHUNK`, so that training a block never holds much more than the frozen forward does."""
+    """Yields (record of (tokens, d), mask (tokens,)) of the parts of a pass through a block.
+
+    A part is a quarter of the tokens, at least `TOKEN_CHUNK`, so that training a block holds little more than the frozen
+    forward does.
+    """
     parts = [x.flatten(0, 1) for x in (record.hidden_states, record.attention, record.output)]
     mask = counted.flatten()
     size = max(TOKEN_CHUNK, -(-len(mask) // 4))
@@ -167,13 +236,18 @@ def _token_chunks(record: BlockRecord, counted: Tensor) -> Iterator[tuple[BlockR
 
 
 class _DeltaSquares:
-    """Collects |dW|_F^2 per token from the observer, keeping its gradient."""
+    """Sums |dW|_F^2 over tokens as it watches a forward; the sums keep their gradient.
+
+    Args:
+        counted: the mask of the tokens that count; None where all do.
+    """
 
     def __init__(self, counted: Tensor | None = None):
         self.counted = counted
         self.per_layer: dict[int, list[Tensor]] = {}
 
     def see(self, layer: NPTLayer, deltas: dict[str, WeightDelta]) -> None:
+        """Takes the deltas of one pass through a block."""
         for delta in deltas.values():
             square = delta.frobenius_norm_square()
             square = square.flatten() if self.counted is None else square[self.counted]
@@ -186,7 +260,7 @@ class _DeltaSquares:
 
 
 class _WithGradients(torch.autograd.Function):
-    """Hands gradients that are known already to the autograd engine, so that scaling and accumulation stay its job."""
+    """Hands gradients that are computed already to autograd, which scales and accumulates them as any others."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
@@ -201,7 +275,9 @@ class _WithGradients(torch.autograd.Function):
 def _chunk_kl(head: Callable[[Tensor], Tensor], student: Tensor, *target: Tensor) -> Tensor:
     """Sum over positions of KL(teacher || student).
 
-    student: last hidden states (positions, d). target: the teacher's; or ids and log-probabilities of `grouped` outcomes.
+    Args:
+        student: last hidden states (positions, d). target: the teacher's; or ids and log-probabilities of outcomes, as
+            `grouped` gives them.
     """
     own = wide(head(student)).log_softmax(-1)
     if len(target) == 2:
@@ -214,8 +290,8 @@ def _chunk_kl(head: Callable[[Tensor], Tensor], student: Tensor, *target: Tensor
 
 
 @torch.no_grad()
-def check_logit_head(model: Any, input_ids: Tensor) -> None:
-    """Makes sure that `logit_head` on the backbone gives this model's own logits.
+def check_logit_head(model: ConvertedModel, input_ids: Tensor) -> None:
+    """Checks that `logit_head` on the backbone gives this model's own logits.
 
     Raises:
         NPTError: it does not, so the `logits` objective would train towards something else.
@@ -235,7 +311,7 @@ def check_logit_head(model: Any, input_ids: Tensor) -> None:
 
 
 @torch.no_grad()
-def update_scales(model: Any, inputs: dict[str, Tensor]) -> dict[int, float]:
+def update_scales(model: ConvertedModel, inputs: dict[str, Tensor]) -> dict[int, float]:
     """{block index: mean square of the original update y - h over real tokens}: the constants of `local`."""
     layers, scales, mask = active_layers(model), {}, inputs["attention_mask"].bool()
 
@@ -249,16 +325,16 @@ def update_scales(model: Any, inputs: dict[str, Tensor]) -> dict[int, float]:
 
 
 def factor_norm(layers: list[NPTLayer], *, apart: bool = False) -> Tensor:
-    """Mean over blocks of |A|_F + sum |B|_F: the original description's regulariser.
+    """The mean over blocks of |A|_F + sum |B|_F, the original description's regulariser.
 
-    apart: a block's gradient is that of its own norm, not of the mean.
+    Args:
+        apart: gives each block the gradient of its own norm, not of the mean.
     """
     norms: list[Tensor] = []
     gradients: dict[Tensor, Tensor] = {}
     for layer in layers:
         with gathered(layer.get_base_layer()), torch.enable_grad():
-            component: Any = layer.component
-            matrices = [p for n, p in component.named_parameters() if n == "A" or n.startswith("B_")]
+            matrices = [p for n, p in layer.own.named_parameters() if n == "A" or n.startswith("B_")]
             # A zero matrix has no gradient direction; the epsilon keeps sqrt'(0) finite.
             norm = sum(((m.square().sum() + 1e-24).sqrt() for m in matrices), layer.weight.new_zeros(()))
             trained = [m for m in matrices if m.requires_grad]

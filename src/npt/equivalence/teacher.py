@@ -5,15 +5,14 @@
     logits   for `logits`: per token the k most probable next tokens, their log-probabilities and that of all others
              together. KL over these k + 1 outcomes is a lower bound of the full KL (data processing), close for k = 64.
 
-A folder holds targets.json, which says what the targets were made from, and safetensors shards of whole blocks. A shard is
-written under another name and renamed, so that an interrupted run goes on where it stopped.
+A folder holds targets.json, which names the model and the text that the targets were made from, and safetensors shards of
+whole blocks. A shard appears whole, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,13 +27,14 @@ from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import Mode, running_as, watching
 from npt.block.probing import logit_head
 from npt.common.display import human_bytes
+from npt.common.files import replace_file
 from npt.common.fingerprint import base_fingerprint, text_fingerprint
 from npt.common.processes import barrier, first_does, share, world
 from npt.common.progress import progress_bar
 from npt.common.sharded import is_sharded
 from npt.data.batches import batches_of
 from npt.errors import DataError
-from npt.tuner.converted import active_layers, device_of, eval_mode, run_backbone
+from npt.tuner.converted import ConvertedModel, active_layers, device_of, eval_mode, run_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ SHARD_BYTES = 256 * 2**20
 #: Disk that stays free for the run's other files.
 RESERVE = 64 * 2**20
 _FORMAT = 1
-#: What a difference in the manifest means to a person, in the order in which it is told.
+#: Key of the manifest -> the words for a difference in it, in the order in which they are told.
 _MEANINGS = {
     "format": "another version of npt",
     "kind": "another kind of targets",
@@ -56,13 +56,17 @@ _MEANINGS = {
     "precision": "another optimization.mixed_precision",
     "top_k": "another training.teacher_top_k",
 }
-#: Of these, what the model alone decides.
+#: Keys that the model alone decides.
 _OF_MODEL = ("format", "kind", "base", "top_k")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What targets were made from, and how they lie in the shards."""
+    """The origin of targets and their layout in the shards; the content of targets.json.
+
+    kind: one of `TARGETS`. base, text: fingerprints. top_k: tokens kept per position, None for `hidden`. layers: the converted
+    blocks. precision: of autocast. blocks: in all. shard_blocks: blocks per shard.
+    """
 
     kind: str
     base: str
@@ -125,17 +129,12 @@ class TeacherCache:
 
 
 def shard_path(folder: Path, index: int) -> Path:
-    """Where a shard lies."""
+    """Returns the path of a shard."""
     return folder / f"shard-{index:05d}.safetensors"
 
 
-def kind_of(objective: str) -> str:
-    """Which targets an objective needs."""
-    return "logits" if objective == "logits" else "hidden"
-
-
-def bytes_per_block(model: Any, kind: str, top_k: int, tokens: int) -> int:
-    """Bytes on disk of a block of `tokens`, from shapes."""
+def bytes_per_block(model: ConvertedModel, kind: str, top_k: int, tokens: int) -> int:
+    """Returns the bytes on disk of a block of `tokens`, from shapes."""
     if kind == "logits":
         return tokens * (4 * top_k + 4 * (top_k + 1))
     layers = active_layers(model)
@@ -144,12 +143,14 @@ def bytes_per_block(model: Any, kind: str, top_k: int, tokens: int) -> int:
     return int(tokens * vectors * layers[0].shape("up")[0] * model.dtype.itemsize)
 
 
-def check_teacher_cache(folder: str | Path, model: Any, kinds: list[str], top_k: int, blocks: int, tokens: int) -> None:
-    """Says how large the targets will be, and stops before any work where they can't be.
+def check_teacher_cache(
+    folder: str | Path, model: ConvertedModel, kinds: list[str], top_k: int, blocks: int, tokens: int
+) -> None:
+    """Logs how large the targets will be, and stops before any work where they can't be made.
 
     Raises:
         DataError: the disk is too small, or there is no folder to write to; `top_k` is not below the vocabulary; what is
-            there was made from another base or for other blocks (whether from other text, `teacher_cache` says).
+            there was made from another base or for other blocks (`teacher_cache` checks the text).
     """
     vocabulary = model.get_output_embeddings().weight.shape[0]
     if "logits" in kinds and not 0 < top_k < vocabulary:
@@ -179,7 +180,7 @@ def _check_space(folder: Path, needed: int) -> None:
 
 def teacher_cache(
     folder: str | Path,
-    model: Any,
+    model: ConvertedModel,
     blocks: Any,
     kind: str,
     *,
@@ -188,7 +189,7 @@ def teacher_cache(
     precision: str = "no",
     progress: bool = False,
 ) -> TeacherCache:
-    """The targets of `blocks`, made where they are not there yet; of several processes each makes its part, all call it.
+    """Returns the targets of `blocks`; makes those that are missing. Several processes share the work, and all call it.
 
     Args:
         folder: holds a folder for each kind. model: a PEFT model with an active NPT adapter. blocks: a dataset of equally
@@ -228,8 +229,8 @@ def teacher_cache(
     return TeacherCache(place, manifest)
 
 
-def _wanted(model: Any, kind: str, top_k: int) -> Manifest:
-    """The manifest of a run's targets, as far as the model alone tells."""
+def _wanted(model: ConvertedModel, kind: str, top_k: int) -> Manifest:
+    """The manifest of a run's targets, with the fields that the model alone decides."""
     return Manifest(
         kind=kind,
         base=base_fingerprint(model),
@@ -239,7 +240,7 @@ def _wanted(model: Any, kind: str, top_k: int) -> Manifest:
 
 
 def _agreed(place: Path, wanted: Manifest) -> Manifest:
-    """The manifest at `place`, written where there is none."""
+    """Returns the manifest at `place`; writes the wanted one where there is none."""
     # In this order: other processes write theirs after the manifest.
     path, shards = place / MANIFEST, list(place.glob("shard-*.safetensors"))
     if not path.is_file():
@@ -248,9 +249,8 @@ def _agreed(place: Path, wanted: Manifest) -> Manifest:
                 f"{place}: {len(shards)} shard(s) of unknown origin, {MANIFEST} is missing; delete the folder"
             )
         place.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{MANIFEST}.{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(wanted), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        text = json.dumps(asdict(wanted), indent=2) + "\n"
+        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), shared=True)
         return wanted
     found = _read_manifest(place)
     _agree(place, found, wanted, tuple(_MEANINGS))
@@ -266,7 +266,7 @@ def _read_manifest(place: Path) -> Manifest:
 
 
 def _agree(place: Path, found: Manifest, wanted: Manifest, keys: tuple[str, ...]) -> None:
-    """Raises where targets at `place` were made with something else than wanted."""
+    """Raises a DataError where the targets at `place` differ from the wanted ones in one of the keys."""
     differences = [_MEANINGS[key] for key in keys if getattr(found, key) != getattr(wanted, key)]
     if not set(wanted.layers) <= set(found.layers):
         differences.append(f"blocks {found.layers}, and this run converts {wanted.layers}")
@@ -278,7 +278,7 @@ def _agree(place: Path, found: Manifest, wanted: Manifest, keys: tuple[str, ...]
 
 
 def _is_whole(path: Path, manifest: Manifest, index: int) -> bool:
-    """Whether a shard is there with all its rows; safetensors checks a file's length as it opens it."""
+    """True for a shard that has all its rows; safetensors checks a file's length as it opens it."""
     if not path.is_file():
         return False
     rows = min(manifest.shard_blocks, manifest.blocks - index * manifest.shard_blocks)
@@ -292,12 +292,9 @@ def _is_whole(path: Path, manifest: Manifest, index: int) -> bool:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
+        replace_file(path, lambda temporary: save_file(tensors, temporary))
     except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(
             f"{path}: can't be written ({error}); make room or name another paths.teacher_cache. What was written before "
             "is whole and will be used"
@@ -305,8 +302,8 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def targets(model: Any, batch: dict[str, Tensor], kind: str, top_k: int) -> dict[str, Tensor]:
-    """The targets of a batch as they are stored, on the CPU, {name: (rows, tokens, ...)}."""
+def targets(model: ConvertedModel, batch: dict[str, Tensor], kind: str, top_k: int) -> dict[str, Tensor]:
+    """Returns the targets of a batch as they are stored, on the CPU: {name: (rows, tokens, ...)}."""
     layers = active_layers(model)
     found: dict[str, Tensor] = {}
 
@@ -344,5 +341,5 @@ def grouped(log_probabilities: Tensor, ids: Tensor) -> Tensor:
 
 
 def with_rows(blocks: Any) -> Any:
-    """The dataset with each block's place in the cache."""
+    """Returns the dataset with a column of each block's place in the cache."""
     return blocks.add_column(ROW, list(range(len(blocks))))

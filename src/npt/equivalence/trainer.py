@@ -19,15 +19,16 @@ from npt.common.precision import all_finite
 from npt.common.processes import any_process, env_flag, total, world
 from npt.common.sharded import fsdp_accelerator, full_tensor, local_part, through
 from npt.data.batches import batches_of, complete_batch, scored_positions
-from npt.equivalence.objectives import Objective, check_logit_head, update_scales
-from npt.equivalence.teacher import ROW, kind_of, teacher_cache, with_rows
+from npt.equivalence.objectives import Objective
+from npt.equivalence.teacher import ROW, teacher_cache, with_rows
 from npt.errors import NPTError
 from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.weight_deltas import delta_records
+from npt.training.bad_batch import raise_nonfinite
 from npt.training.callbacks import BestAdapterCallback
 from npt.training.checkpoints import DurableTrainer
-from npt.tuner.converted import active_layers, component_ids, device_of
-from npt.tuner.nonfinite import find_nonfinite, raise_nonfinite
+from npt.tuner.converted import ConvertedModel, active_layers, device_of, own_parameters
+from npt.tuner.nonfinite import find_nonfinite
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,9 @@ FIGURE_ROWS = 4
 
 
 def only_components_train(model: nn.Module) -> bool:
-    """Whether nothing but NPT components is trained."""
-    own = component_ids(model)
-    return all(id(p) in own for p in model.parameters() if p.requires_grad)
+    """True where nothing but NPT components is trained."""
+    own = own_parameters(model)
+    return all(p in own for p in model.parameters() if p.requires_grad)
 
 
 class EquivalenceTrainer(DurableTrainer):
@@ -48,18 +49,19 @@ class EquivalenceTrainer(DurableTrainer):
 
     Resume, accumulation, mixed precision, schedules, distributed launch and trackers are HF Trainer's; checkpoints are
     whole or not there (`npt.training.checkpoints`). A loss or gradient that is not finite stops the run before the step.
+    `npt.training.overridden` lists the methods of HF's that this class and its base override.
 
     Args:
         model: a PEFT model with an active NPT adapter.
         args: HF's TrainingArguments; the datasets hold packed blocks (`npt.data.pack`).
         objective: an `Objective` (`logits` KL by default), or a schedule [(first step, Objective), ...] from step 0 on.
-        teacher_cache: folder for the original's side of the objective, made at the first run (`npt.equivalence.teacher`).
+        teacher_cache: folder for the teacher targets, made at the first run (`npt.equivalence.teacher`).
         teacher_top_k: tokens kept of each next-token distribution. kwargs: as `transformers.Trainer`.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: ConvertedModel,
         args: TrainingArguments,
         objective: Objective | Sequence[tuple[int, Objective]] | None = None,
         *,
@@ -89,14 +91,11 @@ class EquivalenceTrainer(DurableTrainer):
         self._last_objective = ""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As HF's, after the checks and constants the objective needs."""
+        """Prepares the objectives and the teacher targets, then trains as HF's does."""
         text = self.eval_dataset if self.is_streamed else self.train_dataset
         first = next(batches_of(text, SCALE_BLOCKS, device_of(self.model)))
         for _, objective in self.schedule:
-            if objective.name == "logits":
-                through(self.model, lambda: check_logit_head(self.model, first["input_ids"][:1, :8]))
-            if objective.name == "local" and not objective.scales:
-                objective.scales = through(self.model, lambda: update_scales(self.model, first))
+            objective.prepare(self.model, first)
         self.read_teacher()
         try:
             return super().train(*args, **kwargs)
@@ -118,7 +117,7 @@ class EquivalenceTrainer(DurableTrainer):
         blocks: Any = self.train_dataset  # type: ignore[has-type]
         self.train_dataset: Any = blocks if ROW in blocks.column_names else with_rows(blocks)
         caches = {}
-        for kind in dict.fromkeys(kind_of(objective.name) for _, objective in self.schedule):
+        for kind in dict.fromkeys(objective.teacher_kind for _, objective in self.schedule):
             with self.accelerator.autocast():
                 make = partial(
                     teacher_cache,
@@ -133,10 +132,10 @@ class EquivalenceTrainer(DurableTrainer):
                 )
                 caches[kind] = through(self.model, make)
         for _, objective in self.schedule:
-            objective.teacher = caches[kind_of(objective.name)]
+            objective.teacher = caches[objective.teacher_kind]
 
     def is_finished(self, checkpoint: Path) -> bool:
-        """Whether nothing is left to train after a checkpoint; HF's Trainer would take one more step."""
+        """True where nothing is left to train after a checkpoint; HF's Trainer would take one more step."""
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         steps = self.args.max_steps
         if steps <= 0:
@@ -154,7 +153,7 @@ class EquivalenceTrainer(DurableTrainer):
         return [objective for start, objective in self.schedule if start <= self.state.global_step][-1]
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """As HF's, but a model whose frozen weights are offloaded is where it should be already."""
+        """Moves the model as HF's does, unless its frozen weights are offloaded: then it is in its place already."""
         if not any(parameter.is_meta for parameter in model.parameters()):
             super()._move_model_to_device(model, device)
 
@@ -165,7 +164,7 @@ class EquivalenceTrainer(DurableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The objective's total for one micro-batch, its share of the optimiser step."""
+        """Returns the objective's total for one micro-batch, as its share of the optimiser step."""
         unwrapped, inputs = self.accelerator.unwrap_model(model), complete_batch(inputs)
         items = scored_positions(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch
         # The model's own forward carries autocast; the objectives call what is inside it.
@@ -188,7 +187,7 @@ class EquivalenceTrainer(DurableTrainer):
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As HF's; its gradient is looked at before an optimiser sees it (a gradient scaler looks itself)."""
+        """HF's step; checks the gradient before an optimiser sees it. With a gradient scaler, the scaler checks."""
         loss: Tensor = super().training_step(*args, **kwargs)
         if self.accelerator.scaler is None:
             found = {n: local_part(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
@@ -201,11 +200,11 @@ class EquivalenceTrainer(DurableTrainer):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """As HF's with `logits`. Else each block by its own norm, as if it trained alone; returns the joint norm, for logs.
+        """Clips each block by its own norm, as if it trained alone, where blocks have losses of their own; else as HF's.
 
-        DeepSpeed clips by itself, all blocks together.
+        DeepSpeed clips by itself, all blocks together. Returns the joint norm, for logs.
         """
-        if self.objective.name == "logits" or self.is_deepspeed_enabled:
+        if not self.objective.per_block or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         norms = [
@@ -217,13 +216,13 @@ class EquivalenceTrainer(DurableTrainer):
     @staticmethod
     def _clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
         """The parameters that have a gradient: those of each block's component, and any others."""
-        groups = [list(layer.component.parameters()) for layer in active_layers(model)]  # type: ignore[union-attr]
-        own = {id(p) for group in groups for p in group}
-        groups.append([p for p in model.parameters() if id(p) not in own])
+        groups = [list(layer.own.parameters()) for layer in active_layers(model)]
+        own = {p for group in groups for p in group}
+        groups.append([p for p in model.parameters() if p not in own])
         return [found for group in groups if (found := [p for p in group if p.grad is not None])]
 
     def _stop_unless(self, finite: bool, what: Callable[[], str], inputs: dict[str, Tensor]) -> None:
-        """Stops all processes where one of them met something that is not finite."""
+        """Stops all processes where one of them met a value that is not finite."""
         if not any_process(not finite):
             return
         model, step = self.accelerator.unwrap_model(self.model), self.state.global_step + 1
@@ -231,7 +230,7 @@ class EquivalenceTrainer(DurableTrainer):
         raise_nonfinite(None if finite else what(), where, inputs, step, Path(self.args.output_dir))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds what equivalence training is judged by to every logged training step."""
+        """Adds the figures that equivalence training is judged by to every logged training step."""
         if "loss" in logs:
             steps = max(1, self.state.global_step - (self._sums_from or 0))
             # In double precision and over all processes, which HF's own sum is not.
@@ -250,7 +249,7 @@ class EquivalenceTrainer(DurableTrainer):
         model, (rank, _) = self.accelerator.unwrap_model(self.model), world()
         first = self._last_inputs["input_ids"]
         wanted = min(max(0, FIGURE_ROWS - rank * len(first)), len(first))
-        # A process whose rows are not among the first runs one for company: a sharded forward needs it.
+        # A process whose rows are not among the first runs one all the same: a sharded forward needs every process.
         rows = {name: value[: wanted or 1] for name, value in self._last_inputs.items() if name != "labels"}
         records = through(self.model, lambda: delta_records(model, [rows], effect_tokens=0))
         squares = [[torch.cat(r.squares) for r in entry.values()] for entry in records.values()]

@@ -1,9 +1,9 @@
-"""Per block: how close its output is to the original block's, on the original's stream and on the model's own."""
+"""The error of each block's output against the original block's, on the original's stream and on the model's own."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from npt.block.families import blocks_of
 from npt.block.hooks import first_tensor
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import Mode, running_as, watching
-from npt.tuner.converted import active_layers, run_backbone
+from npt.tuner.converted import ConvertedModel, active_layers, run_backbone
 
 Batches = Iterable[dict[str, Tensor]]
 #: Sequences whose hidden states of all blocks are held at once.
@@ -21,13 +21,13 @@ STREAM_ROWS = 4
 
 
 class _Comparison:
-    """Sums over tokens of how far `found` is from `expected`, and figures from them."""
+    """Sums of errors over tokens, and the figures computed from them."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
 
     def add(self, found: Tensor, expected: Tensor, before: Tensor) -> None:
-        """(tokens, d) each; `before` is what the error is relative to the change from."""
+        """Adds tokens, (tokens, d) each. The relative error is that of `found`, over the norm of `expected` - `before`."""
         error, sums = found - expected, self.sums
         sums["square"] += float(error.square().sum())
         sums["update"] += float((expected - before).square().sum())
@@ -48,7 +48,7 @@ class _Comparison:
 
 
 @torch.no_grad()
-def layer_equivalence(model: Any, batches: Batches) -> dict[str, dict[str, Any]]:
+def layer_equivalence(model: ConvertedModel, batches: Batches) -> dict[str, dict[str, Any]]:
     """{"layer_<i>": {mse, cosine_similarity, relative_error, max_absolute_diff, own_stream}} of block outputs.
 
     Both blocks get the original model's h and a on real tokens; for `own_stream`, with the same figures in it, those of
@@ -85,17 +85,16 @@ def _see(layer: NPTLayer, record: BlockRecord, mode: Mode | None, comparison: _C
 
 
 @torch.no_grad()
-def residual_stream(model: Any, batches: Batches) -> dict[str, dict[str, float]]:
+def residual_stream(model: ConvertedModel, batches: Batches) -> dict[str, dict[str, float]]:
     """{"layer_<i>": {relative_error, cosine_similarity}} of the residual stream after each block from the first converted.
 
-    Each model runs on its own stream, so this is what the blocks' errors add up to; relative to the stream's own norm.
+    Each model runs on its own stream, so the blocks' errors add up. They are relative to the stream's own norm.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers, blocks = active_layers(model), list(blocks_of(base))
+    layers, blocks = active_layers(model), list(blocks_of(model.get_base_model()))
     kept: dict[int, Tensor] = {}
     comparisons = {index: _Comparison() for index in range(layers[0].index, len(blocks))}
 
-    def keep(index: int) -> Any:
+    def keep(index: int) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
             kept[index] = first_tensor(output)
 

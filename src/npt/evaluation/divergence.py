@@ -1,4 +1,4 @@
-"""How far the NPT model's next-token distributions are from the original's, token by token.
+"""The divergence of the NPT model's next-token distributions from the original's, token by token.
 
 The figures follow the convention of quantisation work (llama.cpp's --kl-divergence): perplexities of both and their
 correlation, KL of the full distributions and its percentiles, agreement of the top token, change of the right token's
@@ -11,22 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from npt.block.modes import Mode, running_as
 from npt.common.processes import gather, share, world
+from npt.common.progress import tracked
 from npt.common.sharded import is_sharded
 from npt.data.batches import batches_of, scored_positions
 from npt.errors import REMEDY, DataError, RunError
-from npt.tuner.converted import active_layers, device_of, eval_mode
+from npt.tuner.converted import ConvertedModel, active_layers, device_of, eval_mode
 from npt.tuner.nonfinite import find_nonfinite
 
 #: Bytes one batch of float32 logits may take; a longer batch is split by sequences.
 LOGIT_BUDGET = 256 * 2**20
 #: Entries of float64 distributions compared at once.
 CHUNK_ENTRIES = 2**20
-#: What is kept of a scored token, each one float64.
+#: The figures kept of a scored token, a float64 each.
 COLUMNS = (
     "kl", "npt_nll", "original_nll", "same_top", "delta_p", "npt_top", "original_top", "target", "block", "position"
 )  # fmt: skip
@@ -34,8 +34,8 @@ Tokens = dict[str, np.ndarray]
 
 
 @torch.no_grad()
-def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress: bool = False) -> Tokens:
-    """Per scored token, as float64 arrays (tokens,): what `COLUMNS` names.
+def token_divergences(model: ConvertedModel, blocks: Any, *, batch_size: int = 16, progress: bool = False) -> Tokens:
+    """Compares both models on every scored token. Returns {name of `COLUMNS`: float64 (tokens,)}.
 
     kl in nats; *_nll of the right token in nats; same_top 0 or 1; delta_p the change of the right token's probability;
     npt_top, original_top and target are token ids; block and position say where the scored token stands. Several processes
@@ -54,7 +54,7 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
     # One table from the start: small tensors kept between large ones that come and go would leave the heap in pieces.
     table, filled = np.empty((len(own) * batch_size * (length - 1), len(COLUMNS))), 0
     with eval_mode(model):
-        for _, first, counts in track(own, "evaluating", transient=True, disable=not progress):
+        for _, first, counts in tracked(own, "Evaluating", progress, unit="batches"):
             rows = [blocks[i] for i in range(first, min(first + batch_size, len(blocks)))]
             batch = next(batches_of(rows, batch_size, device))
             inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
@@ -71,7 +71,7 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
                 if not np.isfinite(table[filled:end]).all():
                     raise RunError(f"evaluation: the logits are not finite, {find_nonfinite(model, batch)}; {REMEDY}")
                 filled = end if counts else filled
-            del teacher, student  # else a batch's logits are still there when the next one's are computed
+            del teacher, student  # else a batch's logits would stay in memory while the next one's are computed
     table = _of_all(table[:filled])
     if not len(table):
         raise DataError("evaluation text holds no token that counts: every block is padding or a single token")
@@ -79,7 +79,7 @@ def token_divergences(model: Any, blocks: Any, *, batch_size: int = 16, progress
 
 
 def _of_all(table: np.ndarray) -> np.ndarray:
-    """The rows of every process, in the order of the text."""
+    """Returns the rows of all processes, in the order of the text."""
     if world()[1] == 1:
         return table
     rows = torch.cat(gather(torch.from_numpy(table))).numpy()
@@ -186,7 +186,7 @@ def kl_by_position(tokens: Tokens, width: int) -> dict[str, list[float]]:
 def worst_tokens(
     tokens: Tokens, blocks: Any, tokenizer: Any, count: int = 20, before: int = 24
 ) -> list[dict[str, Any]]:
-    """The tokens with the highest KL: the text before, what each model wanted most, what came, probabilities, KL."""
+    """The tokens with the highest KL, each with the text before it, both models' top tokens, its probabilities and its KL."""
     order = np.argsort(-tokens["kl"], kind="stable")[:count]
     found = []
     for i in order:

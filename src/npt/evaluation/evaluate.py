@@ -1,4 +1,4 @@
-"""`evaluate`: everything about one converted model, as the dict written to evaluation_report.json."""
+"""`evaluate`: a converted model against its original, as the dict written to evaluation_report.json."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import torch
 
+from npt.block.layer import NPTLayer
 from npt.builtin import name_of
 from npt.data import pack
 from npt.data.batches import batches_of
@@ -19,7 +20,16 @@ from npt.evaluation.divergence import kl_by_position, summarize, token_divergenc
 from npt.evaluation.generation import DEFAULT_PROMPTS, generation_section, side_by_side
 from npt.evaluation.verdict import expected_outcomes, grade
 from npt.evaluation.weight_deltas import weight_delta_stats
-from npt.tuner.converted import active_layers, adapter_config, device_of, eval_mode, parameter_counts
+from npt.tuner.config import NPTConfig
+from npt.tuner.converted import (
+    ConvertedModel,
+    active_layers,
+    adapter_config,
+    context_length_of,
+    device_of,
+    eval_mode,
+    parameter_counts,
+)
 
 #: Blocks used for the per-layer figures and the weight deltas, which cost more per token.
 DETAIL_BLOCKS = 32
@@ -31,7 +41,7 @@ Corpus = Any
 
 
 def evaluate(
-    model: Any,
+    model: ConvertedModel,
     tokenizer: Any,
     texts: Corpus | Mapping[str, Corpus],
     *,
@@ -52,7 +62,7 @@ def evaluate(
         context_length: tokens per block, 256 or the model's context if that is shorter.
         stride: tokens scored per window, None for context_length (no overlap).
         max_tokens: per corpus, at most (rounded down to whole blocks). seed: of the sampled text.
-        prompts: continued by both models, greedily and sampled. progress: show bars.
+        prompts: continued by both models, greedily and sampled. progress: shows bars.
 
     Returns:
         The report; its fields are listed in docs/report.md.
@@ -62,56 +72,30 @@ def evaluate(
         ConversionError: the model has no active NPT adapter.
     """
     if context_length is None:
-        context_length = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
+        context_length = min(256, context_length_of(model) or 256)
     stride = context_length if stride is None else stride
     if not 1 <= stride <= context_length:
         raise DataError(f"stride={stride}: use 1 to the context length, {context_length}")
     corpora = dict(texts) if isinstance(texts, Mapping) else {"text": texts}
     limit = None if max_tokens is None else max(1, max_tokens // context_length)
     blocks = {name: _blocks(name, corpus, tokenizer, context_length, stride, limit) for name, corpus in corpora.items()}
-    layers = active_layers(model)
-    results, tokens = {}, {}
-    for name, packed in blocks.items():
-        figures = token_divergences(model, packed, batch_size=batch_size, progress=progress)
-        results[name] = {**summarize(figures), "worst_tokens": worst_tokens(figures, packed, tokenizer)}
-        tokens[name] = len(figures["kl"])
-    first: Any = next(iter(blocks.values()))
-    detail = first.select(range(min(DETAIL_BLOCKS, len(first))))
-    batches = list(batches_of(detail, batch_size, device_of(model)))
-    samples = [side_by_side(model, tokenizer, prompts, seed=s) for s in (None, seed)]
-    with eval_mode(model):
-        evaluations: dict[str, Any] = {
-            **next(iter(results.values())),
-            "layer_equivalence": layer_equivalence(model, batches),
-            "residual_stream": residual_stream(model, batches),
-            "weight_delta_stats": weight_delta_stats(model, batches, tokenizer),
-            "kl_by_position": _by_position(model, detail, context_length, batch_size),
-            "generation_samples": generation_section(*samples),
-            "corpora": {name: {**result, "tokens": tokens[name]} for name, result in results.items()},
-        }
-    trainable, base = parameter_counts(model)
-    config = adapter_config(model)
+    layers, config = active_layers(model), adapter_config(model)
+    results = {name: _of_corpus(model, tokenizer, packed, batch_size, progress) for name, packed in blocks.items()}
+    first = next(iter(results.values()))
+    evaluations: dict[str, Any] = {
+        **{name: figures for name, figures in first.items() if name != "tokens"},
+        **_in_detail(model, tokenizer, next(iter(blocks.values())), context_length, batch_size, prompts, seed),
+        "corpora": results,
+    }
     return {
-        "model_config": {
-            "base_model": name_of(config.base_model_name_or_path),
-            "npt_layers": [layer.index for layer in layers],
-            "rank": config.rank,
-            **{name: getattr(config, name) for name in ("key", "carry", "gain", "low_rank_at", "target_projections")},
-            "trainable_parameters": trainable,
-            "base_parameters": base,
-        },
+        "model_config": _model_config(model, config, layers),
         "protocol": {
             "context_length": context_length,
             "stride": stride,
-            "scored": f"the last {stride} tokens of each window"
-            if stride < context_length
-            else "all tokens but the first",
-            "tokens": next(iter(tokens.values())),
+            "scored": _scored(stride, context_length),
+            "tokens": first["tokens"],
             "corpora": list(corpora),
-            "dtype": str(layers[0].weight.dtype).removeprefix("torch."),
-            "seed": seed,
-            "device": str(device_of(model)),
-            "versions": {name: version(name) for name in ("npt", "torch", "transformers", "peft")},
+            **_surroundings(model, layers, seed),
         },
         "evaluations": evaluations,
         "expected_outcomes": expected_outcomes(evaluations),
@@ -120,8 +104,68 @@ def evaluate(
     }
 
 
+def _scored(stride: int, context_length: int) -> str:
+    """The positions of a window that are scored, in words."""
+    return f"the last {stride} tokens of each window" if stride < context_length else "all tokens but the first"
+
+
+def _surroundings(model: ConvertedModel, layers: Sequence[NPTLayer], seed: int) -> dict[str, Any]:
+    """The part of the report's `protocol` that does not depend on text: number format, device, versions."""
+    return {
+        "dtype": str(layers[0].weight.dtype).removeprefix("torch."),
+        "seed": seed,
+        "device": str(device_of(model)),
+        "versions": {name: version(name) for name in ("npt", "torch", "transformers", "peft")},
+    }
+
+
+def _of_corpus(
+    model: ConvertedModel, tokenizer: Any, blocks: datasets.Dataset, batch_size: int, progress: bool
+) -> dict[str, Any]:
+    """The figures of one corpus: perplexity, divergence, the worst tokens, and the number of scored tokens."""
+    figures = token_divergences(model, blocks, batch_size=batch_size, progress=progress)
+    worst = worst_tokens(figures, blocks, tokenizer)
+    return {**summarize(figures), "worst_tokens": worst, "tokens": len(figures["kl"])}
+
+
+def _in_detail(
+    model: ConvertedModel,
+    tokenizer: Any,
+    blocks: datasets.Dataset,
+    context_length: int,
+    batch_size: int,
+    prompts: Sequence[str],
+    seed: int,
+) -> dict[str, Any]:
+    """The figures of the first `DETAIL_BLOCKS` blocks, per converted block or position, and the samples of text."""
+    detail = blocks.select(range(min(DETAIL_BLOCKS, len(blocks))))
+    batches = list(batches_of(detail, batch_size, device_of(model)))
+    samples = [side_by_side(model, tokenizer, prompts, seed=s) for s in (None, seed)]
+    with eval_mode(model):
+        return {
+            "layer_equivalence": layer_equivalence(model, batches),
+            "residual_stream": residual_stream(model, batches),
+            "weight_delta_stats": weight_delta_stats(model, batches, tokenizer),
+            "kl_by_position": _by_position(model, detail, context_length, batch_size),
+            "generation_samples": generation_section(*samples),
+        }
+
+
+def _model_config(model: ConvertedModel, config: NPTConfig, layers: Sequence[NPTLayer]) -> dict[str, Any]:
+    """The report's `model_config`: the base, the adapter's options and the numbers of parameters."""
+    trainable, base = parameter_counts(model)
+    return {
+        "base_model": name_of(config.base_model_name_or_path),
+        "npt_layers": [layer.index for layer in layers],
+        "rank": config.rank,
+        **{name: getattr(config, name) for name in ("key", "carry", "gain", "low_rank_at", "target_projections")},
+        "trainable_parameters": trainable,
+        "base_parameters": base,
+    }
+
+
 def _notes(carry: str, evaluations: dict[str, Any]) -> list[str]:
-    """What the figures say that a reader might take for something else."""
+    """Warnings about figures that a reader might misread."""
     found = []
     if evaluations["weight_delta_stats"]["mean_frobenius"] == 0:
         found.append("the adapter's weight delta is zero everywhere: the converted blocks just drop their attention")
@@ -130,9 +174,9 @@ def _notes(carry: str, evaluations: dict[str, Any]) -> list[str]:
     return found
 
 
-def _by_position(model: Any, blocks: Any, context_length: int, batch_size: int) -> dict[str, Any]:
-    """Mean KL over positions, to twice the context length where the model reaches that far (blocks joined in pairs)."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+def _by_position(model: ConvertedModel, blocks: Any, context_length: int, batch_size: int) -> dict[str, Any]:
+    """Mean KL by position, to twice the context length where the model's own is that long (blocks joined in pairs)."""
+    limit = context_length_of(model) or 0
     longer = limit >= 2 * context_length and len(blocks) > 1
     if longer:
         pairs = range(0, len(blocks) - 1, 2)
@@ -148,6 +192,7 @@ def _by_position(model: Any, blocks: Any, context_length: int, batch_size: int) 
 def _blocks(
     name: str, corpus: Corpus, tokenizer: Any, context_length: int, stride: int, limit: int | None
 ) -> datasets.Dataset:
+    """The blocks of a corpus to score, at most `limit` before they overlap."""
     if isinstance(corpus, datasets.Dataset):
         blocks = corpus if limit is None else corpus.select(range(min(limit, len(corpus))))
     else:

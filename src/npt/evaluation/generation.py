@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from npt.block.modes import Mode, running_as
 from npt.errors import NPTError
-from npt.tuner.converted import active_layers, device_of, eval_mode
+from npt.tuner.converted import ConvertedModel, active_layers, context_length_of, device_of, eval_mode
 
 DEFAULT_PROMPTS = (
     "Once upon a time",
@@ -21,7 +21,7 @@ DEFAULT_PROMPTS = (
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """That there is something to continue; needs no model.
+    """Checks that prompts have text to continue; needs no model.
 
     Raises:
         NPTError: a prompt is blank or is not Unicode text.
@@ -33,13 +33,13 @@ def check_prompts(prompts: Sequence[str]) -> None:
             raise NPTError(f"prompt {number}, {prompt[:40]!r}: is not Unicode text; write it in UTF-8")
 
 
-def check_context(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> None:
-    """That prompt and continuation fit the positions the model was made for, where it says how many.
+def check_context(model: ConvertedModel, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> None:
+    """Checks that prompt and continuation fit the model's context, where its length is known.
 
     Raises:
         NPTError: a prompt is too long, or has no token.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = context_length_of(model)
     for number, prompt in enumerate(prompts, 1):
         tokens = len(tokenizer(prompt, verbose=False)["input_ids"])
         if tokens == 0:
@@ -55,9 +55,9 @@ def check_context(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_to
 
 @torch.no_grad()
 def continue_text(
-    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48, seed: int | None = None
+    model: ConvertedModel, tokenizer: Any, prompt: str, max_new_tokens: int = 48, seed: int | None = None
 ) -> tuple[str, list[int]]:
-    """(the prompt with its continuation, special tokens left out; the continuation's token ids).
+    """Returns (the prompt with its continuation, without special tokens; the continuation's token ids).
 
     Greedy, or sampled at temperature 1 from the whole distribution with `seed`; the caller's random state is left alone.
     """
@@ -81,13 +81,15 @@ def continue_text(
 
 
 def side_by_side(
-    model: Any,
+    model: ConvertedModel,
     tokenizer: Any,
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     max_new_tokens: int = 48,
     seed: int | None = None,
 ) -> list[dict[str, Any]]:
-    """[{"prompt", "npt", "original", "matching_tokens", "tokens", "first_difference"}], both greedy, or sampled with `seed`.
+    """Continues prompts with both models, greedily, or sampled with `seed`.
+
+    Returns [{"prompt", "npt", "original", "matching_tokens", "tokens", "first_difference"}].
 
     matching_tokens: new tokens before the first that differs, of `tokens`. first_difference: the index of the first
     character that differs, None where the texts are the same.
@@ -112,7 +114,7 @@ def side_by_side(
 
 
 def _matching(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Items before the first difference."""
+    """Returns the number of items before the first difference."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 

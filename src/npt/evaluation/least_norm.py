@@ -4,9 +4,9 @@ Per token one minimises, over values v_g and v_u of the input projections,
 
     (|v_g|^2 + |v_u|^2) / |z|^2 + |t - f(v_g, v_u)|^2 / |i|^2
 
-where a value v enters with the input key, so that |dW|_F = |v| / |x|; f is the block's update y - h with v_g and v_u added
-and t the update wanted; i is what the down projection then reads. What f misses of t is down's own value, so every point is
-a solution and the least value found is an upper bound of the least there is.
+where a value v is carried by the input key, so that |dW|_F = |v| / |x|; f is the block's update y - h with v_g and v_u
+added, t the original's update, and i the input of the down projection. The rest t - f is down's own value. Every point is
+therefore a solution, and the least value found is an upper bound of the least possible one.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from torch import Tensor
 from npt.block.component import INPUT_PROJECTIONS
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import Mode, running_as, watching
+from npt.common.precision import wide_dtype
 from npt.common.sharded import gathered
-from npt.tuner.converted import active_layers, run_backbone
+from npt.tuner.converted import ConvertedModel, active_layers, run_backbone
 
-#: Tokens per block it is searched for, and L-BFGS steps.
+#: Tokens per block, and steps of L-BFGS.
 TOKENS, STEPS = 16, 80
 
 
-def least_joint_norms(model: Any, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+def least_joint_norms(model: ConvertedModel, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """{"layer_<i>": {exact, least_found, tokens}}: mean joint norm sqrt(sum over projections |dW|_F^2) of some tokens.
 
-    On the original model's h and a of tokens spread over the first sequences of the batch.
+    The tokens are spread over the first sequences of the batch, with the original model's h and a.
     """
     layers = active_layers(model)
     rows = {key: value[:4] for key, value in batch.items()}
@@ -64,7 +65,7 @@ def _search(layer: NPTLayer, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         target = layer.update_from(h, a, Mode.EXACT)
     z, original = layer.mlp_inputs(h, a)
-    wide = torch.promote_types(z.dtype, torch.float32)  # the search needs more digits than a half-precision base has
+    wide = wide_dtype(z.dtype)  # the search needs more digits than a half-precision base has
     start = [layer.product(name)(original - z).detach().to(wide) for name in names]
 
     def squares(values: list[Tensor]) -> Tensor:
@@ -99,7 +100,7 @@ def _square(x: Tensor) -> Tensor:
 
 @contextmanager
 def _added(layer: NPTLayer, values: dict[str, Tensor]) -> Iterator[list[Tensor]]:
-    """Adds values to the outputs of gate and up; the list it gives holds what down read, (1, tokens, f)."""
+    """Adds values to the outputs of gate and up; the list it yields holds the input of down, (1, tokens, f)."""
     seen: list[Tensor] = []
     order = [values[name] for name in INPUT_PROJECTIONS if name in values]
 

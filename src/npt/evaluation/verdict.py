@@ -1,4 +1,4 @@
-"""What a report's figures amount to: the method's three expected outcomes, and a grade on the scale of quantisation."""
+"""The verdict on a report's figures: the method's three expected outcomes, and a grade on the scale of quantisation."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def expected_outcomes(evaluations: Mapping[str, Any]) -> dict[str, dict[str, Any
 
 
 def grade(mean_kl: float) -> dict[str, Any]:
-    """Where a mean KL stands among quantisations: {as_near_as, bits, text, source}.
+    """Places a mean KL among quantisations: {as_near_as, bits, text, source}.
 
-    The finest quantisation whose published KL is not below this one; bits and as_near_as are None beyond the coarsest.
+    as_near_as is the finest quantisation whose published KL is not below this one; it and bits are None beyond the coarsest.
     """
     for name, bits, kl in QUANTISATION_SCALE:
         if mean_kl <= kl:

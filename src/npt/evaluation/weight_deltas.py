@@ -1,4 +1,4 @@
-"""How large the weight deltas are, beside the exact value's and beside the least that gives the same block output."""
+"""The size of the weight deltas, beside the exact value's and the least norm that gives the same block output."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from npt.block.modes import Mode, running_as, watching_deltas
 from npt.block.probing import execution_device
 from npt.common.sharded import gathered
 from npt.evaluation.least_norm import least_joint_norms
-from npt.tuner.converted import active_layers, run_backbone
+from npt.tuner.converted import ConvertedModel, active_layers, run_backbone
 
-#: Tokens whose dW x are held per projection for its effective rank.
+#: Tokens whose dW x is held per projection, for its effective rank.
 RANK_TOKENS = 512
 LARGEST = 10
 PERCENTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "p99": 0.99}
@@ -44,11 +44,16 @@ class DeltaRecord:
 
 @torch.no_grad()
 def delta_records(
-    model: Any, batches: Sequence[dict[str, Tensor]], mode: Mode | None = None, *, effect_tokens: int = RANK_TOKENS
+    model: ConvertedModel,
+    batches: Sequence[dict[str, Tensor]],
+    mode: Mode | None = None,
+    *,
+    effect_tokens: int = RANK_TOKENS,
 ) -> dict[int, dict[str, DeltaRecord]]:
-    """{block: {projection: record}} on the model's own stream; in Mode.EXACT those of the exact value instead.
+    """Returns {block: {projection: record}} on the model's own stream; of the exact value in Mode.EXACT.
 
-    effect_tokens: of how many tokens dW x is kept; 0 where only norms are wanted.
+    Args:
+        effect_tokens: the number of tokens whose dW x is kept; 0 where only norms are wanted.
     """
     layers = active_layers(model)
     records: dict[int, dict[str, DeltaRecord]] = {layer.index: {} for layer in layers}
@@ -71,7 +76,7 @@ def delta_records(
 
 
 def effective_rank(rows: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of (tokens, out) (Roy and Vetterli, EUSIPCO 2007)."""
+    """Returns exp of the entropy of the normalised singular values of (tokens, out) (Roy and Vetterli, EUSIPCO 2007)."""
     rows = rows.double()  # the Gram matrix squares the rounding
     values = torch.linalg.eigvalsh(rows @ rows.T).clamp_min(0).sqrt()
     if not values.sum():
@@ -82,7 +87,7 @@ def effective_rank(rows: Tensor) -> float:
 
 @torch.no_grad()
 def weight_norm(layer: NPTLayer, name: str) -> float:
-    """|W_t|_F of a linear of any kind, from its products with the unit vectors."""
+    """Returns |W_t|_F of a linear of any kind, from its products with the unit vectors."""
     rows, module, product = layer.shape(name)[0], layer.module(name), layer.product(name)
     parameter, square = next(module.parameters()), 0.0
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
@@ -93,7 +98,9 @@ def weight_norm(layer: NPTLayer, name: str) -> float:
     return square**0.5
 
 
-def weight_delta_stats(model: Any, batches: Sequence[dict[str, Tensor]], tokenizer: Any = None) -> dict[str, Any]:
+def weight_delta_stats(
+    model: ConvertedModel, batches: Sequence[dict[str, Tensor]], tokenizer: Any = None
+) -> dict[str, Any]:
     """The report's `weight_delta_stats`: means over real tokens, converted blocks and target projections, in this order.
 
     frobenius |dW|_F, relative |dW|_F / |W|_F, rms_entry |dW|_F / sqrt(rows columns); `exact` beside on the same tokens.

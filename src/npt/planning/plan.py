@@ -20,8 +20,8 @@ from npt.block.modes import Mode
 from npt.config import DataSection, OptimizationSection, RunConfig, TrainingSection
 from npt.data.sampling import default_batch, draw, preallocated_cache
 from npt.equivalence.calibration import SLICE_TOKENS, calibrate, first_tokens
-from npt.equivalence.objectives import Objective
-from npt.equivalence.teacher import bytes_per_block, kind_of
+from npt.equivalence.objectives import Objective, objective_class
+from npt.equivalence.teacher import bytes_per_block
 from npt.evaluation.block_errors import layer_equivalence, residual_stream
 from npt.evaluation.divergence import token_divergences
 from npt.evaluation.evaluate import DETAIL_BLOCKS
@@ -125,7 +125,7 @@ def plan_model(model: Any, config: RunConfig, processes: int, strategy: str) -> 
 
 def _target_bytes(model: Any, training: TrainingSection, length: int) -> int:
     """Bytes of teacher targets per block of text, for all objectives of the run."""
-    kinds = {kind_of(name) for name in training.objectives()}
+    kinds = {objective_class(name).teacher_kind for name in training.objectives()}
     return sum(bytes_per_block(model, kind, training.teacher_top_k, length) for kind in kinds)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from npt.block.families import blocks_of
 from npt.config import TrainingSection
+from npt.equivalence.objectives import objective_class
 from npt.errors import NPTError
 from npt.planning.shapes import OWN_BYTES
 from npt.tuner.converted import active_layers, component_ids, parameter_counts
@@ -175,8 +176,7 @@ def _gathered_per_batch(units: tuple[ShardUnit, ...], training: TrainingSection,
     `local`: one frozen forward without the head. `logits`: two forwards, and once more the blocks that a gradient crosses;
     the head, the root and a tied embedding are kept between the two.
     """
-    local = training.objectives()[-1] != "logits"
-    if local:
+    if objective_class(training.objectives()[-1]).per_block:
         return sum(unit.full for unit in units if unit.kind is not UnitKind.HEAD)
     # With gradient checkpointing the embedding's output asks for a gradient, and all blocks are crossed.
     first = 0 if training.gradient_checkpointing else first

@@ -18,7 +18,8 @@ from npt.common.processes import any_process, first_does, is_first
 from npt.common.sharded import full_tensor, through
 from npt.config import RunConfig, save_config
 from npt.equivalence.calibration import calibrate
-from npt.equivalence.teacher import check_teacher_cache, kind_of
+from npt.equivalence.objectives import objective_class
+from npt.equivalence.teacher import check_teacher_cache
 from npt.equivalence.trainer import EquivalenceTrainer
 from npt.report.page import write_page
 from npt.report.plots import draw_run
@@ -218,7 +219,7 @@ def make_trainer(
 def check_targets(config: RunConfig, model: Any, blocks: int) -> None:
     """Logs how large the teacher targets of so many blocks will be, where they are wanted; stops where they can't be kept."""
     if config.paths.teacher_cache is not None:
-        kinds = list(dict.fromkeys(kind_of(name) for name in config.training.objectives()))
+        kinds = list(dict.fromkeys(objective_class(name).teacher_kind for name in config.training.objectives()))
         check_teacher_cache(
             config.paths.teacher_cache, model, kinds, config.training.teacher_top_k, blocks, config.data.max_length
         )

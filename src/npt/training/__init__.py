@@ -1,4 +1,4 @@
-"""What every phase's training uses: checkpoints without pickle, callbacks, signals, batches that are not finite.
+"""Trainer plumbing of every phase: checkpoints without pickle, callbacks, signals, batches that are not finite.
 
 `EquivalenceTrainer` is exported from here too; it lives in `npt.equivalence.trainer`.
 """

@@ -1,4 +1,4 @@
-"""Trainer callbacks that write what a run leaves: metrics, samples, the best adapter."""
+"""Trainer callbacks that write a run's files: metrics, samples, the best adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 
 logger = logging.getLogger(__name__)
 
-#: What the best adapter is chosen by.
+#: The figure by which the best adapter is chosen; lower is better.
 BEST_METRIC = "eval_mean_kl"
 
 
@@ -80,7 +80,7 @@ class BestAdapterCallback(TrainerCallback):
         first_does(lambda: write_json(self.folder / "best.json", {"step": state.global_step, **metrics}))
 
     def patience_is_over(self, step: int, args: TrainingArguments) -> bool:
-        """Whether `patience` evaluations have passed since the best one."""
+        """True once `patience` evaluations have passed since the best one."""
         if self.patience is None:
             return False
         path = self.folder / "best.json"

@@ -30,9 +30,12 @@ from npt.common.processes import barrier, first_does, is_first
 from npt.common.sharded import full_tensor, is_sharded, like
 from npt.data.streaming import StreamedBlocks
 from npt.errors import CheckpointError, RunError
+from npt.training.overridden import check_overridden
 from npt.training.state_file import load_state, save_state
 
 logger = logging.getLogger(__name__)
+
+check_overridden(Trainer)
 
 OPTIMIZER, SCALER, RANDOM = "optimizer.safetensors", "scaler.safetensors", "rng_state_{}.safetensors"
 STREAM = "stream-{:05d}.json"
@@ -57,17 +60,17 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 class DurableTrainer(Trainer):
-    """HF Trainer with such checkpoints."""
+    """HF Trainer with these checkpoints. `npt.training.overridden` lists the methods it overrides, and why."""
 
     _parameters: list[list[Any]] | None = None
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the text is read as it trains (`npt.data.streaming`)."""
+        """True where the text is read during training (`npt.data.streaming`)."""
         return isinstance(self.train_dataset, StreamedBlocks)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As HF's; streamed text is split by process already, and its place is kept, so that accelerate leaves it alone."""
+        """HF's loader, or a plain one for streamed text, which is split by process already and keeps its own place."""
         if not self.is_streamed:
             return super().get_train_dataloader()
         self.args.ignore_data_skip = True
@@ -97,11 +100,11 @@ class DurableTrainer(Trainer):
         first_does(lambda: self._remove_old(folder))
 
     def _checkpoint_bytes(self) -> int:
-        """Weights and two moments of everything that is trained, and a little for the rest."""
+        """The bytes of the weights and two moments of all that is trained, and 1 MiB for the rest."""
         return 2**20 + sum(3 * p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
     def _remove_old(self, newest: Path) -> None:
-        """Checkpoints beyond save_total_limit, and what killed runs left unfinished before the newest one."""
+        """Removes checkpoints beyond save_total_limit, and unfinished ones of killed runs older than the newest one."""
         old = sorted((p for p in _checkpoints(newest.parent) if step_of(p) < step_of(newest)), key=step_of)
         whole = [p for p in old if (p / SEAL).is_file()]
         kept = whole if self.args.save_total_limit is None else whole[len(whole) - self.args.save_total_limit + 1 :]
@@ -110,7 +113,7 @@ class DurableTrainer(Trainer):
             shutil.rmtree(path)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As HF's, for a model that may be sharded already."""
+        """HF's optimiser. Remembers its parameters where the model is sharded already."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         self._parameters = (
             [list(group["params"]) for group in optimizer.param_groups] if is_sharded(self.model) else None
@@ -118,8 +121,10 @@ class DurableTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """As HF's, which comes after accelerate has prepared the optimiser: accelerate finds a sharded parameter again by
-        its part's address, and where a part is empty there is none, so that here it gets its parameters back.
+        """HF's scheduler; gives the optimiser its parameters back first.
+
+        accelerate has prepared the optimiser by now. It finds a sharded parameter by the address of its part, which an
+        empty part does not have.
         """
         if self._parameters is not None:
             for group, parameters in zip(self.optimizer.param_groups, self._parameters, strict=True):
@@ -127,7 +132,7 @@ class DurableTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter, whole, written by the first process. HF's would gather the base too, and pickle the arguments."""
+        """Writes the adapter, whole, from the first process. HF's would gather the base too, and pickle the arguments."""
         model: Any = self.accelerator.unwrap_model(self.model)
         state = adapter_state(model)
         if is_first():
@@ -157,7 +162,7 @@ class DurableTrainer(Trainer):
         self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _spread(self, state: dict[str, Any]) -> None:
-        """Cuts an optimiser's moments as the parameters are cut that they belong to."""
+        """Cuts an optimiser's moments into shards, each as its parameter is cut."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
@@ -167,7 +172,7 @@ class DurableTrainer(Trainer):
                     own[name] = like(value, parameter)
 
     def _save_streams(self, folder: Path) -> None:
-        """The place of each of this process's streams, a file each."""
+        """Writes the place of each of this process's streams, a file each."""
         for number, state in self.train_dataset.state_dict().items():
             write_json(folder / STREAM.format(number), state)
 

@@ -28,7 +28,7 @@ class StopSignals(TrainerCallback):
     def __enter__(self) -> StopSignals:
         # Python lets only the main thread handle signals; in a thread of someone's program they are that program's.
         if threading.current_thread() is threading.main_thread():
-            # What was started to ignore a signal, as nohup and a shell's background do, goes on ignoring it.
+            # A process started to ignore a signal, as nohup and a shell's background do, goes on ignoring it.
             heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._handle) for number in heard}
         return self
@@ -51,7 +51,7 @@ class StopSignals(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """From here on a checkpoint can be saved."""
+        """From here on a signal lets the step finish and a checkpoint be saved."""
         self._training = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -62,5 +62,5 @@ class StopSignals(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What follows has nothing to save."""
+        """From here on a signal stops the run at once: there is no step to finish."""
         self._training = False

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from npt.errors import CheckpointError
 
 _KEY = "state"
-#: What stands for the kinds of values that JSON does not have, under one key of an object.
+#: The key of an object that stands for a value of a kind that JSON does not have.
 _TENSOR, _ARRAY, _TUPLE, _ITEMS = "$tensor", "$array", "$tuple", "$items"
 
 
@@ -30,7 +30,7 @@ def save_state(path: Path, state: Any) -> None:
 
 
 def load_state(path: Path) -> Any:
-    """What `save_state` wrote, tensors on the CPU.
+    """Returns the state that `save_state` wrote, tensors on the CPU.
 
     Raises:
         CheckpointError: missing or damaged.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from npt.block.component import WeightDelta
@@ -15,6 +16,23 @@ from npt.block.modes import watching_deltas
 from npt.block.probing import execution_device
 from npt.errors import ConversionError
 from npt.tuner.config import NPTConfig
+
+if TYPE_CHECKING:
+
+    class ConvertedModel(nn.Module):
+        """A PEFT model with an NPT adapter: the attributes npt asks of it, which peft does not type."""
+
+        config: Any
+        dtype: torch.dtype
+        device: torch.device
+        peft_config: dict[str, NPTConfig]
+
+        def get_base_model(self) -> Any: ...
+        def get_output_embeddings(self) -> Any: ...
+        def get_input_embeddings(self) -> nn.Module: ...
+
+else:
+    ConvertedModel = PeftModel
 
 
 def npt_layers(model: nn.Module) -> list[NPTLayer]:
@@ -36,17 +54,26 @@ def active_layers(model: nn.Module) -> list[NPTLayer]:
     return layers
 
 
-def adapter_config(model: Any) -> NPTConfig:
+def adapter_config(model: ConvertedModel) -> NPTConfig:
     """The active adapter's config."""
-    config: NPTConfig = model.peft_config[active_layers(model)[0].active_name]
-    return config
+    return model.peft_config[active_layers(model)[0].active_name or ""]
+
+
+def context_length_of(model: ConvertedModel) -> int | None:
+    """The number of positions that the model was made for; None where its configuration does not say."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 @torch.no_grad()
 def weight_delta(
-    model: Any, input_ids: torch.Tensor, layer: int, token: tuple[int, int], attention_mask: torch.Tensor | None = None
+    model: ConvertedModel,
+    input_ids: torch.Tensor,
+    layer: int,
+    token: tuple[int, int],
+    attention_mask: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """dW of one token in one converted block, formed: {projection: (out, in)}, for inspection and permanent updates.
+    """Forms dW of one token in one converted block, for inspection and permanent updates: {projection: (out, in)}.
 
     Args:
         input_ids: (batch, tokens). layer: the block's index. token: (row, position), negatives from the end.
@@ -67,16 +94,21 @@ def weight_delta(
     return matrices
 
 
+def own_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of all components, of every adapter. A set of parameters compares them by identity."""
+    return {p for layer in npt_layers(model) for p in layer.parameters()}
+
+
 def component_ids(model: nn.Module) -> set[int]:
-    """The `id` of every parameter of a component, of any adapter."""
-    return {id(p) for layer in npt_layers(model) for p in layer.parameters()}
+    """The `id` of each of `own_parameters`."""
+    return {id(p) for p in own_parameters(model)}
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(parameters of the active adapter, parameters of the base)."""
-    own = component_ids(model)
+    own = own_parameters(model)
     active = sum(p.numel() for layer in npt_layers(model) if layer.component for p in layer.component.parameters())
-    base = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    base = sum(p.numel() for p in model.parameters() if p not in own)
     return active, base
 
 
@@ -91,7 +123,7 @@ def run_backbone(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the length of a block; the mode it was in comes back, also after an error."""
+    """Puts the model in evaluation mode within a `with` block, and back into the mode before, also after an error."""
     was_training = model.training
     model.eval()
     try:
@@ -101,5 +133,5 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device inputs go to: that of the input embedding."""
+    """The device that inputs go to: the one on which the input embedding computes."""
     return execution_device(model.get_input_embeddings())  # type: ignore[operator]
