@@ -1,1 +1,1 @@
-"""Commands that regenerate the figures the README quotes."""
+"""Commands that regenerate the figures of README.md and docs/."""

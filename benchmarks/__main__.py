@@ -1,8 +1,9 @@
 """Speed and memory beside the frozen base, PEFT LoRA and formed weight deltas: python -m benchmarks
 
 Everything runs in one process, interleaved; figures are medians with half the distance between the quartiles. Writes
-benchmarks/results/<name>.json after each part and the table in README.md. On a CUDA machine the models are bfloat16, and a
-shape of 1 billion parameters and torch.compile join in. Needs a quiet machine: 2 cores take about 30 minutes.
+benchmarks/results/<name>.json after each part, the tables of docs/speed.md and the README's sentence about speed. On a CUDA
+machine the models are bfloat16, and a shape of 1 billion parameters and torch.compile join in. Needs a quiet machine: 2
+cores take about 30 minutes.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import transformers
 
 from benchmarks import contenders as c
 from benchmarks import linear, materialized
-from benchmarks.readme import write_section
-from benchmarks.tables import linear_table, materialized_table, speed_table
+from benchmarks.tables import linear_table, materialized_table, speed_sentence, speed_table
 from benchmarks.timing import Run, interleaved, peak, ratios
 from npt.builtin import source_of
+from scripts.marked import write_section
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CUDA = torch.cuda.is_available()
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result["suites"].setdefault(name, {}).update(measure())
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if options.readme:
-        write_section("README.md", "speed", speed_table(result))
+        write_section("README.md", "speed sentence", speed_sentence(result))
         write_section("docs/speed.md", "speed", speed_table(result))
         write_section("docs/speed.md", "materialized", materialized_table(result))
         write_section("docs/speed.md", "linear", linear_table(result))

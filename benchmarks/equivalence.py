@@ -1,8 +1,9 @@
-"""Regenerates a table of the README: python -m benchmarks.equivalence [--model FOLDER] [--text FILE ...] [--prose FILE ...]
+"""Measures the equivalence of converted models: python -m benchmarks.equivalence [--model FOLDER] [--text FILE ...]
 
 Every row is one `npt train` on the model's own text, then an evaluation on held-out text of three seeds (the model's own)
-and on each --text. --prose files are mixed into the calibration text of the last row only. Writes
-benchmarks/results/equivalence-<model>.json and the table between that model's markers in README.md, where it has any.
+and on each --text. --prose files are mixed into the calibration text of one row only. Writes
+benchmarks/results/equivalence-<model>.json, that model's table in docs/results.md, where the page has its markers, and the
+README's table. --tables writes the tables from the figures that are kept and measures nothing.
 """
 
 from __future__ import annotations
@@ -11,15 +12,13 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from benchmarks.readme import ROOT, write_section
-from benchmarks.tables import markdown
+from benchmarks.tables import RESULTS, equivalence_table, kept_equivalence, outcomes_table, summary_table
 from npt.config import RunConfig, load_config
 from npt.runs.train import run_evaluation, run_training
+from scripts.marked import ROOT, write_section
 
-RESULTS = ROOT / "benchmarks" / "results"
 SEEDS = (0, 1, 2)
 
 ORIGINAL = [
@@ -90,42 +89,27 @@ def figures_of(evaluations: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def table(results: dict[str, Any]) -> str:
-    """The markdown table."""
-    names = list(next(iter(results.values()))["texts"])
-    heads = [
-        "NP component",
-        "parameters",
-        "perplexity ratio",
-        "mean KL",
-        "same top token",
-        *(f"KL on {n}" for n in names),
-    ]
-    rows = []
-    for label, row in results.items():
-        seeds = row["seeds"]
-        ratio, kl, top = (mean(s[k] for s in seeds) for k in ("perplexity_ratio", "mean_kl", "top1_agreement"))
-        error = max(s["perplexity_ratio_standard_error"] for s in seeds)
-        cells = [
-            label,
-            f"{row['trainable_parameters']:,}",
-            f"{ratio:.4f} ± {error:.4f}",
-            f"{kl:.5f}",
-            f"{100 * top:.1f} %",
-        ]
-        cells += [f"{row['texts'][name]['mean_kl']:.4f}" for name in names]
-        rows.append(cells)
-    return markdown(heads, rows)
+def write_tables() -> None:
+    """Writes the tables of README.md and docs/results.md from the figures kept in benchmarks/results."""
+    kept = kept_equivalence()
+    for name, results in kept.items():
+        write_section("docs/results.md", f"equivalence {name}", equivalence_table(results))
+    write_section("docs/results.md", "outcomes", outcomes_table(kept))
+    write_section("README.md", "results", summary_table(kept))
 
 
 def main() -> None:
-    """Parses, runs every row, writes."""
+    """Parses the arguments, runs every row and writes figures and tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="builtin:tiny", help="builtin:tiny, a model folder or a hub id")
     parser.add_argument("--text", action="append", help="evaluated beside the model's own text; builtin:python-docs")
-    parser.add_argument("--prose", type=Path, action="append", default=[], help="mixed into the last row's calibration")
+    parser.add_argument("--prose", type=Path, action="append", default=[], help="mixed into one row's calibration text")
     parser.add_argument("--only", default="", help="run only rows whose label contains this; the others are kept")
+    parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables of what is kept")
     arguments = parser.parse_args()
+    if arguments.tables:
+        write_tables()
+        return
     name = Path(arguments.model.replace(":", "-")).name
     path = RESULTS / f"equivalence-{name}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -140,7 +124,7 @@ def main() -> None:
                 print(label, json.dumps(results[label]["seeds"][0]), flush=True)
                 ordered = {row: results[row] for row, _, _ in ROWS if row in results}
                 path.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
-                write_section("README.md", f"equivalence {name}", table(ordered))
+                write_tables()
 
 
 if __name__ == "__main__":

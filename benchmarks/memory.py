@@ -17,10 +17,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config
 
-from benchmarks.readme import write_section
 from benchmarks.tables import markdown
 from npt.builtin import source_of
 from npt.config import load_config
+from scripts.marked import write_section
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
 MIB = 2**20
@@ -85,7 +85,8 @@ def measure(shape: Any, overrides: list[str]) -> dict[str, float]:
     """{"measured", "predicted" bytes; "seconds", "predicted_seconds" of a micro-batch} of one run."""
     import torch
 
-    from npt.planning.plan import machine_speed, plan_run
+    from npt.planning.devices import machine_speed
+    from npt.planning.plan import plan_run
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)

@@ -1,10 +1,28 @@
-"""Markdown tables of what `python -m benchmarks` measured."""
+"""Markdown tables of the figures in benchmarks/results: `python -m benchmarks` and `python -m benchmarks.equivalence`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
 from typing import Any
 
+RESULTS = Path(__file__).resolve().parent / "results"
+#: {label of a row: its figures} of one model, as `benchmarks.equivalence` keeps them.
+Equivalence = Mapping[str, dict[str, Any]]
+TINY, STORIES = "builtin-tiny", "stories260k"
+#: Rows of the README's table: (model, its name and size, other text, its name, label of the row, label shown).
+_TINY = (TINY, "`builtin:tiny`, 3.05 million", "builtin:python-docs", "Python docs")
+_STORIES = (STORIES, "stories260k, 0.26 million", "wikitext-2-test", "WikiText-2")
+SUMMARY = (
+    (*_TINY, "**default**, 100 KL steps", "**default**, 100 steps"),
+    (*_STORIES, "the original code's form (key tied, gate only), 500 KL steps", "the original code's form, 500 steps"),
+    (*_STORIES, "**default** (gain `state`), calibration only", "default, calibration only"),
+    (*_STORIES, "**default**, 100 KL steps", "**default**, 100 steps"),
+    (*_STORIES, "default, all blocks, 100 KL steps", "default, all blocks, 100 steps"),
+    (*_STORIES, "carry `exact` (the reference, no parameters)", "`exact`, the reference"),
+)
 #: (line, part of a model's figures, NPT's contender there)
 LINES = (
     ("forward", "forward", "npt"),
@@ -19,8 +37,101 @@ LINES = (
 )
 
 
+def kept_equivalence() -> dict[str, Equivalence]:
+    """{model: its rows} of every file that `python -m benchmarks.equivalence` left in benchmarks/results."""
+    paths = sorted(RESULTS.glob("equivalence-*.json"))
+    return {path.stem.removeprefix("equivalence-"): json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def equivalence_table(results: Equivalence) -> str:
+    """All rows of one model."""
+    texts = list(next(iter(results.values()))["texts"])
+    head = [
+        "NP component",
+        "parameters",
+        "perplexity ratio",
+        "mean KL",
+        "same top token",
+        *(f"KL on {t}" for t in texts),
+    ]
+    rows = [
+        [label, *equivalence_cells(row), *(f"{row['texts'][t]['mean_kl']:.4f}" for t in texts)]
+        for label, row in results.items()
+    ]
+    return markdown(head, rows)
+
+
+def summary_table(kept: Mapping[str, Equivalence]) -> str:
+    """The README's table: a few rows of several models."""
+    head = [
+        "model, parameters",
+        "NP component",
+        "trained",
+        "perplexity ratio",
+        "mean KL",
+        "same top token",
+        "KL on other text",
+    ]
+    rows = []
+    for name, model, text, title, label, shown in SUMMARY:
+        if row := kept.get(name, {}).get(label):
+            rows.append([model, shown, *equivalence_cells(row), f"{row['texts'][text]['mean_kl']:.4f} ({title})"])
+    return markdown(head, rows)
+
+
+def outcomes_table(kept: Mapping[str, Equivalence]) -> str:
+    """Targets of the original description beside the default's figures on stories260k after 100 steps."""
+    row = kept[STORIES]["**default**, 100 KL steps"]
+    kl, ratio = (mean(seed[name] for seed in row["seeds"]) for name in ("mean_kl", "perplexity_ratio"))
+    norms = row["weight_delta"]
+    entry, relative = norms["rms_entry"], norms["mean_frobenius"] / norms["exact_frobenius"]
+    small = entry < 0.01 and relative <= 1.1
+    return markdown(
+        ["outcome", "target", "measured", "met"],
+        [
+            ["functional fidelity", "mean KL at most 0.01", f"{kl:.4f}", yes_no(kl <= 0.01)],
+            [
+                "low-magnitude dW",
+                "root-mean-square entry below 0.01, and mean norm at most 1.1 times that of `exact`",
+                f"{entry:.4f}, and {relative:.3f} times",
+                yes_no(small),
+            ],
+            ["perplexity ratio", "1.0 ± 0.05", f"{ratio:.4f}", yes_no(abs(ratio - 1) <= 0.05)],
+        ],
+    )
+
+
+def yes_no(met: bool) -> str:
+    """The word for a target that is met or not."""
+    return "yes" if met else "no"
+
+
+def equivalence_cells(row: dict[str, Any]) -> list[str]:
+    """Parameters, perplexity ratio, mean KL and agreement of one row, means over its seeds."""
+    seeds = row["seeds"]
+    ratio, kl, top = (mean(s[k] for s in seeds) for k in ("perplexity_ratio", "mean_kl", "top1_agreement"))
+    error = max(s["perplexity_ratio_standard_error"] for s in seeds)
+    return [f"{row['trainable_parameters']:,}", f"{ratio:.4f} ± {error:.4f}", f"{kl:.5f}", f"{100 * top:.1f} %"]
+
+
+def speed_sentence(result: dict[str, Any]) -> str:
+    """The README's sentence about speed: the range of each ratio over the models measured."""
+    models = [suite for suite in result["suites"].values() if "parameters" in suite]
+
+    def spread(part: str, who: str) -> str:
+        ratios = [suite[part]["ratios"][who] for suite in models if part in suite and who in suite[part]["ratios"]]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    return (
+        f"Relative to the frozen base, a forward pass takes {spread('forward', 'npt')} times as long (LoRA of the same rank: "
+        f"{spread('forward', 'lora')}), a decoding step {spread('decode', 'npt')} ({spread('decode', 'lora')}), and a "
+        f"training step of objective `local` takes {spread('training step', 'local')} forward passes "
+        f"({spread('training step', 'lora')})."
+    )
+
+
 def speed_table(result: dict[str, Any]) -> str:
-    """Ratios to the frozen base for each model, NPT's and LoRA's, and the strawman."""
+    """Ratios to the frozen base for each model, NPT's and LoRA's."""
     models = {name: suite for name, suite in result["suites"].items() if "parameters" in suite}
     head = ["relative to the frozen base", *(f"{name}: {what}" for name in models for what in ("NPT", "LoRA"))]
     rows = []
@@ -33,7 +144,7 @@ def speed_table(result: dict[str, Any]) -> str:
 
 
 def cell(part: dict[str, Any] | None, who: str, kind: str) -> str:
-    """A ratio with its spread, "" where it was not measured."""
+    """A ratio with its spread, or "" where it was not measured."""
     if part is None or who not in part["ratios"]:
         return ""
     if kind == "memory":
@@ -43,7 +154,7 @@ def cell(part: dict[str, Any] | None, who: str, kind: str) -> str:
 
 
 def materialized_table(result: dict[str, Any]) -> str:
-    """The strawman beside NPT and the frozen base."""
+    """Weight deltas formed per token beside NPT and the frozen base."""
     found = result["suites"].get("materialized")
     if found is None:
         return ""
@@ -73,6 +184,6 @@ def linear_table(result: dict[str, Any]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
+    """A markdown table."""
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)

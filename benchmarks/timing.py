@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from npt.planning.shapes import AllocationCounter
+from npt.planning.counters import AllocationCounter
 
 Run = Callable[[], Any]
 

@@ -65,7 +65,7 @@ TESTS = {
         "tests/tuner/test_composition.py::test_half_precision_is_as_near_as_the_base_is",
         "tests/equivalence/test_objectives.py",
     ),
-    "attach": (
+    "hooks": (
         *(f"tests/{name}.py" for name in ("block/test_hooks", "block/test_parity", "tuner/test_tuner")),
         *_families(_FORMULA, "phi3 granite olmo2 gemma2 opt cohere"),
         *_families("test_any_subset_of_projections", "targets0-phi3 targets1-phi3 targets2-phi3 targets3-phi3"),
@@ -83,7 +83,7 @@ TESTS = {
 }
 MODULES = {
     "component": "block.component",
-    "attach": "block.layer",
+    "hooks": "block.hooks",
     "closed_form": "equivalence.closed_form",
     "calibration": "equivalence.calibration",
 }
@@ -204,7 +204,12 @@ def check(root: Path, target: Target, mutants: list[Mutant], records: list[dict[
 
 def hashes_of(root: Path, target: Target) -> dict[str, str]:
     """Short hashes of the source and of all its tests."""
-    files = [*sorted({test.split("::")[0] for test in target.tests}), "tests/conftest.py", "tests/families.py"]
+    files = [
+        *sorted({test.split("::")[0] for test in target.tests}),
+        "tests/conftest.py",
+        "tests/families.py",
+        "tests/helpers.py",
+    ]
     tests = b"".join((root / name).read_bytes() for name in files if (root / name).exists())
     source = (root / target.file).read_bytes()
     return {"source": hashlib.sha256(source).hexdigest()[:8], "tests": hashlib.sha256(tests).hexdigest()[:8]}

@@ -1,19 +1,16 @@
-"""Writes the predicted tables of recipes/README.md and docs/scaling.md: python scripts/recipes_table.py"""
+"""Writes the predicted tables of recipes/README.md and docs/scaling.md: python -m scripts.recipes_table"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from npt.common.display import duration
 from npt.config import RunConfig, load_config
 from npt.planning.devices import planned_launch
 from npt.planning.plan import plan_run
 from npt.planning.timing import memory_limit, run_steps, step_time
+from scripts.marked import ROOT, section, write_section
 
-ROOT = Path(__file__).resolve().parents[1]
-START, END = "<!-- {}: start -->", "<!-- {}: end -->"
 GIB = 2**30
 
 
@@ -29,7 +26,7 @@ class Row:
     device: str = "h100-80gb"
 
     def config(self) -> RunConfig:
-        """Its configuration, with the shapes in the place of the hub's model."""
+        """The configuration, with the name of the shapes in place of the hub's model."""
         name = f"model.base_model_name={self.shapes}"
         return load_config(ROOT / "recipes" / f"{self.recipe}.yaml", [name, *self.options])
 
@@ -67,7 +64,8 @@ def line(row: Row) -> str:
     """One row of a table."""
     config, launch = row.config(), planned_launch(row.processes, row.nodes, row.device)
     plan, steps = plan_run(config, None, row.processes), run_steps(config, row.processes)
-    time, t = step_time(plan, config, launch), config.training
+    t = config.training
+    time = step_time(plan, t.gradient_accumulation_steps, launch)
     tokens = row.processes * t.batch_size * t.gradient_accumulation_steps * config.data.max_length
     options = "".join(f", `{option}`" for option in row.options)
     cells = [
@@ -85,25 +83,15 @@ def line(row: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def with_table(text: str, name: str, lines: Sequence[str]) -> str:
-    """A document with the table between its markers replaced."""
-    start, end = START.format(name), END.format(name)
-    before, rest = text.split(start)
-    return f"{before}{start}\n{HEAD}\n" + "\n".join(lines) + f"\n{end}{rest.split(end)[1]}"
-
-
 def lines_of(text: str, name: str) -> list[str]:
-    """The rows between a document's markers."""
-    return text.split(START.format(name))[1].split(END.format(name))[0].strip().splitlines()[2:]
+    """The rows of a document's table, without its head."""
+    return section(text, name).splitlines()[2:]
 
 
 def main() -> None:
     """Writes all tables."""
     for name, (document, rows) in TABLES.items():
-        path = ROOT / document
-        path.write_text(
-            with_table(path.read_text(encoding="utf-8"), name, [line(row) for row in rows]), encoding="utf-8"
-        )
+        write_section(document, name, "\n".join([HEAD, *map(line, rows)]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures: small random models, and the real checkpoint where it is at hand."""
+"""Fixtures of all tests: checkpoints and their folders, token ids, a browser."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from npt import NPTConfig
 from npt.builtin import model_folder
-from npt.tuner.converted import active_layers
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests.helpers import REPOSITORY
 
 
 @pytest.fixture(scope="session")
@@ -54,54 +51,6 @@ def pretrained_model(pretrained: Path) -> Callable[..., Any]:
         return get_peft_model(base, NPTConfig(**options)), AutoTokenizer.from_pretrained(pretrained)
 
     return build
-
-
-def random_base(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
-    """A random causal LM of 4 blocks whose norms, biases and attention are far from their initial values."""
-    torch.manual_seed(seed)
-    if kind == "gpt2":
-        config = GPT2Config(vocab_size=96, n_embd=24, n_layer=4, n_head=3, n_positions=128)
-        base: Any = GPT2LMHeadModel(config)
-    else:
-        config = LlamaConfig(
-            vocab_size=96, hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=3,
-            num_key_value_heads=3, max_position_embeddings=128, pad_token_id=0,
-        )  # fmt: skip
-        base = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
-    return base.to(dtype).eval()
-
-
-def randomize(model: Any, scale: float = 0.2, seed: int = 1) -> None:
-    """Random values in every component parameter, so that no term of a formula is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in active_layers(model):
-            for parameter in layer.component.parameters():
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(scale * noise.to(parameter.dtype))
-
-
-def converted(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """A random base converted with random component values."""
-    model = get_peft_model(random_base(kind, dtype), NPTConfig(**{"npt_layers": "all", "rank": 3, **options}))
-    model.eval()
-    randomize(model)
-    return model
-
-
-def allocated(run: Callable[[], Any]) -> int:
-    """Peak of what torch's CPU allocator hands out during a call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from npt.runs.processes import shard_base, start_processes
 from npt.runs.train import FSDP_ARGUMENTS
 from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback
 from npt.training.checkpoints import adapter_state
-from tests.conftest import random_base
+from tests.helpers import Letters, random_base
 
 
 @dataclass
@@ -55,15 +55,6 @@ class Spec:
     teacher: bool = False
     stream: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
-
-
-class Letters:
-    """A tokenizer of single characters."""
-
-    eos_token_id, pad_token_id = 1, 0
-
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[2, *(3 + ord(c) % 90 for c in text)] for text in texts]}
 
 
 class _Recorded(DocumentStream):

@@ -107,8 +107,8 @@ def train(
 
 
 def _dry_run(config: Path | None, set_: list[str] | None, resume: bool, **planned: Any) -> None:
+    from npt.planning.devices import parse_bytes
     from npt.planning.dry_run import dry_run, launch_here
-    from npt.planning.plan import parse_bytes
 
     if resume:
         raise NPTError("--dry-run --resume: a dry run starts no run to go on with; leave one of the two out")
@@ -185,7 +185,7 @@ def plot(
 ) -> None:
     """Draws the plots of a run from metrics.jsonl and, if there is one, its report, as PNG and SVG."""
     from npt.common.writable import check_folders
-    from npt.report.curves import plot_run
+    from npt.report.plots import plot_run
 
     folder = output_dir if run is None else run
     if folder.is_dir():
@@ -213,7 +213,7 @@ def compare(
     """Runs side by side: one table, and one plot of perplexity ratio and KL over steps."""
     from npt.common.writable import check_file
     from npt.report.compare import PLOT_KINDS, comparison_table, plot_comparison, read_runs
-    from npt.report.curves import malformed
+    from npt.report.run_files import malformed
 
     found = read_runs(runs)
     check_file("--output", output, *PLOT_KINDS)
@@ -245,11 +245,9 @@ def memory(
     device: DeviceName = None,
 ) -> None:
     """What a run will need, phase by phase, before it starts, and what formed weight deltas would cost."""
-    from npt.planning.devices import planned_launch
+    from npt.planning.devices import parse_bytes, planned_launch
     from npt.planning.formed_deltas import memory_table
-    from npt.planning.plan import parse_bytes
-    from npt.planning.timing import render_plan
-    from npt.report.terminal import render_memory
+    from npt.planning.tables import render_memory, render_plan
 
     size = None if limit is None else parse_bytes(limit)
     launch = planned_launch(processes or 1, nodes or 1, device)

@@ -21,7 +21,7 @@ from npt.common.fingerprint import base_fingerprint, base_record, difference, te
 from npt.errors import CheckpointError, ConversionError
 from npt.tuner.config import FORMAT_VERSION
 from scripts.adapter_fixture import ADAPTERS, logits
-from tests.conftest import REPOSITORY, random_base, randomize
+from tests.helpers import REPOSITORY, random_base, randomize
 
 FIXTURES = REPOSITORY / "tests" / "fixtures" / "adapters"
 

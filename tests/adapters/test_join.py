@@ -32,9 +32,7 @@ from npt.training.callbacks import save_adapter
 from npt.tuner.card import MARK, as_code
 from npt.tuner.converted import active_layers
 from tests.catalogue.entries import json_of, tensors
-from tests.conftest import REPOSITORY, random_base
-from tests.equivalence.test_trainer import blocks
-from tests.system.test_cli import settings
+from tests.helpers import REPOSITORY, blocks, random_base, settings
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "npt_run.yaml"
 CLIP = 1e-3

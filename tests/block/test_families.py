@@ -21,8 +21,10 @@ from npt.block.modes import Mode, running_as, watching_deltas
 from npt.errors import ConversionError
 from npt.evaluation.least_norm import least_joint_norms
 from npt.tuner.converted import active_layers, npt_layers
-from tests.conftest import randomize
+from scripts.family_list import DOCUMENT, NAME, family_list
+from scripts.marked import ROOT, section
 from tests.families import CASES, SIZES, Case, raw
+from tests.helpers import randomize
 
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -265,11 +267,9 @@ def test_a_planted_wrong_line_is_caught_at_conversion(case: Case, monkeypatch: p
             pytest.fail(f"a wrong {name} was not noticed")
 
 
-def test_the_readme_lists_the_table() -> None:
-    from scripts.readme_families import README, with_families
-
-    text = README.read_text(encoding="utf-8")
-    assert text == with_families(text), "run python scripts/readme_families.py"
+def test_the_documentation_lists_the_table() -> None:
+    text = (ROOT / DOCUMENT).read_text(encoding="utf-8")
+    assert section(text, NAME) == family_list(), "run python -m scripts.family_list"
 
 
 def test_post_norm_opt_is_refused_with_the_reason() -> None:
@@ -300,13 +300,11 @@ def test_architectures_that_do_not_fit_are_refused_with_the_reason(model_type: s
 
 
 def test_every_test_the_documentation_names_exists() -> None:
-    folder = Path(__file__).parent
-    named = re.findall(
-        r"`(test_\w+\.py)::(\w+)`", (folder.parent / "docs" / "ecosystem.md").read_text(encoding="utf-8")
-    )
+    ecosystem = (ROOT / "docs" / "ecosystem.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", ecosystem)
     assert len(named) > 35
     for file, test in named:
-        assert f"def {test}(" in (folder / file).read_text(encoding="utf-8"), f"{file}::{test}"
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
 def test_a_family_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:

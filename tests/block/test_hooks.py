@@ -19,8 +19,8 @@ from npt.block.modes import Mode, running_as, watching
 from npt.block.probing import probe_norm
 from npt.errors import ConversionError
 from npt.tuner.converted import active_layers, npt_layers
-from tests.conftest import converted, random_base
 from tests.families import CASES
+from tests.helpers import converted, random_base
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "gpt2"])
 

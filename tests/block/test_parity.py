@@ -11,7 +11,7 @@ import torch
 from npt.block.component import NORM_WEIGHT_EPSILON
 from npt.block.modes import watching_deltas
 from npt.tuner.converted import active_layers, npt_layers
-from tests.conftest import converted
+from tests.helpers import converted
 
 OPTIONS = [
     options

@@ -19,7 +19,7 @@ from npt.cli import main
 from npt.config import load_config
 from npt.errors import ConfigError, DataError, NPTError
 from npt.runs.corpora import further_corpora
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 TINY = builtin.MODELS["builtin:tiny"]
 

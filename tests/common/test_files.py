@@ -26,9 +26,7 @@ from npt.training.callbacks import JsonLinesCallback, save_adapter
 from npt.training.checkpoints import last_checkpoint
 from npt.training.signals import StopSignals
 from npt.training.state_file import load_state, save_state
-from tests.conftest import REPOSITORY
-from tests.equivalence.test_trainer import trainer
-from tests.system.test_cli import settings
+from tests.helpers import REPOSITORY, settings, trainer
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

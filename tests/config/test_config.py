@@ -9,7 +9,7 @@ import pytest
 from npt.config import RunConfig, known_keys, load_config, save_config
 from npt.errors import ConfigError
 from npt.tuner.config import OPTIONS, NPTConfig
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 ORIGINAL_KEYS = """
 model: base_model_name npt_layers rank modulation_scale

@@ -6,7 +6,7 @@ import pytest
 
 from fuzz import targets
 from npt.errors import ConfigError, DataError
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 CORPUS = REPOSITORY / "fuzz" / "corpus"
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from npt.data import sample_blocks
 from npt.data.sampling import _with_labels, draw
 from npt.errors import DataError
-from tests.conftest import converted, random_base
+from tests.helpers import converted, random_base
 
 TOKENIZER = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 

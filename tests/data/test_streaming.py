@@ -27,9 +27,7 @@ from npt.errors import CheckpointError, ConfigError, DataError, NPTError
 from npt.runs.corpora import VALIDATION_BLOCKS, load_corpus, streamed_corpus
 from npt.runs.train import run_training
 from npt.training.checkpoints import STREAM
-from tests.conftest import random_base
-from tests.distributed_worker import Letters
-from tests.equivalence.test_trainer import _StopAt
+from tests.helpers import Letters, StopAt, random_base
 
 SHARDS = 200
 
@@ -241,7 +239,7 @@ def test_accumulated_batches_keep_the_place(shards: Any, tmp_path: Path) -> None
     state = json.loads((tmp_path / "whole" / "checkpoint-2" / STREAM.format(0)).read_text())
     assert state["served"] == 2 * 3 * 2
     first = trainer(tmp_path / "parts")
-    first.add_callback(_StopAt(2))
+    first.add_callback(StopAt(2))
     first.train()
     second = trainer(tmp_path / "parts")
     second.train(resume_from_checkpoint=True)

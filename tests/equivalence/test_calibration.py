@@ -14,7 +14,7 @@ from npt.equivalence import calibration
 from npt.equivalence.calibration import _BlockFit, _delta
 from npt.errors import NPTError
 from npt.tuner.converted import active_layers
-from tests.conftest import random_base
+from tests.helpers import random_base
 
 
 def batches(count: int = 4, seed: int = 0) -> list[dict[str, torch.Tensor]]:

@@ -17,7 +17,7 @@ from npt.equivalence import calibration, closed_form
 from npt.equivalence.calibration import Part, _BlockFit, _fit_low_rank, first_tokens, fit_gain_and_carry
 from npt.equivalence.closed_form import solve_ridge
 from npt.tuner.converted import active_layers
-from tests.conftest import random_base
+from tests.helpers import random_base
 
 D, TOKENS = 8, 90
 NO_CUTOFF = torch.tensor([torch.inf, torch.inf])

@@ -13,7 +13,7 @@ from npt.block.modes import Mode, running_as, watching
 from npt.equivalence.objectives import BlockObjective, LogitsObjective, Objective, check_logit_head, update_scales
 from npt.errors import NPTError
 from npt.tuner.converted import active_layers
-from tests.conftest import converted
+from tests.helpers import converted
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "gpt2"])
 ALL = pytest.mark.parametrize("name", ["local", "logits", "composite"])

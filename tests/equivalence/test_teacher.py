@@ -27,8 +27,7 @@ from npt.equivalence.teacher import (
 )
 from npt.errors import DataError
 from npt.tuner.converted import active_layers, run_backbone
-from tests.conftest import converted, random_base, randomize
-from tests.equivalence.test_trainer import blocks, logged, trainer
+from tests.helpers import blocks, converted, logged, random_base, randomize, trainer
 
 CPU = torch.device("cpu")
 

@@ -8,52 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
 from transformers import TrainingArguments
 
-from npt import EquivalenceTrainer, NPTConfig, Objective
-from npt.data import pack_token_ids
+from npt import EquivalenceTrainer, Objective
 from npt.data.batches import batches_of
 from npt.equivalence.objectives import update_scales
 from npt.errors import ConversionError
-from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback
+from npt.training.callbacks import BestAdapterCallback
 from npt.tuner.converted import active_layers
-from tests.conftest import random_base
-
-
-def blocks(count: int = 32, seed: int = 0) -> Any:
-    ids = torch.randint(3, 96, (count, 16), generator=torch.Generator().manual_seed(seed)).tolist()
-    return pack_token_ids(ids, 16, pad_token_id=0)
-
-
-def trainer(
-    folder: Path,
-    *,
-    kind: str = "llama",
-    objective: str = "logits",
-    steps: int = 8,
-    trainer_options: Any = None,
-    **options: Any,
-) -> Any:
-    model = get_peft_model(random_base(kind, torch.float32), NPTConfig(npt_layers=[1, 3], rank=3))
-    arguments = {
-        "per_device_train_batch_size": 4, "max_steps": steps, "learning_rate": 5e-3, "logging_steps": 1, "save_steps": 4,
-        "save_strategy": "steps", "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 1, **options,
-    }  # fmt: skip
-    return EquivalenceTrainer(
-        model,
-        TrainingArguments(output_dir=str(folder / "checkpoints"), **arguments),
-        Objective(objective),
-        train_dataset=blocks(),
-        eval_dataset=blocks(8, 9),
-        callbacks=[JsonLinesCallback(folder / "metrics.jsonl"), BestAdapterCallback(folder / "best_model", model)],
-        **(trainer_options or {}),
-    )
-
-
-def logged(folder: Path, key: str = "loss") -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row[key]) for row in rows if key in row]
+from tests.helpers import StopAt, blocks, logged, random_base, trainer
 
 
 @pytest.mark.parametrize("objective", ["logits", "local", "composite"])
@@ -63,7 +26,7 @@ def test_resume_is_exact(objective: str, tmp_path: Path) -> None:
     whole.train()
     first = trainer(tmp_path / "parts", objective=objective)
     first.args.max_steps = 8
-    first.add_callback(_StopAt(4))
+    first.add_callback(StopAt(4))
     first.train()
     second = trainer(tmp_path / "parts", objective=objective)
     with torch.no_grad():
@@ -101,7 +64,7 @@ def test_schedule_switches_objectives_and_survives_resume(tmp_path: Path) -> Non
     assert [row["objective"] for row in rows if "loss" in row] == ["local"] * 5 + ["logits"] * 3
     parts = trainer(tmp_path / "parts")
     parts.schedule = [(0, Objective("local")), (5, Objective("logits"))]
-    parts.add_callback(_StopAt(4))
+    parts.add_callback(StopAt(4))
     parts.train()
     again = trainer(tmp_path / "parts")
     again.schedule = [(0, Objective("local")), (5, Objective("logits"))]
@@ -117,14 +80,6 @@ def test_patience_stops_what_no_longer_helps(tmp_path: Path) -> None:
     (tmp_path / "best_model" / "best.json").write_text('{"step": 0, "eval_mean_kl": 0.0}')
     run.train()
     assert run.state.global_step == 4
-
-
-class _StopAt(__import__("transformers").TrainerCallback):  # type: ignore[misc]
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= self.step
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

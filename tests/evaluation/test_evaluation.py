@@ -21,7 +21,7 @@ from npt.evaluation.evaluate import overlapping
 from npt.evaluation.verdict import QUANTISATION_SCALE, expected_outcomes, grade
 from npt.evaluation.weight_deltas import delta_records
 from npt.tuner.converted import active_layers
-from tests.conftest import randomize
+from tests.helpers import randomize
 
 TEXT = ["The cat sat on the mat and looked at the moon.", "A second document, a little longer than the first one."] * 6
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from npt import NPTConfig
 from npt.builtin import model_folder
 from npt.evaluation.divergence import summarize, token_divergences
-from npt.planning.shapes import AllocationCounter
-from tests.conftest import randomize
+from npt.planning.counters import AllocationCounter
+from tests.helpers import randomize
 
 MEASURE = """
 import resource, sys
@@ -26,7 +26,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from npt import NPTConfig
 from npt.evaluation.divergence import summarize, token_divergences
-from npt.planning.shapes import AllocationCounter
+from npt.planning.counters import AllocationCounter
 
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=32000, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)

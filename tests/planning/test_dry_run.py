@@ -18,8 +18,8 @@ from npt.errors import NPTError
 from npt.planning.devices import planned_launch
 from npt.planning.dry_run import data_lines, launch_here, ranges
 from npt.planning.plan import plan_run
+from tests.helpers import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=509, max_position_embeddings=64, architectures=["LlamaForCausalLM"], dtype="bfloat16",
@@ -149,9 +149,8 @@ def test_npt_memory_plans_the_same(shapes: Path, capsys: Any) -> None:
 
 def test_names_of_what_is_done() -> None:
     assert ranges([2, 3, 4, 7, 9, 10]) == "2-4, 7, 9-10"
-    lines = list(
-        data_lines(load_config(None, ["training.calibrate=false", "data.num_train_samples=8"]), planned_launch(2))
-    )
+    config = load_config(None, ["training.calibrate=false", "data.num_train_samples=8"])
+    lines = list(data_lines(config.data, config.training, 2))
     assert lines[0] == "data: self, 8 blocks of 256 tokens"
     assert lines[1] == "objective: no calibration, then local, then logits"
     with pytest.raises(NPTError, match="--nodes 2: does not divide --processes 1"):

@@ -16,6 +16,7 @@ from npt.block.component import ComponentSpec
 from npt.config import load_config
 from npt.equivalence.objectives import Objective
 from npt.errors import NPTError
+from npt.planning.counters import AllocationCounter
 from npt.planning.formed_deltas import (
     component_bytes,
     estimate,
@@ -25,9 +26,9 @@ from npt.planning.formed_deltas import (
     memory_table,
     values_peak,
 )
-from npt.planning.shapes import LLAMA_7B, AllocationCounter, enable_checkpointing
+from npt.planning.shapes import LLAMA_7B, enable_checkpointing
 from npt.tuner.converted import active_layers
-from tests.conftest import allocated
+from tests.helpers import allocated
 
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,

@@ -14,8 +14,11 @@ from npt import NPTConfig, calibrate
 from npt.config import RunConfig, load_config, with_overrides
 from npt.errors import ConfigError, NPTError
 from npt.evaluation.divergence import token_divergences
-from npt.planning.plan import BYTES_4BIT, Plan, advice, parse_bytes, plan_run, weight_bytes
-from npt.planning.shapes import AllocationCounter, shapes_of
+from npt.planning.advice import advice
+from npt.planning.counters import AllocationCounter
+from npt.planning.devices import parse_bytes
+from npt.planning.plan import BYTES_4BIT, Plan, plan_run, weight_bytes
+from npt.planning.shapes import shapes_of
 
 SHAPE = LlamaConfig(
     hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,

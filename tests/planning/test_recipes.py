@@ -11,7 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from npt.config import load_config
 from scripts.recipes_table import ROOT, TABLES, line, lines_of
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 RECIPES, README = ROOT / "recipes", ROOT / "recipes" / "README.md"
 RUNS = sorted(RECIPES.glob("*.yaml"))

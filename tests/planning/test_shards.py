@@ -23,13 +23,14 @@ from npt.common.sharded import through
 from npt.config import RunConfig, load_config
 from npt.equivalence.objectives import Objective
 from npt.errors import NPTError
+from npt.planning.advice import advice
 from npt.planning.devices import BANDWIDTH_SHARE, DEVICES, EFFICIENCY, planned_launch
-from npt.planning.plan import OVERHEAD, advice, plan_run
+from npt.planning.plan import OVERHEAD, plan_run
 from npt.planning.shapes import KNOWN_SHAPES, shapes_of
 from npt.planning.shards import DDP, FSDP2, local_size, shard_units, strategy_of
 from npt.planning.timing import run_steps, step_time, time_lines
 from npt.tuner.converted import active_layers, parameter_counts
-from tests.conftest import allocated
+from tests.helpers import allocated
 
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -174,7 +175,7 @@ def test_calibration_text_is_shared() -> None:
 def test_one_process_can_not_shard() -> None:
     with pytest.raises(NPTError, match="fsdp=true with one process.*--processes N"):
         plan_run(config("optimization.fsdp=true"), LLAMA)
-    assert strategy_of(config(), 4, asked=True) == FSDP2
+    assert strategy_of(True, 4) == FSDP2
 
 
 def test_advice_of_several_processes_is_to_shard() -> None:
@@ -210,7 +211,7 @@ def test_time_is_work_over_the_data_sheet() -> None:
     launch = planned_launch(4, 1, "a100-80gb")
     settings = config("training.gradient_accumulation_steps=3", "optimization.fsdp=true")
     plan, sheet = plan_run(settings, LLAMA, 4), DEVICES["a100-80gb"]
-    found = step_time(plan, settings, launch)
+    found = step_time(plan, 3, launch)
     assert found.products == 3 * plan.step_flops / (EFFICIENCY * sheet.flops)
     assert found.traffic == 3 * plan.step_traffic / (BANDWIDTH_SHARE * sheet.bandwidth)
     sent = 3 * plan.spread.forward_bytes + plan.spread.step_bytes

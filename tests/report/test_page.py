@@ -21,8 +21,7 @@ from npt.common.display import visible
 from npt.errors import NPTError
 from npt.report.page import PARTS, write_page
 from npt.report.watch import sparkline, watch_run
-from tests.conftest import randomize
-from tests.system.test_cli import settings
+from tests.helpers import randomize, settings, visit
 
 TEXT = ["The cat sat on the mat and looked at the moon.", "A second document, a little longer than the first one."] * 6
 ROWS: list[dict[str, Any]] = [
@@ -74,19 +73,6 @@ def test_the_page_holds_every_section_picture_and_figure(report: dict[str, Any],
 def test_the_same_files_give_the_same_page(report: dict[str, Any], tmp_path: Path) -> None:
     folder = write(tmp_path, report)
     assert write_page(folder).read_bytes() == write_page(folder).read_bytes()
-
-
-def visit(browser: Any, path: Path, width: int, scheme: str = "light") -> tuple[Any, list[str], list[str]]:
-    """(page, what its console said, what it asked for beside itself)."""
-    said: list[str] = []
-    asked: list[str] = []
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(path.as_uri())
-    return page, said, [url for url in asked if url != path.as_uri() and not url.startswith("data:")]
 
 
 @pytest.mark.parametrize("width, scheme", [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")])

@@ -11,8 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from npt.errors import NPTError
-from npt.report import curves as plots
-from npt.report.curves import plot_run, read_json_lines
+from npt.report.curves import loss, perplexity_ratio, weight_delta
+from npt.report.distributions import layer_error
+from npt.report.plots import plot_run
+from npt.report.run_files import curve, read_json_lines
 
 CALIBRATION = {f"layer_{i}": {"error_before": 0.3, "error_after": 0.03} for i in (9, 10)}
 ROWS: list[dict[str, Any]] = [
@@ -79,13 +81,13 @@ def test_what_has_no_data_is_skipped_and_logged(tmp_path: Path, caplog: pytest.L
 
 
 def test_a_loss_that_is_zero_has_no_curve_on_the_logarithmic_axis() -> None:
-    figure = drawn(plots._loss, ROWS, {})
+    figure = drawn(loss, ROWS, {})
     assert [line.get_label() for line in figure.axes[0].lines] == ["loss", "equivalence loss"]
     assert figure.axes[0].get_yscale() == "log"
 
 
 def test_ratio_has_the_target_band() -> None:
-    axes = drawn(plots._ratio, ROWS, {}).axes[0]
+    axes = drawn(perplexity_ratio, ROWS, {}).axes[0]
     assert axes.get_legend_handles_labels()[1] == ["target, 1.0 ± 0.05", "NPT / original"]
     low, high = axes.get_ylim()
     assert low < 0.95 < 1.05 < high
@@ -93,21 +95,21 @@ def test_ratio_has_the_target_band() -> None:
 
 def test_a_step_logged_twice_counts_once_the_later_time() -> None:
     rows = [*ROWS, {"step": 10, "loss": 0.45}, {"step": None, "loss": None}]
-    assert plots.curve(rows, "loss") == ([10, 20], [0.45, 0.4])
+    assert curve(rows, "loss") == ([10, 20], [0.45, 0.4])
 
 
 def test_weight_delta_stands_beside_exact_over_steps_and_per_block() -> None:
-    over_steps, per_block = drawn(plots._weight_delta, ROWS, REPORT).axes
+    over_steps, per_block = drawn(weight_delta, ROWS, REPORT).axes
     assert "exact, evaluation text" in over_steps.get_legend_handles_labels()[1]
     own, exact = per_block.containers
     assert [bar.get_height() for bar in own] == pytest.approx([0.3, 0.6])  # means over projections
     assert [bar.get_height() for bar in exact] == pytest.approx([0.1, 0.5])
-    assert len(drawn(plots._weight_delta, ROWS, {}).axes) == 1
+    assert len(drawn(weight_delta, ROWS, {}).axes) == 1
 
 
 def test_a_block_that_was_not_calibrated_keeps_its_place() -> None:
     rows = [{"step": 0, "calibration": {"layer_10": {"error_before": 0.3, "error_after": 0.03}}}]
-    axes = drawn(plots._layer_error, rows, REPORT).axes[0]
+    axes = drawn(layer_error, rows, REPORT).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["9", "10"]  # by number, not by letter
     before, _, end = axes.containers
     assert len(before) == 1 and len(end) == 2

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from npt.common.display import human_bytes
 from npt.errors import NPTError
-from npt.report.curves import plot_run
+from npt.report.plots import plot_run
 from npt.report.terminal import render_report
 
 FIGURES = {

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from npt.planning.formed_deltas import MemoryRow
-from npt.report.terminal import render_memory, render_report
+from npt.planning.tables import render_memory
+from npt.report.terminal import render_report
 
 FIGURES: dict[str, Any] = {
     "perplexity": {"npt_perplexity": 3.6123, "original_perplexity": 3.6, "perplexity_ratio": 1.00342},

@@ -8,40 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from npt.cli import main
 from npt.config import load_config
 from npt.runs.corpora import trained_on
-from tests.conftest import REPOSITORY
-
-SMALL = {
-    "data.max_length": 32,
-    "data.num_train_samples": 48,
-    "data.num_eval_samples": 8,
-    "data.num_calibration_samples": 24,
-    "training.batch_size": 4,
-    "training.num_train_steps": 4,
-    "training.logging_steps": 2,
-    "training.eval_steps": 2,
-    "training.save_steps": 2,
-    "training.prediction_logging_steps": 2,
-    "training.warmup_steps": 0,
-    "model.rank": 3,
-}
-
-
-def settings(local_model: Path, folder: Path, **more: Any) -> list[str]:
-    values = {
-        **SMALL,
-        "model.base_model_name": local_model,
-        "paths.output_dir": folder / "outputs",
-        "paths.checkpoint_dir": folder / "checkpoints",
-        **{key.replace("__", "."): value for key, value in more.items()},
-    }
-    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+from tests.helpers import REPOSITORY, settings
 
 
 @pytest.fixture(scope="module")

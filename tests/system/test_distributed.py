@@ -21,7 +21,7 @@ from npt.common.launch import check_launch
 from npt.errors import NPTError
 from npt.runs.processes import shards_base, start_processes
 from npt.training.checkpoints import last_checkpoint
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 OBJECTIVES = ("local", "logits", "composite")
 #: As `Spec.sharded` names them: DDP, FSDP2 from before calibration on, FSDP2 as Trainer does it.

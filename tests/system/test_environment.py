@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scripts.mutations import mutants_of, sample
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 SOURCE = '''
 """Not in a docstring: 1 + 1."""

@@ -16,10 +16,7 @@ from npt import NPTConfig
 from npt.cli import main
 from npt.equivalence.teacher import teacher_cache
 from npt.errors import ConversionError, DataError
-from tests.conftest import converted, random_base
-from tests.equivalence.test_trainer import blocks
-from tests.report.test_page import visit
-from tests.system.test_cli import settings
+from tests.helpers import blocks, converted, random_base, settings, visit
 
 SECRETS = {
     "HF_TOKEN": "hf_sEcReTsEcReTsEcReTsEcReT", "WANDB_API_KEY": "0123456789abcdefSECRET0123456789abcdef",

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from npt import NPTConfig
 from npt.errors import ConversionError
 from npt.tuner.converted import active_layers, npt_layers
-from tests.conftest import randomize
 from tests.families import CASES, Case
+from tests.helpers import randomize
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 BY_NAME = {case.name: case for case in CASES}

@@ -17,9 +17,7 @@ from npt.equivalence.objectives import Objective
 from npt.errors import ConversionError, NPTError, RunError
 from npt.tuner.converted import active_layers, npt_layers
 from npt.tuner.nonfinite import find_nonfinite
-from tests.conftest import random_base
-from tests.equivalence.test_trainer import blocks, trainer
-from tests.system.test_cli import settings
+from tests.helpers import blocks, random_base, settings, trainer
 
 
 def component_values(model: Any) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from npt.block.modes import Mode, running_as
 from npt.evaluation.weight_deltas import weight_delta_stats
 from npt.runs.base_model import offload_frozen
 from npt.tuner.converted import active_layers, device_of
-from tests.conftest import converted
+from tests.helpers import converted
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -15,7 +15,7 @@ from npt.adapters.folder import load_adapter
 from npt.errors import CheckpointError, ConversionError
 from npt.tuner.converted import active_layers, npt_layers, parameter_counts
 from npt.tuner.model import NPTModel
-from tests.conftest import converted, random_base, randomize
+from tests.helpers import converted, random_base, randomize
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "gpt2"])
 

@@ -1,4 +1,4 @@
-"""The neuro-plastic component: the maths of one NPT block, without any model around it.
+"""The equation of the weight delta: the neuro-plastic component of one block, without any model around it.
 
     transformer block                      NPT block
     a = Attn(Norm1(h))                     a = Attn(Norm1(h))
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from npt.block.spec import INPUT_PROJECTIONS, ComponentSpec
 from npt.block.weight_delta import Factors, WeightDelta
+from npt.common.precision import cast, wide_dtype
 
 __all__ = ["INPUT_PROJECTIONS", "ComponentSpec", "InputValues", "NPComponent", "WeightDelta"]
 
@@ -204,18 +205,18 @@ class NPComponent(nn.Module):
             return InputValues()
         m = self.modulation(attention)
         sums, mask = _sums(self._input_terms(attention, z, m, exact_input)), _has_key(z, z)
-        values = {place: _cast(value * mask, z.dtype) for place, value in sums.items()}
+        values = {place: cast(value * mask, z.dtype) for place, value in sums.items()}
         return InputValues(values.pop(MLP_INPUT, None), values, m)
 
     def _down_value(self, attention: Tensor, inner: Tensor, m: Tensor | None) -> Tensor | None:
         m = self.modulation(attention) if m is None else m
         value = _sums(self._down_terms(attention, inner, m)).get("down")
-        return None if value is None else _cast(value * _has_key(inner, value), attention.dtype)
+        return None if value is None else cast(value * _has_key(inner, value), attention.dtype)
 
     # -- the terms, of which both the forward and the norms are made ---------------------------------------------------
 
     def _input_terms(self, attention: Tensor, z: Tensor, m: Tensor | None, exact_input: Tensor | None) -> list[Term]:
-        """What is added to z, or to the outputs of gate and up."""
+        """The terms added to z, or to the outputs of gate and up."""
         if self.spec.carry == "exact":
             if exact_input is None:
                 raise ValueError("carry 'exact' needs exact_input, Norm2(h + a)")
@@ -224,7 +225,7 @@ class NPComponent(nn.Module):
         return [*([] if shift is None else [Term(MLP_INPUT, shift)]), *self._low_rank_terms("input", z, m)]
 
     def _down_terms(self, attention: Tensor, inner: Tensor, m: Tensor | None) -> list[Term]:
-        """What is added to the output of down."""
+        """The terms added to the output of down."""
         if "down" not in self.spec.projections:
             return []
         if self.spec.carry == "exact":
@@ -238,7 +239,7 @@ class NPComponent(nn.Module):
             return []
         found = []
         for name, (b, c) in self.low_rank_factors(site).items():
-            u = m if c is None else (_cast(x, m.dtype) @ c) * m
+            u = m if c is None else (cast(x, m.dtype) @ c) * m
             found.append(Term(MLP_INPUT if name == "in" else name, u @ b, None if c is None else (m, c, b)))
         return found
 
@@ -252,8 +253,8 @@ class NPComponent(nn.Module):
         phi holds |a|^2/d and, but for gain `norm`, <zhat, a>/d; it is empty without a gain.
         """
         own = next(iter(self._parameters.values()), None)
-        dtype = _wide(attention if own is None else own)
-        a, z = self.centered(_cast(attention, dtype)), _cast(z, dtype)
+        dtype = wide_dtype((attention if own is None else own).dtype)
+        a, z = self.centered(cast(attention, dtype)), cast(z, dtype)
         z = z if self.norm_bias is None else z - self.norm_bias
         if not self.has_gain:
             return a, z, ()
@@ -288,7 +289,7 @@ class NPComponent(nn.Module):
         if not self.spec.has_low_rank:
             return None
         to_rank = self.A
-        modulation = torch.tanh(self.centered(_cast(attention, to_rank.dtype)) @ to_rank)
+        modulation = torch.tanh(self.centered(cast(attention, to_rank.dtype)) @ to_rank)
         return modulation if self.spec.modulation_scale == 1 else self.spec.modulation_scale * modulation
 
     def keyed_shift(
@@ -305,12 +306,11 @@ class NPComponent(nn.Module):
 
     def low_rank_factors(self, site: str) -> dict[str, tuple[Tensor, Tensor | None]]:
         """{"in" | "gate" | "up" | "down": (B (r, out), C (in, r) or None for the input key)} of one site."""
-        return {name: (getattr(self, f"B_{name}"), self._key_matrix(name)) for name in self._low_rank_sites[site]}
+        own: dict[str, Any] = self._parameters  # past nn.Module's lookup, which a decoding step would feel
+        return {name: (own[f"B_{name}"], self._key_matrix(own, name)) for name in self._low_rank_sites[site]}
 
-    def _key_matrix(self, name: str) -> Tensor | None:
-        if self.spec.key == "input":
-            return None
-        return self.A if self.spec.key == "tied" else getattr(self, f"C_{name}")
+    def _key_matrix(self, own: Mapping[str, Tensor], name: str) -> Tensor | None:
+        return None if self.spec.key == "input" else own["A" if self.spec.key == "tied" else f"C_{name}"]
 
     # -- dW itself, for norms and inspection -------------------------------------------------------------------------
 
@@ -325,16 +325,14 @@ class NPComponent(nn.Module):
 
         products: {"gate" | "up": x (..., d) -> W_t x (..., f), without bias}.
         """
-        if not self.spec.input_projections:
-            return {}
-        terms = self._input_terms(attention, z, self.modulation(attention), exact_input)
-        mask = _has_key(z, z)
-        keyed = {place: _cast(value * mask, z.dtype) for place, value in _sums(terms, own_key=False).items()}
-        return {t: self._input_delta(t, z, keyed, terms, products[t]) for t in self.spec.input_projections}
+        return {t: self._input_delta(t, attention, z, products[t], exact_input) for t in self.spec.input_projections}
 
     def _input_delta(
-        self, t: str, z: Tensor, keyed: Mapping[str, Tensor], terms: Sequence[Term], product: Callable[[Tensor], Tensor]
+        self, t: str, attention: Tensor, z: Tensor, product: Callable[[Tensor], Tensor], exact_input: Tensor | None
     ) -> WeightDelta:
+        # Anew for each projection: shared ones would sum a regulariser's gradients in another order.
+        terms, mask = self._input_terms(attention, z, self.modulation(attention), exact_input), _has_key(z, z)
+        keyed = {place: cast(value * mask, z.dtype) for place, value in _sums(terms, own_key=False).items()}
         value = product(keyed[MLP_INPUT]) if MLP_INPUT in keyed else None
         if t in keyed:
             value = keyed[t] if value is None else value + keyed[t]
@@ -375,15 +373,5 @@ def _own_key(terms: Sequence[Term], place: str) -> Factors | None:
 def _has_key(x: Tensor, like: Tensor) -> Tensor:
     """(..., 1) one where |x|^2 > 0 (so that the input key exists), else zero, in `like`'s dtype."""
     x = x.detach() if x.requires_grad else x
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
-    return _cast(norm.sign(), like.dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """x's dtype, float32 at least."""
-    return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.promote_types(x.dtype, torch.float32)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype: `x.to` costs a decoding step time even where it has nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x.dtype))
+    return cast(norm.sign(), like.dtype)

@@ -1,4 +1,4 @@
-"""The conversion contract: a converted block must behave as the table says, checked on the real model at conversion."""
+"""The conversion contract: two checks of every converted block, run on the real model at conversion."""
 
 from __future__ import annotations
 

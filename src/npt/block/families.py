@@ -1,4 +1,4 @@
-"""Where the pieces of a block are, one line per model family.
+"""The table of model families: one line says where the pieces of a block are.
 
 A new family is one call: `register_family("my_type", Family(...))`. The conversion contract (`contract.py`) runs at
 conversion and rejects a wrong line, so a typo here can't produce wrong results silently.
@@ -51,12 +51,12 @@ class Family:
 
     @property
     def fused(self) -> bool:
-        """Whether gate and up are one projection."""
+        """True where gate and up are one projection."""
         return self.gate == self.up
 
     @property
     def reads(self) -> str:
-        """What the MLP reads, as `ComponentSpec.reads`: norm(h + a), h + a, or nothing of a."""
+        """The MLP's input in the original block, as `ComponentSpec.reads`: "norm(h + a)", "h + a", or "h"."""
         return "h" if self.parallel else "h + a" if self.norm is None else "norm(h + a)"
 
 
@@ -174,7 +174,7 @@ def _experts(config: Any) -> bool:
     return any(isinstance(count, int) and count > 1 for count in counts) and getattr(config, "is_moe", True) is True
 
 
-#: Why a whole architecture is refused: a test of its config, asked only of what has one.
+#: Architectures that are refused: the reason, and a test of the model's config.
 _REFUSALS: dict[str, Callable[[Any], bool]] = {
     "it has an encoder, and its decoder's blocks add cross-attention to the residual stream as well; "
     "npt converts decoder-only models": lambda config: bool(getattr(config, "is_encoder_decoder", False)),
@@ -184,7 +184,11 @@ _REFUSALS: dict[str, Callable[[Any], bool]] = {
 
 
 def register_family(model_type: str, family: Family | Callable[[Any], Family]) -> None:
-    """Teach npt a model family: `model_type` as in the model's config.json; a function of the config where that decides."""
+    """Adds a model family to the table.
+
+    Args:
+        model_type: as in the model's config.json. family: its line, or a function of the config that returns one.
+    """
     FAMILIES[model_type] = family
 
 

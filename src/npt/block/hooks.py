@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from npt.block.component import INPUT_PROJECTIONS, InputValues, NPComponent, WeightDelta
 from npt.block.probing import BlockParts
@@ -99,14 +100,14 @@ class BlockHooks:
         self.on_block: BlockObserver | None = None
         self.on_deltas: DeltaObserver | None = None
         self.now = Pass()
-        self.handles: list[Any] = []
+        self.handles: list[RemovableHandle] = []
         self.has_projection_hooks = False
-        self._norm_handle: Any = None
-        self._places: list[tuple[dict[str, Any], str, nn.Module]] = []
+        self._norm_handle: RemovableHandle | None = None
+        self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
 
     # -- the hooks, in firing order ----------------------------------------------------------------------------------
 
-    def begin(self, module: nn.Module, args: Any) -> None:
+    def begin(self, module: nn.Module, args: object) -> None:
         """Settles what is active. First moves the hooks where a module was wrapped after conversion, as LoRA wraps linears."""
         for children, name, hooked in self._places:
             if children[name] is not hooked:
@@ -123,7 +124,7 @@ class BlockHooks:
             now.multiplier = self.parts.multiplier
         return now
 
-    def tap(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def tap(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         """Keeps the attention output a, as it would join the residual stream, and gives the stream zeros."""
         now, observed = self.now, self.on_block is not None
         if now.component is None and not observed:
@@ -157,15 +158,15 @@ class BlockHooks:
         """z + shift for up alone."""
         return self._shift_projection("up", args)
 
-    def add_gate(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def add_gate(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         """Adds gate's own value to its output."""
         return self._add_value("gate", output)
 
-    def add_up(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def add_up(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         """Adds up's own value to its output."""
         return self._add_value("up", output)
 
-    def add_fused(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def add_fused(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         """Where gate and up are one projection: adds each one's value, and W_t shift where only one takes the shift."""
         component, values = self.now.component, self.now.values
         if component is None or values is None:
@@ -200,7 +201,7 @@ class BlockHooks:
             return None
         return None if value is None else output + value.view_as(output)
 
-    def add_out(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def add_out(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         """Where a norm follows the MLP, v_down joins after it."""
         now = self.now
         if now.mode is Mode.ZERO:
@@ -267,8 +268,8 @@ class BlockHooks:
     def attach(self) -> None:
         """Registers the hooks of the table on the modules they are for."""
         family = self.family
-        before: list[tuple[str, Any]] = [("mlp" if family.mlp else "up", self.shift_mlp)]
-        after: list[tuple[str, Any]] = [("tap", self.tap), ("down", self.add_down)]
+        before: list[tuple[str, Callable[..., object]]] = [("mlp" if family.mlp else "up", self.shift_mlp)]
+        after: list[tuple[str, Callable[..., object]]] = [("tap", self.tap), ("down", self.add_down)]
         if family.out is not None:
             after.append(("out", self.add_out))
         self.has_projection_hooks = any(map(self.needs_projection_hooks, self.layer.components()))

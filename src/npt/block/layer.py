@@ -131,15 +131,17 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     def active_name(self) -> str | None:
         """The active adapter that has a component in this block."""
         active, components = self._active_adapter, self._components()
-        if isinstance(active, str):
-            return active if active in components else None
-        return next((name for name in active if name in components), None)
+        names = [active] if isinstance(active, str) else active
+        return next((name for name in names if name in components), None)
 
     @property
     def component(self) -> NPComponent | None:
         """The active adapter's component; None where it has none in this block."""
-        name = self.active_name
-        return None if name is None else self._components()[name]
+        active, components = self._active_adapter, self._components()
+        for name in [active] if isinstance(active, str) else active:
+            if name in components:
+                return components[name]
+        return None
 
     @property
     def own(self) -> NPComponent:
@@ -155,15 +157,13 @@ class NPTLayer(nn.Module, BaseTunerLayer):
 
     def active(self, mode: Mode | None = None) -> NPComponent | None:
         """The component to apply in a mode, or None for the original block."""
-        if mode is Mode.EXACT or mode is Mode.ZERO:
-            return self.oracle
-        if mode is Mode.ORIGINAL or self._disable_adapters:
-            return None
-        return self.component
+        if mode is not None:
+            return None if mode is Mode.ORIGINAL else self.oracle
+        return None if self._disable_adapters else self.component
 
     @property
     def mode(self) -> Mode | None:
-        """What the block runs as instead of its active adapter; see `npt.block.modes.running_as`."""
+        """The block's behaviour instead of its active adapter's, or None; see `npt.block.modes.running_as`."""
         return self.hooks.mode
 
     @mode.setter

@@ -1,4 +1,4 @@
-"""What converted blocks run as for a while, and who watches them: typed context managers around a forward pass.
+"""Modes of converted blocks and observers of their passes, as typed context managers around a forward pass.
 
     with running_as(layers, Mode.ORIGINAL):            # the unconverted model
         teacher = model(**inputs)

@@ -1,4 +1,4 @@
-"""What npt asks of the modules of a block, answered by calling them: sizes, products, a norm's weight and bias."""
+"""The modules of a block: where they are, their sizes, products and norms. They are called, never read by attribute name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def linear_shape(module: Any) -> tuple[int, int]:
 
 
 def find(block: nn.Module, family: Family, role: str) -> Any:
-    """A module of a block by its role in the family's line: tap, norm, mlp, gate, up, down or out.
+    """Returns a module of a block by its role in the family's line: tap, norm, mlp, gate, up, down or out.
 
     Raises:
         ConversionError: the block has none at the path.
@@ -48,12 +48,13 @@ def projection_shape(block: nn.Module, family: Family, name: str) -> tuple[int, 
 def linear_product(module: Any) -> Callable[[Tensor], Tensor]:
     """x -> W x without bias. The linear is called, never its raw weight, so that quantised and offloaded ones work too."""
     if getattr(module, "bias", None) is None:
-        return module.forward  # type: ignore[no-any-return]
+        forward: Callable[[Tensor], Tensor] = module.forward
+        return forward
     return lambda x: module.forward(x) - module.forward(torch.zeros_like(x[..., :1, :]))
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weights are, or where accelerate brings them when it keeps them elsewhere."""
+    """The device a module computes on: its weights', or the one accelerate brings them to when it keeps them elsewhere."""
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", [hook]):
         if getattr(part, "execution_device", None) is not None:

@@ -12,12 +12,15 @@ INPUT_PROJECTIONS = ("gate", "up")
 
 @dataclass(frozen=True)
 class ComponentSpec:
-    """Everything that fixes a component's parameters and shapes.
+    """Sizes and options of one component: they fix its parameters and their shapes.
 
-    `hidden_size` d, `intermediate_size` f; `projections` is the subset of gate, up, down that receives a delta;
-    `centered` says that Norm2 subtracts the mean (LayerNorm), so the mean of `a` is taken out too. `reads` is what the
-    original MLP reads: "norm(h + a)", "h + a" (no norm before the MLP: no gain) or "h" (a parallel block: attention
-    leaves the MLP's input alone, so gate and up need no carry either).
+    Args:
+        hidden_size: d. intermediate_size: f. projections: the subset of gate, up and down that receives a delta.
+        rank: r, 0 for no low-rank part. modulation_scale: s in s tanh(a A). key, carry, gain, low_rank_at: see
+            `NPComponent` and docs/maths.md.
+        centered: Norm2 subtracts the mean (LayerNorm), so the mean of `a` is taken out too.
+        reads: input of the original MLP: "norm(h + a)"; "h + a" where no norm stands before the MLP (no gain then); or
+            "h" in a parallel block, where attention leaves the MLP's input alone (no carry for gate and up either).
     """
 
     hidden_size: int

@@ -1,12 +1,18 @@
-"""What accelerators can do by their makers' data sheets, and the launch of several of them that a run is planned for."""
+"""The devices that a run is planned for: accelerators by their makers' data sheets, or this machine by measurement."""
 
 from __future__ import annotations
 
+import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import psutil  # type: ignore[import-untyped]
+import torch
 
 from npt.errors import NPTError
 
-#: What is reached of a data sheet's FLOP/s, and of its bandwidths: assumed, and said beside every time that is predicted.
+#: The share of a data sheet's FLOP/s, and of its bandwidths, that is reached. Assumed, and printed beside predicted times.
 EFFICIENCY, BANDWIDTH_SHARE = 0.4, 0.7
 
 
@@ -43,7 +49,10 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes, one per device, on how many nodes, of which kind; `device` None: this machine's own."""
+    """The processes of a run, one per device, and the nodes that they are spread over evenly.
+
+    device: of each process; None for this machine's own, of which no data sheet is known.
+    """
 
     processes: int = 1
     nodes: int = 1
@@ -51,9 +60,9 @@ class Launch:
 
     @property
     def wire(self) -> float | None:
-        """Bytes per second that each process sends and receives in a ring over all of them; None where it is not known.
+        """Bytes per second that each process sends and receives in a ring over all of them; None without a data sheet.
 
-        Between nodes the rings share the adapters of a node, which its processes use together.
+        Between nodes, the rings of a node's processes use all of its network adapters together.
         """
         if self.device is None:
             return None
@@ -66,7 +75,7 @@ def planned_launch(processes: int = 1, nodes: int = 1, device: str | None = None
     """The launch of `--processes`, `--nodes` and `--device`.
 
     Raises:
-        NPTError: a device that is not known; processes that don't divide over the nodes.
+        NPTError: the device is not known, or the processes don't divide evenly over the nodes.
     """
     if device is not None and device not in DEVICES:
         raise NPTError(
@@ -80,3 +89,45 @@ def planned_launch(processes: int = 1, nodes: int = 1, device: str | None = None
             f"--nodes {nodes}: does not divide --processes {processes}; give all nodes equally many processes"
         )
     return Launch(processes, nodes, None if device is None else DEVICES[device])
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that a run may use on this machine: all of the GPU's memory, or the free part of main memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().available)
+
+
+@torch.no_grad()
+def machine_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> tuple[float, float]:
+    """(floating point operations, bytes moved) per second of this machine, measured on a product and a sum of medium size."""
+    x, w = (torch.ones(shape, dtype=dtype, device=device) for shape in ((1024, 1024), (1024, 2816)))
+    wide = torch.ones(2**23, dtype=dtype, device=device)
+    products = _rate(lambda: x @ w, 2 * x.shape[0] * w.numel(), seconds, device)
+    return products, _rate(lambda: wide + wide, 3 * wide.numel() * wide.element_size(), seconds, device)
+
+
+def _rate(run: Callable[[], object], work: float, seconds: float, device: torch.device) -> float:
+    """Work per second: `work` over the median time of runs that take `seconds` together."""
+    times: list[float] = []
+    run()
+    while sum(times) < seconds:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return work / sorted(times)[len(times) // 2]
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes of "24GiB" or "24 GB".
+
+    Raises:
+        NPTError: the text is not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise NPTError(f"--limit {text}: not a size; write a number and a unit, such as 24GiB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))

@@ -1,7 +1,7 @@
-"""What a per-token weight delta would cost if it were formed, and what this implementation allocates.
+"""The memory that per-token weight deltas would take if they were formed, beside what this implementation allocates.
 
-Measured: tensors really allocated on the CPU, counted at every operator (not the process's resident size).
-Computed: arithmetic on shapes, or the very same code run on the meta device, where tensors have sizes but no memory.
+Measured: tensors really allocated on the CPU, counted at every operator (not the process's resident size). Computed:
+arithmetic on shapes, or the same code run on the meta device, where tensors have sizes but no memory.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from npt.block.component import ComponentSpec, NPComponent
-from npt.equivalence.objectives import Objective
+from npt.config import OptimizationSection, RunConfig
+from npt.planning.counters import AllocationCounter
+from npt.planning.plan import Batch, training_step_peak, weight_bytes
 from npt.planning.shapes import (
     LLAMA_7B,
-    AllocationCounter,
-    PretendValues,
+    MOMENTS_BYTES,
+    OWN_BYTES,
     dtype_of,
     enable_checkpointing,
     load_shapes,
@@ -26,8 +28,9 @@ from npt.planning.shapes import (
 )
 from npt.tuner.converted import active_layers, parameter_counts
 
+#: Blocks of a batch, and tokens of a block, where no configuration says otherwise.
 BATCH, TOKENS = 4, 512
-#: Tokens measured at once; more are computed, so that a large batch does not fill the memory it asks about.
+#: Most tokens that are measured at once. More are computed, so that a large batch does not fill the memory it asks about.
 MEASURED_TOKENS = BATCH * TOKENS
 
 
@@ -42,7 +45,8 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What a run needs, in bytes, computed from shapes. Steps are the peak above weights: activations and gradients.
+    """The memory of a training run, in bytes, computed from shapes. Steps are the peak above the weights: activations and
+    gradients.
 
     layers: converted blocks. spec: of one component. base_*: the frozen model in its dtype. new_*: all components,
     float32. optimizer: AdamW's two moments. materialized: one (out, in) float32 matrix per token, block and projection.
@@ -72,7 +76,7 @@ def materialized_delta_bytes(
     tokens: int = TOKENS,
     bytes_per_element: int = 4,
 ) -> int:
-    """Bytes of one (out, in) matrix per token, layer and projection."""
+    """Bytes of one formed (out, in) matrix per token, layer and projection."""
     return hidden_size * intermediate_size * num_projections * layers * batch * tokens * bytes_per_element
 
 
@@ -95,9 +99,9 @@ def example(
 
 @torch.no_grad()
 def values_peak(spec: ComponentSpec, tokens: int, *, seed: int = 0, device: str = "cpu") -> int:
-    """Peak bytes that one block's NPT part allocates beyond inputs and weights: values, and adding them.
+    """Peak bytes that one block's NPT part allocates beside inputs and weights: its values, and their sums with the outputs.
 
-    As the hooks do it, float32, all tokens at once: z + shift, each projection's output + value.
+    The sums are those of the hooks, in float32 and for all tokens at once: z + shift, each projection's output + value.
     """
     component, a, z, i = example(spec, tokens, seed=seed, device=device)
     with AllocationCounter() as counter:
@@ -146,7 +150,7 @@ def estimate(
     tokens: int = TOKENS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> MemoryEstimate:
-    """What a model of these shapes needs in a training step of `batch` x `tokens`; no weights are loaded.
+    """The memory of a training step of `batch` x `tokens` with a model of these shapes; no weights are loaded.
 
     Args:
         hf_config: a transformers configuration. dtype: of the base.
@@ -158,10 +162,7 @@ def estimate(
     model = shapes_of(hf_config, options, dtype)
     layers = active_layers(model)
     own, base = parameter_counts(model)
-    spec: Any = layers[0].component.spec  # type: ignore[union-attr]
-    frozen = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    for parameter in (p for layer in layers for p in layer.parameters()):
-        frozen.pop(id(parameter))
+    spec: ComponentSpec = layers[0].component.spec  # type: ignore[union-attr]
     local, logits = (_step_peak(model, name, batch, tokens) for name in ("local", "logits"))
     enable_checkpointing(model.get_base_model())
     formed = materialized_delta_bytes(
@@ -171,10 +172,10 @@ def estimate(
         layers=[layer.index for layer in layers],
         spec=spec,
         base_parameters=base,
-        base_bytes=sum(frozen.values()),
+        base_bytes=weight_bytes(model, OptimizationSection()),
         new_parameters=own,
-        new_bytes=4 * own,
-        optimizer_bytes=8 * own,
+        new_bytes=OWN_BYTES * own,
+        optimizer_bytes=MOMENTS_BYTES * own,
         local_step_bytes=local,
         logits_step_bytes=logits,
         logits_checkpointed_bytes=_step_peak(model, "logits", batch, tokens),
@@ -183,22 +184,17 @@ def estimate(
 
 
 def _step_peak(model: Any, objective: str, batch: int, tokens: int) -> int:
-    """Peak bytes of one micro-batch's forward and backward, with the real objective, on the meta device."""
-    shape, scales = (batch, tokens), {layer.index: 1.0 for layer in active_layers(model)}
-    inputs = {name: torch.zeros(shape, dtype=torch.long, device="meta") for name in ("input_ids", "labels")}
-    # A mask of four dimensions is taken as it is; transformers would read the values of any other.
+    """Peak bytes of a training step beside its inputs."""
+    inputs: Batch = {
+        name: torch.zeros(batch, tokens, dtype=torch.long, device="meta") for name in ("input_ids", "labels")
+    }
+    # A mask of four dimensions is used unchanged; transformers would read the values of any other.
     inputs["attention_mask"] = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device="meta")
-    model.train()
-    with PretendValues(), AllocationCounter() as counter:
-        total = Objective(objective, scales=scales)(model, inputs, float(batch * tokens)).total
-        if total.requires_grad:
-            total.backward()
-    model.zero_grad(set_to_none=True)
-    return counter.peak
+    return training_step_peak(model, objective, lambda: inputs, batch * tokens)
 
 
-def memory_table(config: Any = None) -> list[MemoryRow]:
-    """The rows of `npt memory`, for the model of a run configuration, or 7B shapes without one.
+def memory_table(config: RunConfig | None = None) -> list[MemoryRow]:
+    """The rows of `npt memory`, for the model of a run configuration, or for 7B shapes without one.
 
     Raises:
         NPTError: the model's configuration can't be loaded, or the model can't be converted.
@@ -229,6 +225,7 @@ def memory_table(config: Any = None) -> list[MemoryRow]:
 
 
 def _value_rows(spec: ComponentSpec, shape: str, tokens: int) -> list[MemoryRow]:
+    """The rows of one block's values: measured, or computed with a measured part where there are too many tokens."""
     what = f"npt values, one block ({shape}, rank {spec.rank})"
     if tokens <= MEASURED_TOKENS:
         return [MemoryRow(what, values_peak(spec, tokens), "measured")]

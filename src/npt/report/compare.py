@@ -1,10 +1,9 @@
-"""Several runs side by side: one table, one plot."""
+"""`npt compare`: several runs side by side, in one table and one plot."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,41 +13,41 @@ from rich.table import Table
 from npt.common.display import visible
 from npt.errors import NPTError
 from npt.evaluation.verdict import grade
-from npt.report.curves import Rows, curve, read_json_lines, read_report
-from npt.report.distributions import COLOURS, LINES
+from npt.report.run_files import METRICS, REPORT_JSON, Report, Rows, curve, read_json_lines, read_report, section
+from npt.report.style import COLOURS, LINES, plain
 from npt.report.terminal import figure_with_error, number
 
-#: Kinds of picture a plot can be written as.
+#: Suffixes of the files that a plot can be written to.
 PLOT_KINDS = (".png", ".svg", ".pdf", ".jpg")
-Run = tuple[str, dict[str, Any], Rows]
+#: (name, evaluation report, rows of metrics.jsonl)
+Run = tuple[str, Report, Rows]
+#: Options of a conversion; those that differ between the runs are shown.
 _OPTIONS = ("base_model", "npt_layers", "rank", "key", "carry", "gain", "low_rank_at", "target_projections")
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """[(name, report, metrics)] of output folders; a run that has only one of the two has the other empty.
+    """The runs of these output folders. Where one of a run's two files is missing, its report or rows are empty.
 
     Raises:
-        NPTError: a folder with neither, or a damaged file.
+        NPTError: a folder has neither file, or one is damaged.
     """
-    runs = []
+    runs: list[Run] = []
     for folder in folders:
-        metrics, report = Path(folder) / "metrics.jsonl", Path(folder) / "evaluation_report.json"
+        metrics, report = Path(folder) / METRICS, Path(folder) / REPORT_JSON
         if not metrics.is_file() and not report.is_file():
-            raise NPTError(
-                f"{folder}: neither evaluation_report.json nor metrics.jsonl there; name a run's output folder"
-            )
+            raise NPTError(f"{folder}: neither {REPORT_JSON} nor {METRICS} there; name a run's output folder")
         rows = read_json_lines(metrics) if metrics.is_file() else []
         runs.append((str(folder), read_report(report), rows))
     return runs
 
 
 def comparison_table(runs: Sequence[Run]) -> Table:
-    """Figures down, runs across; of the options only those that differ."""
+    """One row per figure and one column per run; of the options only those that differ."""
     table = Table()
     table.add_column("")
     for name, _, _ in runs:
         table.add_column(escape(visible(name)), justify="right", overflow="fold")
-    configs = [report.get("model_config") or {} for _, report, _ in runs]
+    configs = [section(report, "model_config") for _, report, _ in runs]
     for option in _OPTIONS:
         values = [config.get(option) for config in configs]
         known = [value for value, config in zip(values, configs, strict=True) if config]
@@ -56,7 +55,7 @@ def comparison_table(runs: Sequence[Run]) -> Table:
             table.add_row(option, *(escape(visible(number(value))) for value in values))
     table.add_row("new parameters", *(number(config.get("trainable_parameters")) for config in configs))
     for corpus in dict.fromkeys(name for _, report, _ in runs for name in _corpora(report)):
-        found = [_corpora(report).get(corpus) or {} for _, report, _ in runs]
+        found = [section(_corpora(report), corpus) for _, report, _ in runs]
         table.add_section()
         table.add_row(f"[bold]{escape(visible(corpus))}[/bold]")
         for label, group, key, show in (
@@ -65,9 +64,9 @@ def comparison_table(runs: Sequence[Run]) -> Table:
             ("KL, 99.9 %", "divergence", "kl_p999", "{:.4f}".format),
             ("same top token", "divergence", "top1_agreement", "{:.2%}".format),
         ):
-            table.add_row(label, *(figure_with_error(figures.get(group) or {}, key, show) for figures in found))
+            table.add_row(label, *(figure_with_error(section(figures, group), key, show) for figures in found))
     table.add_section()
-    stats = [(report.get("evaluations") or {}).get("weight_delta_stats") or {} for _, report, _ in runs]
+    stats = [section(report, "evaluations", "weight_delta_stats") for _, report, _ in runs]
     for label, key in (
         ("RMS entry of dW", "rms_entry"),
         ("norm of dW", "mean_frobenius"),
@@ -78,13 +77,14 @@ def comparison_table(runs: Sequence[Run]) -> Table:
     return table
 
 
-def _corpora(report: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = (report.get("evaluations") or {}).get("corpora") or {}
-    return found
+def _corpora(report: Report) -> Report:
+    """{corpus: its figures}."""
+    return section(report, "evaluations", "corpora")
 
 
-def _grade(report: dict[str, Any]) -> str:
-    kl = ((report.get("evaluations") or {}).get("divergence") or {}).get("mean_kl")
+def _grade(report: Report) -> str:
+    """The quantisation that is as near to the original as the run's model is."""
+    kl = section(report, "evaluations", "divergence").get("mean_kl")
     if kl is None:
         return number(None)
     bits = grade(kl)["bits"]
@@ -92,7 +92,7 @@ def _grade(report: dict[str, Any]) -> str:
 
 
 def plot_comparison(runs: Sequence[Run], path: Path) -> Path | None:
-    """Perplexity ratio and mean KL over steps, one line per run; None where no run has an evaluation to draw."""
+    """Writes perplexity ratio and mean KL over steps, one line per run; None where no run has an evaluation to draw."""
     panels = (("eval_perplexity_ratio", "perplexity ratio"), ("eval_mean_kl", "mean KL, nats"))
     lines = [
         (name, key, label, *curve(rows, key)) for key, label in panels for name, _, rows in runs if curve(rows, key)[0]
@@ -105,8 +105,8 @@ def plot_comparison(runs: Sequence[Run], path: Path) -> Path | None:
         for i, (name, _, _) in enumerate(runs):
             for line in lines:
                 if line[:2] == (name, key):
-                    text = visible(name).replace("$", r"\$")
-                    axes.plot(line[3], line[4], color=COLOURS[i % 6], linestyle=LINES[i % 4], marker=".", label=text)
+                    style = {"color": COLOURS[i % 6], "linestyle": LINES[i % 4], "marker": ".", "label": plain(name)}
+                    axes.plot(line[3], line[4], **style)
         axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -1,31 +1,25 @@
-"""Plots of an evaluation report: how far apart the models are, where, and how large the weight deltas."""
+"""Plots of an evaluation report: how far apart the models are, where, and how large the weight deltas are.
+
+Each function draws into a figure and returns a description in words, or "" where there is nothing to draw.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from npt.common.display import visible
-
-#: Okabe-Ito: told apart by colour-blind readers too.
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#888888"
-COLOURS = (BLUE, ORANGE, GREEN, PINK, "#56B4E9", "#D55E00")
-LINES = ("-", "--", ":", "-.")
-Rows = list[dict[str, Any]]
+from npt.report.run_files import Report, Rows, section
+from npt.report.style import BLUE, COLOURS, GREEN, LINES, ORANGE, Series, bars, block_number, plain
 
 
-def _evaluations(report: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = report.get("evaluations") or {}
-    return found
-
-
-def kl_histogram(figure: Figure, rows: Rows, report: dict[str, Any]) -> str:
+def kl_histogram(figure: Figure, rows: Rows, report: Report) -> str:
     """Share of tokens per third of a decade of KL, one line per corpus."""
-    corpora: dict[str, Any] = _evaluations(report).get("corpora") or {}
-    histograms: dict[str, Any] = {n: (c.get("divergence") or {}).get("kl_histogram") for n, c in corpora.items()}
-    histograms = {n: h for n, h in histograms.items() if h and sum(h["counts"])}
+    corpora = section(report, "evaluations", "corpora")
+    histograms = {name: section(corpus, "divergence", "kl_histogram") for name, corpus in corpora.items()}
+    histograms = {name: histogram for name, histogram in histograms.items() if histogram and sum(histogram["counts"])}
     if not histograms:
         return ""
     axes, means = figure.subplots(), []
@@ -42,9 +36,9 @@ def kl_histogram(figure: Figure, rows: Rows, report: dict[str, Any]) -> str:
     return f"Histogram of the KL divergence per token, logarithmic; means: {', '.join(means)}"
 
 
-def kl_by_position(figure: Figure, rows: Rows, report: dict[str, Any]) -> str:
-    """Mean KL over the position in the context, past the length of calibration where it was measured."""
-    data = _evaluations(report).get("kl_by_position") or {}
+def kl_by_position(figure: Figure, rows: Rows, report: Report) -> str:
+    """Mean KL over the position in the context, marked where it exceeds the length used for calibration."""
+    data = section(report, "evaluations", "kl_by_position")
     if not data.get("mean_kl"):
         return ""
     axes, starts, length = figure.subplots(), data["from"], data["calibration_length"]
@@ -59,9 +53,33 @@ def kl_by_position(figure: Figure, rows: Rows, report: dict[str, Any]) -> str:
     )
 
 
-def residual_stream(figure: Figure, rows: Rows, report: dict[str, Any]) -> str:
-    """How the error of the residual stream adds up over the blocks."""
-    stream = _evaluations(report).get("residual_stream") or {}
+def layer_error(figure: Figure, rows: Rows, report: Report) -> str:
+    """Relative error of each converted block's update: before and after calibration, and at the end."""
+    calibration: Report = next((row["calibration"] for row in rows if "calibration" in row), {})
+    layers: Report = report.get("evaluations", {}).get("layer_equivalence") or {}
+    names = sorted({*calibration, *layers}, key=block_number)
+    series: list[Series] = [
+        (label, [source.get(name, {}).get(key) for name in names], colour)
+        for label, source, key, colour in (
+            ("before calibration", calibration, "error_before", ORANGE),
+            ("after calibration", calibration, "error_after", GREEN),
+            ("at the end", layers, "relative_error", BLUE),
+        )
+    ]
+    series = [(label, values, colour) for label, values, colour in series if any(v is not None for v in values)]
+    if not series:
+        return ""
+    axes = figure.subplots()
+    bars(axes, names, series)
+    axes.set(xlabel="block", ylabel="error of the update", title="Error of each block's update, relative")
+    if any(value for _, values, _ in series for value in values):
+        axes.set_yscale("log")
+    return "Relative error of each converted block's update: " + ", ".join(label for label, *_ in series)
+
+
+def residual_stream(figure: Figure, rows: Rows, report: Report) -> str:
+    """Relative error of the residual stream after each block: how errors add up over the depth."""
+    stream = section(report, "evaluations", "residual_stream")
     if not stream:
         return ""
     names = sorted(stream, key=block_number)
@@ -73,10 +91,10 @@ def residual_stream(figure: Figure, rows: Rows, report: dict[str, Any]) -> str:
     return f"Relative error of the residual stream after each block, from {values[0]:.2g} to {values[-1]:.2g}"
 
 
-def delta_distribution(figure: Figure, rows: Rows, report: dict[str, Any]) -> str:
-    """Per block and projection, the spread of |dW| over tokens beside that of the exact reference."""
-    per_layer = (_evaluations(report).get("weight_delta_stats") or {}).get("per_layer") or {}
-    entries: list[tuple[Any, ...]] = [
+def delta_distribution(figure: Figure, rows: Rows, report: Report) -> str:
+    """Spread of |dW| over tokens, per block and projection, beside that of the exact value's dW."""
+    per_layer = section(report, "evaluations", "weight_delta_stats", "per_layer")
+    entries: list[tuple[str, Report, Report | None]] = [
         (f"{block_number(layer)[0]} {name}", f["distribution"], f.get("exact_distribution"))
         for layer in sorted(per_layer, key=block_number)
         for name, f in per_layer[layer].items()
@@ -86,41 +104,25 @@ def delta_distribution(figure: Figure, rows: Rows, report: dict[str, Any]) -> st
         return ""
     figure.set_size_inches(max(6.4, 0.45 * len(entries)), 3.6)
     axes = figure.subplots()
-    for shift, colour, which, label in ((-0.16, BLUE, 1, "NPT"), (0.16, ORANGE, 2, "exact")):
-        for x, entry in enumerate(entries):
-            d = entry[which]
-            if d is None:
-                continue
-            axes.plot(
-                [x + shift] * 2, [d["p5"], d["p95"]], color=colour, linewidth=5, alpha=0.45, solid_capstyle="butt"
-            )
-            marker: dict[str, Any] = {"marker": "o" if which == 1 else "D", "markersize": 4, "linestyle": "none"}
-            axes.plot(x + shift, d["median"], color=colour, **marker, label=label if x == 0 else None)
+    _spreads(axes, [own for _, own, _ in entries], -0.16, BLUE, "o", "NPT")
+    _spreads(axes, [exact for _, _, exact in entries], 0.16, ORANGE, "D", "exact")
     axes.set_xticks(range(len(entries)), [name for name, *_ in entries], rotation=60, fontsize="small")
     axes.set(ylabel="norm of the weight delta", ylim=(0, None), title="Over tokens: median, 5 to 95 %")
     axes.legend()
     return "Spread of the weight delta's norm over tokens, per block and projection, NPT beside the exact reference"
 
 
-def bars(axes: Any, names: list[str], series: list[tuple[str, list[float | None], str]]) -> None:
-    """Groups of bars; a block without a value keeps its place, empty."""
-    width = 0.8 / len(series)
-    for index, (label, values, colour) in enumerate(series):
-        points = [(x + index * width, value) for x, value in enumerate(values) if value is not None]
-        axes.bar([x for x, _ in points], [value for _, value in points], width, label=label, color=colour)
-    middle = width * (len(series) - 1) / 2
-    axes.set_xticks([x + middle for x in range(len(names))], [name.removeprefix("layer_") for name in names])
-    axes.margins(y=0.35)  # room for the legend
-    axes.legend(ncols=len(series), fontsize="small")
-
-
-def block_number(name: str) -> tuple[int, str]:
-    """layer_10 comes after layer_9."""
-    digits = name.removeprefix("layer_")
-    return (int(digits) if digits.isdigit() else 0, name)
+def _spreads(axes: Axes, spreads: Sequence[Report | None], shift: float, colour: str, marker: str, label: str) -> None:
+    """One bar from the 5th to the 95th percentile and a marker at the median per entry, beside its tick by `shift`."""
+    for x, spread in enumerate(spreads):
+        if spread is None:
+            continue
+        ends, text = [spread["p5"], spread["p95"]], label if x == 0 else None
+        axes.plot([x + shift] * 2, ends, color=colour, linewidth=5, alpha=0.45, solid_capstyle="butt")
+        axes.plot(x + shift, spread["median"], color=colour, marker=marker, markersize=4, linestyle="none", label=text)
 
 
 def _short(name: str) -> str:
-    """A corpus by the end of its name: paths are long. Dollars would begin a formula."""
-    name = visible(name).replace("$", r"\$")
+    """A corpus's name in a legend: the end of it where it is long, as paths are."""
+    name = plain(name)
     return name if len(name) <= 28 else "..." + name[-25:]

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page from a run's files. No script, no network, all text escaped."""
+"""`npt report`: report.html, one self-contained page made from a run's files. No script, no network, all text escaped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup, escape
@@ -15,11 +15,14 @@ from npt.common.display import visible
 from npt.common.files import write_text
 from npt.errors import NPTError
 from npt.evaluation.verdict import QUANTISATION_SCALE, SCALE_SOURCE
-from npt.report.curves import Rows, draw_run, read_json_lines, read_report
+from npt.report.plots import draw_run
+from npt.report.run_files import METRICS, PAGE, REPORT_JSON, Report, Rows, read_json_lines, read_report
+from npt.report.style import Picture
 from npt.report.terminal import NOT_MEASURED
 
-REPORT_JSON, METRICS, PAGE = "evaluation_report.json", "metrics.jsonl", "report.html"
-#: What a complete report has, by section of the page: the path in evaluation_report.json.
+T = TypeVar("T")
+
+#: {section of the page: the path of its data in evaluation_report.json}. A complete report has all of them.
 PARTS = {
     "the models": "model_config",
     "the protocol": "protocol",
@@ -36,7 +39,7 @@ PARTS = {
 
 
 def write_page(output_dir: Path, report_path: Path | None = None, destination: Path | None = None) -> Path:
-    """Writes <output_dir>/report.html from what is there; what is missing or damaged is said on the page.
+    """Writes <output_dir>/report.html from the files that are there. The page lists what is missing or damaged.
 
     Args:
         report_path: another evaluation report than the folder's. destination: another file to write.
@@ -51,7 +54,7 @@ def write_page(output_dir: Path, report_path: Path | None = None, destination: P
         raise NPTError(
             f"{output_dir}: neither {REPORT_JSON} nor {METRICS} there; run `npt train` or `npt evaluate` first"
         )
-    report: dict[str, Any] = _attempt(lambda: read_report(report_path), {}, missing)
+    report: Report = _attempt(lambda: read_report(report_path), {}, missing)
     rows: Rows = _attempt(lambda: read_json_lines(metrics), [], missing) if metrics.is_file() else []
     if not report_path.is_file():
         missing.append(f"{report_path.name}: there is none yet; `npt evaluate` writes it")
@@ -64,14 +67,14 @@ def write_page(output_dir: Path, report_path: Path | None = None, destination: P
     return target
 
 
-def render_page(report: dict[str, Any], rows: Rows, missing: list[str]) -> str:
-    """The page's HTML."""
+def render_page(report: Report, rows: Rows, missing: list[str]) -> str:
+    """The page's HTML. missing: the parts that the page lists as missing or damaged."""
     environment = Environment(
         loader=PackageLoader("npt.report"), autoescape=True, undefined=ChainableUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup | Undefined) else visible(value),
     )  # fmt: skip
     environment.filters |= {"fig": _figure, "percent": _percent, "error": _error, "marked": _marked, "quoted": _quoted}
-    pictures: list[Any] = []
+    pictures: list[Picture] = []
     try:
         pictures = draw_run(rows, report, png=False)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -91,7 +94,8 @@ def render_page(report: dict[str, Any], rows: Rows, missing: list[str]) -> str:
     )
 
 
-def _attempt(read: Callable[[], Any], otherwise: Any, missing: list[str]) -> Any:
+def _attempt(read: Callable[[], T], otherwise: T, missing: list[str]) -> T:
+    """The result of `read`; `otherwise` where the file is damaged, which is added to `missing`."""
     try:
         return read()
     except NPTError as error:
@@ -99,30 +103,32 @@ def _attempt(read: Callable[[], Any], otherwise: Any, missing: list[str]) -> Any
         return otherwise
 
 
-def _at(report: dict[str, Any], path: str) -> Any:
+def _at(report: Report, path: str) -> Any:
+    """The value at a path with dots; None where there is none."""
     value: Any = report
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _figure(value: Any, digits: int = 5) -> str:
-    """A number with so many significant digits, whole ones in full."""
+def _figure(value: object, digits: int = 5) -> str:
+    """A float with so many significant digits, a whole number in full."""
     if not _is_number(value):
         return NOT_MEASURED
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
 
 
-def _percent(value: Any, digits: int = 2) -> str:
+def _percent(value: object, digits: int = 2) -> str:
+    """A share as per cent with so many decimals."""
     return f"{100 * value:.{digits}f} %" if _is_number(value) else NOT_MEASURED
 
 
-def _error(figures: Any, key: str, digits: int = 5, percent: bool = False) -> str:
-    """A figure with its standard error, where there is one."""
+def _error(figures: object, key: str, digits: int = 5, percent: bool = False) -> str:
+    """A figure with so many decimals, and its standard error where the report has one."""
     found = figures if isinstance(figures, dict) else {}
     value: Any = found.get(key)
     error: Any = found.get(f"{key}_standard_error")
@@ -132,14 +138,14 @@ def _error(figures: Any, key: str, digits: int = 5, percent: bool = False) -> st
     return f"{scale * value:.{digits}f}" + (f" ± {scale * error:.{digits}f}" if _is_number(error) else "") + unit
 
 
-def _quoted(value: Any) -> str:
-    """A token in quotes, so that a space or a line break is seen."""
-    return json.dumps(str(value), ensure_ascii=False) if isinstance(value, str) else NOT_MEASURED
+def _quoted(value: object) -> str:
+    """A token in quotes, so that a space or a line break can be seen."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else NOT_MEASURED
 
 
-def _marked(text: Any, first_difference: Any) -> Markup:
-    """Text of a model with what follows the first difference marked."""
-    text = str(text)
-    at = first_difference if isinstance(first_difference, int) else len(text)
-    head, tail = (escape(visible(part)) for part in (text[:at], text[at:]))
+def _marked(text: object, first_difference: object) -> Markup:
+    """A model's text; the part from the first difference on is marked."""
+    whole = str(text)
+    at = first_difference if isinstance(first_difference, int) else len(whole)
+    head, tail = (escape(visible(part)) for part in (whole[:at], whole[at:]))
     return head + (Markup("<mark>{}</mark>").format(tail) if tail else Markup(""))

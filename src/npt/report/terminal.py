@@ -1,8 +1,8 @@
-"""Reports and memory tables for the terminal."""
+"""An evaluation report as a table in the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -10,34 +10,37 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from npt.common.display import human_bytes, visible
+from npt.common.display import visible
+from npt.report.run_files import Report, section
 
+#: Stands for a figure that a report lacks.
 NOT_MEASURED = "not measured"
 
 
-def render_report(report: dict[str, Any], console: Console, prompts: int = 2) -> None:
-    """A short table of an evaluation report, the verdict on each expected outcome, and text of both models.
+def render_report(report: Report, console: Console, prompts: int = 2) -> None:
+    """Prints a report: its main figures, the verdict on each expected outcome, and text of both models.
 
-    A field the report lacks is shown as "not measured".
+    A figure that the report lacks is shown as "not measured". prompts: how many prompts' texts are shown.
     """
-    evaluations = report.get("evaluations") or {}
-    console.print(_headline(report.get("model_config") or {}))
-    console.print(_corpora_table(report.get("protocol") or {}, evaluations))
-    console.print(_delta_line(evaluations.get("weight_delta_stats") or {}))
-    if (report.get("grade") or {}).get("text"):
-        console.print(f"The converted model is {_text(report['grade']['text'])}.")
+    evaluations = section(report, "evaluations")
+    console.print(_headline(section(report, "model_config")))
+    console.print(_corpora_table(section(report, "protocol"), evaluations))
+    console.print(_delta_line(section(evaluations, "weight_delta_stats")))
+    if grade := section(report, "grade").get("text"):
+        console.print(f"The converted model is {_text(grade)}.")
     for note in report.get("notes") or []:
         console.print(f"[bold]note[/bold]  {_text(note)}")
-    for name, outcome in (report.get("expected_outcomes") or {}).items():
+    for name, outcome in section(report, "expected_outcomes").items():
         console.print(_verdict(name, outcome))
-    samples = evaluations.get("generation_samples") or {}
+    samples = section(evaluations, "generation_samples")
     columns = (samples.get(key) or [] for key in ("npt_generations", "original_generations"))
     for npt, original in islice(zip_longest(*columns, fillvalue=NOT_MEASURED), prompts):
         same = "the same text" if npt == original else "different text"
         console.print(f"\n[bold]NPT[/bold]       {_text(npt)}\n[bold]original[/bold]  {_text(original)}\n({same})")
 
 
-def _headline(model: Mapping[str, Any]) -> str:
+def _headline(model: Report) -> str:
+    """The converted blocks, the base, and the number of new parameters."""
     own, base = model.get("trainable_parameters"), model.get("base_parameters")
     share = f"{100 * own / base:.3g} %" if own is not None and base else f"share {NOT_MEASURED}"
     count = NOT_MEASURED if own is None else f"{own:,}"
@@ -47,8 +50,8 @@ def _headline(model: Mapping[str, Any]) -> str:
     )
 
 
-def _corpora_table(protocol: Mapping[str, Any], evaluations: Mapping[str, Any]) -> Table:
-    """Figures down, corpora across: it fits a narrow terminal."""
+def _corpora_table(protocol: Report, evaluations: Report) -> Table:
+    """One row per figure and one column per corpus, so that it fits a narrow terminal."""
     corpora = evaluations.get("corpora") or {"": {**evaluations, "tokens": protocol.get("tokens")}}
     context, stride, dtype, seed = (_text(protocol.get(k)) for k in ("context_length", "stride", "dtype", "seed"))
     table = Table(
@@ -69,19 +72,20 @@ def _corpora_table(protocol: Mapping[str, Any], evaluations: Mapping[str, Any]) 
     )
     table.add_row("scored tokens", *(figure_with_error(result, "tokens", "{:,}".format) for result in corpora.values()))
     for label, group, key, show in rows:
-        table.add_row(label, *(figure_with_error(result.get(group) or {}, key, show) for result in corpora.values()))
+        table.add_row(label, *(figure_with_error(section(result, group), key, show) for result in corpora.values()))
     return table
 
 
-def figure_with_error(figures: Mapping[str, Any], key: str, show: Callable[[Any], str]) -> str:
-    """One figure with its standard error, where there is one."""
+def figure_with_error(figures: Report, key: str, show: Callable[[Any], str]) -> str:
+    """A figure as `show` writes it, with its standard error where the report has one."""
     value, error = figures.get(key), figures.get(f"{key}_standard_error")
     if value is None:
         return NOT_MEASURED
     return (show(value) + ("" if error is None else f" ± {show(error)}")).replace("%", " %")
 
 
-def _delta_line(stats: Mapping[str, Any]) -> str:
+def _delta_line(stats: Report) -> str:
+    """The size of the weight deltas in one line."""
     if not stats:
         return f"weight delta: {NOT_MEASURED}"
     relative = stats.get("relative_frobenius")
@@ -93,7 +97,8 @@ def _delta_line(stats: Mapping[str, Any]) -> str:
     )
 
 
-def _verdict(name: str, outcome: Mapping[str, Any]) -> str:
+def _verdict(name: str, outcome: Report) -> str:
+    """One expected outcome: its value, its target, and whether it was met."""
     met = outcome.get("met")
     mark = NOT_MEASURED if met is None else "[green]met[/green]" if met else "[red]not met[/red]"
     value, target = escape(number(outcome.get("value"))), _text(outcome.get("target"))
@@ -103,20 +108,10 @@ def _verdict(name: str, outcome: Mapping[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """Text of a model or a file name is never markup."""
+    """Text of a report as it is: nothing in it is taken for rich's markup."""
     return NOT_MEASURED if value is None else escape(visible(value))
 
 
 def number(value: Any) -> str:
-    """A figure with five significant digits, a whole number or text as it is."""
+    """A float with five significant digits; a whole number or text as it is."""
     return f"{value:.5g}" if isinstance(value, float) else NOT_MEASURED if value is None else str(value)
-
-
-def render_memory(rows: Sequence[Any], console: Console) -> None:
-    """A table of `npt.planning.formed_deltas.MemoryRow`s."""
-    table = Table(title="memory of per-token weight deltas", title_justify="left")
-    for column in ("what", "bytes", "how"):
-        table.add_column(column, justify="right" if column == "bytes" else "left")
-    for row in rows:
-        table.add_row(escape(row.what), human_bytes(row.bytes), escape(row.how))
-    console.print(table)

@@ -1,4 +1,4 @@
-"""What Trainer's own callbacks don't send to a tracker: the evaluation's figures, sample text and plots."""
+"""Sends an evaluation's figures, sample text and plots to wandb and tensorboard; Trainer's own callbacks send the curves."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from npt.common.display import visible
-from npt.report.curves import Picture
+from npt.report.run_files import Report, section
+from npt.report.style import Picture
 
+#: Of the table of greedy continuations.
 SAMPLE_COLUMNS = ("prompt", "npt", "original", "matching_tokens")
 
 
-def log_evaluation(
-    report: Mapping[str, Any], pictures: Sequence[Picture], step: int, folder: Path, names: Sequence[str]
-) -> None:
-    """Sends a report to the trackers among `names` (wandb, tensorboard); others get nothing.
+def log_evaluation(report: Report, pictures: Sequence[Picture], step: int, folder: Path, names: Sequence[str]) -> None:
+    """Sends a report to those of `names` that are wandb or tensorboard; other trackers get nothing.
 
     Args:
         pictures: the plots. step: of training. folder: where tensorboard keeps this evaluation's events.
     """
-    figures = dict(flat_figures(report.get("evaluations") or {}))
+    figures = dict(flat_figures(section(report, "evaluations")))
     if "wandb" in names:
         _to_wandb(report, figures, pictures)
     if "tensorboard" in names:
         _to_tensorboard(report, figures, pictures, step, folder)
 
 
-def flat_figures(evaluations: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(path with slashes, number) of every number in nested sections; lists are left out."""
+def flat_figures(evaluations: Report, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(path with slashes, number) of every number in nested sections. Lists are left out."""
     for key, value in evaluations.items():
         if isinstance(value, Mapping):
             yield from flat_figures(value, f"{prefix}{key}/")
@@ -37,14 +37,14 @@ def flat_figures(evaluations: Mapping[str, Any], prefix: str = "") -> Iterator[t
             yield f"{prefix}{key}", value
 
 
-def sample_rows(report: Mapping[str, Any]) -> list[list[Any]]:
-    """Rows of `SAMPLE_COLUMNS` of the greedy samples."""
-    s = (report.get("evaluations") or {}).get("generation_samples") or {}
+def sample_rows(report: Report) -> list[list[Any]]:
+    """One row per prompt, with the columns of `SAMPLE_COLUMNS`."""
+    s = section(report, "evaluations", "generation_samples")
     columns = [s.get(key) or [] for key in ("prompts", "npt_generations", "original_generations", "matching_tokens")]
     return [list(row) for row in zip(*columns, strict=False)]
 
 
-def _to_wandb(report: Mapping[str, Any], figures: Mapping[str, float], pictures: Sequence[Picture]) -> None:
+def _to_wandb(report: Report, figures: Mapping[str, float], pictures: Sequence[Picture]) -> None:
     import wandb
     from PIL import Image
 
@@ -57,7 +57,7 @@ def _to_wandb(report: Mapping[str, Any], figures: Mapping[str, float], pictures:
 
 
 def _to_tensorboard(
-    report: Mapping[str, Any], figures: Mapping[str, float], pictures: Sequence[Picture], step: int, folder: Path
+    report: Report, figures: Mapping[str, float], pictures: Sequence[Picture], step: int, folder: Path
 ) -> None:
     import numpy as np
     from PIL import Image

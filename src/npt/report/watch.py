@@ -1,4 +1,4 @@
-"""A live run in the terminal, read from the files it writes."""
+"""`npt watch`: a live run in the terminal, read from the files that it writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich.console import Console, Group, RenderableType
@@ -16,11 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from npt.common.display import visible
+from npt.config.strict_yaml import MAX_BYTES, parse_yaml
 from npt.errors import NPTError
-from npt.report.curves import Rows, curve, malformed, read_json_lines
+from npt.report.run_files import CONFIG, METRICS, REPORT_JSON, Report, Rows, curve, malformed, read_json_lines
 from npt.report.terminal import number
 
+#: Eighths of a line's height, from low to high.
 _LEVELS = "▁▂▃▄▅▆▇█"
+#: (key in metrics.jsonl, label) of the figures that are shown.
 _SHOWN = (
     ("loss", "loss"),
     ("equivalence_loss", "equivalence loss"),
@@ -37,16 +39,19 @@ def watch_run(
     *,
     interval: float = 2.0,
     once: bool = False,
-    sleep: Callable[[float], Any] = time.sleep,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> None:
-    """Shows a run until it has written its report; `once` shows it a single time.
+    """Shows a run until it has written its report.
+
+    Args:
+        interval: seconds between two looks. once: show it a single time and return. sleep: waits so many seconds.
 
     Raises:
-        NPTError: no metrics.jsonl in the folder.
+        NPTError: no metrics.jsonl in the folder, or an interval that is no number.
     """
-    metrics = Path(output_dir) / "metrics.jsonl"
+    metrics = Path(output_dir) / METRICS
     if not metrics.is_file():
-        raise NPTError(f"{output_dir}: no metrics.jsonl there; start `npt train`, or name the output folder of a run")
+        raise NPTError(f"{output_dir}: no {METRICS} there; start `npt train`, or name the output folder of a run")
     if not interval < math.inf:
         raise NPTError(f"--interval {interval}: no number of seconds; write one such as 2")
     if once:
@@ -60,12 +65,14 @@ def watch_run(
 
 
 def _finished(folder: Path) -> bool:
-    report, metrics = folder / "evaluation_report.json", folder / "metrics.jsonl"
+    """True once the report is at least as new as the metrics: a resumed run has an old report at first."""
+    report, metrics = folder / REPORT_JSON, folder / METRICS
     return report.is_file() and metrics.is_file() and report.stat().st_mtime >= metrics.stat().st_mtime
 
 
 def _view(folder: Path) -> RenderableType:
-    metrics = folder / "metrics.jsonl"
+    """The run as it is now: a headline, a progress bar where the number of steps is known, and its figures."""
+    metrics = folder / METRICS
     rows = read_json_lines(metrics) if metrics.is_file() else []
     steps = [row["step"] for row in rows if isinstance(row.get("step"), int)]
     step, total = max(steps, default=0), _total_steps(folder)
@@ -74,9 +81,14 @@ def _view(folder: Path) -> RenderableType:
     parts: list[RenderableType] = [head]
     if total:
         parts.append(ProgressBar(total=total, completed=step, width=60))
+    return Group(*parts, _figures(rows))
+
+
+def _figures(rows: Rows) -> Table:
+    """Each logged figure's first and last value and its course, and the blocks' errors before and after calibration."""
     table = Table(box=None, pad_edge=False)
-    for column, justify in (("", "left"), ("first", "right"), ("now", "right"), ("", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for column in ("", "first", "now", ""):
+        table.add_column(column, justify="right" if column else "left")
     for key, label in _SHOWN:
         _, values = curve(rows, key)
         if values:
@@ -85,20 +97,21 @@ def _view(folder: Path) -> RenderableType:
         table.add_row(
             f"calibration, {name}", number(figures.get("error_before")), number(figures.get("error_after")), ""
         )
-    return Group(*parts, table)
+    return table
 
 
-def _calibration(rows: Rows) -> dict[str, Any]:
+def _calibration(rows: Rows) -> Report:
+    """{block: {"error_before", "error_after"}} as calibration logged it; empty before it has."""
     return next((row["calibration"] for row in rows if isinstance(row.get("calibration"), dict)), {})
 
 
 def _total_steps(folder: Path) -> int | None:
-    """num_train_steps of the run's configuration, where it was given in steps."""
-    path = folder / "config.yaml"
-    if not path.is_file():
+    """training.num_train_steps of the run's configuration; None where the length is given in epochs or can't be read."""
+    path = folder / CONFIG
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
         return None
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = parse_yaml(path.read_text(encoding="utf-8"))
         steps = config["training"]["num_train_steps"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
         return None
@@ -106,7 +119,7 @@ def _total_steps(folder: Path) -> int | None:
 
 
 def sparkline(values: list[float], width: int = 32) -> str:
-    """The course of values in one line of blocks, the last `width` of them."""
+    """The course of the last `width` values as one line of block characters, from the lowest to the highest of them."""
     values = [value for value in values if isinstance(value, int | float)][-width:]
     low, high = min(values), max(values)
     span = high - low

@@ -24,8 +24,9 @@ from npt.equivalence.teacher import check_teacher_cache
 from npt.equivalence.trainer import EquivalenceTrainer
 from npt.errors import CheckpointError, ConfigError
 from npt.evaluation import evaluate
-from npt.report.curves import draw_run, read_json_lines
 from npt.report.page import write_page
+from npt.report.plots import draw_run
+from npt.report.run_files import read_json_lines
 from npt.report.trackers import log_evaluation
 from npt.runs.base_model import default_device, load_base, offload_frozen, release_memory
 from npt.runs.corpora import (

@@ -1,0 +1,70 @@
+"""All plots of a run: their order, and how they are drawn and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from npt.errors import NPTError
+from npt.report.curves import learning_rate, loss, perplexity_ratio, weight_delta
+from npt.report.distributions import delta_distribution, kl_by_position, kl_histogram, layer_error, residual_stream
+from npt.report.run_files import (
+    METRICS,
+    PLOTS_FOLDER,
+    REPORT_JSON,
+    Report,
+    Rows,
+    malformed,
+    read_json_lines,
+    read_report,
+)
+from npt.report.style import Draw, Picture, draw_picture
+
+#: {file name without suffix: the function that draws it}, in the order of the page.
+PLOTS: dict[str, Draw] = {
+    "perplexity_ratio": perplexity_ratio,
+    "loss": loss,
+    "kl_histogram": kl_histogram,
+    "kl_by_position": kl_by_position,
+    "layer_error": layer_error,
+    "residual_stream": residual_stream,
+    "weight_delta": weight_delta,
+    "delta_distribution": delta_distribution,
+    "learning_rate": learning_rate,
+}
+
+
+def draw_run(rows: Rows, report: Report, *, png: bool = True) -> list[Picture]:
+    """All plots that there are data for, in the order of `PLOTS`."""
+    drawn = (draw_picture(name, draw, rows, report, png) for name, draw in PLOTS.items())
+    return [picture for picture in drawn if picture is not None]
+
+
+def plot_run(output_dir: Path, destination: Path | None = None) -> list[Path]:
+    """Draws what a run's files hold into <output_dir>/plots, as PNG and SVG. A plot without data is skipped.
+
+    Args:
+        destination: another folder for the plots.
+
+    Returns:
+        The PNG paths; each has its SVG beside it.
+
+    Raises:
+        NPTError: no such folder, no metrics in it, or nothing to draw.
+    """
+    metrics = Path(output_dir) / METRICS
+    if not metrics.is_file():
+        raise NPTError(f"{output_dir}: no {METRICS} there; run `npt train` first or name its output folder")
+    rows = read_json_lines(metrics)
+    report = read_report(Path(output_dir) / REPORT_JSON)
+    folder = Path(output_dir) / PLOTS_FOLDER if destination is None else destination
+    written = []
+    with malformed(output_dir):
+        pictures = draw_run(rows, report)
+    for picture in pictures:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{picture.name}.png").write_bytes(picture.png)
+        (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
+        written.append(folder / f"{picture.name}.png")
+    if not written:
+        raise NPTError(f"{metrics}: no logged step to draw; lower training.logging_steps or train longer")
+    return written

@@ -1,0 +1,175 @@
+"""Shared by tests of several folders: random models, a short training run, command lines, a page in a browser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+from npt import EquivalenceTrainer, NPTConfig, Objective
+from npt.data import pack_token_ids
+from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback
+from npt.tuner.converted import active_layers
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+#: Configuration keys of a whole run that takes seconds.
+SMALL = {
+    "data.max_length": 32,
+    "data.num_train_samples": 48,
+    "data.num_eval_samples": 8,
+    "data.num_calibration_samples": 24,
+    "training.batch_size": 4,
+    "training.num_train_steps": 4,
+    "training.logging_steps": 2,
+    "training.eval_steps": 2,
+    "training.save_steps": 2,
+    "training.prediction_logging_steps": 2,
+    "training.warmup_steps": 0,
+    "model.rank": 3,
+}
+
+
+# -- models ----------------------------------------------------------------------------------------------------------------
+
+
+def random_base(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    """A random causal LM of 4 blocks whose norms, biases and attention are far from their initial values."""
+    torch.manual_seed(seed)
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=96, n_embd=24, n_layer=4, n_head=3, n_positions=128)
+        base: Any = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=96, hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=3,
+            num_key_value_heads=3, max_position_embeddings=128, pad_token_id=0,
+        )  # fmt: skip
+        base = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return base.to(dtype).eval()
+
+
+def randomize(model: Any, scale: float = 0.2, seed: int = 1) -> None:
+    """Adds random values to every component parameter, so that no term of a formula is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in active_layers(model):
+            for parameter in layer.component.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(scale * noise.to(parameter.dtype))
+
+
+def converted(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """A random base converted with random component values."""
+    model = get_peft_model(random_base(kind, dtype), NPTConfig(**{"npt_layers": "all", "rank": 3, **options}))
+    model.eval()
+    randomize(model)
+    return model
+
+
+def allocated(run: Callable[[], Any]) -> int:
+    """The peak, in bytes, of the memory that torch's CPU allocator hands out during a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+# -- a short training run --------------------------------------------------------------------------------------------------
+
+
+def blocks(count: int = 32, seed: int = 0) -> Any:
+    """A data set of `count` blocks of 16 random token ids."""
+    ids = torch.randint(3, 96, (count, 16), generator=torch.Generator().manual_seed(seed)).tolist()
+    return pack_token_ids(ids, 16, pad_token_id=0)
+
+
+def trainer(
+    folder: Path,
+    *,
+    kind: str = "llama",
+    objective: str = "logits",
+    steps: int = 8,
+    trainer_options: Any = None,
+    **options: Any,
+) -> Any:
+    """An EquivalenceTrainer for a random base, writing to `folder`; `options` are more of its TrainingArguments."""
+    model = get_peft_model(random_base(kind, torch.float32), NPTConfig(npt_layers=[1, 3], rank=3))
+    arguments = {
+        "per_device_train_batch_size": 4, "max_steps": steps, "learning_rate": 5e-3, "logging_steps": 1, "save_steps": 4,
+        "save_strategy": "steps", "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 1, **options,
+    }  # fmt: skip
+    return EquivalenceTrainer(
+        model,
+        TrainingArguments(output_dir=str(folder / "checkpoints"), **arguments),
+        Objective(objective),
+        train_dataset=blocks(),
+        eval_dataset=blocks(8, 9),
+        callbacks=[JsonLinesCallback(folder / "metrics.jsonl"), BestAdapterCallback(folder / "best_model", model)],
+        **(trainer_options or {}),
+    )
+
+
+class StopAt(TrainerCallback):  # type: ignore[misc]
+    """Ends the training after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def logged(folder: Path, key: str = "loss") -> list[tuple[int, float]]:
+    """(step, value) of every row of `folder`'s metrics.jsonl that has the key."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row[key]) for row in rows if key in row]
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    eos_token_id, pad_token_id = 1, 0
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[2, *(3 + ord(c) % 90 for c in text)] for text in texts]}
+
+
+# -- whole commands and what they write ------------------------------------------------------------------------------------
+
+
+def settings(local_model: Path, folder: Path, **more: Any) -> list[str]:
+    """The --set arguments of a small run into `folder`; `more` are keys with __ for the dot."""
+    values = {
+        **SMALL,
+        "model.base_model_name": local_model,
+        "paths.output_dir": folder / "outputs",
+        "paths.checkpoint_dir": folder / "checkpoints",
+        **{key.replace("__", "."): value for key, value in more.items()},
+    }
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+def visit(browser: Any, path: Path, width: int, scheme: str = "light") -> tuple[Any, list[str], list[str]]:
+    """(page, lines of its console, addresses that it asked for beside its own)."""
+    said: list[str] = []
+    asked: list[str] = []
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    return page, said, [url for url in asked if url != path.as_uri() and not url.startswith("data:")]
