@@ -16,7 +16,8 @@ from typing import Any
 
 from benchmarks.tables import RESULTS, equivalence_table, kept_equivalence, outcomes_table, summary_table
 from npt.config import RunConfig, load_config
-from npt.runs.train import run_evaluation, run_training
+from npt.runs.evaluate import run_evaluation
+from npt.runs.train import run_training
 from scripts.marked import ROOT, write_section
 
 SEEDS = (0, 1, 2)

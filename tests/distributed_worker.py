@@ -19,15 +19,15 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from npt import EquivalenceTrainer, NPTConfig, Objective, calibrate
+from npt.adapters.weights import adapter_state
 from npt.common.processes import is_first, world
 from npt.common.sharded import is_sharded, through
 from npt.data import pack_token_ids
 from npt.data.batches import batches_of
 from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, local_source
+from npt.runs.arguments import FSDP_ARGUMENTS
 from npt.runs.processes import shard_base, start_processes
-from npt.runs.train import FSDP_ARGUMENTS
 from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback
-from npt.training.checkpoints import adapter_state
 from tests.helpers import Letters, random_base
 
 

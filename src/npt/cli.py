@@ -94,12 +94,10 @@ def train(
             )
     from npt.common.writable import check_folders
     from npt.report.terminal import render_report
-    from npt.runs.corpora import check_training_text
     from npt.runs.train import run_training
 
     run = _load(config, set_)
     check_folders({f"paths.{name}": folder for name, folder in run.paths if folder is not None})
-    check_training_text(run)
     found = run_training(run, resume=resume)
     render_report(found, console)
     _say(f"adapter: {Path(run.paths.checkpoint_dir) / 'best_model'}")
@@ -132,7 +130,7 @@ def evaluate(
     """Compares a checkpoint with the model it was made from."""
     from npt.common.writable import check_file
     from npt.report.terminal import render_report
-    from npt.runs.train import run_evaluation
+    from npt.runs.evaluate import run_evaluation
 
     run = _load(config, set_)
     check_file("--output", output, ".json")
@@ -165,7 +163,7 @@ def generate(
 ) -> None:
     """Continues prompts with the NPT model and with the original, side by side."""
     from npt.evaluation.generation import check_context, check_prompts, side_by_side
-    from npt.runs.train import load_npt
+    from npt.runs.evaluate import load_npt
 
     check_prompts(prompts)
     model, tokenizer = load_npt(_load(config, set_), checkpoint)

@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from npt import EquivalenceTrainer, NPTConfig, Objective, calibrate, merge_adapters
 from npt.adapters.folder import load_adapter
+from npt.adapters.weights import save_adapter
 from npt.cli import main
 from npt.config import load_config
 from npt.data import pack
 from npt.data.batches import batches_of
 from npt.errors import CheckpointError, NPTError, RunError
 from npt.runs.corpora import trained_on
-from npt.training.callbacks import save_adapter
 from npt.tuner.card import MARK, as_code
 from npt.tuner.converted import active_layers
 from tests.catalogue.entries import json_of, tensors
@@ -272,7 +272,7 @@ def test_best_adapters_bring_tokenizer_and_record(
     assert capsys.readouterr().err == ""
     record, whole = (load_config(Path(f) / RECORD) for f in (joined, of(runs, "whole")))
     assert record.model == whole.model and record.training == whole.training and record.data == whole.data
-    assert trained_on(whole, joined)
+    assert trained_on(whole.data, joined)
     assert AutoTokenizer.from_pretrained(joined)("a cat").input_ids
     assert not (joined / "best.json").exists()
     report = tmp_path / "report.json"
@@ -513,7 +513,7 @@ def test_records_that_disagree_are_left_out(
     assert words in caplog.text and "gets no npt_run.yaml" in caplog.text
     assert not (pair / "joined" / RECORD).exists()
     other = load_config(None, ["data.dataset_name=text", "data.data_files=other.txt"])
-    assert trained_on(other, pair / "joined")  # unknown, so taken as if it were
+    assert trained_on(other.data, pair / "joined")  # unknown, so taken as if it were
 
 
 def test_logits_is_not_trained_apart(pair: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ from npt.cli import main
 from npt.config import load_config
 from npt.errors import ConfigError, DataError, NPTError
 from npt.runs.corpora import further_corpora
+from npt.runs.texts import RunTexts
 from tests.helpers import REPOSITORY
 
 TINY = builtin.MODELS["builtin:tiny"]
@@ -80,7 +81,7 @@ def test_evaluation_text_that_was_trained_on_is_refused_or_left_out(tmp_path: Pa
     with pytest.raises(ConfigError, match=r"data\.eval_texts: a\.txt would be evaluated on after training on it"):
         load_config(None, ["data.calibration_files=[a.txt]", "data.eval_texts=[a.txt]"])
     config = load_config(None, ["data.dataset_name=builtin:python-docs"])
-    assert further_corpora(config, AutoTokenizer.from_pretrained(TINY)) == {}
+    assert further_corpora(RunTexts.of(config), AutoTokenizer.from_pretrained(TINY)) == {}
 
 
 def test_two_files_of_one_name_stay_two(tmp_path: Path) -> None:
@@ -90,10 +91,12 @@ def test_two_files_of_one_name_stay_two(tmp_path: Path) -> None:
     names = [str(tmp_path / folder / "t.txt") for folder in ("a", "b")]
     config = load_config(None, [f"data.eval_texts=[{names[0]}]", "data.max_length=32"])
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    assert list(further_corpora(config, tokenizer, [names[1]])) == names
-    assert list(further_corpora(config, tokenizer)) == ["t"]
+    assert list(further_corpora(RunTexts.of(config), tokenizer, [names[1]])) == names
+    assert list(further_corpora(RunTexts.of(config), tokenizer)) == ["t"]
     own = config.model_copy(update={"data": config.data.model_copy(update={"dataset_name": "t"})})
-    assert list(further_corpora(own, tokenizer)) == [names[0]], "it would take the held-out text's place in the report"
+    assert list(further_corpora(RunTexts.of(own), tokenizer)) == [names[0]], (
+        "it would take the held-out text's place in the report"
+    )
 
 
 def test_train_needs_nothing_but_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from npt.adapters.weights import save_adapter
 from npt.cli import main
 from npt.common import files as durable
 from npt.common.files import append_json, is_sealed, keep_lines, only_run, seal, write_json, write_text
 from npt.errors import CheckpointError, NPTError, RunError
-from npt.training.callbacks import JsonLinesCallback, save_adapter
+from npt.training.callbacks import JsonLinesCallback
 from npt.training.checkpoints import last_checkpoint
 from npt.training.signals import StopSignals
 from npt.training.state_file import load_state, save_state
@@ -351,7 +352,9 @@ def test_an_ignored_signal_stays_ignored(request: pytest.FixtureRequest) -> None
         assert signals.received is None and signal.getsignal(signal.SIGTERM) == signals._handle
 
 
-@pytest.mark.parametrize("where", ["npt.runs.train.load_corpus", "npt.runs.train.calibrate", "npt.runs.train.evaluate"])
+@pytest.mark.parametrize(
+    "where", ["npt.runs.train.load_corpus", "npt.runs.train.calibrate", "npt.runs.evaluate.evaluate"]
+)
 def test_a_signal_elsewhere_leaves_at_once(
     where: str, local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,7 +121,8 @@ def test_permissions(
 def test_weights_that_are_left_over_are_told(kit: Kit, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = shutil.copytree(kit.model, tmp_path / "base")
     tensors("model.safetensors", lambda values: values.update(odd=torch.ones(2)))(folder)
-    load_base(load_config(None, [f"model.base_model_name={folder}"]))
+    config = load_config(None, [f"model.base_model_name={folder}"])
+    load_base(config.model, config.optimization)
     assert "1 weights of the checkpoint have no place in the model, first odd" in caplog.text
 
 

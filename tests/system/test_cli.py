@@ -105,8 +105,8 @@ def test_a_checkpoint_folder_may_have_a_dot_in_its_name(run: Path, tmp_path: Pat
     """Its record of the training text is found: other text is not taken for text it was trained on."""
     folder = shutil.copytree(run / "checkpoints" / "best_model", tmp_path / "adapter.v2")
     other = load_config(None, ["data.dataset_name=text", "data.data_files=other.txt"])
-    assert not trained_on(other, folder)
-    assert trained_on(load_config(folder / "npt_run.yaml"), folder)
+    assert not trained_on(other.data, folder)
+    assert trained_on(load_config(folder / "npt_run.yaml").data, folder)
 
 
 def test_training_on_text_holds_the_tail_out(local_model: Path, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from npt.errors import CheckpointError, ConversionError
 from npt.tuner.config import FORMAT_VERSION, OPTIONS, PEFT_TYPE, NPTConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+#: The run configuration an adapter was trained with, beside it in its folder.
+RUN_CONFIG = "npt_run.yaml"
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -46,7 +48,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def _check_config(folder: Path) -> None:
-    """Before PEFT reads it: PEFT drops or stumbles over what it does not expect."""
+    """Checks adapter_config.json before PEFT reads it: PEFT drops, or fails on, values it does not expect."""
     place = f"checkpoint {folder}: {CONFIG}"
     try:
         with (folder / CONFIG).open("rb") as file:
@@ -83,7 +85,7 @@ def _check_config(folder: Path) -> None:
 
 
 def _header(folder: Path) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the adapter's weights, which must be finite."""
+    """{name: shape} of the adapter's weights; refuses any that are not finite."""
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             shapes = {}
@@ -134,20 +136,6 @@ def load_adapter(base: Any, path: str | Path, *, allow_other_base: bool = False)
             f"base, first at {one_line(odd[0], 200)} {list(odd[1])}; use the base it was made from"
         )
     return model.eval()
-
-
-def set_aside(folder: Path, patterns: tuple[str, ...]) -> Path | None:
-    """Moves what matches into a new `previous-<n>` folder beside it, so that a new run overwrites nothing."""
-    found = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    if not found:
-        return None
-    number = 1
-    while (target := folder / f"previous-{number}").exists():
-        number += 1
-    target.mkdir()
-    for path in found:
-        path.rename(target / path.name)
-    return target
 
 
 def _first_line(error: Exception) -> str:

@@ -16,33 +16,32 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from npt.adapters.folder import WEIGHTS, resolve_checkpoint
+from npt.adapters.folder import RUN_CONFIG, WEIGHTS, resolve_checkpoint
 from npt.common.display import one_line
 from npt.common.files import new_folder, temporary_name
 from npt.common.fingerprint import difference
 from npt.common.writable import check_folders
 from npt.config import RunConfig, load_config, save_config, with_overrides
 from npt.errors import CheckpointError, ConfigError, ConversionError, NPTError
-from npt.runs.corpora import RUN_CONFIG
 from npt.tuner.card import write_model_card
 from npt.tuner.config import LAYER_NAME, OPTIONS, NPTConfig
 
 logger = logging.getLogger(__name__)
 
-#: What a tokenizer's save_pretrained leaves in a folder.
+#: Files that a tokenizer's save_pretrained writes.
 TOKENIZER_FILES = (
     "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken", "chat_template*", "additional_chat_templates",
 )  # fmt: skip
-#: What must be alike beside the base; `format_version` says how the files are to be read.
+#: Fields of the configuration that must be alike; `format_version` says how the files are to be read.
 _ALIKE = ("format_version", *(name for name in OPTIONS if name != "npt_layers"), "task_type")
-#: Keys of a run's record that jobs for different blocks may differ in, all keys of the sections at the end.
+#: Keys of a run's record in which jobs for different blocks may differ; "paths." and "wandb." stand for all their keys.
 _JOBS_OWN = ("model.npt_layers", "training.seed", "paths.", "wandb.")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the adapters that are joined. folder: as it was named. found: where its files are."""
+    """One of the adapters to join. folder: as it was named. found: where its files are."""
 
     folder: Path
     found: Path
@@ -123,7 +122,7 @@ def _read(folder: Path) -> Part:
 
 
 def _check_targets(part: Part) -> None:
-    """That npt_layers are numbers and target_modules the names of just these blocks, as npt writes them."""
+    """Checks that npt_layers are numbers and target_modules the names of exactly these blocks, as npt writes them."""
     layers, targets = part.config.npt_layers, part.config.target_modules
     remedy = "restore adapter_config.json from a backup, or save the adapter again"
     if not isinstance(layers, list) or not layers or not all(type(i) is int and i >= 0 for i in layers):
@@ -138,7 +137,7 @@ def _check_targets(part: Part) -> None:
 
 
 def _check_weights(part: Part) -> None:
-    """That every block has weights of the same names, and there are no others."""
+    """Checks that every block has weights of the same names, and that there are no others."""
     remedy = "name a folder that npt wrote"
     targets: Any = part.config.target_modules
     own: dict[str, dict[str, Tensor]] = {_key(name): {} for name in targets}
@@ -164,7 +163,7 @@ def _check_weights(part: Part) -> None:
 
 
 def _key(block: str) -> str:
-    """What the names of a block's weights begin with."""
+    """The prefix of the names of a block's weights."""
     return f"base_model.model.{block}.{LAYER_NAME}.npt_components."
 
 
@@ -182,7 +181,7 @@ def _check_disjoint(one: Part, other: Part) -> None:
 
 
 def _check_alike(one: Part, other: Part) -> None:
-    """Options and dtype: an adapter has one of each for all its blocks."""
+    """Checks that options and dtype are alike: an adapter has one of each for all its blocks."""
     for name in _ALIKE:
         here, there = (_option(part.config, name) for part in (other, one))
         if here != there:
@@ -204,7 +203,7 @@ def _option(config: NPTConfig, name: str) -> Any:
 
 
 def _check_base(one: Part, other: Part) -> None:
-    """By fingerprint; where one of them has none, by shape and name."""
+    """Checks that both have the same base: by fingerprint or, where one of them has none, by shape and name."""
     remedy = "blocks of one base alone can be joined"
     first, second = one.config, other.config
     prefixes = [config.target_modules[0].rpartition(".")[0] for config in (first, second)]  # type: ignore[index]
@@ -275,7 +274,7 @@ def _shown(folder: Path) -> str:
 
 
 def _copy_tokenizer(parts: Sequence[Part], folder: Path) -> None:
-    """That of the first adapter that has one beside it; the base is the same, so the tokenizer is."""
+    """Copies the tokenizer of the first adapter that has one beside it; all adapters have the same base, and so tokenizer."""
     for part in parts:
         found = sorted({path for pattern in TOKENIZER_FILES for path in part.found.glob(pattern)})
         for path in found:

@@ -1,4 +1,4 @@
-"""What comes with the package, by the names `builtin:...`: a small model, and a text every Python has."""
+"""Names `builtin:...`: a small model that comes with the package, and a text that comes with Python."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model_folder(name: str) -> Path:
 
 
 def source_of(name: str) -> str:
-    """What `from_pretrained` takes for a model's name: the folder of a builtin one, else the name itself."""
+    """The argument of `from_pretrained` for a model's name: the folder of a builtin one, else the name itself."""
     return str(model_folder(name)) if name.startswith(PREFIX) else name
 
 

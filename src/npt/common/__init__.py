@@ -1,1 +1,1 @@
-"""What every package uses and what knows nothing of NPT: files, display, precision, progress, processes, digests."""
+"""Code that every package uses: files, display, precision, progress, processes, digests, and the options' names."""

@@ -1,4 +1,4 @@
-"""Digests of a model and of text: what a file in a cache, or an adapter, was made from."""
+"""Digests of a model and of text, to tell what a cached file or an adapter was made from."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from npt.common.sharded import full_tensor, is_sharded
 
 #: Words of 8 bytes whose sum is kept.
 _ROW = 2**16
-#: What of a model's configuration decides what it computes and has the same name in every version of transformers.
+#: Keys of a model's configuration that decide what it computes and are named alike in every version of transformers.
 _CONFIG_KEYS = (
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "hidden_act", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "tie_word_embeddings",
 )  # fmt: skip
-#: What a configuration says beside; Trainer switches use_cache off.
+#: Keys that change nothing; Trainer switches use_cache off.
 _NO_MATTER = ("_name_or_path", "transformers_version", "use_cache")
 _SAMPLES = 24
 #: Relative difference of sampled weights that a cast to another dtype explains (bfloat16 rounds to 2^-9).
@@ -50,7 +50,7 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def _state_of_parts(base: nn.Module) -> dict[str, Any]:
-    """As `state_dict`, which FSDP2 would answer by letting go of what a forward around this has gathered."""
+    """`state_dict` without FSDP2's hooks, which would free the weights that a forward around this call has gathered."""
     found: dict[str, Any] = {}
     for prefix, module in base.named_modules(remove_duplicate=False):
         kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
@@ -77,7 +77,7 @@ def tensor_digest(tensor: torch.Tensor) -> bytes:
 
 
 def base_record(base: Any) -> dict[str, Any] | None:
-    """What an adapter keeps of the base it is made for; None where weights are not at hand (meta device, offloaded).
+    """The record an adapter keeps of the base it is made for; None where weights are not at hand (meta device, offloaded).
 
     config: `_CONFIG_KEYS` of it. dtype and weights: a digest of all parameters, whatever their names. sample: values of
     the embedding and of the last matrix, by which a base in another dtype is recognised.
@@ -120,7 +120,7 @@ def _sample(weight: torch.Tensor) -> list[float] | None:
 
 
 def difference(made_for: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """What tells two records of `base_record` apart, in words; None where they are of one base, in any dtype."""
+    """The difference between two records of `base_record`, in words; None where they are of one base, in any dtype."""
     configs = made_for.get("config") or {}, here["config"]
     for key in sorted(set(configs[0]) & set(configs[1])):
         if configs[0][key] != configs[1][key]:
@@ -139,7 +139,7 @@ def difference(made_for: dict[str, Any], here: dict[str, Any]) -> str | None:
 
 
 def is_record(value: Any) -> bool:
-    """Whether a value from a file has the form of `base_record`'s."""
+    """True for a value of a file that has the form of `base_record`'s."""
     if not isinstance(value, dict):
         return False
     config, sample = value.get("config") or {}, value.get("sample") or {}

@@ -1,7 +1,7 @@
 """Several processes as one, on torch.distributed: who is who, sums and tables over all of them, and work inside the forward
 of a model that DDP, FSDP2 or DeepSpeed has wrapped.
 
-Everything here does nothing, or the obvious, in a single process. What says "all processes call it" is a collective.
+In a single process every function returns at once. A function that says "all processes call it" is a collective.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ def world() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes the run's files and talks to the user."""
+    """True for the process that writes the run's files and talks to the user."""
     return world()[0] == 0
 
 
 def loads_once() -> bool:
-    """Whether the first process of a machine alone reads the weights, and the others get theirs as the base is sharded."""
+    """True where only the first process of a machine reads the weights; the others get theirs as the base is sharded."""
     return world()[1] > 1 and env_flag("ACCELERATE_USE_FSDP") and env_flag("FSDP_CPU_RAM_EFFICIENT_LOADING")
 
 
 def env_flag(name: str) -> bool:
-    """Whether accelerate's variable of this name is set to something that means yes."""
+    """True where accelerate's variable of this name is set to a word that means yes."""
     return bool(str_to_bool(os.environ.get(name, "false")))
 
 
@@ -47,7 +47,7 @@ def barrier() -> None:
 
 
 def wire_device() -> torch.device:
-    """Where tensors have to be for the group's collectives."""
+    """The device that the group's collectives need tensors on."""
     return (
         torch.device("cpu") if "gloo" in str(dist.get_backend()) else torch.device("cuda", torch.cuda.current_device())
     )
@@ -63,7 +63,7 @@ def total(x: Tensor) -> Tensor:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in some process; all call it."""
+    """True where the flag is set in some process; all call it."""
     return bool(total(torch.tensor(float(flag))) > 0)
 
 

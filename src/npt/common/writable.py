@@ -1,4 +1,4 @@
-"""Whether what a command will write can be written, asked before any work is done."""
+"""Checks, before any work is done, that the files of a command can be written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from npt.errors import NPTError
 
 
 def check_folders(folders: Mapping[str, str | Path]) -> None:
-    """{what a person wrote: folder}: each is a folder that can be written to, or can be made.
+    """Checks that each folder can be written to, or can be made.
+
+    Args:
+        folders: {the key or option that a person wrote: folder}.
 
     Raises:
         NPTError: names the first that is not.
@@ -20,7 +23,7 @@ def check_folders(folders: Mapping[str, str | Path]) -> None:
 
 
 def check_file(name: str, path: Path, *kinds: str) -> None:
-    """That a file of one of these suffixes can be written at `path`.
+    """Checks that a file of one of these suffixes can be written at `path`.
 
     Raises:
         NPTError: another suffix, a folder is there, or its own folder can't be made or written to.

@@ -38,22 +38,13 @@ def pack(
     keep_remainder: bool = False,
     progress: bool = False,
 ) -> datasets.Dataset:
-    """Tokenise text documents and pack them into blocks; reads little further than `max_blocks` needs.
+    """Tokenises text documents and packs them into blocks; reads little further than `max_blocks` needs.
 
-    Every document gets the tokenizer's own special tokens, then its EOS unless it ends with one already. Padding, where
-    there is any, uses the pad id, else EOS, else 0. Blank documents are skipped.
-
-    Args, Returns, Raises: as `pack_token_ids`.
+    Args, Returns, Raises: as `text_packer` and `pack_token_ids`.
     """
-    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
-    return pack_token_ids(
-        token_ids(documents, tokenizer),
-        max_length,
-        pad_token_id=pad,
-        max_blocks=max_blocks,
-        keep_remainder=keep_remainder,
-        progress=progress,
-    )
+    packer = text_packer(documents, tokenizer, max_length)
+    packer.read(max_blocks, progress=progress)
+    return packer.blocks(max_blocks, keep_remainder=keep_remainder)
 
 
 def pack_token_ids(
@@ -65,12 +56,10 @@ def pack_token_ids(
     keep_remainder: bool = False,
     progress: bool = False,
 ) -> datasets.Dataset:
-    """Concatenate documents of token ids and cut them into blocks; a long document goes over several blocks.
+    """Concatenates documents of token ids and cuts them into blocks; a long document goes over several blocks.
 
     Args:
-        documents: token ids, separators included; empty ones are skipped.
-        max_length: tokens in a block.
-        pad_token_id: fills a kept remainder.
+        documents, max_length, pad_token_id: as `Packer` takes them.
         max_blocks: stop there; None packs everything.
         keep_remainder: keep what is left at the end, shorter than a block, padded (attention_mask 0, labels -100). By
             default it is dropped, unless it is all there is.
@@ -82,35 +71,86 @@ def pack_token_ids(
     Raises:
         DataError: `max_length` < 2, `max_blocks` < 1, or no document holds a token.
     """
-    if max_length < 2:
-        raise DataError(f"data.max_length={max_length}: a block needs at least 2 tokens to predict one; raise it")
-    if max_blocks is not None and max_blocks < 1:
-        raise DataError(f"max_blocks={max_blocks}: must be at least 1, or None for all the text there is")
-    full: list[np.ndarray] = []  # each (2, n, max_length): ids and labels of n blocks
-    count = 0
-    rest: np.ndarray = np.empty((2, 0), dtype=np.int32)
-    with progress_bar("Packing text", max_blocks, progress, unit="blocks") as advance:
-        for document in documents:
-            if len(document) == 0:
-                continue
-            rest = np.concatenate((rest, labelled(document)), axis=1)
-            new = rest.shape[1] // max_length
-            if new:
-                full.append(rest[:, : new * max_length].reshape(2, new, max_length))
-                rest = rest[:, new * max_length :]
-                count += new
-                advance(new)
-            if max_blocks is not None and count >= max_blocks:
-                break
-    if count == 0 and rest.shape[1] == 0:
-        raise DataError("no text to pack: every document is empty; check the data source")
-    lengths = [max_length] * count
-    if rest.shape[1] and (keep_remainder or count == 0):
-        full.append(_padded(rest, max_length, pad_token_id)[:, None])
-        lengths.append(rest.shape[1])
-    pair = np.concatenate(full, axis=1)[:, :max_blocks]
-    mask = np.arange(max_length) < np.array(lengths[:max_blocks])[:, None]
-    return as_blocks(pair[0], mask, pair[1])
+    packer = Packer(documents, max_length, pad_token_id=pad_token_id)
+    packer.read(max_blocks, progress=progress)
+    return packer.blocks(max_blocks, keep_remainder=keep_remainder)
+
+
+def text_packer(documents: Iterable[str], tokenizer: Any, max_length: int) -> Packer:
+    """A packer of text documents.
+
+    Every document gets the tokenizer's own special tokens, then its EOS unless it ends with one already. Padding, where
+    there is any, uses the pad id, else EOS, else 0. Blank documents are skipped.
+    """
+    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    return Packer(token_ids(documents, tokenizer), max_length, pad_token_id=pad)
+
+
+class Packer:
+    """Packs documents of token ids into blocks, as many as are asked for; a later call goes on where the last one stopped.
+
+    Args:
+        documents: token ids, separators included; empty ones are skipped.
+        max_length: tokens in a block.
+        pad_token_id: fills a kept remainder.
+
+    Raises:
+        DataError: `max_length` < 2.
+    """
+
+    def __init__(self, documents: Iterable[Sequence[int]], max_length: int, *, pad_token_id: int):
+        if max_length < 2:
+            raise DataError(f"data.max_length={max_length}: a block needs at least 2 tokens to predict one; raise it")
+        self.max_length, self.pad_token_id = max_length, pad_token_id
+        #: Whole blocks so far.
+        self.count = 0
+        self._documents = iter(documents)
+        self._full: list[np.ndarray] = []  # each (2, n, max_length): ids and labels of n blocks
+        self._rest: np.ndarray = np.empty((2, 0), dtype=np.int32)
+
+    def read(self, max_blocks: int | None = None, *, progress: bool = False) -> None:
+        """Reads documents until there are `max_blocks` blocks, or to the end.
+
+        Raises:
+            DataError: `max_blocks` < 1.
+        """
+        if max_blocks is not None and max_blocks < 1:
+            raise DataError(f"max_blocks={max_blocks}: must be at least 1, or None for all the text there is")
+        with progress_bar("Packing text", max_blocks, progress, unit="blocks") as advance:
+            advance(self.count)
+            while max_blocks is None or self.count < max_blocks:
+                document = next(self._documents, None)
+                if document is None:
+                    return
+                if len(document):
+                    advance(self._add(document))
+
+    def _add(self, document: Sequence[int]) -> int:
+        """Appends a document; returns the number of blocks it completes."""
+        rest = np.concatenate((self._rest, labelled(document)), axis=1)
+        new = rest.shape[1] // self.max_length
+        if new:
+            self._full.append(rest[:, : new * self.max_length].reshape(2, new, self.max_length))
+        self._rest = rest[:, new * self.max_length :]
+        self.count += new
+        return new
+
+    def blocks(self, max_blocks: int | None = None, *, keep_remainder: bool = False) -> datasets.Dataset:
+        """The blocks that were read, at most `max_blocks` (see `pack_token_ids`).
+
+        Raises:
+            DataError: no document held a token.
+        """
+        full, lengths = list(self._full), [self.max_length] * self.count
+        rest = self._rest.shape[1]
+        if self.count == 0 and rest == 0:
+            raise DataError("no text to pack: every document is empty; check the data source")
+        if rest and (keep_remainder or self.count == 0):
+            full.append(_padded(self._rest, self.max_length, self.pad_token_id)[:, None])
+            lengths.append(rest)
+        pair = np.concatenate(full, axis=1)[:, :max_blocks]
+        mask = np.arange(self.max_length) < np.array(lengths[:max_blocks])[:, None]
+        return as_blocks(pair[0], mask, pair[1])
 
 
 def as_blocks(input_ids: np.ndarray, attention_mask: np.ndarray, labels: np.ndarray) -> datasets.Dataset:

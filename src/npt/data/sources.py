@@ -21,8 +21,8 @@ _LOCAL = "data.dataset_name=text with data.data_files"
 class TextFiles:
     """The documents of local files, in order: one per .txt file, .jsonl or .json line, and .parquet row.
 
-    The files are read twice: once here, from end to end, so that every bad one is reported at the start and all in one
-    message, then again whenever the documents are iterated, with one document (1024 rows of parquet) in memory at a
+    The files are read from end to end here, so that every bad one is reported at the start and all in one message, and again
+    whenever the documents are iterated, with one document (1024 rows of parquet) in memory at a
     time. Blank documents are left out; `len()` counts the others.
 
     Args:
@@ -111,7 +111,7 @@ def _hub_documents(name: str, config: str | None, split: str, text_column: str, 
 
 
 def expand_files(data_files: Sequence[str | Path], named_by: str) -> tuple[list[Path], list[str]]:
-    """The files that names and globs stand for, each once, in order, and what is wrong with the rest."""
+    """The files that names and globs stand for, each once and in order, and the problems with the other names."""
     paths: dict[Path, None] = {}
     problems = []
     for name in data_files:

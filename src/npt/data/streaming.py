@@ -137,7 +137,7 @@ class DocumentStream:
         return document
 
     def advance(self) -> None:
-        """Past one of `upcoming`."""
+        """Goes past the first of `upcoming`."""
         self.position += 1
         self.count += 1
 
@@ -174,7 +174,7 @@ class DocumentStream:
 
 
 def digest(document: str) -> bytes:
-    """By which a document is known again."""
+    """The digest by which a document is recognised."""
     return hashlib.sha256(document.encode()).digest()
 
 

@@ -60,7 +60,7 @@ def load_shapes(config: RunConfig) -> Any:
     if name in KNOWN_SHAPES and not Path(name).is_dir():
         return LlamaConfig(**KNOWN_SHAPES[name])
     try:
-        return base_config(config)
+        return base_config(config.model, config.paths.cache_dir)
     except ConversionError:
         raise
     except NPTError as error:

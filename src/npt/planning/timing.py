@@ -14,7 +14,7 @@ from npt.config import RunConfig
 from npt.planning.devices import BANDWIDTH_SHARE, EFFICIENCY, Launch, device_memory
 from npt.planning.plan import Plan
 from npt.runs.base_model import default_device
-from npt.runs.corpora import VALIDATION_BLOCKS
+from npt.training.steps import held_back
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def run_steps(config: RunConfig, processes: int) -> int | None:
         return t.num_train_steps
     if samples is None:
         return None
-    blocks = samples - min(VALIDATION_BLOCKS, max(1, samples // 10))
+    blocks = samples - held_back(samples)
     batches = -(-blocks // (processes * t.batch_size))
     return math.ceil(t.num_epochs * -(-batches // t.gradient_accumulation_steps))
 

@@ -20,7 +20,7 @@ from npt.block.families import FAMILIES, blocks_of, family_of, resolve_layers
 from npt.builtin import source_of
 from npt.common.display import one_line
 from npt.common.processes import world
-from npt.config import RunConfig
+from npt.config import ModelSection, OptimizationSection
 from npt.errors import ConversionError, NPTError
 from npt.runs.processes import shards_base
 from npt.tuner.converted import npt_layers
@@ -33,53 +33,53 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_base(config: RunConfig) -> tuple[Any, Any]:
+def load_base(model: ModelSection, optimization: OptimizationSection, cache_dir: str | None = None) -> tuple[Any, Any]:
     """(causal LM in eval mode on its device, tokenizer) of `model.base_model_name`; weights from safetensors only.
 
     Raises:
         NPTError: neither a local folder nor a reachable hub id; its files are damaged, incomplete or of a family that
             can't be converted; or 8-bit without bitsandbytes.
     """
-    name, options = source_of(config.model.base_model_name), config.optimization
-    loading = {"dtype": config.model.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)}
-    quantized = options.use_8bit or options.use_4bit
+    name = source_of(model.base_model_name)
+    loading: dict[str, Any] = {"dtype": "auto" if model.dtype == "auto" else getattr(torch, model.dtype)}
+    quantized = optimization.use_8bit or optimization.use_4bit
     if quantized:
-        loading |= _bitsandbytes(4 if options.use_4bit else 8)
-    tokenizer = load_tokenizer(config)
-    with _named(config), _quiet_libraries():
+        loading |= _bitsandbytes(4 if optimization.use_4bit else 8)
+    tokenizer = load_tokenizer(model, cache_dir)
+    with _named(model), _quiet_libraries():
         # Weights of other shapes are let through to be named below, where the library only points to a log.
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name, **_arguments(config), **loading, use_safetensors=True, output_loading_info=True,
+        base, found = AutoModelForCausalLM.from_pretrained(
+            name, **_arguments(model, cache_dir), **loading, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-    _check_complete(config.model.base_model_name, found)
-    if not (quantized or options.use_cpu_offload or shards_base(options.fsdp)):
-        model.to(default_device())
-    return model.eval(), tokenizer
+    _check_complete(model.base_model_name, found)
+    if not (quantized or optimization.use_cpu_offload or shards_base(optimization.fsdp)):
+        base.to(default_device())
+    return base.eval(), tokenizer
 
 
-def load_tokenizer(config: RunConfig) -> Any:
+def load_tokenizer(model: ModelSection, cache_dir: str | None = None) -> Any:
     """The base's tokenizer, once the base's configuration has been checked (see `base_config`)."""
-    base_config(config)
-    with _named(config), _quiet_libraries():
-        return AutoTokenizer.from_pretrained(source_of(config.model.base_model_name), **_arguments(config))
+    base_config(model, cache_dir)
+    with _named(model), _quiet_libraries():
+        return AutoTokenizer.from_pretrained(source_of(model.base_model_name), **_arguments(model, cache_dir))
 
 
-def base_config(config: RunConfig) -> Any:
+def base_config(model: ModelSection, cache_dir: str | None = None) -> Any:
     """The base's own configuration (config.json), read before its weights.
 
     Raises:
         NPTError: missing or damaged; of a family that isn't supported; without the blocks or the size that the `model`
             section asks for.
     """
-    name = source_of(config.model.base_model_name)
-    where = f"model.base_model_name={config.model.base_model_name}"
+    name = source_of(model.base_model_name)
+    where = f"model.base_model_name={model.base_model_name}"
     if Path(name).is_file():
         raise NPTError(f"{where}: is a file; name the Hugging Face model folder it lies in")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise NPTError(f"{where}: the folder has no config.json; name a Hugging Face model folder")
-    with _named(config), _quiet_libraries():
-        found = AutoConfig.from_pretrained(name, **_arguments(config))
+    with _named(model), _quiet_libraries():
+        found = AutoConfig.from_pretrained(name, **_arguments(model, cache_dir))
         text = found.get_text_config()
         blocks, width = (getattr(text, key, None) for key in ("num_hidden_layers", "hidden_size"))
     # Of a model of several parts the text part alone may be what is loaded.
@@ -89,22 +89,22 @@ def base_config(config: RunConfig) -> Any:
             "it with npt.families.register_family(model_type, Family(...))"
         )
     if blocks is not None:
-        resolve_layers(config.model.npt_layers, blocks)
-    if width is not None and config.model.rank > width:
+        resolve_layers(model.npt_layers, blocks)
+    if width is not None and model.rank > width:
         raise ConversionError(
-            f"model.rank={config.model.rank} is larger than the model's hidden size {width}; use a rank up to that"
+            f"model.rank={model.rank} is larger than the model's hidden size {width}; use a rank up to that"
         )
     return found
 
 
-def _arguments(config: RunConfig) -> dict[str, Any]:
-    return {"cache_dir": config.paths.cache_dir, "trust_remote_code": config.model.trust_remote_code}
+def _arguments(model: ModelSection, cache_dir: str | None) -> dict[str, Any]:
+    return {"cache_dir": cache_dir, "trust_remote_code": model.trust_remote_code}
 
 
 @contextmanager
-def _named(config: RunConfig) -> Iterator[None]:
-    """Whatever the libraries raise for a damaged or absent model (tokenizers: plain Exception), in one line."""
-    name = source_of(config.model.base_model_name)
+def _named(model: ModelSection) -> Iterator[None]:
+    """Turns any error of the libraries about a damaged or absent model into one line (tokenizers raises plain Exception)."""
+    name = source_of(model.base_model_name)
     try:
         yield
     except (NPTError, MemoryError, torch.OutOfMemoryError):
@@ -113,7 +113,7 @@ def _named(config: RunConfig) -> Iterator[None]:
         if "can't allocate memory" in str(error):
             raise
         reason = one_line(error, 200) or type(error).__name__
-        if "trust_remote_code" in str(error) and not config.model.trust_remote_code:
+        if "trust_remote_code" in str(error) and not model.trust_remote_code:
             raise NPTError(
                 f"model.base_model_name={name!r} brings Python code of its own, which is not run; read that code and set "
                 "model.trust_remote_code=true, or name another model"
@@ -132,7 +132,7 @@ def _named(config: RunConfig) -> Iterator[None]:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """transformers' own reports are told in one line here, and a bar is for a terminal."""
+    """Silences transformers' own reports, which are told in one line here, and its bars where stderr is no terminal."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -146,7 +146,7 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def _check_complete(name: str, found: Any) -> None:
-    """transformers fills what a checkpoint lacks with random values and says so in a log only."""
+    """Refuses a checkpoint that lacks weights: transformers fills them with random values and only logs it."""
     for keys, what in (
         (found["mismatched_keys"], "have another shape than config.json says"),
         (found["missing_keys"], "are missing"),
@@ -165,8 +165,9 @@ def _check_complete(name: str, found: Any) -> None:
 
 
 def release_memory() -> None:
-    """Gives back what the last phase of a run has freed: the device's cache, and on Linux the C library's heap, which
-    else keeps hundreds of megabytes in pieces under the next phase's large tensors."""
+    """Gives the memory that the last phase of a run has freed back to the system: the device's cache and, on Linux, the C
+    library's heap, which would keep hundreds of megabytes in pieces under the next phase's large tensors.
+    """
     clear_device_cache(garbage_collection=True)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

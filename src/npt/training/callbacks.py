@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from npt.common.files import PART, append_json, disk_errors, flush, write_json
+from npt.adapters.weights import save_adapter
+from npt.common.files import append_json, write_json
 from npt.common.processes import first_does, is_first
 from npt.common.sharded import through
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
-from npt.training.checkpoints import adapter_state, save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -93,32 +91,3 @@ class BestAdapterCallback(TrainerCallback):
         """The lowest mean KL so far, infinity before the first evaluation."""
         path = self.folder / "best.json"
         return float(json.loads(path.read_text())[BEST_METRIC]) if path.is_file() else float("inf")
-
-
-def save_adapter(model: Any, folder: Path) -> None:
-    """`save_pretrained` whose files each replace the old one whole, by the first process; all call it.
-
-    Raises:
-        RunError: the disk is full or gone; the folder holds what it held.
-    """
-    state = adapter_state(model)
-    first_does(lambda: _replace_adapter(model, folder, state))
-
-
-def _replace_adapter(model: Any, folder: Path, state: dict[str, Any]) -> None:
-    temporary = folder.with_name(folder.name + PART)
-    with disk_errors(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            if (folder / "README.md").is_file():
-                shutil.copy(folder / "README.md", temporary)  # a person's own card stays
-            save_weights(model, str(temporary), state)
-            folder.mkdir(parents=True, exist_ok=True)
-            # Weights last: the other files of one run's adapters are alike.
-            for path in sorted(temporary.iterdir(), key=lambda p: p.suffix == ".safetensors"):
-                flush(path)
-                os.replace(path, folder / path.name)
-            flush(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)

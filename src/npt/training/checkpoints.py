@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from npt.adapters.weights import adapter_state, load_weights, save_weights
 from npt.common.files import SEAL, check_space, disk_errors, is_sealed, seal, write_json
 from npt.common.processes import barrier, first_does, is_first
 from npt.common.sharded import full_tensor, is_sharded, like
@@ -32,7 +32,6 @@ from npt.data.streaming import StreamedBlocks
 from npt.errors import CheckpointError, RunError
 from npt.training.overridden import check_overridden
 from npt.training.state_file import load_state, save_state
-from npt.tuner.converted import component_ids
 
 logger = logging.getLogger(__name__)
 
@@ -58,32 +57,6 @@ def step_of(checkpoint: Path) -> int:
 
 def _checkpoints(folder: Path) -> list[Path]:
     return [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir() and re.fullmatch(r".*-\d+", p.name)]
-
-
-def save_weights(model: Any, folder: str, state: dict[str, torch.Tensor]) -> None:
-    """`save_pretrained` of an adapter with the values of `adapter_state`.
-
-    PEFT would ask the hub whether the vocabulary was resized, which npt never does.
-    """
-    model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
-
-
-def adapter_state(model: Any) -> dict[str, torch.Tensor]:
-    """{name in the model: value} of all components, whole; all processes call it."""
-    own = component_ids(model)
-    return {name: full_tensor(p) for name, p in model.named_parameters() if id(p) in own}
-
-
-def load_weights(model: Any, folder: Path) -> None:
-    """The active adapter's values from a folder, into the model as it is, sharded or not; all processes call it."""
-    values = load_peft_weights(str(folder), device="cpu")
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if set(values) != set(wanted):
-        odd = sorted(set(values) ^ set(wanted))[0]
-        raise CheckpointError(
-            f"{folder}: the adapter there is for other blocks or options, first {odd}; name its own base"
-        )
-    set_peft_model_state_dict(model, {name: like(value, wanted[name]) for name, value in values.items()})
 
 
 class DurableTrainer(Trainer):

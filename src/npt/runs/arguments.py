@@ -1,0 +1,125 @@
+"""A run configuration in the words of Hugging Face's Trainer: its arguments, its trackers, its objectives over the steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from npt.common.launch import check_launch
+from npt.common.processes import world
+from npt.config import RunConfig, TrainingSection
+from npt.equivalence.objectives import Objective
+from npt.errors import ConfigError
+from npt.runs.processes import shards_base, start_processes
+from npt.training.steps import steps_per_epoch
+
+#: TrainingArguments of `optimization.fsdp`; an FSDP configuration of accelerate's own decides the details itself.
+FSDP_ARGUMENTS: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+
+
+def start(config: RunConfig) -> TrainingArguments:
+    """Builds the TrainingArguments; building them joins the process group.
+
+    Raises:
+        NPTError: a launch whose processes can't or don't find one another.
+    """
+    check_launch()
+    arguments = training_arguments(config)
+    start_processes(arguments)
+    return arguments
+
+
+def training_arguments(config: RunConfig) -> TrainingArguments:
+    """HF's TrainingArguments from the `training`, `optimization` and `wandb` sections."""
+    t = config.training
+    return TrainingArguments(
+        output_dir=config.paths.checkpoint_dir,
+        per_device_train_batch_size=t.batch_size,
+        per_device_eval_batch_size=t.batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=t.lr_scheduler_type,
+        num_train_epochs=t.num_epochs,
+        max_steps=-1 if t.num_train_steps is None else t.num_train_steps,
+        warmup_steps=t.warmup_steps,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        logging_steps=t.logging_steps,
+        eval_strategy="steps",
+        eval_steps=t.eval_steps,
+        save_steps=t.save_steps,
+        save_total_limit=3,
+        seed=t.seed,
+        fp16=config.optimization.mixed_precision == "fp16",
+        bf16=config.optimization.mixed_precision == "bf16",
+        # The old name draws a warning in transformers 5.23, and the new one does not exist before it.
+        **({"gradient_checkpointing": True} if t.gradient_checkpointing else {}),
+        use_cpu=not torch.cuda.is_available(),
+        **FSDP_ARGUMENTS if shards_base(config.optimization.fsdp) and config.optimization.fsdp else {},
+        report_to=trackers(config),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def trackers(config: RunConfig) -> list[str]:
+    """The names of the trackers that are switched on."""
+    return [*config.training.report_to, *(["wandb"] if config.wandb.enabled else [])]
+
+
+def check_trackers(names: list[str]) -> None:
+    """Checks the trackers of `training.report_to`, which Trainer would only miss after sampling and calibration.
+
+    Raises:
+        ConfigError: a name that is unknown or whose package is not installed.
+    """
+    available = get_available_reporting_integrations()
+    missing = [name for name in names if name not in available]
+    if missing:
+        raise ConfigError(
+            f"training.report_to={missing}: not installed or unknown; installed: {', '.join(available) or 'none'}; "
+            "install the package or take the name out"
+        )
+
+
+def prepare_wandb(config: RunConfig) -> None:
+    """Starts the run HF's callback will log to. WANDB_MODE=offline works as usual.
+
+    Raises:
+        ConfigError: wandb is switched on but not installed.
+    """
+    if not config.wandb.enabled:
+        return
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            "wandb.enabled=true needs the package: pip install 'npt[wandb]', or set it to false"
+        ) from error
+    w = config.wandb
+    wandb.init(project=w.project, entity=w.entity, tags=list(w.tags or ()), config=config.model_dump())
+
+
+def objective_schedule(t: TrainingSection, blocks: int) -> list[tuple[int, Objective]]:
+    """[(first step, objective)]. `auto` is `logits` after a calibration; without one, `local` for the first half.
+
+    Args:
+        blocks: training blocks, which count where no number of steps is given.
+    """
+    per_epoch = steps_per_epoch(blocks, t.batch_size * t.gradient_accumulation_steps * world()[1])
+    steps = int(per_epoch * t.num_epochs) if t.num_train_steps is None else t.num_train_steps
+    names = t.objectives()
+    return [
+        (
+            index * steps // len(names),
+            Objective(
+                name,
+                equivalence_weight=t.equivalence_weight,
+                regularization_weight=t.regularization_weight,
+                regularizer=t.regularizer,
+            ),
+        )
+        for index, name in enumerate(names)
+    ]

@@ -1,0 +1,159 @@
+"""The texts that a run's `data` section names, each opened once: checked before any long work, then packed.
+
+A local training file is read twice at most, once from end to end by the check and once by the packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from npt.builtin import PREFIX
+from npt.common.display import quiet
+from npt.common.processes import is_first
+from npt.config import DataSection, ModelSection, RunConfig
+from npt.data import load_documents, split_blocks
+from npt.data.packing import Packer, text_packer
+from npt.data.sources import TextFiles, expand_files
+from npt.data.streaming import Source, hub_source, local_source
+from npt.errors import DataError
+from npt.runs.base_model import load_tokenizer
+
+
+class RunTexts:
+    """The texts of a run. Each is opened when it is first asked for, and the same open text is handed on afterwards.
+
+    Args:
+        data: names the texts. seed: `training.seed`. cache_dir: `paths.cache_dir`.
+    """
+
+    def __init__(self, data: DataSection, *, seed: int = 0, cache_dir: str | None = None):
+        self.data, self.seed, self.cache_dir = data, seed, cache_dir
+        self._further: dict[str, Iterable[str]] = {}
+        self._packer: Packer | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RunTexts:
+        """The texts of a run configuration."""
+        return cls(config.data, seed=config.training.seed, cache_dir=config.paths.cache_dir)
+
+    @cached_property
+    def own(self) -> Iterable[str]:
+        """The documents of `data.dataset_name`, which is not `self` and not streamed."""
+        data = self.data
+        return load_documents(
+            data.dataset_name,
+            dataset_config=data.dataset_config,
+            data_files=data.data_files or (),
+            text_column=data.text_column,
+            cache_dir=self.cache_dir,
+        )
+
+    @cached_property
+    def stream(self) -> Source:
+        """The documents of `data.dataset_name`, streamed."""
+        data = self.data
+        if data.dataset_name == "text":
+            return local_source(data.data_files or (), data.text_column)
+        return hub_source(data.dataset_name, data.dataset_config, data.text_column)
+
+    @cached_property
+    def prose(self) -> TextFiles | None:
+        """The documents of `data.calibration_files`, None where it names none."""
+        files = self.data.calibration_files
+        return TextFiles(files, self.data.text_column, "data.calibration_files") if files else None
+
+    def further(self, name: str | Path, named_by: str = "data.eval_texts") -> Iterable[str]:
+        """The documents of a builtin text or of a file that is evaluated on. named_by: the key or option, for errors."""
+        name = str(name)
+        if name not in self._further:
+            builtin = name.startswith(PREFIX)
+            self._further[name] = (
+                load_documents(name) if builtin else TextFiles([name], self.data.text_column, named_by)
+            )
+        return self._further[name]
+
+    def check(self, more: Sequence[str | Path] = ()) -> None:
+        """Opens every text, so that what is bad is named at once: local files are read from end to end, the hub is asked for
+        its data set, and of streamed files the first document is read.
+
+        Args:
+            more: further files to evaluate on.
+
+        Raises:
+            DataError: an unusable file or data set; a file to evaluate on that is also trained or calibrated with.
+        """
+        data = self.data
+        trained: dict[Path, str] = {}
+        if data.streaming:
+            _ = self.stream
+            files = expand_files(data.data_files or (), "data.data_files")[0] if data.dataset_name == "text" else []
+            trained |= {path.resolve(): "data.data_files" for path in files}
+        elif data.dataset_name != "self":
+            trained |= dict.fromkeys(_files_of(self.own), "data.data_files")
+        if self.prose is not None:
+            trained |= dict.fromkeys(_files_of(self.prose), "data.calibration_files")
+        for name in data.eval_texts:
+            for path in _files_of(self.further(name)):
+                if path in trained:
+                    raise DataError(
+                        f"data.eval_texts: {name} is also in {trained[path]}, and would be evaluated on after training on "
+                        "it; take it out of one of the two"
+                    )
+        for further in more:
+            self.further(further, "--text")
+
+    def check_enough(self, model: ModelSection) -> None:
+        """Checks, before any weights are loaded, that local text yields enough blocks. Loads only the tokenizer.
+
+        The blocks packed for the check are the first ones of `blocks`.
+
+        Raises:
+            DataError: too few blocks to train on and to hold out. NPTError: no tokenizer.
+        """
+        data = self.data
+        if data.dataset_name != "text" or data.streaming:
+            return
+        own = self.own  # a bad file is named before a bad model
+        self._packer = text_packer(own, load_tokenizer(model, self.cache_dir), data.max_length)
+        enough = (data.num_eval_samples or 0) + 3
+        self._packer.read(enough)
+        if self._packer.count < enough:  # the text is at its end
+            with quiet("npt.data.packing"):
+                self.split(self._packer.blocks())
+
+    def blocks(self, tokenizer: Any) -> datasets.Dataset:
+        """The blocks of `own`. Local text is packed whole, as the held-out part is its end; of a hub data set, which can be
+        far larger, as many as are asked for.
+        """
+        data = self.data
+        local = data.dataset_name == "text" or data.dataset_name.startswith(PREFIX)
+        wanted = None if local else (data.num_train_samples or 0) + (data.num_eval_samples or 0) or None
+        packer = self._packer or text_packer(self.own, tokenizer, data.max_length)
+        self._packer = None  # it holds the whole text, and is not needed again
+        packer.read(wanted, progress=is_first())
+        return packer.blocks(wanted)
+
+    def split(self, blocks: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """(training blocks, held-out blocks) of the text.
+
+        Raises:
+            DataError: too few blocks for both.
+        """
+        data = self.data
+        train, held_out = split_blocks(blocks, data.num_train_samples, data.num_eval_samples)
+        if len(train) < 2:
+            raise DataError(
+                f"the text makes {len(train)} block(s) of data.max_length={data.max_length} to train on, and at least 2 are "
+                "needed: one chooses the best adapter; give more text, or lower data.max_length or data.num_eval_samples"
+            )
+        return train, held_out
+
+
+def _files_of(documents: Iterable[str]) -> list[Path]:
+    """The files of documents, with links and `..` followed; none for other documents."""
+    return [path.resolve() for path in documents.paths] if isinstance(documents, TextFiles) else []

@@ -1,0 +1,67 @@
+"""A run reads each local text file twice at most: once to check it, once to pack it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from npt.cli import main
+from npt.data import sources
+
+WORDS = "The morning was cold and the river ran between the stones without a sound. "
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """{file name: how often it was opened for its text}; no other code of the package reads documents."""
+    found: Counter[str] = Counter()
+
+    def counting(reader: Callable[[Path, str], Iterator[str]]) -> Callable[[Path, str], Iterator[str]]:
+        def read(path: Path, text_column: str) -> Iterator[str]:
+            found[path.name] += 1
+            yield from reader(path, text_column)
+
+        return read
+
+    for suffix, reader in sources._READERS.items():
+        monkeypatch.setitem(sources._READERS, suffix, counting(reader))
+    return found
+
+
+def texts(folder: Path) -> dict[str, list[str]]:
+    """{key: files} of a run, one of every kind to train on."""
+    (folder / "a.txt").write_text(WORDS * 60)
+    (folder / "b.jsonl").write_text("".join(json.dumps({"text": f"{i}. {WORDS * 3}"}) + "\n" for i in range(30)))
+    table = pyarrow.table({"text": [f"Row {i}: {WORDS * 3}" for i in range(30)]})
+    pyarrow.parquet.write_table(table, folder / "c.parquet")
+    for name in ("prose", "other", "more"):
+        (folder / f"{name}.txt").write_text(f"{name}: {WORDS}" * 40)
+    return {
+        "data_files": [str(folder / name) for name in ("a.txt", "b.jsonl", "c.parquet")],
+        "calibration_files": [str(folder / "prose.txt")],
+        "eval_texts": [str(folder / "other.txt")],
+    }
+
+
+def test_each_text_file_is_read_twice_at_most(reads: Counter[str], tmp_path: Path) -> None:
+    settings = [
+        "data.dataset_name=text", "data.max_length=32", "data.num_train_samples=null", "data.num_eval_samples=4",
+        "data.num_calibration_samples=8", "training.num_train_steps=0", "model.rank=2",
+        f"paths.output_dir={tmp_path / 'out'}", f"paths.checkpoint_dir={tmp_path / 'checkpoints'}",
+        *(f"data.{key}={json.dumps(files)}" for key, files in texts(tmp_path).items()),
+    ]  # fmt: skip
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    assert main(["train", *overrides]) == 0
+    assert set(reads) == {"a.txt", "b.jsonl", "c.parquet", "prose.txt", "other.txt"}
+    assert max(reads.values()) == 2, reads
+    reads.clear()
+    adapter, report = str(tmp_path / "checkpoints" / "best_model"), str(tmp_path / "report.json")
+    arguments = ["--checkpoint", adapter, "--output", report, "--text", str(tmp_path / "more.txt")]
+    assert main(["evaluate", *arguments, *overrides]) == 0
+    assert set(reads) >= {"a.txt", "other.txt", "more.txt"} and max(reads.values()) == 2, reads
