@@ -1,4 +1,4 @@
-"""`npt check`: does this installation do what the method promises, on a small random model, in a few seconds?"""
+"""`npt check`: tests the method's promises with this installation on a small random model, in a few seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from npt.block.modes import Mode, running_as
 from npt.equivalence.calibration import calibrate
 from npt.tuner.config import NPTConfig
-from npt.tuner.converted import active_layers
+from npt.tuner.converted import ConvertedModel, active_layers
 
 
 def tiny_model(kind: str) -> Any:
@@ -30,7 +30,7 @@ def tiny_model(kind: str) -> Any:
 
 
 def run_checks() -> Iterator[tuple[str, str | None]]:
-    """(name, None or what went wrong) of every check."""
+    """Yields (name, None or the error in words) of every check."""
     for kind in ("llama", "gpt2"):
         base = tiny_model(kind)
         ids = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(1))
@@ -48,22 +48,22 @@ def run_checks() -> Iterator[tuple[str, str | None]]:
                 yield f"{kind}: {name}", None if check() else "it does not"
 
 
-def _disabled(model: Any, ids: torch.Tensor, original: torch.Tensor) -> bool:
+def _disabled(model: ConvertedModel, ids: torch.Tensor, original: torch.Tensor) -> bool:
     with model.disable_adapter():
         return torch.equal(model(ids).logits, original)
 
 
-def _exact(model: Any, ids: torch.Tensor, original: torch.Tensor) -> bool:
+def _exact(model: ConvertedModel, ids: torch.Tensor, original: torch.Tensor) -> bool:
     with running_as(active_layers(model), Mode.EXACT):
         return bool((model(ids).logits - original).abs().max() < 1e-4)
 
 
-def _calibrates(model: Any, ids: torch.Tensor) -> bool:
+def _calibrates(model: ConvertedModel, ids: torch.Tensor) -> bool:
     errors = calibrate(model, [{"input_ids": ids}])
     return all(e["error_after"] < e["error_before"] for e in errors.values())
 
 
-def _round_trip(model: Any, kind: str, ids: torch.Tensor) -> bool:
+def _round_trip(model: ConvertedModel, kind: str, ids: torch.Tensor) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, save_embedding_layers=False)
         loaded = PeftModel.from_pretrained(tiny_model(kind), folder)

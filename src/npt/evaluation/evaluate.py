@@ -71,11 +71,7 @@ def evaluate(
         DataError: an empty corpus, or a stride that is not in 1 ... context_length.
         ConversionError: the model has no active NPT adapter.
     """
-    if context_length is None:
-        context_length = min(256, context_length_of(model) or 256)
-    stride = context_length if stride is None else stride
-    if not 1 <= stride <= context_length:
-        raise DataError(f"stride={stride}: use 1 to the context length, {context_length}")
+    context_length, stride = _window(model, context_length, stride)
     corpora = dict(texts) if isinstance(texts, Mapping) else {"text": texts}
     limit = None if max_tokens is None else max(1, max_tokens // context_length)
     blocks = {name: _blocks(name, corpus, tokenizer, context_length, stride, limit) for name, corpus in corpora.items()}
@@ -102,6 +98,16 @@ def evaluate(
         "grade": grade(evaluations["divergence"]["mean_kl"]),
         "notes": _notes(config.carry, evaluations),
     }
+
+
+def _window(model: ConvertedModel, context_length: int | None, stride: int | None) -> tuple[int, int]:
+    """(tokens per block, tokens scored per window), with the defaults of `evaluate`."""
+    if context_length is None:
+        context_length = min(256, context_length_of(model) or 256)
+    stride = context_length if stride is None else stride
+    if not 1 <= stride <= context_length:
+        raise DataError(f"stride={stride}: use 1 to the context length, {context_length}")
+    return context_length, stride
 
 
 def _scored(stride: int, context_length: int) -> str:

@@ -15,6 +15,7 @@ from npt.common.files import append_json, write_json
 from npt.common.processes import first_does, is_first
 from npt.common.sharded import through
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
+from npt.tuner.converted import ConvertedModel
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ class JsonLinesCallback(TrainerCallback):
 class SamplesCallback(TrainerCallback):
     """Every `every` steps, lets both models continue fixed prompts and keeps what they wrote in samples.jsonl."""
 
-    def __init__(self, path: Path, model: Any, tokenizer: Any, every: int, prompts: Sequence[str] = DEFAULT_PROMPTS):
+    def __init__(
+        self, path: Path, model: ConvertedModel, tokenizer: Any, every: int, prompts: Sequence[str] = DEFAULT_PROMPTS
+    ):
         self.path, self.model, self.tokenizer, self.every, self.prompts = path, model, tokenizer, every, prompts
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -61,7 +64,7 @@ class BestAdapterCallback(TrainerCallback):
     With `patience`, training stops after that many evaluations in a row without a new best.
     """
 
-    def __init__(self, folder: Path, model: Any, patience: int | None = None):
+    def __init__(self, folder: Path, model: ConvertedModel, patience: int | None = None):
         self.folder, self.model, self.patience = folder, model, patience
 
     def on_evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         def get_base_model(self) -> Any: ...
         def get_output_embeddings(self) -> Any: ...
         def get_input_embeddings(self) -> nn.Module: ...
+        def disable_adapter(self) -> AbstractContextManager[None]: ...
+        def save_pretrained(self, folder: str, **kwargs: Any) -> None: ...
 
 else:
     ConvertedModel = PeftModel
