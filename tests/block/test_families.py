@@ -22,7 +22,7 @@ from npt.errors import ConversionError
 from npt.evaluation.least_norm import least_joint_norms
 from npt.tuner.converted import active_layers, npt_layers
 from tests.families import CASES, SIZES, Case, raw
-from tests.helpers import randomize
+from tests.helpers import REPOSITORY, randomize
 
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -296,13 +296,12 @@ def test_architectures_that_do_not_fit_are_refused_with_the_reason(model_type: s
 
 
 def test_every_test_the_documentation_names_exists() -> None:
-    folder = Path(__file__).parent
-    named = re.findall(
-        r"`(test_\w+\.py)::(\w+)`", (folder.parent / "docs" / "ecosystem.md").read_text(encoding="utf-8")
-    )
+    text = (REPOSITORY / "docs" / "ecosystem.md").read_text(encoding="utf-8")
+    files = {path.name: path for path in (REPOSITORY / "tests").rglob("test_*.py")}
+    named = re.findall(r"`(?:[\w/]+/)?(test_\w+\.py)::(\w+)`", text)
     assert len(named) > 35
     for file, test in named:
-        assert f"def {test}(" in (folder / file).read_text(encoding="utf-8"), f"{file}::{test}"
+        assert f"def {test}(" in files[file].read_text(encoding="utf-8"), f"{file}::{test}"
 
 
 def test_a_family_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:

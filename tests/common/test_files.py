@@ -26,7 +26,9 @@ from npt.training.callbacks import JsonLinesCallback, save_adapter
 from npt.training.checkpoints import last_checkpoint
 from npt.training.signals import StopSignals
 from npt.training.state_file import load_state, save_state
-from tests.helpers import REPOSITORY, settings, trainer
+from tests.helpers import REPOSITORY, blank_pictures, settings, trainer
+
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,28 +293,40 @@ def test_processes_of_one_run_share_its_folders(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from npt.common.files import only_run\n"
-        "with only_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    reader, writer = os.pipe()
+    process = os.fork()
+    if not process:
+        with only_run(tmp_path):
+            os.write(writer, b"held")
+            time.sleep(60)
+        os._exit(0)
+    assert os.read(reader, 4) == b"held"
     with pytest.raises(NPTError, match="another run"), only_run(tmp_path):
         pass
-    process.kill()
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     with only_run(tmp_path):
         pass
 
 
+@pytest.fixture(scope="module")
+def unbroken(local_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    with blank_pictures():
+        assert main(["--quiet", "train", *settings(local_model, folder)]) == 0
+    return folder
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_during_training_saves_and_resumes_to_the_same_bits(
-    number: signal.Signals, status: int, local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest,
+    number: signal.Signals, status: int, unbroken: Path, local_model: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     before = signal.signal(number, signal.default_int_handler)  # a test run in the background has SIGINT ignored
     request.addfinalizer(lambda: signal.signal(number, before))
-    assert main(["--quiet", "train", *settings(local_model, tmp_path / "whole")]) == 0
     original = JsonLinesCallback.on_step_begin
 
     def send(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -331,12 +345,13 @@ def test_a_signal_during_training_saves_and_resumes_to_the_same_bits(
     assert signal.getsignal(number) is signal.default_int_handler
     assert main([*arguments, "--resume"]) == 0
     whole, cut = (
-        load_file(tmp_path / n / "checkpoints/best_model/adapter_model.safetensors") for n in ("whole", "cut")
+        load_file(folder / "checkpoints/best_model/adapter_model.safetensors")
+        for folder in (unbroken, tmp_path / "cut")
     )
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     rows = [
-        [json.loads(r) for r in (tmp_path / n / "outputs/metrics.jsonl").read_text().splitlines()]
-        for n in ("whole", "cut")
+        [json.loads(r) for r in (folder / "outputs/metrics.jsonl").read_text().splitlines()]
+        for folder in (unbroken, tmp_path / "cut")
     ]
     figures = [[(r["step"], r["eval_mean_kl"]) for r in found if "eval_mean_kl" in r] for found in rows]
     assert figures[0] == figures[1] and [step for step, _ in figures[0]] == [0, 2, 4]
@@ -408,14 +423,15 @@ def test_no_memory_is_one_line(
     assert "npt: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)" in error and "npt memory" in error
 
 
-def test_ten_killed_runs_resume_to_the_same_bits() -> None:
+@pytest.mark.parametrize("count", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_runs_resume_to_the_same_bits(count: int) -> None:
     """A short version of `python -m scripts.kill_runs`."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    command = [sys.executable, "-m", "scripts.kill_runs", "--runs", "10", "--seed", "1"]
+    command = [sys.executable, "-m", "scripts.kill_runs", "--runs", str(count), "--seed", "1"]
     found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=500)
     assert found.returncode == 0, found.stdout + found.stderr[-2000:]
-    assert "10 resumed with the same bits, 0 lost" in found.stdout
+    assert f"{count} resumed with the same bits, 0 lost" in found.stdout
 
 
 def test_the_kill_script_notices_a_lost_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

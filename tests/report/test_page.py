@@ -32,6 +32,7 @@ ROWS: list[dict[str, Any]] = [
     {"step": 4, "eval_perplexity_ratio": 1.004, "eval_mean_kl": 0.01},
 ]
 TRAIN = ["--quiet", "train"]
+SAMPLES = {"training__prediction_logging_steps": 4}
 SECTIONS = ("verdict", "divergence", "plots", "layers", "weight-delta", "worst-tokens", "generation", "protocol")
 PICTURES = (
     "perplexity_ratio", "loss", "kl_histogram", "kl_by_position", "layer_error", "residual_stream", "weight_delta",
@@ -255,7 +256,7 @@ def test_tensorboard_gets_figures_samples_and_plots(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert main([*TRAIN, *settings(local_model, tmp_path, training__report_to="[tensorboard]")]) == 0
+    assert main([*TRAIN, *settings(local_model, tmp_path, training__report_to="[tensorboard]", **SAMPLES)]) == 0
     events = event_accumulator.EventAccumulator(str(tmp_path / "outputs" / "tensorboard"))
     events.Reload()
     tags = events.Tags()
@@ -276,7 +277,7 @@ def test_wandb_offline_gets_figures_samples_and_plots(
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     try:
-        assert main([*TRAIN, *settings(local_model, tmp_path, wandb__enabled="true")]) == 0
+        assert main([*TRAIN, *settings(local_model, tmp_path, wandb__enabled="true", **SAMPLES)]) == 0
         assert wandb.run.summary["evaluation/divergence/mean_kl"] > 0
         folder = Path(wandb.run.dir)
         names = {path.name.split("_")[0] for path in (folder / "media").rglob("*") if path.is_file()}
@@ -286,9 +287,8 @@ def test_wandb_offline_gets_figures_samples_and_plots(
         wandb.finish()
 
 
-def test_without_a_tracker_nothing_is_lost(local_model: Path, tmp_path: Path) -> None:
-    assert main([*TRAIN, *settings(local_model, tmp_path)]) == 0
-    output = tmp_path / "outputs"
+def test_without_a_tracker_nothing_is_lost(finished_run: Path, local_model: Path, tmp_path: Path) -> None:
+    output = finished_run / "outputs"
     assert {p.name for p in output.iterdir()} >= {
         "report.html",
         "evaluation_report.json",
@@ -296,10 +296,10 @@ def test_without_a_tracker_nothing_is_lost(local_model: Path, tmp_path: Path) ->
         "config.yaml",
     }
     assert 'id="missing"' not in (output / "report.html").read_text(encoding="utf-8")
-    card = (tmp_path / "checkpoints" / "best_model" / "README.md").read_text(encoding="utf-8")
+    card = (finished_run / "checkpoints" / "best_model" / "README.md").read_text(encoding="utf-8")
     assert "perplexity ratio, NPT / base" in card
     target = tmp_path / "again" / "report.json"
-    checkpoint = str(tmp_path / "checkpoints" / "best_model")
+    checkpoint = str(finished_run / "checkpoints" / "best_model")
     more = settings(local_model, tmp_path)
     assert main(["evaluate", "--checkpoint", checkpoint, "--output", str(target), *more]) == 0
     assert target.with_suffix(".html").is_file()

@@ -20,6 +20,7 @@ from npt.common import processes as distributed
 from npt.common.launch import check_launch, shards_base, start_processes
 from npt.errors import NPTError
 from npt.training.checkpoints import last_checkpoint
+from tests import distributed_worker
 from tests.helpers import REPOSITORY
 
 OBJECTIVES = ("local", "logits", "composite")
@@ -44,7 +45,12 @@ def launch(count: int, *command: str, check: bool = True, **environment: str) ->
 
 
 def work(count: int, specs: list[dict[str, Any]], *, check: bool = True) -> None:
-    """Runs the worker on specs, in so many processes."""
+    """Runs the worker on specs: in this process, or in so many others."""
+    if count == 1:
+        distributed_worker.taken.clear()
+        for spec in specs:
+            distributed_worker.run(distributed_worker.Spec(**spec))
+        return
     launch(count, "-m", "tests.distributed_worker", json.dumps(specs), check=check)
 
 
