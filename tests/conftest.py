@@ -104,9 +104,9 @@ def finished_run(local_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def blank_pictures() -> Iterator[None]:
-    """For tests that run whole commands and look at no picture."""
-    with helpers.blank_pictures():
+def quick_reports() -> Iterator[None]:
+    """For tests that run whole commands and look at neither pictures nor generated text."""
+    with helpers.quick_reports():
         yield
 
 

@@ -26,9 +26,9 @@ from npt.training.callbacks import JsonLinesCallback, save_adapter
 from npt.training.checkpoints import last_checkpoint
 from npt.training.signals import StopSignals
 from npt.training.state_file import load_state, save_state
-from tests.helpers import REPOSITORY, blank_pictures, settings, trainer
+from tests.helpers import REPOSITORY, quick_reports, settings, trainer
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
+pytestmark = pytest.mark.usefixtures("quick_reports")
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +315,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
 def unbroken(local_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("unbroken")
-    with blank_pictures():
+    with quick_reports():
         assert main(["--quiet", "train", *settings(local_model, folder)]) == 0
     return folder
 

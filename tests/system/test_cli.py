@@ -86,7 +86,7 @@ def test_evaluate_on_other_text(run: Path, local_model: Path, tmp_path: Path) ->
     assert report["protocol"]["tokens"] == 8 * 31  # all of it: the adapter was not trained on this text
 
 
-@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.usefixtures("quick_reports")
 @pytest.mark.parametrize("objective", ["local", "logits"])
 def test_teacher_targets_serve_a_second_run(
     objective: str, local_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -115,7 +115,7 @@ def test_a_checkpoint_folder_may_have_a_dot_in_its_name(run: Path, tmp_path: Pat
     assert trained_on(load_config(folder / "npt_run.yaml"), folder)
 
 
-@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.usefixtures("quick_reports")
 def test_training_on_text_holds_the_tail_out(local_model: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("".join(f"Sentence number {n} of a book. " for n in range(200)))
     (tmp_path / "prose.jsonl").write_text(
@@ -139,7 +139,7 @@ def test_training_on_text_holds_the_tail_out(local_model: Path, tmp_path: Path) 
     assert second["evaluations"]["divergence"] == report["evaluations"]["divergence"]
 
 
-@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.usefixtures("quick_reports")
 def test_resume_continues(local_model: Path, tmp_path: Path) -> None:
     assert main(["--quiet", "train", *settings(local_model, tmp_path, training__num_train_steps=2)]) == 0
     longer = settings(local_model, tmp_path, training__num_train_steps=4)
@@ -149,7 +149,7 @@ def test_resume_continues(local_model: Path, tmp_path: Path) -> None:
     assert sum("calibration" in row for row in rows) == 1
 
 
-@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.usefixtures("quick_reports")
 def test_a_new_run_sets_the_old_one_aside(local_model: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert main(["--quiet", "train", *settings(local_model, tmp_path, training__num_train_steps=0)]) == 0
@@ -157,7 +157,7 @@ def test_a_new_run_sets_the_old_one_aside(local_model: Path, tmp_path: Path) -> 
     assert (tmp_path / "checkpoints" / "previous-1" / "best_model" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.usefixtures("quick_reports")
 def test_exact_needs_no_training(local_model: Path, tmp_path: Path) -> None:
     assert main(["--quiet", "train", *settings(local_model, tmp_path, model__carry="exact")]) == 0
     report = json.loads((tmp_path / "outputs" / "evaluation_report.json").read_text())
@@ -275,7 +275,7 @@ def test_documented_entry_points_train(name: str, first: list[str], local_model:
     assert (tmp_path / "checkpoints" / "best_model" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.usefixtures("quick_reports")
 def test_the_optimized_script_trains(local_model: Path, tmp_path: Path, called: Called) -> None:
     """In this process; `launch_optimized.sh` starts it in one of its own."""
     first = ["--config", str(REPOSITORY / "config_optimized.yaml")]

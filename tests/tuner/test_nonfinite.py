@@ -196,7 +196,7 @@ def test_an_adapter_that_changes_nothing_is_reported(local_model: Path) -> None:
     assert any("the adapter changes nothing" in note for note in notes(no_attention))
 
 
-@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.usefixtures("quick_reports")
 def test_training_that_moves_nothing_is_reported(
     local_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
