@@ -1,4 +1,4 @@
-"""Blocks trained by separate jobs: bit for bit the jointly trained adapter, once joined; what can't be joined."""
+"""Adapters of blocks trained by separate jobs join to the jointly trained one bit for bit; misfits are refused."""
 
 from __future__ import annotations
 

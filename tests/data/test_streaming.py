@@ -1,4 +1,4 @@
-"""Streamed text: every document once per epoch and none twice, the exact place after a stop, flat memory."""
+"""Streamed text gives every document once per epoch, goes on at the exact place after a stop, in flat memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's figures against independent float64 computations."""
+"""The report's figures equal independent float64 computations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every malformed input of the catalogue: one line, exit status 2, nothing written, no traceback."""
+"""Every malformed input of the catalogue gives one line and exit status 2, writes nothing, shows no traceback."""
 
 from __future__ import annotations
 

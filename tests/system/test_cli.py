@@ -1,4 +1,4 @@
-"""The command and the root entry points, as a user types them, on a local model."""
+"""The command and the root scripts do what the documentation says, as a user types them, on a local model."""
 
 from __future__ import annotations
 

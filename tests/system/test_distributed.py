@@ -1,4 +1,4 @@
-"""Several processes give what one gives: losses, calibration, evaluation, checkpoints; DDP and FSDP2 over gloo."""
+"""Several processes give what one gives: losses, calibration, evaluation, checkpoints; with DDP and FSDP2 over gloo."""
 
 from __future__ import annotations
 

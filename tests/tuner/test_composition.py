@@ -1,4 +1,4 @@
-"""NPT models in the company of what transformers and PEFT offer; small random models of several families."""
+"""NPT models of several families work with what transformers and PEFT offer, from caches to LoRA and compilation."""
 
 from __future__ import annotations
 

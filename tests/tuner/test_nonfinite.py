@@ -1,4 +1,4 @@
-"""Nothing silent: NaN and infinity are named and stop the step; degenerate text gives a fit or a refusal."""
+"""NaN and infinity are named and stop the step; degenerate text gives a finite fit or a refusal."""
 
 from __future__ import annotations
 
