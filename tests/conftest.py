@@ -20,6 +20,11 @@ from tests import helpers
 from tests.helpers import REPOSITORY, settings
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of whole commands first: they take minutes, and one that began last would keep a second process waiting."""
+    items.sort(key=lambda item: "tests/system/" not in item.path.as_posix())
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder with a real checkpoint and real text; a user does not have it."""
