@@ -7,4 +7,4 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 prepare_environment "$root" requirements-test.txt
 cd "$root"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m pytest -n "${NPT_TEST_WORKERS:-2}" --dist loadfile "$@"
+exec python -m pytest -n "${NPT_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

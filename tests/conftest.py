@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from npt import NPTConfig
 from npt.builtin import model_folder
-from tests.helpers import REPOSITORY
+from npt.cli import main
+from tests import helpers
+from tests.helpers import REPOSITORY, settings
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of whole commands first: they take minutes, and one that began last would keep a second process waiting."""
+    items.sort(key=lambda item: "tests/system/" not in item.path.as_posix())
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +97,22 @@ def local_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(local_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished small run with samples during training and a second text; tests only read it."""
+    folder = tmp_path_factory.mktemp("run")
+    more = {"data__eval_texts": "[builtin:python-docs]", "training__prediction_logging_steps": 2}
+    assert main(["--quiet", "train", *settings(local_model, folder, **more)]) == 0
+    return folder
+
+
+@pytest.fixture
+def quick_reports() -> Iterator[None]:
+    """For tests that run whole commands and look at neither pictures nor generated text."""
+    with helpers.quick_reports():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""One process of a test with several: python -m torch.distributed.run --nproc-per-node 2 -m tests.distributed_worker SPECS.
+"""One run by several processes, which fork from one that has the libraries imported: python -m tests.distributed_worker
+SPECS COUNT PORT. Each gets the variables that torchrun sets.
 
 SPECS is a JSON list of objects, see `Spec`; what the first process leaves in a spec's folder is compared between launches.
 """
@@ -8,7 +9,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,7 @@ from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, loca
 from npt.runs.arguments import FSDP_ARGUMENTS
 from npt.runs.processes import shard_base, start_processes
 from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback
-from tests.helpers import Letters, random_base
+from tests.helpers import REPOSITORY, Letters, random_base
 
 
 @dataclass
@@ -160,7 +164,61 @@ def run(spec: Spec) -> None:
         (folder / "world.json").write_text(json.dumps({"world": world()[1], "sharded": is_sharded(model)}))
 
 
-if __name__ == "__main__":
+def work(count: int, specs: list[dict[str, Any]], *, check: bool = True) -> None:
+    """Runs specs in this process, or in `count` others."""
+    if count == 1:
+        taken.clear()
+        for spec in specs:
+            run(Spec(**spec))
+        return
+    command = [sys.executable, "-m", "tests.distributed_worker", json.dumps(specs), str(count), free_port()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400, env=environment)
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def process(rank: int, count: int, port: str, specs: list[dict[str, Any]]) -> int:
+    """The id of a new process that runs the specs as one of `count` and ends with status 0, or 1 after an error."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        size, place = str(count), str(rank)
+        os.environ.update(WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, RANK=place, LOCAL_RANK=place)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for spec in specs:
+            run(Spec(**spec))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main() -> int:
+    """Starts the processes and waits for all; where one fails, the others are killed."""
     torch.set_num_threads(1)
-    for spec in json.loads(sys.argv[1]):
-        run(Spec(**spec))
+    specs, count, port = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    left = {process(rank, count, port, specs) for rank in range(count)}
+    failed = False
+    while left:
+        done, status = os.wait()
+        left.discard(done)
+        failed |= bool(status)
+        if status and not os.WIFSIGNALED(status):  # after a kill that a spec asked for, the others kill themselves
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Adapters know their base and their format; those of every format ever written load."""
+"""Adapters know their base and their format, and those of every format ever written load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks trained by separate jobs: bit for bit the jointly trained adapter, once joined; what can't be joined."""
+"""Adapters of blocks trained by separate jobs join to the jointly trained one bit for bit; misfits are refused."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,8 @@ from npt.runs.corpora import trained_on
 from npt.tuner.card import MARK, as_code
 from npt.tuner.converted import active_layers
 from tests.catalogue.entries import json_of, tensors
-from tests.helpers import REPOSITORY, blocks, random_base, settings
+from tests.distributed_worker import work
+from tests.helpers import blocks, quick_reports, random_base, settings
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "npt_run.yaml"
 CLIP = 1e-3
@@ -208,11 +207,7 @@ def test_sharded_gradients_are_clipped_alike(tmp_path: Path) -> None:
             "folder": str(tmp_path / f"run{sharded}"), "objective": "local", "sharded": sharded, "steps": 4,
             "arguments": {"max_grad_norm": CLIP},
         }  # fmt: skip
-        launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"] if sharded else []
-        subprocess.run(
-            [sys.executable, "-m", *launch, "tests.distributed_worker", json.dumps([spec])], cwd=REPOSITORY, check=True,
-            capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )  # fmt: skip
+        work(2 if sharded else 1, [spec])
         rows = [json.loads(line) for line in (Path(spec["folder"]) / "metrics.jsonl").read_text().splitlines()]
         norms = [row["grad_norm"] for row in rows if "grad_norm" in row]
         assert min(norms) > CLIP
@@ -232,7 +227,8 @@ def runs(local_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name, layers in (("low", "[1]"), ("high", "[2, 3]"), ("whole", "[1, 2, 3]")):
         options = {"model__npt_layers": layers, "training__objective": "local", "training__max_grad_norm": CLIP}
-        assert main(["--quiet", "train", *settings(local_model, folder / name, **options)]) == 0
+        with quick_reports():
+            assert main(["--quiet", "train", *settings(local_model, folder / name, **options)]) == 0
     return folder
 
 
@@ -263,6 +259,7 @@ def test_the_command_joins_what_it_trained(
     assert [p.name for p in joined.parent.iterdir()] == ["joined"]
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_best_adapters_bring_tokenizer_and_record(
     runs: Path, local_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The component and its weight deltas on their own: the corners no model of the suite comes to."""
+"""The component and its weight deltas are right on their own, in the corners that no model of the suite reaches."""
 
 from __future__ import annotations
 

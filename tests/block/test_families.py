@@ -1,4 +1,4 @@
-"""Every family in the table, on small random models in float64, against a formula written from the block's own submodules."""
+"""Every family, on small random models in float64, equals a formula written from the block's own submodules."""
 
 from __future__ import annotations
 

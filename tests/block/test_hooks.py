@@ -1,4 +1,4 @@
-"""Attachment: the contract, strictness, toggling, caches, and that the base is left alone."""
+"""Conversion holds its contract: exact where it must be, strict, switchable, right with caches, the base untouched."""
 
 from __future__ import annotations
 

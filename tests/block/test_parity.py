@@ -1,4 +1,4 @@
-"""Every component option against an explicit formula in float64 that forms each token's dW as a matrix."""
+"""Every component option equals an explicit formula in float64 that forms each token's weight delta as a matrix."""
 
 from __future__ import annotations
 

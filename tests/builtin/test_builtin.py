@@ -1,4 +1,4 @@
-"""What comes with the package: the model, its card, the text, and the script that made the model."""
+"""The builtin model, its card and its text work without a download, and its script makes the same model again."""
 
 from __future__ import annotations
 

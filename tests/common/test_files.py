@@ -1,4 +1,4 @@
-"""Nothing lost: files replaced whole, sealed checkpoints, one run per folder, full disks, signals."""
+"""Files are replaced whole, checkpoints are sealed, a folder has one run, and a full disk loses nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from npt.adapters.weights import save_adapter
-from npt.cli import main
 from npt.common import files as durable
 from npt.common.files import append_json, is_sealed, keep_lines, only_run, seal, write_json, write_text
 from npt.errors import CheckpointError, NPTError, RunError
-from npt.training.callbacks import JsonLinesCallback
 from npt.training.checkpoints import last_checkpoint
 from npt.training.signals import StopSignals
 from npt.training.state_file import load_state, save_state
-from tests.helpers import REPOSITORY, settings, trainer
+from tests.helpers import trainer
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,51 +231,7 @@ def test_a_full_disk_keeps_the_best_adapter_and_the_log(tmp_path: Path, monkeypa
     assert not (tmp_path / "best.part").exists()
 
 
-def test_a_run_on_a_full_disk_ends_in_one_line(
-    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("npt.training.checkpoints.save_state", full)
-    status = main(["--quiet", "train", *settings(local_model, tmp_path)])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("npt: ")]
-    assert status == 1 and len(lines) == 1 and "checkpoint-2: the disk is full" in lines[0] and "needed" in lines[0]
-    assert (tmp_path / "checkpoints" / "best_model" / "adapter_model.safetensors").is_file()
-
-
-def test_a_drive_that_goes_away_anywhere_is_one_line(
-    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def gone(*_: Any, **__: Any) -> None:
-        raise OSError(errno.EIO, "Input/output error", "/media/drive/tokenizer.json")
-
-    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", gone)
-    assert main(["--quiet", "train", *settings(local_model, tmp_path)]) == 1
-    error = capsys.readouterr().err
-    assert "npt: /media/drive/tokenizer.json: Input/output error; what was saved before is whole" in error
-    assert last_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-4"
-
-
 # -- two runs, and signals ---------------------------------------------------------------------------------------------------
-
-
-def test_a_second_run_on_the_same_folder_is_refused(
-    local_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for held in ("outputs", "checkpoints"):
-        with only_run(tmp_path / held):
-            before = sorted(tmp_path.rglob("*"))
-            assert main(["--quiet", "train", *settings(local_model, tmp_path)]) == 2
-            assert f"{held}: another run is writing there" in capsys.readouterr().err.replace("\n", " ")
-            assert [
-                p for p in sorted(tmp_path.rglob("*")) if p.is_file() and p not in before and p.name != ".lock"
-            ] == []
-    with only_run(tmp_path / "outputs", tmp_path / "outputs"):
-        pass
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NPTError, match="can't be written to"), only_run(tmp_path / "file" / "x"):
-        pass
 
 
 def test_processes_of_one_run_share_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,55 +245,26 @@ def test_processes_of_one_run_share_its_folders(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from npt.common.files import only_run\n"
-        "with only_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    reader, writer = os.pipe()
+    process = os.fork()
+    if not process:
+        try:
+            with only_run(tmp_path):
+                os.write(writer, b"held")
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    assert os.read(reader, 4) == b"held"
     with pytest.raises(NPTError, match="another run"), only_run(tmp_path):
         pass
-    process.kill()
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    os.close(reader)
     with only_run(tmp_path):
         pass
-
-
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_during_training_saves_and_resumes_to_the_same_bits(
-    number: signal.Signals, status: int, local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
-    before = signal.signal(number, signal.default_int_handler)  # a test run in the background has SIGINT ignored
-    request.addfinalizer(lambda: signal.signal(number, before))
-    assert main(["--quiet", "train", *settings(local_model, tmp_path / "whole")]) == 0
-    original = JsonLinesCallback.on_step_begin
-
-    def send(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 2:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(JsonLinesCallback, "on_step_begin", send)
-    arguments = ["--quiet", "train", *settings(local_model, tmp_path / "cut")]
-    capsys.readouterr()
-    assert main(arguments) == status
-    error = capsys.readouterr().err
-    checkpoint = tmp_path / "cut" / "checkpoints" / "checkpoint-3"
-    assert f"npt: stopped by {number.name} after step 3; {checkpoint} is saved: go on with --resume" in error
-    assert is_sealed(checkpoint) and "Traceback" not in error
-    monkeypatch.setattr(JsonLinesCallback, "on_step_begin", original)
-    assert signal.getsignal(number) is signal.default_int_handler
-    assert main([*arguments, "--resume"]) == 0
-    whole, cut = (
-        load_file(tmp_path / n / "checkpoints/best_model/adapter_model.safetensors") for n in ("whole", "cut")
-    )
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    rows = [
-        [json.loads(r) for r in (tmp_path / n / "outputs/metrics.jsonl").read_text().splitlines()]
-        for n in ("whole", "cut")
-    ]
-    figures = [[(r["step"], r["eval_mean_kl"]) for r in found if "eval_mean_kl" in r] for found in rows]
-    assert figures[0] == figures[1] and [step for step, _ in figures[0]] == [0, 2, 4]
 
 
 def test_an_ignored_signal_stays_ignored(request: pytest.FixtureRequest) -> None:
@@ -350,95 +274,3 @@ def test_an_ignored_signal_stays_ignored(request: pytest.FixtureRequest) -> None
     with StopSignals() as signals:
         signal.raise_signal(signal.SIGINT)
         assert signals.received is None and signal.getsignal(signal.SIGTERM) == signals._handle
-
-
-@pytest.mark.parametrize(
-    "where", ["npt.runs.train.load_corpus", "npt.runs.train.calibrate", "npt.runs.evaluate.evaluate"]
-)
-def test_a_signal_elsewhere_leaves_at_once(
-    where: str, local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(where, lambda *_, **__: signal.raise_signal(signal.SIGTERM))
-    assert main(["--quiet", "train", *settings(local_model, tmp_path)]) == 143
-    error = capsys.readouterr().err
-    assert "npt: stopped by SIGTERM at once" in error and "Traceback" not in error
-
-
-def test_resume_begins_again_where_no_checkpoint_was_reached(
-    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ["--quiet", "train", *settings(local_model, tmp_path), "--resume"]
-    assert main(arguments) == 2  # nothing ever began there
-    monkeypatch.setattr("npt.runs.train.calibrate", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
-    assert main(arguments[:-1]) == 143
-    monkeypatch.undo()
-    assert main(arguments) == 0
-    # Resumed again after it was finished, it changes nothing but its report.
-    before = (tmp_path / "outputs" / "metrics.jsonl").read_text()
-    assert main(arguments) == 0
-    assert (tmp_path / "outputs" / "metrics.jsonl").read_text() == before
-
-
-def test_sigterm_to_the_real_command(local_model: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "npt.cli",
-        "train",
-        *settings(local_model, tmp_path, training__num_train_steps=100_000),
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-    metrics, end = tmp_path / "outputs" / "metrics.jsonl", time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < end:
-        if metrics.is_file() and '"loss"' in metrics.read_text():
-            process.terminate()
-            break
-        time.sleep(0.05)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 143 and "Traceback" not in error, error[-2000:]
-    assert last_checkpoint(tmp_path / "checkpoints") is not None and "npt: stopped by SIGTERM after step" in error
-
-
-def test_no_memory_is_one_line(
-    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-
-    monkeypatch.setattr("npt.runs.train.calibrate", fail)
-    assert main(["--quiet", "train", *settings(local_model, tmp_path)]) == 1
-    error = capsys.readouterr().err
-    assert "npt: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)" in error and "npt memory" in error
-
-
-def test_ten_killed_runs_resume_to_the_same_bits() -> None:
-    """A short version of `python -m scripts.kill_runs`."""
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
-    command = [sys.executable, "-m", "scripts.kill_runs", "--runs", "10", "--seed", "1"]
-    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=500)
-    assert found.returncode == 0, found.stdout + found.stderr[-2000:]
-    assert "10 resumed with the same bits, 0 lost" in found.stdout
-
-
-def test_the_kill_script_notices_a_lost_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its comparison sees a bit, a missing line and a step taken twice."""
-    from scripts.kill_runs import STEPS, outcome
-
-    run = trainer(tmp_path, steps=STEPS)
-    run.train()
-    save_adapter(run.model, tmp_path / "checkpoints" / "best_model")
-    (tmp_path / "outputs").mkdir()
-    (tmp_path / "metrics.jsonl").rename(tmp_path / "outputs" / "metrics.jsonl")
-    first = outcome(tmp_path)
-    assert outcome(tmp_path) == first
-    path = tmp_path / "checkpoints" / f"checkpoint-{STEPS}" / "optimizer.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
-    assert outcome(tmp_path) != first
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
-    lines = (tmp_path / "outputs" / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "outputs" / "metrics.jsonl").write_text("".join(lines[:-2] + lines[-1:]))
-    assert outcome(tmp_path) != first

@@ -1,4 +1,4 @@
-"""Configuration files and overrides: every problem at once, each with key, value and remedy."""
+"""Configuration files and overrides report every problem at once, each with key, value and remedy."""
 
 from __future__ import annotations
 

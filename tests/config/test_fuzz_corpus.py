@@ -1,4 +1,4 @@
-"""Inputs that fuzzing found interesting, or that once broke something, run through the fuzzers' own functions."""
+"""Inputs that fuzzing found, or that once broke something, pass the fuzzers' own functions."""
 
 from __future__ import annotations
 

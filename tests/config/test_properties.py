@@ -1,4 +1,4 @@
-"""Properties of what reads people's input, on generated inputs: the same ones in every run."""
+"""What reads people's input keeps its properties on generated inputs, the same ones in every run."""
 
 from __future__ import annotations
 

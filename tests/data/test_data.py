@@ -1,4 +1,4 @@
-"""Text sources, packing and splitting."""
+"""Text sources are read, packed and split without losing or repeating a token."""
 
 from __future__ import annotations
 

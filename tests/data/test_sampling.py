@@ -1,4 +1,4 @@
-"""The model's own text: plain ancestral sampling, labels, cache."""
+"""The model's own text is plain ancestral sampling, depends on its seed alone, and is kept only for the same request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streamed text: every document once per epoch and none twice, the exact place after a stop, flat memory."""
+"""Streamed text gives every document once per epoch, goes on at the exact place after a stop, in flat memory."""
 
 from __future__ import annotations
 
@@ -205,6 +205,7 @@ def test_held_out_documents_are_never_trained_on(local_model: Path, shards: Any,
     assert len(everything - trained) < len(everything) / 2 and len(everything - trained - held) <= 8
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(local_model: Path, shards: Any, tmp_path: Path) -> None:
     report = run_training(settings(local_model, shards, tmp_path / "whole"))
     assert report["protocol"]["corpora"] == ["text"]

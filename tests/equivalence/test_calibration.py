@@ -1,4 +1,4 @@
-"""The closed-form fit: recovers what it can express, shrugs off outliers, survives degenerate text."""
+"""The closed-form fit recovers what it can express, bears outliers and survives degenerate text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The closed-form fit piece by piece, against the formulas of docs/maths.md, section 4, written out in float64."""
+"""Each piece of the closed-form fit equals the formulas of docs/maths.md, section 4, written out in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objectives against plain formulas; accumulation; gradients; padding."""
+"""Objectives equal plain formulas, also with accumulation and padding, and so do their gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Teacher targets on disk: the same training without the frozen forward, and a clear error when they don't fit."""
+"""Teacher targets on disk give the same training without the frozen forward, and an error when they don't fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EquivalenceTrainer: resume, frozen base, logs, best adapter."""
+"""EquivalenceTrainer resumes exactly, keeps the base frozen, logs every field and keeps the best adapter."""
 
 from __future__ import annotations
 

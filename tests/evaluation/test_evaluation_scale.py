@@ -1,4 +1,4 @@
-"""What an evaluation costs in memory, and whether its standard errors are the spread of repeated evaluations."""
+"""An evaluation's memory stays flat, and its standard errors are the spread of repeated evaluations."""
 
 from __future__ import annotations
 

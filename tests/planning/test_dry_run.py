@@ -1,4 +1,4 @@
-"""`npt train --dry-run`: what it prints, that it needs config.json alone and writes nothing, and what it refuses."""
+"""`npt train --dry-run` prints the plan from config.json alone, writes nothing, and refuses what makes no sense."""
 
 from __future__ import annotations
 

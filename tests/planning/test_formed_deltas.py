@@ -1,4 +1,4 @@
-"""The memory table: counted allocations, figures from shapes alone, and that the formed delta is the same computation."""
+"""The memory table counts real allocations, knows sizes from shapes, and the formed delta is the same computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a run: what its own code allocates, on shapes alone, and what helps when that is too much."""
+"""The plan of a run equals what its own code allocates on shapes alone; the advice helps when that is too much."""
 
 from __future__ import annotations
 

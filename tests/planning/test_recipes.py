@@ -1,4 +1,4 @@
-"""The recipes load, name what exists, and their predictions are those of the code."""
+"""The recipes load, name files that exist, and state the code's own predictions."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""How a run spreads over processes: the shard plan against torch's own fully_shard, memory against a real sharded step, the
-figures of launches and times against arithmetic."""
+"""The shard plan is torch's own fully_shard's, memory a real sharded step's; figures of launches and times are arithmetic."""
 
 from __future__ import annotations
 

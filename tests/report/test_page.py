@@ -1,4 +1,4 @@
-"""report.html, npt compare, npt watch and the trackers: from whole, damaged and hostile folders."""
+"""report.html, npt compare and npt watch show whole, damaged and hostile folders without harm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from npt.common.display import visible
 from npt.errors import NPTError
 from npt.report.page import PARTS, write_page
 from npt.report.watch import sparkline, watch_run
-from tests.helpers import randomize, settings, visit
+from tests.helpers import randomize, visit
 
 TEXT = ["The cat sat on the mat and looked at the moon.", "A second document, a little longer than the first one."] * 6
 ROWS: list[dict[str, Any]] = [
@@ -31,7 +31,6 @@ ROWS: list[dict[str, Any]] = [
     {"step": 4, "loss": 0.4, "equivalence_loss": 0.3, "learning_rate": 0.05, "mean_delta_norm": 0.6},
     {"step": 4, "eval_perplexity_ratio": 1.004, "eval_mean_kl": 0.01},
 ]
-TRAIN = ["--quiet", "train"]
 SECTIONS = ("verdict", "divergence", "plots", "layers", "weight-delta", "worst-tokens", "generation", "protocol")
 PICTURES = (
     "perplexity_ratio", "loss", "kl_histogram", "kl_by_position", "layer_error", "residual_stream", "weight_delta",
@@ -248,58 +247,3 @@ def test_sparkline() -> None:
 
 def test_visible() -> None:
     assert visible("a\x1b[31m\u202e\x00\ud800b\n\té") == "a\\x1b[31m\\u202e\\x00\\ud800b\n\té"
-
-
-def test_tensorboard_gets_figures_samples_and_plots(
-    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert main([*TRAIN, *settings(local_model, tmp_path, training__report_to="[tensorboard]")]) == 0
-    events = event_accumulator.EventAccumulator(str(tmp_path / "outputs" / "tensorboard"))
-    events.Reload()
-    tags = events.Tags()
-    assert {path.name for path in tmp_path.iterdir()} == {"outputs", "checkpoints"}, "nothing where the command ran"
-    assert {"train/loss", "eval/perplexity_ratio"} <= set(tags["scalars"]), "the curves of training lie with them"
-    assert "evaluation/divergence/mean_kl" in tags["scalars"] and "plots/kl_histogram" in tags["images"]
-    assert any("generation_samples" in tag for tag in tags["tensors"])
-    report = json.loads((tmp_path / "outputs" / "evaluation_report.json").read_text())
-    (figure,) = events.Scalars("evaluation/divergence/mean_kl")
-    assert abs(figure.value - report["evaluations"]["divergence"]["mean_kl"]) < 1e-6
-
-
-def test_wandb_offline_gets_figures_samples_and_plots(
-    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wandb: Any = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    try:
-        assert main([*TRAIN, *settings(local_model, tmp_path, wandb__enabled="true")]) == 0
-        assert wandb.run.summary["evaluation/divergence/mean_kl"] > 0
-        folder = Path(wandb.run.dir)
-        names = {path.name.split("_")[0] for path in (folder / "media").rglob("*") if path.is_file()}
-        assert {path.parent.name for path in (folder / "media").rglob("*.png")} == {"plots"}, names
-        assert list((folder / "media" / "table").glob("generation_samples*"))
-    finally:
-        wandb.finish()
-
-
-def test_without_a_tracker_nothing_is_lost(local_model: Path, tmp_path: Path) -> None:
-    assert main([*TRAIN, *settings(local_model, tmp_path)]) == 0
-    output = tmp_path / "outputs"
-    assert {p.name for p in output.iterdir()} >= {
-        "report.html",
-        "evaluation_report.json",
-        "metrics.jsonl",
-        "config.yaml",
-    }
-    assert 'id="missing"' not in (output / "report.html").read_text(encoding="utf-8")
-    card = (tmp_path / "checkpoints" / "best_model" / "README.md").read_text(encoding="utf-8")
-    assert "perplexity ratio, NPT / base" in card
-    target = tmp_path / "again" / "report.json"
-    checkpoint = str(tmp_path / "checkpoints" / "best_model")
-    more = settings(local_model, tmp_path)
-    assert main(["evaluate", "--checkpoint", checkpoint, "--output", str(target), *more]) == 0
-    assert target.with_suffix(".html").is_file()

@@ -1,4 +1,4 @@
-"""The plots of a run: what is drawn, from partial and damaged files too."""
+"""Plots of a run show what there is, from partial and damaged files too."""
 
 from __future__ import annotations
 

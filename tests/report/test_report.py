@@ -1,4 +1,4 @@
-"""What a person sees: the terminal table and the plots."""
+"""The terminal's summary and the plots show the report's figures."""
 
 from __future__ import annotations
 

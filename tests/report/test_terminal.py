@@ -1,4 +1,4 @@
-"""The terminal's tables: every figure, what is missing, and text that looks like markup."""
+"""The terminal's tables show every figure, what is missing, and text that looks like markup as text."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Every malformed input of the catalogue: one line, exit status 2, nothing written, no traceback."""
+"""Every malformed input of the catalogue gives one line and exit status 2, writes nothing, shows no traceback."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -19,6 +20,7 @@ from npt.cli import _setup, main
 from npt.config import load_config
 from npt.runs.base_model import load_base
 from tests.catalogue import CATALOGUE, Entry, Kit, tensors
+from tests.helpers import REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +75,46 @@ def test_one_line_and_nothing_written(
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("entry", [e for e in CATALOGUE if e.script], ids=lambda entry: entry.name)
-def test_the_command_itself(entry: Entry, kit: Kit, tmp_path: Path) -> None:
-    arguments = laid_out(entry, tmp_path, kit)
-    before = contents(tmp_path)
-    result = subprocess.run(
-        [sys.executable, "-m", "npt.cli", *arguments], cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=120, check=False,
+SCRIPTS = [entry for entry in CATALOGUE if entry.script]
+
+
+def process(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
-    check(entry, result.returncode, result.stdout, result.stderr)
+
+
+def test_the_command_itself(kit: Kit, tmp_path: Path) -> None:
+    """A fresh interpreter, with one entry; the others run in forks of one that has npt.cli imported."""
+    arguments = laid_out(SCRIPTS[0], tmp_path, kit)
+    before = contents(tmp_path)
+    result = process("npt.cli", *arguments, folder=tmp_path)
+    check(SCRIPTS[0], result.returncode, result.stdout, result.stderr)
     assert contents(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def commands(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `tests.commands` left N.json of entry N, and the entry's folder N."""
+    folder = tmp_path_factory.mktemp("commands")
+    jobs = []
+    for number, entry in enumerate(SCRIPTS):
+        (folder / str(number)).mkdir()
+        jobs.append([str(folder / str(number)), laid_out(entry, folder / str(number), kit)])
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    result = process("tests.commands", str(folder / "jobs.json"), folder=REPOSITORY)
+    assert result.returncode == 0 and result.stdout == result.stderr == "", result.stderr
+    return folder
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("number", range(len(SCRIPTS)), ids=lambda number: SCRIPTS[number].name)
+def test_commands_in_processes_of_their_own(number: int, commands: Path, kit: Kit, tmp_path: Path) -> None:
+    status, out, err = json.loads((commands / f"{number}.json").read_text())
+    check(SCRIPTS[number], status, out, err)
+    laid_out(SCRIPTS[number], tmp_path, kit)
+    assert contents(commands / str(number)) == contents(tmp_path)
 
 
 def test_the_catalogue_is_as_large_as_it_says() -> None:

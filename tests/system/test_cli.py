@@ -1,12 +1,14 @@
-"""The command and the root entry points, as a user types them, on a local model."""
+"""The command and the root scripts do what the documentation says, as a user types them, on a local model."""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,13 @@ from npt.config import load_config
 from npt.runs.corpora import trained_on
 from tests.helpers import REPOSITORY, settings
 
+Called = Callable[..., subprocess.CompletedProcess[str]]
 
-@pytest.fixture(scope="module")
-def run(local_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+
+@pytest.fixture
+def run(finished_run: Path) -> Path:
     """A finished small run."""
-    folder = tmp_path_factory.mktemp("run")
-    assert main(["--quiet", "train", *settings(local_model, folder)]) == 0
-    return folder
+    return finished_run
 
 
 def test_train_leaves_what_is_documented(run: Path) -> None:
@@ -66,7 +68,10 @@ def test_evaluate_agrees_with_train_and_resolves_pt(run: Path, local_model: Path
 
 def test_evaluate_on_other_text(run: Path, local_model: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("Some other prose. " * 40)
-    arguments = settings(local_model, run, data__dataset_name="text", data__data_files=f"[{tmp_path / 'other.txt'}]")
+    arguments = settings(
+        local_model, run, data__dataset_name="text", data__data_files=f"[{tmp_path / 'other.txt'}]",
+        data__eval_texts="[builtin:python-docs]",
+    )  # fmt: skip
     (tmp_path / "third.txt").write_text("And a third kind. " * 40)
     command = [
         "evaluate",
@@ -81,6 +86,7 @@ def test_evaluate_on_other_text(run: Path, local_model: Path, tmp_path: Path) ->
     assert report["protocol"]["tokens"] == 8 * 31  # all of it: the adapter was not trained on this text
 
 
+@pytest.mark.usefixtures("quick_reports")
 @pytest.mark.parametrize("objective", ["local", "logits"])
 def test_teacher_targets_serve_a_second_run(
     objective: str, local_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -109,6 +115,7 @@ def test_a_checkpoint_folder_may_have_a_dot_in_its_name(run: Path, tmp_path: Pat
     assert trained_on(load_config(folder / "npt_run.yaml").data, folder)
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_training_on_text_holds_the_tail_out(local_model: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("".join(f"Sentence number {n} of a book. " for n in range(200)))
     (tmp_path / "prose.jsonl").write_text(
@@ -132,6 +139,7 @@ def test_training_on_text_holds_the_tail_out(local_model: Path, tmp_path: Path) 
     assert second["evaluations"]["divergence"] == report["evaluations"]["divergence"]
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_resume_continues(local_model: Path, tmp_path: Path) -> None:
     assert main(["--quiet", "train", *settings(local_model, tmp_path, training__num_train_steps=2)]) == 0
     longer = settings(local_model, tmp_path, training__num_train_steps=4)
@@ -141,13 +149,15 @@ def test_resume_continues(local_model: Path, tmp_path: Path) -> None:
     assert sum("calibration" in row for row in rows) == 1
 
 
-def test_a_new_run_sets_the_old_one_aside(run: Path, local_model: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("quick_reports")
+def test_a_new_run_sets_the_old_one_aside(local_model: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert main(["--quiet", "train", *settings(local_model, tmp_path, training__num_train_steps=0)]) == 0
     assert (tmp_path / "outputs" / "previous-1" / "metrics.jsonl").is_file()
     assert (tmp_path / "checkpoints" / "previous-1" / "best_model" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_exact_needs_no_training(local_model: Path, tmp_path: Path) -> None:
     assert main(["--quiet", "train", *settings(local_model, tmp_path, model__carry="exact")]) == 0
     report = json.loads((tmp_path / "outputs" / "evaluation_report.json").read_text())
@@ -229,33 +239,68 @@ def script(name: str, *arguments: str, cwd: Path, ok: bool = True) -> subprocess
     return result
 
 
+@pytest.fixture
+def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Called:
+    """Runs a root script in this process, which has the libraries imported: (name, *arguments) -> status, output."""
+
+    def call(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("sys.argv", [name, *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(REPOSITORY / name), run_name="__main__")
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess([name, *arguments], ended.value.code, *capsys.readouterr())
+
+    return call
+
+
+def short_run(local_model: Path, folder: Path) -> list[str]:
+    return settings(local_model, folder, data__dataset_name="self", training__num_train_steps=2)
+
+
 @pytest.mark.parametrize(
     "name,first",
     [
         ("train_npt_equivalence.py", ["--config", str(REPOSITORY / "config.yaml")]),
-        ("train_npt_optimized.py", ["--config", str(REPOSITORY / "config_optimized.yaml")]),
         ("launch_training.sh", ["--config", str(REPOSITORY / "config.yaml")]),
         ("launch_optimized.sh", ["small"]),
         ("launch_optimized.sh", ["optimized"]),
     ],
 )
 def test_documented_entry_points_train(name: str, first: list[str], local_model: Path, tmp_path: Path) -> None:
-    own_text = settings(local_model, tmp_path, data__dataset_name="self", training__num_train_steps=2)
-    result = script(name, *first, *own_text, cwd=tmp_path)
+    result = script(name, *first, *short_run(local_model, tmp_path), cwd=tmp_path)
     assert "perplexity ratio" in result.stdout
     assert (tmp_path / "checkpoints" / "best_model" / "adapter_model.safetensors").is_file()
 
 
-def test_documented_entry_points_around_training(run: Path, local_model: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("quick_reports")
+def test_the_optimized_script_trains(local_model: Path, tmp_path: Path, called: Called) -> None:
+    """In this process; `launch_optimized.sh` starts it in one of its own."""
+    first = ["--config", str(REPOSITORY / "config_optimized.yaml")]
+    result = called("train_npt_optimized.py", *first, *short_run(local_model, tmp_path))
+    assert result.returncode == 0 and "perplexity ratio" in result.stdout
+    assert (tmp_path / "checkpoints" / "best_model" / "adapter_model.safetensors").is_file()
+
+
+def test_documented_entry_points_around_training(run: Path, local_model: Path, tmp_path: Path, called: Called) -> None:
     arguments = [
         "--checkpoint", str(run / "checkpoints" / "best_model.pt"), "--config", str(REPOSITORY / "config.yaml"),
         "--output", str(tmp_path / "evaluation_report.json"), *settings(local_model, run),
     ]  # fmt: skip
-    script("evaluate_npt.py", *arguments, cwd=tmp_path)
+    assert called("evaluate_npt.py", *arguments).returncode == 0
     assert json.loads((tmp_path / "evaluation_report.json").read_text())["protocol"]["tokens"] > 0
     assert "ok" in script("test_npt_setup.py", cwd=tmp_path).stdout
-    assert "formed dW" in script("memory_efficiency_test.py", cwd=tmp_path).stdout
-    script("visualize_training.py", "--output-dir", str(run / "outputs"), cwd=tmp_path)
+    memory = called("memory_efficiency_test.py")
+    assert memory.returncode == 0 and "formed dW" in memory.stdout
+    assert called("visualize_training.py", "--output-dir", str(run / "outputs")).returncode == 0
+
+
+def test_scripts_fail_with_one_readable_line(called: Called) -> None:
+    result = called("evaluate_npt.py", "--checkpoint", "checkpoints/best_model.pt")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("npt:")]
+    assert result.returncode == 2 and len(lines) == 1 and "no adapter folder" in lines[0], result.stderr
 
 
 @pytest.mark.parametrize(
@@ -265,7 +310,6 @@ def test_documented_entry_points_around_training(run: Path, local_model: Path, t
         ("launch_optimized.sh", ["large"], "got 'large'"),
         ("launch_optimized.sh", ["optimized"], "meta-llama/Llama-2-7b-hf"),
         ("launch_training.sh", ["--set", "model.base_model_name=meta-llama/Llama-3.2-1B"], "meta-llama/Llama-3.2-1B"),
-        ("evaluate_npt.py", ["--checkpoint", "checkpoints/best_model.pt"], "no adapter folder"),
     ],
 )
 def test_entry_points_fail_with_one_readable_line(name: str, arguments: list[str], words: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The tools people use around a model, the real ones, on an NPT model: pipeline, Trainer, TRL, lm-evaluation-harness."""
+"""Common tools work on an NPT model as they are: pipeline, Trainer, TRL, lm-evaluation-harness."""
 
 from __future__ import annotations
 

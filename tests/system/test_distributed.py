@@ -1,11 +1,10 @@
-"""Several processes give what one gives: losses, calibration, evaluation, checkpoints; DDP and FSDP2 over gloo."""
+"""Several processes give what one gives: losses, calibration, evaluation, checkpoints; with DDP and FSDP2 over gloo."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,11 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from npt.cli import main
 from npt.common import processes as distributed
 from npt.common.launch import check_launch
 from npt.errors import NPTError
 from npt.runs.processes import shards_base, start_processes
 from npt.training.checkpoints import last_checkpoint
+from tests.distributed_worker import free_port, work
 from tests.helpers import REPOSITORY
 
 OBJECTIVES = ("local", "logits", "composite")
@@ -31,10 +32,7 @@ LOSSES = ("loss", "equivalence_loss", "regularization_loss", "mean_delta_norm", 
 
 def launch(count: int, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs `python COMMAND` as one process or under torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", port]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", free_port()]
     done = subprocess.run(
         [sys.executable, *(torchrun if count > 1 else []), *command],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=400,
@@ -42,11 +40,6 @@ def launch(count: int, *command: str, check: bool = True, **environment: str) ->
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
-
-
-def work(count: int, specs: list[dict[str, Any]], *, check: bool = True) -> None:
-    """Runs the worker on specs, in so many processes."""
-    launch(count, "-m", "tests.distributed_worker", json.dumps(specs), check=check)
 
 
 def logged(folder: Path, key: str) -> list[tuple[int, float]]:
@@ -78,6 +71,7 @@ def specs(folder: Path, engine: str | None) -> Iterator[dict[str, Any]]:
                 "objective": objective,
                 "dtype": dtype,
                 "accumulation": accumulation,
+                "steps": 20 if dtype == "float64" else 10,
             }
     weights = {"regularization_weight": 0.01, "regularizer": "factors"}
     more: dict[str, dict[str, Any]] = {
@@ -110,7 +104,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Pat
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_train_as_one_does(engine: str, name: str, runs: Callable[[str | None], Path]) -> None:
-    """20 steps at the same global batch: losses to 1e-9 in float64 and 1e-4 in float32, logits to 1e-6 (1e-5)."""
+    """At the same global batch, losses to 1e-9 in 20 steps of float64 and to 1e-4 in 10 of float32; logits to 1e-6 (1e-5)."""
     one, two = runs(None) / name, runs(engine) / name
     exact = not name.endswith("float32")
     assert_alike(one, two, *(1e-9, 1e-6) if exact else (1e-4, 1e-5))
@@ -236,7 +230,8 @@ def test_real_checkpoint(stories: Path, tmp_path: Path) -> None:
         folder = tmp_path / ("one" if engine is None else engine or "ddp")
         return [
             {"folder": str(folder / f"{name}-{dtype}"), "model": str(stories), "objective": name, "dtype": dtype,
-             "options": {"npt_layers": [2, 3, 4], "rank": 8}, "vocabulary": 512, "sharded": engine or "", "calibrate": True}
+             "options": {"npt_layers": [2, 3, 4], "rank": 8}, "vocabulary": 512, "sharded": engine or "", "calibrate": True,
+             "steps": 10}
             for name in OBJECTIVES for dtype in ("float64", "float32")
         ]  # fmt: skip
 
@@ -296,7 +291,11 @@ def test_the_commands_under_torchrun(local_model: Path, tmp_path: Path) -> None:
     for name, count, more in (("one", 1, []), ("two", 2, []), ("shared", 2, ["--set", "optimization.fsdp=true"])):
         output = tmp_path / f"{name}.json"
         adapter = str(tmp_path / "checkpoints" / "best_model")
-        launch(count, "evaluate_npt.py", "--checkpoint", adapter, "--output", str(output), *run, *more)
+        arguments = ["--checkpoint", adapter, "--output", str(output), *run, *more]
+        if count == 1:
+            assert main(["evaluate", *arguments]) == 0
+        else:
+            launch(count, "evaluate_npt.py", *arguments)
         reports.append(json.loads(output.read_text()))
     assert not list(differences(reports[0], reports[1])) and not list(differences(reports[0], reports[2]))
     # The report of the run itself is that of the same adapter on the same text.
@@ -368,11 +367,12 @@ def test_sharding_needs_several_processes(monkeypatch: pytest.MonkeyPatch) -> No
     assert shards_base(False)
 
 
-def test_singles_leave_nothing_behind(tmp_path: Path) -> None:
-    done = launch(
-        1, "train_npt_equivalence.py", *settings("builtin:tiny", tmp_path), check=False, SLURM_STEP_NUM_TASKS="2"
-    )
-    assert done.returncode == 2 and "SLURM_STEP_NUM_TASKS=2" in done.stderr.splitlines()[-1]
+def test_singles_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert main(["train", *settings("builtin:tiny", tmp_path)]) == 2
+    assert "SLURM_STEP_NUM_TASKS=2" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 

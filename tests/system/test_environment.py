@@ -1,4 +1,4 @@
-"""scripts/environment.sh: what a user reads when the machine isn't ready; every tool it calls is a stand-in."""
+"""scripts/environment.sh tells a user in one line what the machine lacks; every tool it calls is a stand-in."""
 
 from __future__ import annotations
 

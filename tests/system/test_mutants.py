@@ -1,4 +1,4 @@
-"""The mutation check itself: which changes it makes, and that it tells a test that notices from one that doesn't."""
+"""The mutation check makes the changes it says and tells a test that notices one from a test that doesn't."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the project promises, on pretrained checkpoints: the one in the package, and a real one where it is at hand."""
+"""The project's promises hold on pretrained checkpoints: the one in the package, and a real one where it is at hand."""
 
 from __future__ import annotations
 

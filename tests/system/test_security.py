@@ -1,4 +1,4 @@
-"""Nothing let in: no pickle, no secrets written, hostile text harmless, names that stay in their folder."""
+"""Nothing harmful gets in: no pickle is read, no secret written, hostile text stays text, names stay in their folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Slurm script's order of events, with stand-ins for Slurm's commands and torchrun: a run that ends, fails, is stopped."""
+"""The Slurm script does its steps in order, with stand-ins for Slurm and torchrun: a run that ends, fails, is stopped."""
 
 from __future__ import annotations
 

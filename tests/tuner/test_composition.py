@@ -1,9 +1,10 @@
-"""NPT models in the company of what transformers and PEFT offer; small random models of several families."""
+"""NPT models of several families work with what transformers and PEFT offer, from caches to LoRA and compilation."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 def convert(name: str | Case, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     case = BY_NAME[name] if isinstance(name, str) else name
+    return _converted(case, dtype, **options)
+
+
+def convert_two(name: str, **options: Any) -> Any:
+    """As `convert`, with two blocks: compiling takes a second for each."""
+    case = BY_NAME[name]
+    return _converted(replace(case, options={**case.options, "num_hidden_layers": 2}), torch.float64, **options)
+
+
+def _converted(case: Case, dtype: torch.dtype, **options: Any) -> Any:
     model = get_peft_model(case.build(dtype), NPTConfig(**{"npt_layers": "all", "rank": 3, **options})).eval()
     randomize(model, 0.05)
     return model
@@ -66,7 +77,7 @@ COMPILED = [
 
 @pytest.mark.parametrize("name, options", COMPILED, ids=lambda part: part if isinstance(part, str) else "-".join(part))
 def test_compiled_whole_equals_eager(name: str, options: dict[str, Any]) -> None:
-    model = convert(name, torch.float64, **options)
+    model = convert_two(name, **options)
     expected = model(IDS, use_cache=False).logits
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -75,7 +86,7 @@ def test_compiled_whole_equals_eager(name: str, options: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("name", ["llama", "olmo2"])
 def test_compiled_gradients_equal_eager(name: str) -> None:
-    model = convert(name, torch.float64)
+    model = convert_two(name)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for a, b in zip(gradients(model, compiled), gradients(model), strict=True):

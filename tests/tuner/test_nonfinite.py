@@ -1,4 +1,4 @@
-"""Nothing silent: NaN and infinity are named and stop the step; degenerate text gives a fit or a refusal."""
+"""NaN and infinity are named and stop the step; degenerate text gives a finite fit or a refusal."""
 
 from __future__ import annotations
 
@@ -197,6 +197,7 @@ def test_an_adapter_that_changes_nothing_is_reported(local_model: Path) -> None:
     assert any("the adapter changes nothing" in note for note in notes(no_attention))
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_training_that_moves_nothing_is_reported(
     local_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""CPU offload: the frozen blocks' weights are elsewhere, everything computes the same."""
+"""CPU offload keeps the frozen blocks' weights elsewhere and changes no result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The PEFT face: save and load, several adapters, the teacher, refusals, and what we rely on inside PEFT."""
+"""The PEFT surface works: save and load, several adapters, the teacher, refusals, and what npt relies on inside PEFT."""
 
 from __future__ import annotations
 
