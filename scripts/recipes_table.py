@@ -8,7 +8,7 @@ from npt.common.display import duration
 from npt.config import RunConfig, load_config
 from npt.planning.devices import planned_launch
 from npt.planning.plan import plan_run
-from npt.planning.timing import memory_limit, run_steps, step_time
+from npt.planning.timing import memory_limit, planned_steps, step_time
 from scripts.marked import ROOT, section, write_section
 
 GIB = 2**30
@@ -63,7 +63,7 @@ HEAD = (
 def line(row: Row) -> str:
     """One row of a table."""
     config, launch = row.config(), planned_launch(row.processes, row.nodes, row.device)
-    plan, steps = plan_run(config, None, row.processes), run_steps(config, row.processes)
+    plan, steps = plan_run(config, None, row.processes), planned_steps(config, row.processes)
     t = config.training
     time = step_time(plan, t.gradient_accumulation_steps, launch)
     tokens = row.processes * t.batch_size * t.gradient_accumulation_steps * config.data.max_length

@@ -27,7 +27,7 @@ from npt.planning.devices import BANDWIDTH_SHARE, DEVICES, EFFICIENCY, planned_l
 from npt.planning.plan import OVERHEAD, plan_run
 from npt.planning.shapes import KNOWN_SHAPES, shapes_of
 from npt.planning.shards import DDP, FSDP2, local_size, shard_units, strategy_of
-from npt.planning.timing import run_steps, step_time, time_lines
+from npt.planning.timing import planned_steps, step_time, time_lines
 from npt.tuner.converted import active_layers, parameter_counts
 from tests.helpers import allocated
 
@@ -236,11 +236,11 @@ def test_products_of_a_step() -> None:
 
 
 def test_steps_of_a_run() -> None:
-    assert run_steps(config("training.num_train_steps=7"), 4) == 7
+    assert planned_steps(config("training.num_train_steps=7"), 4) == 7
     # 100 blocks, 10 of them to choose by; 90 in batches of 4 x 2 make 12, in steps of 3 batches 4, twice.
     options = ["training.gradient_accumulation_steps=3", "training.num_epochs=2", "data.num_train_samples=100"]
-    assert run_steps(config(*options), 4) == 8
-    assert run_steps(config("data.num_train_samples=null"), 4) is None
+    assert planned_steps(config(*options), 4) == 8
+    assert planned_steps(config("data.num_train_samples=null"), 4) is None
 
 
 @pytest.mark.parametrize(

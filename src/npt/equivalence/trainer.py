@@ -27,6 +27,7 @@ from npt.evaluation.weight_deltas import delta_records
 from npt.training.bad_batch import raise_nonfinite
 from npt.training.callbacks import BestAdapterCallback
 from npt.training.checkpoints import DurableTrainer
+from npt.training.steps import run_steps
 from npt.tuner.converted import ConvertedModel, active_layers, device_of, own_parameters
 from npt.tuner.nonfinite import find_nonfinite
 
@@ -137,12 +138,12 @@ class EquivalenceTrainer(DurableTrainer):
     def is_finished(self, checkpoint: Path) -> bool:
         """True where nothing is left to train after a checkpoint; HF's Trainer would take one more step."""
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        steps = self.args.max_steps
-        if steps <= 0:
-            per_epoch = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
-            steps = math.ceil(self.args.num_train_epochs * per_epoch)
+        args = self.args
+        given = args.max_steps if args.max_steps > 0 else None
+        batches = len(self.get_train_dataloader()) if given is None else 0  # a stream has no length
+        steps = run_steps(batches, args.gradient_accumulation_steps, args.num_train_epochs, given)
         return state.global_step >= steps or any(
-            callback.patience_is_over(state.global_step, self.args)
+            callback.patience_is_over(state.global_step, args)
             for callback in self.callback_handler.callbacks
             if isinstance(callback, BestAdapterCallback)
         )

@@ -6,7 +6,6 @@ them that is assumed to be reached (`npt.planning.devices`).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from npt.common.display import duration
@@ -14,7 +13,7 @@ from npt.config import RunConfig
 from npt.planning.devices import BANDWIDTH_SHARE, EFFICIENCY, Launch, device_memory
 from npt.planning.plan import Plan
 from npt.runs.base_model import default_device
-from npt.training.steps import held_back
+from npt.training.steps import held_back, run_steps
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,13 @@ def step_time(plan: Plan, micro_batches: int, launch: Launch) -> StepTime:
     )
 
 
-def run_steps(config: RunConfig, processes: int) -> int | None:
-    """Optimiser steps of a run, as Trainer counts them; None where the text's length decides."""
+def planned_steps(config: RunConfig, processes: int) -> int | None:
+    """Optimiser steps of a planned run; None where the text's length decides."""
     t, samples = config.training, config.data.num_train_samples
-    if t.num_train_steps is not None:
-        return t.num_train_steps
-    if samples is None:
+    if samples is None and t.num_train_steps is None:
         return None
-    blocks = samples - held_back(samples)
-    batches = -(-blocks // (processes * t.batch_size))
-    return math.ceil(t.num_epochs * -(-batches // t.gradient_accumulation_steps))
+    blocks = 0 if samples is None else samples - held_back(samples)
+    return run_steps(blocks, processes * t.batch_size * t.gradient_accumulation_steps, t.num_epochs, t.num_train_steps)
 
 
 def time_lines(plan: Plan, config: RunConfig, launch: Launch, dtype: str) -> list[str]:
@@ -78,7 +74,7 @@ def time_lines(plan: Plan, config: RunConfig, launch: Launch, dtype: str) -> lis
             "model.dtype"
         ]
     found = step_time(plan, t.gradient_accumulation_steps, launch)
-    steps = run_steps(config, launch.processes)
+    steps = planned_steps(config, launch.processes)
     tokens = launch.processes * t.batch_size * t.gradient_accumulation_steps * config.data.max_length
     lines = [
         f"predicted, a step of {tokens:,} tokens: {duration(found.most)} (products {duration(found.products)}, memory "

@@ -14,7 +14,7 @@ from npt.config import RunConfig, TrainingSection
 from npt.equivalence.objectives import Objective
 from npt.errors import ConfigError
 from npt.runs.processes import shards_base, start_processes
-from npt.training.steps import steps_per_epoch
+from npt.training.steps import run_steps
 
 #: TrainingArguments of `optimization.fsdp`; an FSDP configuration of accelerate's own decides the details itself.
 FSDP_ARGUMENTS: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
@@ -108,8 +108,8 @@ def objective_schedule(t: TrainingSection, blocks: int) -> list[tuple[int, Objec
     Args:
         blocks: training blocks, which count where no number of steps is given.
     """
-    per_epoch = steps_per_epoch(blocks, t.batch_size * t.gradient_accumulation_steps * world()[1])
-    steps = int(per_epoch * t.num_epochs) if t.num_train_steps is None else t.num_train_steps
+    per_step = t.batch_size * t.gradient_accumulation_steps * world()[1]
+    steps = run_steps(blocks, per_step, t.num_epochs, t.num_train_steps)
     names = t.objectives()
     return [
         (

@@ -13,11 +13,6 @@ def held_back(blocks: int) -> int:
     return min(VALIDATION_BLOCKS, max(1, blocks // 10))
 
 
-def steps_per_epoch(items: int, per_step: int) -> int:
-    """Optimiser steps of one pass over `items` blocks (or batches), of which a step takes `per_step`."""
-    return -(-items // per_step)
-
-
 def run_steps(items: int, per_step: int, num_epochs: float, num_train_steps: int | None = None) -> int:
     """Optimiser steps of a run, as Trainer counts them.
 
@@ -25,4 +20,4 @@ def run_steps(items: int, per_step: int, num_epochs: float, num_train_steps: int
         items: blocks that are trained on (or batches of them). per_step: how many of these a step takes, over all processes
             and accumulated batches. num_train_steps: decides alone where it is given.
     """
-    return math.ceil(num_epochs * steps_per_epoch(items, per_step)) if num_train_steps is None else num_train_steps
+    return math.ceil(num_epochs * -(-items // per_step)) if num_train_steps is None else num_train_steps
