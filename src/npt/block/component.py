@@ -209,7 +209,6 @@ class NPComponent(nn.Module):
         return InputValues(values.pop(MLP_INPUT, None), values, m)
 
     def _down_value(self, attention: Tensor, inner: Tensor, m: Tensor | None) -> Tensor | None:
-        m = self.modulation(attention) if m is None else m
         value = _sums(self._down_terms(attention, inner, m)).get("down")
         return None if value is None else cast(value * _has_key(inner, value), attention.dtype)
 
@@ -231,6 +230,7 @@ class NPComponent(nn.Module):
         if self.spec.carry == "exact":
             return [Term("down", attention)]
         carried = [Term("down", self.e * attention)] if self.spec.carry == "diagonal" else []
+        m = self.modulation(attention) if m is None else m  # after the carry, in whose order gradients are summed
         return [*carried, *self._low_rank_terms("down", inner, m)]
 
     def _low_rank_terms(self, site: str, x: Tensor, m: Tensor | None) -> list[Term]:
@@ -350,7 +350,7 @@ class NPComponent(nn.Module):
         """{"down": dW of down in factors}, empty where it receives none; arguments as `down_value`."""
         if "down" not in self.spec.projections:
             return {}
-        terms = self._down_terms(attention, inner, self.modulation(attention))
+        terms = self._down_terms(attention, inner, None)
         value = _sums(terms, own_key=False).get("down")
         value = torch.zeros_like(attention) if value is None else value * _has_key(inner, inner)
         return {"down": WeightDelta(value, inner, _own_key(terms, "down"))}
