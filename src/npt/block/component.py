@@ -12,7 +12,9 @@ for a given v is |v| / |x|, reached by the input key k = x / |x|^2 alone (docs/m
 Symbols, in code and docstrings: d hidden size, f MLP width, r rank, a attention output (..., d),
 z = Norm2(h) the MLP's input (..., d), i the MLP's intermediate, the input of `down` (..., f).
 A projection's weight W_t is (f, d) for gate and up, (d, f) for down; nothing of that size is ever formed
-per token, except by `WeightDelta.matrix`, on request, for one token.
+per token, except by `WeightDelta.matrix`, on request, for one token. W_t is never multiplied here: a term inside
+W_t (...) is added to z, and reaches gate and up through their own weights (`MLP_INPUT`). The values v are the equations of
+`NPComponent` below.
 """
 
 from __future__ import annotations
@@ -258,7 +260,7 @@ class NPComponent(nn.Module):
         z = z if self.norm_bias is None else z - self.norm_bias
         if not self.has_gain:
             return a, z, ()
-        # Few kinds of kernels: in a decoding step each comes from cold memory, at 20 to 30 microseconds.
+        # Few distinct kernels: while decoding, the first call of each costs 20 to 30 microseconds.
         per_channel = 1 / a.shape[-1]
         size = (a * a).sum(-1, keepdim=True) * per_channel
         if self.spec.gain == "norm":
@@ -330,7 +332,7 @@ class NPComponent(nn.Module):
     def _input_delta(
         self, t: str, attention: Tensor, z: Tensor, product: Callable[[Tensor], Tensor], exact_input: Tensor | None
     ) -> WeightDelta:
-        # Anew for each projection: shared ones would sum a regulariser's gradients in another order.
+        # Terms are made anew per projection: sharing them would change the order of gradient sums, and the last digits.
         terms, mask = self._input_terms(attention, z, self.modulation(attention), exact_input), _has_key(z, z)
         keyed = {place: cast(value * mask, z.dtype) for place, value in _sums(terms, own_key=False).items()}
         value = product(keyed[MLP_INPUT]) if MLP_INPUT in keyed else None

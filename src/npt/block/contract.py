@@ -49,6 +49,8 @@ def check_contract(model: Any, layers: list[NPTLayer]) -> None:
         for handle in handles:
             handle.remove()
     for layer in layers:
+        for name in layer.family.projections:
+            layer.module(name)  # raises where the block has none
         _check_block(layer, *calls[layer.index])
 
 

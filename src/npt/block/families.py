@@ -1,7 +1,7 @@
 """The table of model families: one line says where the pieces of a block are.
 
 A new family is one call: `register_family("my_type", Family(...))`. The conversion contract (`contract.py`) runs at
-conversion and rejects a wrong line, so a typo here can't produce wrong results silently.
+conversion on the real model: a missing path, a wrong tap, norm or multiplier is an error, not a wrong result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Family:
     """Paths of modules, relative to the causal LM (`blocks`) or to one block (the others).
 
     tap: the last module whose output attention adds to the residual stream, a norm after attention included; where
-        blocks of one model differ (attention here, a linear recurrence there), all of them: the one a block has counts.
+        blocks of one model differ (attention here, a linear recurrence there), a tuple of paths: each block uses the
+        first that it has.
     norm: Norm2, which the MLP's input comes from; None where the MLP reads the residual stream itself.
     mlp: the module from Norm2's output to the update; None where a block holds the projections itself.
     up, down, gate: the MLP's projections (Linear or Conv1D); gate is None where there is none. gate == up is one

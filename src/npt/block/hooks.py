@@ -23,7 +23,8 @@
 | `finish`       | block, after         | pass: observed           | nothing; empties the pass, tells `on_block`   |
 
 tap: the last module whose output attention adds to the residual stream. out: the norm after the MLP, where there is one.
-All hooks are registered once and switched by what the pass holds: torch.compile ignores hooks that are added after it.
+Modes change what the pass holds, never the hooks: torch.compile ignores a hook that is added after it. Hooks change where an
+adapter is added that needs others, where a module was wrapped, and on the norm while the exact value is wanted.
 """
 
 from __future__ import annotations

@@ -196,7 +196,8 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     def update_from(self, hidden_states: Tensor, attention: Tensor, mode: Mode | None = None) -> Tensor:
         """The block's update y - h from given h and a, (..., d): one norm and one MLP, no attention.
 
-        mode: what the block runs as; None is the active adapter. In Mode.ORIGINAL it is MLP(Norm2(h)), without a.
+        mode: what the block runs as; None is the active adapter. Mode.ORIGINAL adds no delta and ignores `attention`: it gives
+            MLP(Norm2(h)). The original block's own update is Mode.EXACT.
         """
         family, now = self.family, self.hooks.start(mode)
         now.attention, now.residual = attention, hidden_states

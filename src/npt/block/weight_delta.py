@@ -17,7 +17,7 @@ class WeightDelta:
     """dW of one projection for a batch of tokens, in factors: dW = value k^T + B^T diag(m) C^T.
 
     value (..., out) is carried by the input key k = x / |x|^2; inputs x (..., in); low_rank is (m (..., r), C (in, r),
-    B (r, out)), or None when the low-rank part rides on the input key.
+    B (r, out)), or None when the low-rank part uses the input key and is part of `value`.
     Tokens with x = 0 have no input key: their `value` is zero and `skipped` counts them.
     """
 

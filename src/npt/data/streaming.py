@@ -24,7 +24,7 @@ from npt.data.packing import IGNORED, labelled, token_ids
 from npt.data.sources import expand_files, read_documents
 from npt.errors import DataError, NPTError
 
-#: Files of which the first document is looked at before a run; of more, so many evenly spaced ones.
+#: At most this many files, evenly spaced, have their first document read before a run.
 CHECKED_FILES = 256
 #: (seed of an epoch) -> a streaming data set with a column "text", its files in an order of that seed.
 Source = Callable[[list[int]], datasets.IterableDataset]

@@ -5,8 +5,8 @@
     logits   for `logits`: per token the k most probable next tokens, their log-probabilities and that of all others
              together. KL over these k + 1 outcomes is a lower bound of the full KL (data processing), close for k = 64.
 
-A folder holds targets.json, which names the model and the text that the targets were made from, and safetensors shards of
-whole blocks. A shard appears whole, so an interrupted run goes on where it stopped.
+A folder holds targets.json, which names the model and the text that the targets were made from, and safetensors shards,
+each of whole blocks of text. A shard appears whole, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations

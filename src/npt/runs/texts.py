@@ -1,6 +1,7 @@
 """The texts that a run's `data` section names, each opened once: checked before any long work, then packed.
 
-A local training file is read twice at most, once from end to end by the check and once by the packing.
+In each process a local file of `data.data_files` is read twice at most: once from end to end by the check, once by the
+packing. A file that another key names too is another text, and streamed files are read as they train.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class RunTexts:
     def check_enough(self, model: ModelSection) -> None:
         """Checks, before any weights are loaded, that local text yields enough blocks. Loads only the tokenizer.
 
-        The blocks packed for the check are the first ones of `blocks`.
+        `blocks` goes on packing where this check stopped; nothing is read again.
 
         Raises:
             DataError: too few blocks to train on and to hold out. NPTError: no tokenizer.

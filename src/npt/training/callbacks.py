@@ -79,7 +79,7 @@ class BestAdapterCallback(TrainerCallback):
                 control.should_training_stop = True
             return
         save_adapter(self.model, self.folder)
-        # Last: a run killed before it finds an older figure here on resuming, and saves this adapter again.
+        # Written last: a run killed before this line finds the older figure when it resumes, and saves the adapter again.
         first_does(lambda: write_json(self.folder / "best.json", {"step": state.global_step, **metrics}))
 
     def patience_is_over(self, step: int, args: TrainingArguments) -> bool:
