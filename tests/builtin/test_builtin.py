@@ -126,6 +126,7 @@ def test_training_on_python_docs_holds_a_part_out(tmp_path: Path) -> None:
     assert list(corpora) == ["builtin:python-docs"] and corpora["builtin:python-docs"]["tokens"] < 16 * 256
 
 
+@pytest.mark.slow
 def test_the_training_script_gives_the_same_weights_again(tmp_path: Path) -> None:
     """A few steps, from its seed, twice; the shipped model plays the teacher."""
     digests = []

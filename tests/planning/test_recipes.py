@@ -58,6 +58,7 @@ def test_the_predictions_are_up_to_date(name: str) -> None:
     assert lines_of((ROOT / document).read_text(encoding="utf-8"), name) == [line(row) for row in rows]
 
 
+@pytest.mark.slow
 def test_the_first_prediction_is_up_to_date() -> None:
     document, rows = TABLES["recipes"]
     assert lines_of((ROOT / document).read_text(encoding="utf-8"), "recipes")[0] == line(rows[0])

@@ -266,7 +266,7 @@ def short_run(local_model: Path, folder: Path) -> list[str]:
         ("train_npt_equivalence.py", ["--config", str(REPOSITORY / "config.yaml")]),
         ("launch_training.sh", ["--config", str(REPOSITORY / "config.yaml")]),
         ("launch_optimized.sh", ["small"]),
-        ("launch_optimized.sh", ["optimized"]),
+        pytest.param("launch_optimized.sh", ["optimized"], marks=pytest.mark.slow),  # test_the_optimized_script_trains
     ],
 )
 def test_documented_entry_points_train(name: str, first: list[str], local_model: Path, tmp_path: Path) -> None:

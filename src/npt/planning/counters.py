@@ -37,7 +37,11 @@ class AllocationCounter(TorchDispatchMode):
         known = {_storage_id(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and _storage_id(tensor) not in known | self._seen:
+            if (
+                isinstance(tensor, Tensor)
+                and _storage_id(tensor) not in known
+                and _storage_id(tensor) not in self._seen
+            ):
                 self._watch(tensor)
         return result
 
