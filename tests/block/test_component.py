@@ -41,6 +41,17 @@ def test_rank_zero_has_no_low_rank_part(rank: int, low_rank: bool) -> None:
     assert (made.modulation(normal(2, D)) is not None) == low_rank
 
 
+def test_a_seed_fixes_the_random_start() -> None:
+    """Whatever torch's own random state is; another seed gives another start."""
+    spec, starts = ComponentSpec(D, F, rank=R, key="learned"), {}
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(starts))
+        made = NPComponent(spec, seed=seed)
+        starts.setdefault(seed, []).append((made.A, made.C_in, made.C_down))
+    for one, same, other in zip(*starts[1], *starts[2], strict=True):
+        assert torch.equal(one, same) and not torch.equal(one, other)
+
+
 def test_only_parameters_are_saved() -> None:
     made = NPComponent(ComponentSpec(D, F), normal(D), normal(D, seed=1))
     assert set(made.state_dict()) == set(dict(made.named_parameters()))

@@ -27,11 +27,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from npt.block.spec import INPUT_PROJECTIONS, ComponentSpec
+from npt.block.spec import ComponentSpec
 from npt.block.weight_delta import Factors, WeightDelta
 from npt.common.precision import cast, wide_dtype
-
-__all__ = ["INPUT_PROJECTIONS", "ComponentSpec", "InputValues", "NPComponent", "WeightDelta"]
 
 #: Keeps the division by the norm's weight finite where a weight is (close to) zero.
 NORM_WEIGHT_EPSILON = 1e-6

@@ -38,8 +38,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from npt.block.component import INPUT_PROJECTIONS, InputValues, NPComponent, WeightDelta
+from npt.block.component import InputValues, NPComponent, WeightDelta
 from npt.block.probing import BlockParts
+from npt.block.spec import INPUT_PROJECTIONS
 from npt.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -73,10 +74,11 @@ class Pass:
     Not a module: setting a module's attribute costs as much as a small kernel.
     """
 
+    component: NPComponent | None = None
+    mode: Mode | None = None
+    multiplier = 1.0
+
     def __init__(self) -> None:
-        self.component: NPComponent | None = None
-        self.mode: Mode | None = None
-        self.multiplier = 1.0
         self.clear()
 
     def clear(self) -> None:
@@ -102,7 +104,6 @@ class BlockHooks:
         self.on_deltas: DeltaObserver | None = None
         self.now = Pass()
         self.handles: list[RemovableHandle] = []
-        self.has_projection_hooks = False
         self._norm_handle: RemovableHandle | None = None
         self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npt.block.component import INPUT_PROJECTIONS
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import Mode, running_as, watching
+from npt.block.spec import INPUT_PROJECTIONS
 from npt.common.precision import wide_dtype
 from npt.common.sharded import gathered
 from npt.tuner.converted import ConvertedModel, active_layers, run_backbone
