@@ -52,6 +52,12 @@ def test_a_seed_fixes_the_random_start() -> None:
         assert torch.equal(one, same) and not torch.equal(one, other)
 
 
+def test_features_have_the_digits_of_the_parameters() -> None:
+    made = component(torch.float64)
+    a, z, phi = made.features(normal(3, D, dtype=torch.float32), normal(3, D, seed=1, dtype=torch.float32))
+    assert {x.dtype for x in (a, z, *phi)} == {torch.float64}
+
+
 def test_only_parameters_are_saved() -> None:
     made = NPComponent(ComponentSpec(D, F), normal(D), normal(D, seed=1))
     assert set(made.state_dict()) == set(dict(made.named_parameters()))

@@ -152,7 +152,7 @@ class NPComponent(nn.Module):
         if spec.input_projections and spec.low_rank_at == "input":
             sites["in"] = (d, d)
         elif spec.input_projections:
-            sites |= dict.fromkeys(spec.input_projections, (d, f))
+            sites = dict.fromkeys(spec.input_projections, (d, f))
         if "down" in spec.projections:
             sites["down"] = (f, d)
         self.A = nn.Parameter(torch.randn(d, spec.rank, generator=generator, **self._new) / d**0.5)
