@@ -131,17 +131,16 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     def active_name(self) -> str | None:
         """The active adapter that has a component in this block."""
         active, components = self._active_adapter, self._components()
-        names = [active] if isinstance(active, str) else active
-        return next((name for name in names if name in components), None)
+        for name in [active] if isinstance(active, str) else active:
+            if name in components:
+                return name
+        return None
 
     @property
     def component(self) -> NPComponent | None:
         """The active adapter's component; None where it has none in this block."""
-        active, components = self._active_adapter, self._components()
-        for name in [active] if isinstance(active, str) else active:
-            if name in components:
-                return components[name]
-        return None
+        name = self.active_name
+        return None if name is None else self._components()[name]
 
     @property
     def own(self) -> NPComponent:

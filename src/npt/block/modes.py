@@ -13,7 +13,7 @@ Each puts back what was there before, also after an error. They may be nested.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from npt.block.hooks import BlockObserver, DeltaObserver, Mode
@@ -24,40 +24,29 @@ if TYPE_CHECKING:
 __all__ = ["Mode", "running_as", "watching", "watching_deltas"]
 
 
-@contextmanager
-def running_as(layers: Sequence[NPTLayer], mode: Mode | None) -> Iterator[None]:
+def running_as(layers: Sequence[NPTLayer], mode: Mode | None) -> AbstractContextManager[None]:
     """Blocks run as `mode` says; None is the active adapter, as configured."""
-    before = [layer.mode for layer in layers]
-    try:
-        for layer in layers:
-            layer.mode = mode
-        yield
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.mode = old
+    return _having(layers, "mode", mode)
 
 
-@contextmanager
-def watching(layers: Sequence[NPTLayer], see: BlockObserver | None) -> Iterator[None]:
+def watching(layers: Sequence[NPTLayer], see: BlockObserver | None) -> AbstractContextManager[None]:
     """Hands h, a and y of every pass through a block's own forward to `see(layer, record)`; None: nobody watches."""
-    before = [layer.hooks.on_block for layer in layers]
-    try:
-        for layer in layers:
-            layer.hooks.on_block = see
-        yield
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.hooks.on_block = old
+    return _having([layer.hooks for layer in layers], "on_block", see)
+
+
+def watching_deltas(layers: Sequence[NPTLayer], see: DeltaObserver | None) -> AbstractContextManager[None]:
+    """Hands the weight deltas of every pass to `see(layer, {projection: delta})`, gate and up before down."""
+    return _having([layer.hooks for layer in layers], "on_deltas", see)
 
 
 @contextmanager
-def watching_deltas(layers: Sequence[NPTLayer], see: DeltaObserver | None) -> Iterator[None]:
-    """Hands the weight deltas of every pass to `see(layer, {projection: delta})`, gate and up before down."""
-    before = [layer.hooks.on_deltas for layer in layers]
+def _having(owners: Sequence[object], name: str, value: object) -> Iterator[None]:
+    """An attribute of all owners has a value, and afterwards each its own again."""
+    before = [getattr(owner, name) for owner in owners]
     try:
-        for layer in layers:
-            layer.hooks.on_deltas = see
+        for owner in owners:
+            setattr(owner, name, value)
         yield
     finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.hooks.on_deltas = old
+        for owner, old in zip(owners, before, strict=True):
+            setattr(owner, name, old)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from npt.block.families import Family
+from npt.common.precision import wide_dtype
 from npt.errors import ConversionError
 
 
@@ -74,7 +75,7 @@ def probe_norm(norm: Any, d: int, like: Tensor) -> tuple[Tensor, Tensor | None, 
     with torch.no_grad():
         plus, minus = norm.forward((sign * scale)[None])[0], norm.forward((-sign * scale)[None])[0]
         constant = norm.forward(torch.full_like(sign, scale)[None])[0]
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    dtype = wide_dtype(parameter.dtype)
     bias = (plus.to(dtype) + minus.to(dtype)) / 2
     weight = (plus.to(dtype) - minus.to(dtype)) / 2 * sign
     if parameter.is_meta:
