@@ -96,8 +96,6 @@ def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
         prepare_wandb(config)
     base, tokenizer = load_base(config.model, config.optimization, config.paths.cache_dir)
     model: Any = get_peft_model(base, adapter)
-    # As the user named it: the place of a builtin model differs from machine to machine.
-    adapter.base_model_name_or_path = config.model.base_model_name
     if config.optimization.use_cpu_offload:
         offload_frozen(model, default_device())
     own, frozen = parameter_counts(model)
