@@ -96,9 +96,12 @@ def _last_logits_only(base: Any) -> dict[str, int]:
 
 
 def own_settings(model: ConvertedModel) -> dict[str, Any]:
-    """The settings of the base's generation_config that are no defaults and no token ids."""
+    """The settings that the base's generation_config switches on, token ids apart."""
     named = model.get_base_model().generation_config.to_diff_dict()
-    return {key: value for key, value in named.items() if not key.endswith(("token_id", "_version"))}
+    plain = ("use_cache", "transformers_version")
+    return {
+        k: v for k, v in named.items() if v and k not in plain and not k.startswith("_") and not k.endswith("token_id")
+    }
 
 
 @torch.no_grad()
@@ -118,12 +121,13 @@ def continue_by_own_settings(
         try:
             config = copy.deepcopy(base.generation_config)
             config.max_new_tokens, config.max_length, config.num_return_sequences = max_new_tokens, None, 1
+            config.return_dict_in_generate = False
             config.eos_token_id = sorted(end_tokens(base, tokenizer)) or None
             if config.pad_token_id is None:
                 config.pad_token_id = tokenizer.pad_token_id
             tokens = base.generate(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config,
-                tokenizer=tokenizer, return_dict_in_generate=False,
+                tokenizer=tokenizer,
             )  # fmt: skip
         except (ValueError, TypeError, OSError) as error:
             raise NPTError(

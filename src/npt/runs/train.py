@@ -12,6 +12,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from npt.adapters.folder import RUN_CONFIG
+from npt.adapters.settings import as_recorded
 from npt.adapters.weights import load_weights
 from npt.common.files import append_json, only_run, write_json
 from npt.common.processes import any_process, first_does, is_first
@@ -167,7 +168,7 @@ def report_best(
     report["notes"] = [*notes, *report["notes"]]
 
     def write() -> None:
-        save_config(config, best / RUN_CONFIG)
+        save_config(as_recorded(config), best / RUN_CONFIG)
         tokenizer.save_pretrained(str(best))
         write_json(output / "evaluation_report.json", report)
         write_model_card(best, adapter_config(model), report)

@@ -126,7 +126,9 @@ def _loading(base: str) -> tuple[str, str]:
             "\nbase = ...  # the model this adapter was made for",
             "\nThe base was made in memory and has no name that it could be loaded by: `base` is for you to fill in.\n",
         )
-    folder = "\nThe base was a folder of the machine that made this adapter. Elsewhere, write its folder or hub id there.\n"
+    folder = (
+        "\nThe base was a folder of the machine that made this adapter. Elsewhere, write its folder or hub id there.\n"
+    )
     return (
         f"from transformers import AutoModelForCausalLM\n\nbase = AutoModelForCausalLM.from_pretrained({base!r})",
         "" if _is_hub_id(base) else folder,

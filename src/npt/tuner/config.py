@@ -110,7 +110,7 @@ class NPTConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes adapter_config.json, and the model card beside it unless a person's own is there.
 
-        The base is written as `npt.builtin.recorded_name` has it: the place of a builtin model differs from machine to machine.
+        The base is written as `npt.builtin.recorded_name` has it: a builtin model's place differs from machine to machine.
         """
         saved = copy.copy(self)
         saved.allow_other_base, saved.base_model_name_or_path = False, recorded_name(self.base_model_name_or_path)
