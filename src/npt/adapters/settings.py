@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from npt.builtin import PREFIX, recorded_name
 from npt.common.display import one_line
 from npt.config import RunConfig, given_keys, load_config, with_overrides
 from npt.errors import CheckpointError, ConfigError
+from npt.tuner.config import OPTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +48,23 @@ def load_settings(
     folder = find_adapter(checkpoint)
     given = given_keys(path, overrides)
     record = {} if path is not None else _record(folder, sections, given)
-    taken = {key: value for key, value in record.items() if key not in given and key != BASE}
     if BASE not in given:
-        taken = {BASE: _base(folder, record.get(BASE)), **taken}
+        record[BASE] = _base(folder, record.get(BASE))
+    taken = {key: value for key, value in record.items() if key not in given}
     config = load_config(path, overrides, below=taken)
-    defaults = RunConfig().model_dump()
-    told = [f"{key}={value}" for key, value in taken.items() if key == BASE or value != _value(defaults, key)]
-    if told:
+    if told := [f"{key}={value}" for key, value in taken.items() if _decides(key, value)]:
         logger.info("from %s: %s", folder, one_line(", ".join(told)))
     return config
+
+
+def _decides(key: str, value: Any) -> bool:
+    """True for what a person should be told of: the base, and what is not as it would be without the record.
+
+    Options of the adapter are no news: its own file decides them, whatever is configured.
+    """
+    section, name = key.split(".")
+    own = section == "model" and name in OPTIONS
+    return key == BASE or not (own or value == getattr(getattr(RunConfig(), section), name))
 
 
 def as_recorded(config: RunConfig) -> RunConfig:
@@ -67,11 +76,6 @@ def as_recorded(config: RunConfig) -> RunConfig:
     files = ("data_files", "calibration_files", "eval_texts")
     changes = {f"data.{name}": placed(getattr(config.data, name)) for name in files}
     return with_overrides(config, {**changes, BASE: recorded_name(config.model.base_model_name)})
-
-
-def _value(values: Mapping[str, Any], key: str) -> Any:
-    section, name = key.split(".")
-    return values[section][name]
 
 
 def _record(folder: Path, sections: Collection[str], given: Collection[str]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def own_settings(model: ConvertedModel) -> dict[str, Any]:
 def continue_by_own_settings(
     model: ConvertedModel, tokenizer: Any, prompt: str, max_new_tokens: int = 48, seed: int | None = None
 ) -> tuple[str, list[int]]:
-    """As `continue_text`, but with every setting of the base's generation_config, its length apart.
+    """Does what `continue_text` does by the settings of the base's generation_config, its length apart.
 
     Raises:
         NPTError: `generate` can't follow these settings.
