@@ -61,6 +61,11 @@ def _writable(text: str) -> str:
     return text
 
 
+def _off(value: Any) -> Any:
+    """The text no where YAML 1.1 reads a bare one as false."""
+    return "no" if value is False else value
+
+
 def _listed(value: Any) -> Any:
     """A list of one for a single name."""
     return [value] if isinstance(value, str) else value
@@ -208,7 +213,7 @@ class OptimizationSection(Section):
     use_cpu_offload: bool = False
     use_8bit: bool = False
     use_4bit: bool = False
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_off)] = "no"
     fsdp: bool = False
 
     def conflicts(self) -> Iterator[Conflict]:

@@ -32,6 +32,8 @@ LAYER_NAME = "neuroplastic"
 
 #: Of an adapter's files. An adapter of an older format is read for ever (tests/fixtures/adapters).
 FORMAT_VERSION = 1
+#: The remedy for a newer format. npt is installed from its repository; a package index may have another npt.
+UPGRADE = "install the npt that wrote it, or a newer one, from its repository (git pull, pip install -e .)"
 
 
 @dataclass
@@ -85,7 +87,7 @@ class NPTConfig(PeftConfig):
         if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
             raise ConversionError(
                 f"format_version={self.format_version!r}: the adapter was written by a newer npt, this one reads up to "
-                f"{FORMAT_VERSION}; upgrade with pip install -U npt"
+                f"{FORMAT_VERSION}; {UPGRADE}"
             )
         if not isinstance(self.base_fingerprint, dict | None):
             problems.append(
