@@ -22,6 +22,7 @@ from npt.block.contract import check_contract
 from npt.block.families import blocks_of, family_of, resolve_layers
 from npt.block.layer import NPTLayer
 from npt.block.probing import projection_shape
+from npt.builtin import name_of
 from npt.common.fingerprint import base_record, difference
 from npt.errors import ConversionError
 from npt.tuner.config import LAYER_NAME, PEFT_TYPE, NPTConfig
@@ -192,9 +193,14 @@ def _check_base_shape(config: NPTConfig, model: nn.Module, num_blocks: int) -> N
     if config.base_shape not in (None, here):
         made, got = (f"hidden size {h}, intermediate size {i}, {n} blocks" for h, i, n in (config.base_shape, here))
         raise ConversionError(
-            f"the adapter was made for a base with {made}; this one has {got}. Load it on {config.base_model_name_or_path!r}"
+            f"the adapter was made for a base with {made}; this one has {got}. Load it on {_base_name(config)}"
         )
     config.base_shape = here
+
+
+def _base_name(config: NPTConfig) -> str:
+    name = name_of(config.base_model_name_or_path)
+    return repr(name) if name else "the base it was made for, of which it has no name"
 
 
 def _check_fingerprint(config: NPTConfig, model: Any) -> None:
@@ -205,7 +211,7 @@ def _check_fingerprint(config: NPTConfig, model: Any) -> None:
     other = None if config.base_fingerprint is None else difference(config.base_fingerprint, here)
     if other is not None and not config.allow_other_base:
         raise ConversionError(
-            f"the adapter was made for another base: {other}. Load it on {config.base_model_name_or_path!r}, or set "
+            f"the adapter was made for another base: {other}. Load it on {_base_name(config)}, or set "
             "allow_other_base (NPTConfig.allow_other_base=True, in a run model.allow_other_base=true)"
         )
     config.base_fingerprint = here
