@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,10 +19,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from npt.common.precision import all_finite
 from npt.common.processes import any_process, env_flag, total, world
 from npt.common.sharded import fsdp_accelerator, full_tensor, local_part, through
-from npt.data.batches import batches_of, complete_batch, scored_positions
+from npt.data.batches import block_lengths, collated, complete_batch, scored_positions
 from npt.equivalence.objectives import Objective
 from npt.equivalence.teacher import ROW, teacher_cache, with_rows
-from npt.errors import NPTError
+from npt.errors import DataError, NPTError
 from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.weight_deltas import delta_records
 from npt.training.bad_batch import raise_nonfinite
@@ -93,8 +94,9 @@ class EquivalenceTrainer(DurableTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Prepares the objectives and the teacher targets, then trains as HF's does."""
-        text = self.eval_dataset if self.is_streamed else self.train_dataset
-        first = next(batches_of(text, SCALE_BLOCKS, device_of(self.model)))
+        text: Any = self.eval_dataset if self.is_streamed else self.train_dataset
+        rows = list(islice(text, SCALE_BLOCKS))
+        first = collated(rows, self.data_collator, device_of(self.model))
         for _, objective in self.schedule:
             objective.prepare(self.model, first)
         self.read_teacher()
@@ -116,6 +118,12 @@ class EquivalenceTrainer(DurableTrainer):
         if folder is None or all(objective.teacher is not None for _, objective in self.schedule):
             return
         blocks: Any = self.train_dataset  # type: ignore[has-type]
+        shortest, longest = block_lengths(blocks)
+        if shortest < longest:
+            raise DataError(
+                f"teacher_cache={folder}: the training rows have {shortest} to {longest} tokens, and targets are kept for "
+                "blocks of one length; pack the text (npt.data.pack), or leave teacher_cache out"
+            )
         self.train_dataset: Any = blocks if ROW in blocks.column_names else with_rows(blocks)
         caches = {}
         for kind in dict.fromkeys(objective.teacher_kind for _, objective in self.schedule):
@@ -268,8 +276,10 @@ class EquivalenceTrainer(DurableTrainer):
         """Perplexity of both models, their ratio and the mean KL on the evaluation blocks."""
         blocks = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model)
-        size = self.args.per_device_eval_batch_size
-        figures = summarize(through(self.model, lambda: token_divergences(model, blocks, batch_size=size)))
+        size, collate = self.args.per_device_eval_batch_size, self.data_collator
+        figures = summarize(
+            through(self.model, lambda: token_divergences(model, blocks, batch_size=size, collate=collate))
+        )
         values = {
             "npt_perplexity": figures["perplexity"]["npt_perplexity"],
             "original_perplexity": figures["perplexity"]["original_perplexity"],
