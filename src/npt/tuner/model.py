@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -115,6 +117,19 @@ class NPTModel(BaseTuner):
                     module._gradient_checkpointing_func = partial(_checkpoint_in_eval, module, function)
         return self
 
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Turns the NPT blocks' adapters on or off: for the calling thread within PEFT's `disable_adapter()`, else for all.
+
+        A server's thread that asks the original model must not turn the adapter off under the others.
+        """
+        # PEFT's context manager calls what a user may call for good, and leaves no other trace of which of the two it is.
+        in_context = sys._getframe(2).f_code.co_name == "disable_adapter"
+        layers: Any = npt_layers(self.model)
+        for layer in layers:
+            layer.hooks.thread.now.disabled = in_context and not enabled
+            if not in_context:
+                layer.enable_adapters(enabled)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter from every block."""
         if adapter_name not in self.peft_config:
@@ -153,12 +168,18 @@ class NPTModel(BaseTuner):
 
 
 def _checkpoint_in_eval(module: nn.Module, checkpoint: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' checkpoint function of a block, for which the block leaves training mode."""
+    """transformers' checkpoint function of a block, for which the block leaves training mode.
+
+    The recomputed forward takes the mode of the first one: autograd may run it in a thread of its own, and after other passes.
+    """
+    layer: NPTLayer | None = getattr(module, LAYER_NAME, None)
+    again: Callable[[], AbstractContextManager[None]] = nullcontext if layer is None else layer.hooks.again()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         before, module.training = module.training, False
         try:
-            return function(*args, **kwargs)
+            with again():
+                return function(*args, **kwargs)
         finally:
             module.training = before
 
