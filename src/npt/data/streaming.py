@@ -20,6 +20,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset
 
 from npt.common.display import one_line
+from npt.common.places import expanded
 from npt.data.packing import IGNORED, labelled, token_ids
 from npt.data.sources import column_problem, expand_files, hub_remedy, read_documents
 from npt.errors import DataError, NPTError
@@ -68,7 +69,7 @@ def hub_source(name: str, config: str | None, text_column: str, split: str = "tr
     """
     where = f"data.dataset_name='{name}'" + (f", data.dataset_config='{config}'" if config else "")
     try:
-        found = datasets.load_dataset(name, config, split=split, streaming=True)
+        found = datasets.load_dataset(expanded(name), config, split=split, streaming=True)
         first: dict[str, Any] = next(iter(found), {})
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = one_line(error, 300) or type(error).__name__

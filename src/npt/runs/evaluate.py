@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from npt.adapters.folder import load_adapter, resolve_checkpoint
 from npt.common.files import write_json
+from npt.common.places import place
 from npt.common.processes import first_does, is_first
 from npt.common.sharded import through
 from npt.config import RunConfig
@@ -31,7 +32,7 @@ def run_evaluation(
     Text the adapter was trained on is split as in training and only its held-out part is used; other text is used
     whole, up to data.num_eval_samples blocks.
     """
-    arguments = start(config)
+    output, arguments = place(output), start(config)
     texts = RunTexts.of(config)
     texts.check(more_text)
     model, tokenizer = load_npt(config, checkpoint)
@@ -42,9 +43,9 @@ def run_evaluation(
     report = evaluate_corpora(model, tokenizer, corpora, config)
 
     def write() -> None:
-        write_json(Path(output), report)
+        write_json(output, report)
         # The curves of training belong to the page when the report lies with them.
-        write_page(Path(output).parent, Path(output), Path(output).with_suffix(".html"))
+        write_page(output.parent, output, output.with_suffix(".html"))
 
     first_does(write)
     return report

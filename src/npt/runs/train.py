@@ -26,15 +26,25 @@ from npt.report.page import write_page
 from npt.report.plots import draw_run
 from npt.report.run_files import read_json_lines
 from npt.report.trackers import log_evaluation
-from npt.runs.arguments import check_trackers, objective_schedule, prepare_wandb, start, trackers
+from npt.runs.arguments import (
+    as_launched,
+    check_trackers,
+    objective_schedule,
+    prepare_wandb,
+    start,
+    trackers,
+    with_precision,
+)
 from npt.runs.base_model import default_device, load_base, offload_frozen, release_memory
 from npt.runs.corpora import Corpus, calibration_batches, further_corpora, load_corpus
 from npt.runs.evaluate import evaluate_corpora
 from npt.runs.folders import checkpoint_to_resume, prepare_folders
 from npt.runs.processes import shard_base, shards_base, tell_processes
+from npt.runs.resume import check_configuration, run_settings, text_settings
 from npt.runs.texts import RunTexts
 from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback, SamplesCallback
 from npt.training.checkpoints import step_of
+from npt.training.resume import check_adapter
 from npt.training.signals import StopSignals
 from npt.tuner.card import write_model_card
 from npt.tuner.config import NPTConfig
@@ -65,12 +75,17 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     texts = RunTexts.of(config)
     texts.check_enough(config.model)
     arguments = start(config)
+    config = as_launched(config)
     last = first_does(lambda: checkpoint_to_resume(output, checkpoints)) if resume else None
     texts.check()
     check_trackers(config.training.report_to)
+    if last is not None:
+        first_does(lambda: check_configuration(config, arguments, last))
     set_seed(config.training.seed)
     with StopSignals() as signals:
         model, tokenizer = convert_base(config)
+        if last is not None:
+            first_does(lambda: check_adapter(last, adapter_config(model)))
         tell_processes(arguments)
         with only_run(output, checkpoints):
             if shards_base(config.optimization.fsdp):
@@ -79,8 +94,11 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             release_memory()
             if config.data.num_train_samples is None:
                 check_targets(config, model, corpus.trained_blocks)
-            first_does(lambda: prepare_folders(config, output, checkpoints, last))
             trainer = make_trainer(config, arguments, model, tokenizer, corpus, signals)
+            config = with_precision(config, trainer.accelerator.mixed_precision)
+            if last is not None:
+                trainer.check_resume(last)
+            first_does(lambda: prepare_folders(config, output, checkpoints, last))
             notes = fit(config, trainer, tokenizer, texts, corpus, last)
             if any_process(signals.received is not None):
                 step = trainer.state.global_step
@@ -166,6 +184,7 @@ def report_best(
     corpora = {config.data.dataset_name: corpus.held_out} | further_corpora(texts, tokenizer)
     report = evaluate_corpora(model, tokenizer, corpora, config)
     report["notes"] = [*notes, *report["notes"]]
+    report["protocol"]["training_precision"] = config.optimization.mixed_precision
 
     def write() -> None:
         save_config(as_recorded(config), best / RUN_CONFIG)
@@ -197,6 +216,8 @@ def make_trainer(
         objective_schedule(t, corpus.trained_blocks),
         teacher_cache=config.paths.teacher_cache,
         teacher_top_k=t.teacher_top_k,
+        settings=run_settings(config),
+        text_settings=text_settings(config.data),
         train_dataset=corpus.train,
         eval_dataset=corpus.chosen_by,
         callbacks=[
