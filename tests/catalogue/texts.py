@@ -31,7 +31,14 @@ DATA = [
     ),
     Entry(
         "data: no such user, in an option",
-        ("evaluate", "--checkpoint", "{adapter}", "--text", "~no-such-user/a.txt"),
+        (
+            "evaluate",
+            "--checkpoint",
+            "{adapter}",
+            "--text",
+            "~no-such-user/a.txt",
+            *sets("model.base_model_name={model}"),
+        ),
         ("~no-such-user/a.txt", "no home folder for ~no-such-user", "check --text"),
     ),
     Entry(
