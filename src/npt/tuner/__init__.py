@@ -15,7 +15,8 @@ from npt.tuner.converted import (
     run_backbone,
     weight_delta,
 )
-from npt.tuner.model import NPTModel, refuse_unsupported, register
+from npt.tuner.model import NPTModel, register
+from npt.tuner.refusals import refuse_unsupported
 
 __all__ = [
     "FORMAT_VERSION",

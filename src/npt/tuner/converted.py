@@ -15,7 +15,7 @@ from npt.block.layer import NPTLayer
 from npt.block.modes import watching_deltas
 from npt.block.probing import execution_device
 from npt.errors import ConversionError
-from npt.tuner.config import NPTConfig
+from npt.tuner.config import LAYER_NAME, NPTConfig
 
 if TYPE_CHECKING:
 
@@ -39,7 +39,8 @@ else:
 
 def npt_layers(model: nn.Module) -> list[NPTLayer]:
     """The NPT layers of a model, in depth order; empty for an unconverted one."""
-    return sorted((m for m in model.modules() if isinstance(m, NPTLayer)), key=lambda layer: layer.index)
+    found = (module._modules.get(LAYER_NAME) for module in model.modules())  # they hide, see NPTLayer.named_modules
+    return sorted((m for m in found if isinstance(m, NPTLayer)), key=lambda layer: layer.index)
 
 
 def active_layers(model: nn.Module) -> list[NPTLayer]:

@@ -1,0 +1,92 @@
+"""The weights of one NPT adapter under their names in its file: from a model, and checked before they go into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from npt.common.display import one_line
+from npt.common.inside import COMPONENTS
+from npt.errors import CheckpointError
+from npt.tuner.config import LAYER_NAME
+
+#: What PEFT puts before the name of a module in a file.
+PREFIX = "base_model.model."
+_MARK = f".{LAYER_NAME}.{COMPONENTS}."
+#: Names given in one message.
+_SHOWN = 3
+
+
+def own_state(state: Mapping[str, Tensor], adapter: str) -> dict[str, Tensor]:
+    """The entries of a model's state that are an NPT adapter's, under their names in the model."""
+    return {key: value for key, value in state.items() if f"{_MARK}{adapter}." in key}
+
+
+def own_names(model: nn.Module, adapter: str) -> dict[str, tuple[str, Tensor]]:
+    """{name in a file: (name in the model, parameter)} of an adapter."""
+    names: dict[str, tuple[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if f"{_MARK}{adapter}." in name:
+            plain = name.replace("_orig_mod.", "").replace(f"{_MARK}{adapter}.", _MARK)
+            names[PREFIX + plain.removeprefix(PREFIX)] = name, parameter
+    return names
+
+
+def to_model_names(model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's file for `load_state_dict` of a model; other entries keep their names."""
+    names = {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
+    own = own_names(model, adapter)
+    return {own[key][0] if key in own else key: value for key, value in names.items()}
+
+
+def check_state(model: nn.Module, adapter: str, state: Mapping[str, Tensor], config: Any) -> None:
+    """Checks that a file holds an adapter's weights, all of them, in their shapes and finite, and nothing else but embeddings.
+
+    Raises:
+        CheckpointError: names what is missing, unknown or of another shape. PEFT would leave it at its random start.
+    """
+    given = {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
+    own = own_names(model, adapter)
+    allowed = embedding_names(model)
+    wrong = [
+        f"size mismatch for {key}: {list(value.shape)} in the file, {list(own[key][1].shape)} wanted"
+        for key, value in given.items()
+        if key in own and value.shape != own[key][1].shape
+    ]
+    problems = [
+        _listed("missing", sorted(set(own) - set(given))),
+        _listed("unknown", sorted(set(given) - set(own) - allowed)),
+        "; ".join(wrong[:_SHOWN]),
+    ]
+    if any(problems):
+        raise CheckpointError(
+            f"the weights (blocks {config.npt_layers}) do not fit the adapter's config or this base: "
+            f"{'; '.join(problem for problem in problems if problem)}; use the base it was made from, and the adapter's files "
+            "as they were saved"
+        )
+    broken = next((key for key in sorted(given) if not given[key].isfinite().all()), None)
+    if broken is not None:
+        raise CheckpointError(
+            f"the weights hold NaN or infinity in {one_line(broken, 200)}; take an earlier checkpoint"
+        )
+
+
+def embedding_names(model: Any) -> set[str]:
+    """The names, in a file, of the embedding's and the head's weights: PEFT saves them where the vocabulary was resized."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ends = {id(end) for end in (base.get_input_embeddings(), base.get_output_embeddings()) if end is not None}
+    return {
+        f"{PREFIX}{path}.{name}"
+        for path, module in base.named_modules()
+        if id(module) in ends
+        for name in module.state_dict()
+    }
+
+
+def _listed(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{what} {', '.join(one_line(name, 200) for name in names[:_SHOWN])}{more}"
