@@ -1,5 +1,6 @@
 """The PEFT method: `NPTConfig` and `NPTModel`, the model card, and questions to a converted model."""
 
+from npt.tuner.checks import refuse_unsupported
 from npt.tuner.config import FORMAT_VERSION, LAYER_NAME, OPTIONS, PEFT_TYPE, Method, NPTConfig
 from npt.tuner.converted import (
     ConvertedModel,
@@ -16,7 +17,6 @@ from npt.tuner.converted import (
     weight_delta,
 )
 from npt.tuner.model import NPTModel, register
-from npt.tuner.refusals import refuse_unsupported
 
 __all__ = [
     "FORMAT_VERSION",

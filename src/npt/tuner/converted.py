@@ -62,6 +62,11 @@ def adapter_config(model: ConvertedModel) -> NPTConfig:
     return model.peft_config[active_layers(model)[0].active_name or ""]
 
 
+def base_of(model: Any) -> Any:
+    """The causal LM: what a PeftModel holds, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def context_length_of(model: ConvertedModel) -> int | None:
     """The number of positions that the model was made for; None where its configuration does not say."""
     positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -117,7 +122,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def run_backbone(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Last hidden states (batch, tokens, d) of {"input_ids", "attention_mask"}, without the language-model head."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     decoder = getattr(base, base.base_model_prefix, base)
     output = decoder(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
     hidden: torch.Tensor = output.last_hidden_state

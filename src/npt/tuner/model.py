@@ -23,18 +23,21 @@ from npt.block.families import blocks_of, family_of, resolve_layers
 from npt.block.layer import NPTLayer
 from npt.errors import ConversionError, NPTError
 from npt.tuner.before import Before, marks_of, set_marks
-from npt.tuner.config import LAYER_NAME, PEFT_TYPE, NPTConfig
-from npt.tuner.converted import npt_layers
-from npt.tuner.refusals import (
+from npt.tuner.checks import (
     check_base_shape,
     check_fingerprint,
     check_kind,
     check_name,
     check_name_in,
     check_new,
+    refuse_rows,
     refuse_unsupported,
+    renew_record,
+    vocabulary_of,
 )
-from npt.tuner.state import PREFIX, check_state, embedding_names, own_state, to_model_names
+from npt.tuner.config import LAYER_NAME, PEFT_TYPE, NPTConfig
+from npt.tuner.converted import base_of, npt_layers
+from npt.tuner.state import PREFIX, check_state, embedding_names, own_state, to_model_names, without_others
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +62,11 @@ class NPTModel(BaseTuner):
         """
         self_contained = not isinstance(peft_config, PeftConfig)
         config = peft_config[adapter_name] if self_contained else peft_config
-        refuse_unsupported(model)
-        check_new(model, config, adapter_name, in_peft_model=self_contained)
         before, marks = Before(model), marks_of(model)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         try:
+            refuse_unsupported(model)
+            check_new(model, config, adapter_name, in_peft_model=self_contained)
             # Else PEFT would take the configurations of other adapters for this method's, and write into them.
             set_marks(model, {})
             self._owns = self_contained
@@ -176,7 +179,8 @@ class NPTModel(BaseTuner):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Says whether adapters are trained."""
-        for layer in npt_layers(self.model):
+        layers: Any = npt_layers(self.model)
+        for layer in layers:
             layer.set_requires_grad(adapter_names, requires_grad)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -189,14 +193,14 @@ class NPTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuses what PEFT lets a forward choose for every row."""
-        for name in ("adapter_names", "alora_offsets"):
-            if kwargs.get(name) is not None:
-                raise ConversionError(
-                    f"{name}: the blocks of an NPT model run one adapter for all rows of a batch; choose it with "
-                    "set_adapter(name), and give each adapter's rows in a call of their own"
-                )
+        """Around a forward of the PeftModel, which does not hand on what a caller wants for every row."""
+        refuse_rows(kwargs)
         yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's forward."""
+        refuse_rows(kwargs)
+        return self.model(*args, **kwargs)
 
     # -- weights ---------------------------------------------------------------------------------------------------------
 
@@ -210,6 +214,10 @@ class NPTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """Returns the adapter's own entries of a model's state: the other adapters inside are the base's."""
+        base = base_of(model)
+        # PEFT saves the embeddings with the adapter where the vocabulary was resized.
+        if (config.base_fingerprint or {}).get("config", {}).get("vocab_size") not in (None, vocabulary_of(base)):
+            renew_record(base, config)
         return own_state(state_dict, adapter_name)
 
     @classmethod
@@ -225,7 +233,7 @@ class NPTModel(BaseTuner):
         tuner = model.base_model if isinstance(model, PeftModel) else None
         untouched, wrong = tuner._loading.pop(adapter_name, (None, None)) if tuner is not None else (None, None)
         try:
-            check_state(model, adapter_name, state_dict, config)
+            check_state(model, adapter_name, without_others(state_dict), config)
             if wrong is not None and not embedding_names(model) <= {
                 PREFIX + k.removeprefix(PREFIX) for k in state_dict
             }:
@@ -234,7 +242,7 @@ class NPTModel(BaseTuner):
             if tuner is not None and untouched is not None and untouched == tuner._versions(adapter_name):
                 tuner._take_back(adapter_name)
             raise
-        return to_model_names(model, adapter_name, state_dict)
+        return to_model_names(model, adapter_name, without_others(state_dict))
 
     def _versions(self, adapter_name: str) -> int:
         """A number that changes when a parameter of an adapter does."""

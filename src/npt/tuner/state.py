@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
 
 from npt.common.display import one_line
 from npt.common.inside import COMPONENTS
 from npt.errors import CheckpointError
 from npt.tuner.config import LAYER_NAME
+from npt.tuner.converted import base_of
+
+logger = logging.getLogger(__name__)
 
 #: What PEFT puts before the name of a module in a file.
 PREFIX = "base_model.model."
@@ -39,6 +44,18 @@ def to_model_names(model: nn.Module, adapter: str, state: Mapping[str, Tensor]) 
     names = {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
     own = own_names(model, adapter)
     return {own[key][0] if key in own else key: value for key, value in names.items()}
+
+
+def without_others(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's file without tensors of other methods: npt 0.1.0 saved those of adapters inside the base as well."""
+    prefixes = tuple(prefix for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix not in (None, "", "npt_"))
+    others = [key for key in state if any(word.startswith(prefixes) for word in key.split("."))]
+    if others:
+        logger.warning(
+            "the adapter's file also holds %d tensors of an adapter inside its base, which are not loaded, first %s",
+            len(others), one_line(others[0], 200),
+        )  # fmt: skip
+    return {key: value for key, value in state.items() if key not in others}
 
 
 def check_state(model: nn.Module, adapter: str, state: Mapping[str, Tensor], config: Any) -> None:
@@ -75,7 +92,7 @@ def check_state(model: nn.Module, adapter: str, state: Mapping[str, Tensor], con
 
 def embedding_names(model: Any) -> set[str]:
     """The names, in a file, of the embedding's and the head's weights: PEFT saves them where the vocabulary was resized."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     ends = {id(end) for end in (base.get_input_embeddings(), base.get_output_embeddings()) if end is not None}
     return {
         f"{PREFIX}{path}.{name}"

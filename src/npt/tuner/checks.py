@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -15,6 +16,7 @@ from npt.block.families import blocks_of, family_of
 from npt.block.probing import projection_shape
 from npt.common.fingerprint import base_record, difference
 from npt.common.inside import adapter_layers, parts_of
+from npt.common.sharded import is_sharded
 from npt.errors import ConversionError
 from npt.tuner.config import NPTConfig
 from npt.tuner.converted import npt_layers
@@ -89,10 +91,12 @@ def check_name(name: str) -> None:
     Raises:
         ConversionError: it can't name a folder, or a module of torch.
     """
-    # torch keeps adapters by name in a ModuleDict, beside that class's own attributes.
-    if re.fullmatch(r"\w[\w+ -]*", name) is None or hasattr(nn.ModuleDict, name) or name in vars(nn.ModuleDict()):
+    # torch keeps adapters by name in a ModuleDict, beside that class's own attributes; a number could be a block's.
+    taken = hasattr(nn.ModuleDict, name) or name in vars(nn.ModuleDict()) or name.isdigit()
+    if re.fullmatch(r"\w[\w+ -]*", name) is None or taken:
         raise ConversionError(
-            f"adapter name {name!r}: use letters, digits and _ - + only, and no word of torch's: folders and modules have it"
+            f"adapter name {name!r}: use letters, digits and _ - + only, no bare number and no word of torch's: folders and "
+            "modules have it"
         )
 
 
@@ -176,6 +180,33 @@ def check_fingerprint(config: NPTConfig, model: Any, *, embeddings_may_come: boo
     ):
         return told
     raise ConversionError(told)
+
+
+def renew_record(base: Any, config: NPTConfig) -> None:
+    """Writes the base as it is now into an adapter's configuration, where its weights are at hand and whole."""
+    if is_sharded(base) or any(hasattr(p, "ds_id") for p in base.parameters()):
+        return
+    config.base_fingerprint = base_record(base) or config.base_fingerprint
+
+
+def vocabulary_of(base: Any) -> int | None:
+    """The vocabulary of a base's text part, by its configuration."""
+    size: int | None = getattr(base.config.get_text_config(), "vocab_size", None)
+    return size
+
+
+def refuse_rows(arguments: Mapping[str, Any]) -> None:
+    """Refuses what PEFT lets a forward choose for every row of a batch.
+
+    Raises:
+        ConversionError: adapters by row.
+    """
+    for name in ("adapter_names", "alora_offsets"):
+        if arguments.get(name) is not None:
+            raise ConversionError(
+                f"{name}: the blocks of an NPT model run one adapter for all rows of a batch; choose it with "
+                "set_adapter(name), and give each adapter's rows in a call of their own"
+            )
 
 
 def another_base(config: NPTConfig, difference: str) -> str:
