@@ -31,6 +31,8 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     _disable_adapters: bool
     #: The layer belongs to an `NPTModel` that a PeftModel holds: nobody else may switch it.
     is_owned = False
+    #: Called when transformers freezes the layer, which it does once it has read an adapter's file into the model.
+    on_frozen: Callable[[NPTLayer], None] | None = None
 
     def __init__(self, block: nn.Module, family: Family, index: int):
         super().__init__()
@@ -105,6 +107,13 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Switches its adapters on or off, and leaves which of them are trained as it is."""
         self._disable_adapters = not enabled
+
+    def requires_grad_(self, requires_grad: bool = True) -> NPTLayer:
+        """As of any module; tells `on_frozen`."""
+        if self.on_frozen is not None and not requires_grad:
+            self.on_frozen(self)
+        super().requires_grad_(requires_grad)
+        return self
 
     # -- components --------------------------------------------------------------------------------------------------
 

@@ -112,6 +112,7 @@ def _inside_record(parts: Parts) -> dict[str, Any]:
     return {
         "kinds": parts.kinds,
         "layers": short_digest(parts.layers),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in parts.adapters.values()}),
         "settings": {name: short_digest(values) for name, values in sorted(parts.settings.items())},
         "weights": _digest_of_all(parts.adapters.values()),
         "samples": sample_tensors(parts.adapters),
@@ -179,7 +180,9 @@ def _difference_inside(made_for: dict[str, Any], here: dict[str, Any]) -> str | 
         return None if one is other else f"other adapters are at work inside it: {holds} here, {held} there"
     differ = one["layers"] != other["layers"] or difference_of_settings(one["settings"], other["settings"])
     same = one["weights"] == other["weights"] or (
-        one["samples"]["names"] == other["samples"]["names"] and not differing(one["samples"], other["samples"])
+        one.get("dtypes") != other.get("dtypes")
+        and one["samples"]["names"] == other["samples"]["names"]
+        and not differing(one["samples"], other["samples"])
     )
     return None if same and not differ else f"the {', '.join(one['kinds'])} adapter at work inside it is not the same"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from npt.adapters.folder import load_adapter, resolve_checkpoint
 from npt.builtin import source_of
 from npt.errors import NPTError
+from npt.runs.base_adapters import refuse_adapter, refuse_attached
 from npt.runs.base_model import default_device
 from npt.tuner.config import NPTConfig
 
@@ -54,9 +56,11 @@ class NPTLM(HFLM):  # type: ignore[misc]
         if name is None:
             raise NPTError("the harness's model type npt needs peft=ADAPTER or pretrained=BASE in --model_args")
         source = source_of(name)
+        refuse_adapter(f"pretrained={name}", Path(source))
         loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(source, **loading)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **loading)
+        refuse_attached(f"pretrained={name}", model)
         # The command's default is cuda:0; like the harness's `hf`, take the CPU where there is no such thing.
         absent = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
         model.to(default_device() if absent else device)

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from npt.tuner.config import LAYER_NAME
-from npt.tuner.converted import npt_layers
+from npt.tuner.converted import npt_layers, take_off
 
 #: Where a module keeps its hooks.
 _HOOKS = (
@@ -38,10 +37,9 @@ class Before:
     def restore(self) -> None:
         """Puts everything back."""
         layers = npt_layers(self.model)
+        take_off([layer for layer in layers if id(layer) not in self.layers])
         for layer in layers:
             layer.detach()
-            if id(layer) not in self.layers:
-                delattr(layer.get_base_layer(), LAYER_NAME)
         for module, kept in self.hooks:  # also those of a layer whose making was cut short
             for name, keys in kept.items():
                 hooks = getattr(module, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,13 @@ def npt_layers(model: nn.Module) -> list[NPTLayer]:
     """The NPT layers of a model, in depth order; empty for an unconverted one."""
     found = (module._modules.get(LAYER_NAME) for module in model.modules())  # they hide, see NPTLayer.named_modules
     return sorted((m for m in found if isinstance(m, NPTLayer)), key=lambda layer: layer.index)
+
+
+def take_off(layers: Sequence[NPTLayer]) -> None:
+    """Makes NPT blocks the original ones again."""
+    for layer in layers:
+        layer.detach()
+        delattr(layer.get_base_layer(), LAYER_NAME)
 
 
 def active_layers(model: nn.Module) -> list[NPTLayer]:

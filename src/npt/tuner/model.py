@@ -36,8 +36,8 @@ from npt.tuner.checks import (
     vocabulary_of,
 )
 from npt.tuner.config import LAYER_NAME, PEFT_TYPE, NPTConfig
-from npt.tuner.converted import base_of, npt_layers
-from npt.tuner.state import PREFIX, check_state, embedding_names, own_state, to_model_names, without_others
+from npt.tuner.converted import base_of, npt_layers, take_off
+from npt.tuner.state import PREFIX, check_read, check_state, embedding_names, own_state, to_model_names, without_others
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class NPTModel(BaseTuner):
         """
         self_contained = not isinstance(peft_config, PeftConfig)
         config = peft_config[adapter_name] if self_contained else peft_config
+        # transformers' delete_adapter leaves such behind.
+        take_off([layer for layer in npt_layers(model) if not layer.npt_components])
         before, marks = Before(model), marks_of(model)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         try:
@@ -74,6 +76,9 @@ class NPTModel(BaseTuner):
             self._loading: dict[str, tuple[int, str | None]] = {}
             super().__init__(model, {adapter_name: config}, adapter_name, *args, **kwargs)
             if not self_contained:
+                if self._from_file:
+                    for layer in npt_layers(model):
+                        layer.on_frozen = partial(check_read, [model], adapter_name)
                 marks["peft_config"] = {**marks.get("peft_config", {}), **self.peft_config}
             set_marks(model, marks)
         except BaseException:
@@ -283,7 +288,7 @@ class NPTModel(BaseTuner):
         layers: Any = npt_layers(self.model)
         for layer in layers:
             layer.delete_adapter(adapter_name)
-        self._remove([layer for layer in layers if not layer.npt_components])
+        take_off([layer for layer in layers if not layer.npt_components])
         remaining = [name for layer in layers for name in layer.active_adapters if name in self.peft_config]
         self.active_adapter = list(dict.fromkeys(remaining))
 
@@ -317,17 +322,12 @@ class NPTModel(BaseTuner):
             function = getattr(module, "_gradient_checkpointing_func", None)
             if getattr(function, "func", None) is _checkpoint_in_eval:
                 module._gradient_checkpointing_func = function.args[1]  # type: ignore[union-attr, assignment]
-        self._remove(npt_layers(self.model))
+        take_off(npt_layers(self.model))
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad = parameter.requires_grad or name in self._trained
         if not self._owns:
             set_marks(self.model, self._marks)
         return self.model
-
-    def _remove(self, layers: Sequence[NPTLayer]) -> None:
-        for layer in layers:
-            layer.detach()
-            delattr(layer.get_base_layer(), LAYER_NAME)
 
 
 def _checkpoint_in_eval(module: nn.Module, checkpoint: Any, function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,11 +9,12 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
 
+from npt.block.layer import NPTLayer
 from npt.common.display import one_line
 from npt.common.inside import COMPONENTS
 from npt.errors import CheckpointError
 from npt.tuner.config import LAYER_NAME
-from npt.tuner.converted import base_of
+from npt.tuner.converted import base_of, npt_layers, take_off
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,35 @@ def check_state(model: nn.Module, adapter: str, state: Mapping[str, Tensor], con
         raise CheckpointError(
             f"the weights hold NaN or infinity in {one_line(broken, 200)}; take an earlier checkpoint"
         )
+
+
+def check_read(model: list[Any], adapter: str, layer: NPTLayer) -> None:
+    """Checks that transformers' load_adapter found all of a block's weights in the adapter's file; it only reports the others.
+
+    Args:
+        model: in a list, which copies of the model share with their layers.
+
+    Raises:
+        CheckpointError: it did not; the adapter is taken off.
+    """
+    component, layer.on_frozen = layer._components().get(adapter), None
+    parameters = {} if component is None else dict(component.named_parameters())
+    unread = [name for name, p in parameters.items() if not getattr(p, "_is_hf_initialized", False)]
+    if not unread:
+        return
+    base, layers = model[0], npt_layers(model[0])
+    others: Any = layers
+    for other in others:
+        other.delete_adapter(adapter)
+    take_off([other for other in layers if not other.npt_components])
+    base.peft_config.pop(adapter)
+    if not base.peft_config:
+        del base.peft_config
+        base._hf_peft_config_loaded = False
+    raise CheckpointError(
+        f"the file of adapter {adapter!r} holds no {', '.join(unread[:_SHOWN])} of block {layer.index}: its weights are "
+        "missing or have other names; use the adapter's files as they were saved"
+    )
 
 
 def embedding_names(model: Any) -> set[str]:
