@@ -470,7 +470,7 @@ def test_an_adapter_without_a_fingerprint(
     how(pair / bare)
     assert f"{bare} has no base_fingerprint: that it was made for the same weights" in told(caplog, "a", "b")
     config = json.loads((pair / "joined" / CONFIG).read_text())
-    assert set(config["base_fingerprint"]) == {"config", "dtype", "weights", "sample"}
+    assert set(config["base_fingerprint"]) >= {"config", "dtype", "weights", "sample"}
     load_adapter(AutoModelForCausalLM.from_pretrained(local_model), "joined")
 
 

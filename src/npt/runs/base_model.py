@@ -22,6 +22,7 @@ from npt.common.display import one_line
 from npt.common.processes import world
 from npt.config import ModelSection, OptimizationSection, RunConfig, with_overrides
 from npt.errors import ConversionError, NPTError
+from npt.runs.base_adapters import refuse_adapter, refuse_attached
 from npt.runs.processes import shards_base
 from npt.tuner.converted import npt_layers
 
@@ -67,6 +68,7 @@ def load_base(
             name, **_arguments(model, cache_dir, revision), **loading, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
+    refuse_attached(f"model.base_model_name={model.base_model_name}", base)
     _check_complete(model.base_model_name, found)
     if not (quantized or optimization.use_cpu_offload or shards_base(optimization.fsdp)):
         base.to(default_device())
@@ -91,6 +93,7 @@ def base_config(model: ModelSection, cache_dir: str | None = None, revision: str
     where = f"model.base_model_name={model.base_model_name}"
     if Path(name).is_file():
         raise NPTError(f"{where}: is a file; name the Hugging Face model folder it lies in")
+    refuse_adapter(where, Path(name))
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise NPTError(f"{where}: the folder has no config.json; name a Hugging Face model folder")
     with _named(model), _quiet_libraries():

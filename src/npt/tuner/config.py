@@ -16,10 +16,11 @@ from npt.tuner.card import write_model_card
 
 
 class Method(str, Enum):
-    """Our name among PEFT's methods; an enum, because transformers and TRL ask a config's `peft_type` for its `.value`."""
+    """Our name among PEFT's methods; an enum like theirs: transformers and TRL ask a config's `peft_type` for its `.value`,
+    PEFT reads the method in a model's status off its `str`.
+    """
 
     NPT = "NPT"
-    __str__ = str.__str__
 
 
 PEFT_TYPE = Method.NPT
