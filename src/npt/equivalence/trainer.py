@@ -28,7 +28,7 @@ from npt.training.bad_batch import raise_nonfinite
 from npt.training.callbacks import BestAdapterCallback
 from npt.training.checkpoints import DurableTrainer
 from npt.training.steps import run_steps
-from npt.tuner.converted import ConvertedModel, active_layers, device_of, own_parameters
+from npt.tuner.converted import ConvertedModel, active_layers, adapter_config, device_of, own_parameters
 from npt.tuner.nonfinite import find_nonfinite
 
 logger = logging.getLogger(__name__)
@@ -167,6 +167,9 @@ class EquivalenceTrainer(DurableTrainer):
     ) -> Any:
         """Returns the objective's total for one micro-batch, as its share of the optimiser step."""
         unwrapped, inputs = self.accelerator.unwrap_model(model), complete_batch(inputs)
+        record = adapter_config(unwrapped).text_record
+        if record is not None:
+            record.add_batch(inputs)
         items = scored_positions(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch
         # The model's own forward carries autocast; the objectives call what is inside it.
         with self.accelerator.autocast():

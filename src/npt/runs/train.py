@@ -12,7 +12,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from npt.adapters.folder import RUN_CONFIG
-from npt.adapters.weights import load_weights
+from npt.adapters.weights import load_weights, share_record
 from npt.common.files import append_json, only_run, write_json
 from npt.common.processes import any_process, first_does, is_first
 from npt.common.sharded import full_tensor, through
@@ -26,8 +26,8 @@ from npt.report.plots import draw_run
 from npt.report.run_files import read_json_lines
 from npt.report.trackers import log_evaluation
 from npt.runs.arguments import check_trackers, objective_schedule, prepare_wandb, start, trackers
-from npt.runs.base_model import default_device, load_base, offload_frozen, release_memory
-from npt.runs.corpora import Corpus, calibration_batches, further_corpora, load_corpus
+from npt.runs.base_model import default_device, load_base, load_tokenizer, offload_frozen, release_memory
+from npt.runs.corpora import Corpus, calibration_batches, load_corpus
 from npt.runs.evaluate import evaluate_corpora
 from npt.runs.folders import checkpoint_to_resume, prepare_folders
 from npt.runs.processes import shard_base, shards_base, tell_processes
@@ -69,24 +69,31 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     check_trackers(config.training.report_to)
     set_seed(config.training.seed)
     with StopSignals() as signals:
+        # Before the base's weights are read, wherever the base does not write the text itself.
+        corpus = (
+            None
+            if config.data.dataset_name == "self"
+            else load_corpus(texts, None, load_tokenizer(config.model, config.paths.cache_dir))
+        )
         model, tokenizer = convert_base(config)
         tell_processes(arguments)
         with only_run(output, checkpoints):
             if shards_base(config.optimization.fsdp):
                 shard_base(model, arguments)
-            corpus = through(model, lambda: load_corpus(texts, model, tokenizer))
+            corpus = corpus or through(model, lambda: load_corpus(texts, model, tokenizer))
+            adapter_config(model).text_record = corpus.record
             release_memory()
             if config.data.num_train_samples is None:
                 check_targets(config, model, corpus.trained_blocks)
             first_does(lambda: prepare_folders(config, output, checkpoints, last))
             trainer = make_trainer(config, arguments, model, tokenizer, corpus, signals)
-            notes = fit(config, trainer, tokenizer, texts, corpus, last)
+            notes = fit(config, trainer, texts, corpus, last)
             if any_process(signals.received is not None):
                 step = trainer.state.global_step
                 raise signals.stopped(
                     f"after step {step}; {checkpoints}/checkpoint-{step} is saved: go on with --resume"
                 )
-            return report_best(config, trainer, tokenizer, texts, corpus, notes)
+            return report_best(config, trainer, tokenizer, corpus, notes)
 
 
 def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
@@ -111,7 +118,7 @@ def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
 
 
 def fit(
-    config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, texts: RunTexts, corpus: Corpus, last: Path | None
+    config: RunConfig, trainer: EquivalenceTrainer, texts: RunTexts, corpus: Corpus, last: Path | None
 ) -> list[str]:
     """Calibrates, evaluates once and trains, or trains the rest from checkpoint `last`.
 
@@ -123,7 +130,7 @@ def fit(
     if trains:
         trainer.read_teacher()
     if last is None and config.training.calibrate and config.model.carry != "exact":
-        text = calibration_batches(texts, tokenizer, corpus.calibration, config.training.batch_size, device_of(model))
+        text = calibration_batches(texts, corpus, config.training.batch_size, device_of(model))
         errors = through(model, lambda: calibrate(model, text, progress=is_first()))
         first_does(lambda: append_json(output / "metrics.jsonl", {"step": 0, "calibration": errors}))
         for name, figures in errors.items():
@@ -152,7 +159,7 @@ def trained_values(model: Any) -> torch.Tensor:
 
 
 def report_best(
-    config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, texts: RunTexts, corpus: Corpus, notes: list[str]
+    config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, corpus: Corpus, notes: list[str]
 ) -> dict[str, Any]:
     """Evaluates the last step, if that is still due, then the best adapter, and writes everything that describes it.
 
@@ -163,10 +170,10 @@ def report_best(
         trainer.evaluate()
     model, output, best = trainer.model, Path(config.paths.output_dir), Path(config.paths.checkpoint_dir) / "best_model"
     load_weights(model, best)
+    share_record(model)
     release_memory()
-    corpora = {config.data.dataset_name: corpus.held_out} | further_corpora(texts, tokenizer)
-    report = evaluate_corpora(model, tokenizer, corpora, config)
-    report["notes"] = [*notes, *report["notes"]]
+    report = evaluate_corpora(model, tokenizer, corpus.scored(config.data.dataset_name), config)
+    report["notes"] = [*notes, *corpus.unseen.notes, *report["notes"]]
 
     def write() -> None:
         save_config(config, best / RUN_CONFIG)

@@ -65,6 +65,7 @@ class NPTModel(BaseTuner):
         blocks = blocks_of(self.model)
         _check_base_shape(peft_config, self.model, len(blocks))
         _check_fingerprint(peft_config, self.model)
+        peft_config.begin_record(self.model.get_input_embeddings().weight.shape[0])
         peft_config.npt_layers = resolve_layers(peft_config.npt_layers, len(blocks))
         prefix = family_of(self.model).blocks
         peft_config.target_modules = [f"{prefix}.{i}" for i in peft_config.npt_layers]
