@@ -265,6 +265,9 @@ class EquivalenceTrainer(DurableTrainer):
     ) -> Any:
         """Returns the objective's total for one micro-batch, as its share of the optimiser step."""
         unwrapped, inputs = self.accelerator.unwrap_model(model), complete_batch(inputs)
+        record = adapter_config(unwrapped).text_record
+        if record is not None:
+            record.add_batch(inputs)
         items = scored_positions(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch
         # The model's own forward carries autocast; the objectives call what is inside it.
         with self.accelerator.autocast():
