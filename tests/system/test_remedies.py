@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npt import NPTConfig, load_base
 from npt.adapters.folder import find_adapter
+from npt.cli import main
 from npt.config import load_config
 from npt.data import load_documents, sample_blocks
 from npt.data.sources import TextFiles
@@ -233,3 +234,21 @@ def test_another_base_is_allowed_in_the_harness_too(base: Path, tmp_path: Path) 
 def test_a_bare_no_is_the_word() -> None:
     """A message asks for optimization.mixed_precision='no', whose quotes a shell takes away."""
     assert load_config(None, ["optimization.mixed_precision=no"]).optimization.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no such place"), ImportError("no module x"), FileNotFoundError("f")]
+)
+def test_what_the_harness_can_t_reach_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    from npt.integrations import lm_eval
+
+    def refuse(self: Any, arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(lm_eval.HarnessCLI, "execute", refuse)
+    assert main(["lm-eval", "--model_args", "pretrained=builtin:tiny", "--tasks", "x"]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("npt:")]
+    assert len(lines) == 1 and str(error) in lines[0] and "check --tasks, --model_args" in lines[0]

@@ -22,6 +22,7 @@ from npt.common.display import one_line
 from npt.common.processes import world
 from npt.config import ModelSection, OptimizationSection, RunConfig, with_overrides
 from npt.errors import ConversionError, NPTError
+from npt.runs.base_adapters import refuse_adapter, refuse_attached
 from npt.runs.base_problems import file_remedy, folder_remedy, hub_remedy, local_remedy
 from npt.runs.processes import shards_base
 from npt.tuner.converted import npt_layers
@@ -68,6 +69,7 @@ def load_base(
             name, **_arguments(model, cache_dir, revision), **loading, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
+    refuse_attached(f"model.base_model_name={model.base_model_name}", base)
     _check_complete(model.base_model_name, found)
     if not (quantized or optimization.use_cpu_offload or shards_base(optimization.fsdp)):
         base.to(default_device())
@@ -92,6 +94,7 @@ def base_config(model: ModelSection, cache_dir: str | None = None, revision: str
     where = f"model.base_model_name={model.base_model_name}"
     if Path(name).is_file():
         raise NPTError(f"{where}: is a file; {file_remedy(Path(name))}")
+    refuse_adapter(where, Path(name))
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise NPTError(f"{where}: the folder has no config.json; {folder_remedy(Path(name))}")
     with _named(model), _quiet_libraries():
