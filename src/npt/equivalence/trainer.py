@@ -110,6 +110,10 @@ class EquivalenceTrainer(DurableTrainer):
             args.ddp_find_unused_parameters = False  # each of them has a gradient in every step
         if args.fsdp_plugin_args is not None or env_flag("ACCELERATE_USE_FSDP"):
             fsdp_accelerator(args)
+        if args.n_gpu > 1:
+            # nn.DataParallel would take so many times training.batch_size, and one GPU would do the work.
+            logger.warning("one of the %d GPUs is used; start a process for each with torchrun", args.n_gpu)
+            args._n_gpu = 1
         super().__init__(model=model, args=args, **kwargs)
         objective = objective or Objective()
         self.schedule = [(0, objective)] if isinstance(objective, Objective) else sorted(objective, key=lambda x: x[0])

@@ -12,6 +12,7 @@ import torch
 from npt.block.layer import NPTLayer
 from npt.block.modes import watching
 from npt.builtin import name_of
+from npt.common.precision import matmul_precision
 from npt.data import pack
 from npt.data.batches import batches_of
 from npt.data.packing import IGNORED
@@ -128,7 +129,7 @@ def _surroundings(
     return {
         "dtype": str(layers[0].weight.dtype).removeprefix("torch."),
         "computed_in": _computed_in(model, layers, blocks),
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_precision": matmul_precision(device_of(model)),
         "attention": settings._attn_implementation,
         "quantization": None if method is None else str(getattr(method, "value", method)),
         "seed": seed,
