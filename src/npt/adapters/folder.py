@@ -23,6 +23,17 @@ RUN_CONFIG = "npt_run.yaml"
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
+    """The adapter folder a checkpoint path means, with its weights read once and found finite.
+
+    Raises:
+        CheckpointError: as `find_adapter`; weights that are damaged or not finite.
+    """
+    folder = find_adapter(path)
+    _header(folder)
+    return folder
+
+
+def find_adapter(path: str | Path) -> Path:
     """The adapter folder a checkpoint path means; `best_model.pt` means the folder `best_model`.
 
     Raises:
@@ -42,7 +53,6 @@ def resolve_checkpoint(path: str | Path) -> Path:
                 "folder that save_pretrained wrote"
             )
     _check_config(folder)
-    _header(folder)
     return folder
 
 

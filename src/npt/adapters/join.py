@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npt.adapters.folder import RUN_CONFIG, WEIGHTS, resolve_checkpoint
+from npt.builtin import name_of
 from npt.common.display import one_line
 from npt.common.files import new_folder, temporary_name
 from npt.common.fingerprint import difference
@@ -217,7 +218,7 @@ def _check_base(one: Part, other: Part) -> None:
             f"{remedy}"
         )
     prints = [_fingerprint(config) for config in (first, second)]
-    names = [config.base_model_name_or_path for config in (first, second)]
+    names = [name_of(config.base_model_name_or_path) for config in (first, second)]
     if prints[0] is not None and prints[1] is not None:
         told = difference(prints[0], prints[1])
         if told is not None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from npt.block.component import ComponentSpec, NPComponent
 from npt.block.families import Family
-from npt.block.hooks import BlockHooks, BlockRecord, Mode, first_tensor
+from npt.block.hooks import BlockHooks, first_tensor
+from npt.block.passes import BlockRecord, Mode
 from npt.block.probing import BlockParts, probe_norm
 from npt.common.processes import from_first, loads_once
 from npt.errors import ConversionError
@@ -109,7 +110,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = not enabled
 
     def requires_grad_(self, requires_grad: bool = True) -> NPTLayer:
-        """As of any module; tells `on_frozen`."""
+        """Freezes or thaws its parameters; `on_frozen` is told first."""
         if self.on_frozen is not None and not requires_grad:
             self.on_frozen(self)
         super().requires_grad_(requires_grad)
@@ -141,7 +142,6 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         component = self.new_component(spec, seed)
         self.npt_components[adapter_name] = component
         if not self.hooks.has_projection_hooks and self.hooks.needs_projection_hooks(component):
-            self.hooks.detach()
             self.hooks.attach()
         self.hooks.hook_norm()
 
@@ -193,17 +193,21 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         """The component to apply in a mode, or None for the original block."""
         if mode is not None:
             return None if mode is Mode.ORIGINAL else self.oracle
-        return None if self._disable_adapters else self.component
+        return None if self._disable_adapters or self.hooks.thread.now.disabled else self.component
+
+    @property
+    def disable_adapters(self) -> bool:
+        """PEFT's: True where the adapters are off, for every thread or for the calling one."""
+        return self._disable_adapters or self.hooks.thread.now.disabled
 
     @property
     def mode(self) -> Mode | None:
-        """The block's behaviour instead of its active adapter's, or None; see `npt.block.modes.running_as`."""
-        return self.hooks.mode
+        """The calling thread's mode, instead of the active adapter, or None; see `npt.block.modes.running_as`."""
+        return self.hooks.thread.now.override
 
     @mode.setter
     def mode(self, value: Mode | None) -> None:
-        self.hooks.mode = value
-        self.hooks.hook_norm()
+        self.hooks.set_mode(value)
 
     def detach(self) -> None:
         """Takes the hooks off; the block is the original one again."""

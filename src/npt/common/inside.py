@@ -26,7 +26,7 @@ _NO_MATTER = ("ephemeral_gpu_offload", "frozen_peft_weight_names")
 
 @dataclass
 class Parts:
-    """What a base consists of.
+    """The parts of a base.
 
     own: {name: parameter}. adapters: {name: tensor} of the adapters at work inside it. kinds: their methods, "lora" for one.
     layers: where they are and how many at each place. settings: {setting: its values there}.

@@ -12,6 +12,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from npt.adapters.folder import RUN_CONFIG
+from npt.adapters.settings import as_recorded
 from npt.adapters.weights import load_weights
 from npt.common.files import append_json, only_run, write_json
 from npt.common.processes import any_process, first_does, is_first
@@ -96,8 +97,6 @@ def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
         prepare_wandb(config)
     base, tokenizer = load_base(config.model, config.optimization, config.paths.cache_dir)
     model: Any = get_peft_model(base, adapter)
-    # As the user named it: the place of a builtin model differs from machine to machine.
-    adapter.base_model_name_or_path = config.model.base_model_name
     if config.optimization.use_cpu_offload:
         offload_frozen(model, default_device())
     own, frozen = parameter_counts(model)
@@ -169,7 +168,7 @@ def report_best(
     report["notes"] = [*notes, *report["notes"]]
 
     def write() -> None:
-        save_config(config, best / RUN_CONFIG)
+        save_config(as_recorded(config), best / RUN_CONFIG)
         tokenizer.save_pretrained(str(best))
         write_json(output / "evaluation_report.json", report)
         write_model_card(best, adapter_config(model), report)

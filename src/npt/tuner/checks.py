@@ -14,6 +14,7 @@ from torch import nn
 
 from npt.block.families import blocks_of, family_of
 from npt.block.probing import projection_shape
+from npt.builtin import name_of
 from npt.common.fingerprint import base_record, difference
 from npt.common.inside import adapter_layers, parts_of
 from npt.common.sharded import is_sharded
@@ -140,9 +141,14 @@ def check_base_shape(config: NPTConfig, model: nn.Module, num_blocks: int) -> No
     if config.base_shape not in (None, here):
         made, got = (f"hidden size {h}, intermediate size {i}, {n} blocks" for h, i, n in (config.base_shape, here))
         raise ConversionError(
-            f"the adapter was made for a base with {made}; this one has {got}. Load it on {config.base_model_name_or_path!r}"
+            f"the adapter was made for a base with {made}; this one has {got}. Load it on {_base_name(config)}"
         )
     config.base_shape = here
+
+
+def _base_name(config: NPTConfig) -> str:
+    name = name_of(config.base_model_name_or_path)
+    return repr(name) if name else "the base it was made for, of which it has no name"
 
 
 def check_fingerprint(config: NPTConfig, model: Any, *, embeddings_may_come: bool) -> str | None:
@@ -211,13 +217,13 @@ def refuse_rows(arguments: Mapping[str, Any]) -> None:
 
 def another_base(config: NPTConfig, difference: str) -> str:
     """The message on a base that differs from the adapter's."""
-    name, rows = config.base_model_name_or_path, ((config.base_fingerprint or {}).get("config") or {}).get("vocab_size")
+    rows = ((config.base_fingerprint or {}).get("config") or {}).get("vocab_size")
     if difference.startswith("vocab_size is "):
         remedy = f"Resize it first, with model.resize_token_embeddings({rows}) before the adapter is loaded"
     elif "inside it" in difference:
         remedy = "Load the other adapters first as they were, or merge or unload them as they were"
     else:
-        remedy = f"Load it on {name!r}"
+        remedy = f"Load it on {_base_name(config)}"
     return (
         f"the adapter was made for another base: {difference}. {remedy}, or set "
         "allow_other_base (NPTConfig.allow_other_base=True, in a run model.allow_other_base=true)"

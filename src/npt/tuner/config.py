@@ -9,6 +9,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 
+from npt.builtin import MODELS, recorded_name
 from npt.common.options import ALLOWED, DEFAULTS, OPTIONS, PROJECTIONS, tied_targets_down
 from npt.errors import ConversionError
 from npt.tuner.card import write_model_card
@@ -78,6 +79,9 @@ class NPTConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.task_type = self.task_type or "CAUSAL_LM"  # type: ignore[has-type]
+        name = self.base_model_name_or_path  # type: ignore[has-type]
+        # PEFT hands the name to `from_pretrained`, which knows no builtin model.
+        self.base_model_name_or_path = str(MODELS[name]) if isinstance(name, str) and name in MODELS else name
         problems = []
         if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
             raise ConversionError(
@@ -105,12 +109,13 @@ class NPTConfig(PeftConfig):
             raise ConversionError("; ".join(problems))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes adapter_config.json, and the model card beside it unless a person's own is there."""
-        allowed, self.allow_other_base = self.allow_other_base, False
-        try:
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.allow_other_base = allowed
+        """Writes adapter_config.json, and the model card beside it unless a person's own is there.
+
+        The base is written as `npt.builtin.recorded_name` has it: a builtin model's place differs from machine to machine.
+        """
+        saved = copy.copy(self)
+        saved.allow_other_base, saved.base_model_name_or_path = False, recorded_name(self.base_model_name_or_path)
+        super(NPTConfig, saved).save_pretrained(save_directory, **kwargs)
         write_model_card(save_directory, self)
 
     def component_options(self) -> dict[str, Any]:

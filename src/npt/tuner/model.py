@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -162,8 +163,17 @@ class NPTModel(BaseTuner):
         """Nothing: `inject_adapter` says what is trained."""
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for layer in npt_layers(self.model):
-            layer.enable_adapters(enabled)
+        """Turns the NPT blocks' adapters on or off: for the calling thread within PEFT's `disable_adapter()`, else for all.
+
+        A server's thread that asks the original model must not turn the adapter off under the others.
+        """
+        # PEFT's context manager calls what a user may call for good, and leaves no other trace of which of the two it is.
+        in_context = sys._getframe(2).f_code.co_name == "disable_adapter"
+        layers: Any = npt_layers(self.model)
+        for layer in layers:
+            layer.hooks.thread.now.disabled = in_context and not enabled
+            if not in_context:
+                layer.enable_adapters(enabled)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activates one adapter, or several of disjoint blocks.
@@ -331,12 +341,18 @@ class NPTModel(BaseTuner):
 
 
 def _checkpoint_in_eval(module: nn.Module, checkpoint: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' checkpoint function of a block, for which the block leaves training mode."""
+    """transformers' checkpoint function of a block, for which the block leaves training mode.
+
+    The recomputed forward takes the mode of the first one: autograd may run it in a thread of its own, and after other passes.
+    """
+    layer: NPTLayer | None = getattr(module, LAYER_NAME, None)
+    again: Callable[[], AbstractContextManager[None]] = nullcontext if layer is None else layer.hooks.again()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         before, module.training = module.training, False
         try:
-            return function(*args, **kwargs)
+            with again():
+                return function(*args, **kwargs)
         finally:
             module.training = before
 
