@@ -26,9 +26,7 @@ IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 OTHERS: dict[str, PeftConfig] = {
     "lora": LoraConfig(target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False),
     "dora": LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False, use_dora=True),
-    "ia3": IA3Config(
-        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
-    ),
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
     "loha": LoHaConfig(target_modules=["o_proj"], r=2, init_weights=False),
     "head": LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False, modules_to_save=["lm_head"]),
 }
@@ -226,7 +224,9 @@ def test_a_trainer_that_would_train_the_base_too_is_refused(tmp_path: Path) -> N
     arguments = {"args": run.args, "train_dataset": blocks(), "eval_dataset": blocks(4)}
     EquivalenceTrainer(model, **arguments)
     thaw(model)
-    with pytest.raises(NPTError, match=r"16 parameters beside the NPT components are trained too, first .*lora_A.*freeze"):
+    with pytest.raises(
+        NPTError, match=r"16 parameters beside the NPT components are trained too, first .*lora_A.*freeze"
+    ):
         EquivalenceTrainer(model, **arguments)
 
 
