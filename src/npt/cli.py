@@ -18,6 +18,7 @@ from rich.markup import escape
 from npt.common.display import one_line, visible
 from npt.common.files import DISK_ERRORS
 from npt.common.launch import is_first_launched, process_label
+from npt.common.places import place
 from npt.errors import NPTError, RunError, Stopped
 
 logger = logging.getLogger("npt")
@@ -35,16 +36,32 @@ console = Console(quiet=not TALKS)
 #: Newer versions of typer carry click inside, older ones import it; the exported exception has the same parent.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+
+def _place(param: typer.CallbackParam, value: Any) -> Any:
+    """The path or paths of an option or argument, so that `--output=~/r.json` means what it does in a configuration."""
+    if value is None:
+        return None
+    option = next((f"{name} " for name in param.opts if name.startswith("--")), "")
+    try:
+        return [place(each) for each in value] if isinstance(value, list | tuple) else place(value)
+    except NPTError as error:
+        raise NPTError(f"{option}{error}") from error
+
+
 Config = Annotated[
-    Path | None, typer.Option("--config", help="YAML file; without one, the defaults: those of config.yaml.")
+    Path | None,
+    typer.Option("--config", help="YAML file; without one, the defaults: those of config.yaml.", callback=_place),
 ]
 OwnConfig = Annotated[
     Path | None,
-    typer.Option("--config", help="YAML file; without one, the settings that the adapter's folder records."),
+    typer.Option(
+        "--config", help="YAML file; without one, the settings that the adapter's folder records.", callback=_place
+    ),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, the value in YAML; the last one wins.")]
 Checkpoint = Annotated[
-    Path, typer.Option("--checkpoint", help="Adapter folder; a .pt name means the folder of that name.")
+    Path,
+    typer.Option("--checkpoint", help="Adapter folder; a .pt name means the folder of that name.", callback=_place),
 ]
 Limit = Annotated[
     str | None, typer.Option("--limit", help="Memory of the device the run is for, such as 24GiB; this machine's else.")
@@ -135,7 +152,9 @@ def _dry_run(config: Path | None, set_: list[str] | None, resume: bool, **planne
 def evaluate(
     checkpoint: Checkpoint,
     config: OwnConfig = None,
-    output: Annotated[Path, typer.Option("--output", help="Where the report goes.")] = Path("evaluation_report.json"),
+    output: Annotated[Path, typer.Option("--output", help="Where the report goes.", callback=_place)] = Path(
+        "evaluation_report.json"
+    ),
     text: Annotated[
         list[str] | None, typer.Option("--text", help="A further text file (or builtin:python-docs), reported beside.")
     ] = None,
@@ -155,8 +174,8 @@ def evaluate(
 
 @app.command("merge-adapters")
 def merge_adapters(
-    adapters: Annotated[list[Path], typer.Argument(help="Two adapter folders or more.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The new adapter's folder.")],
+    adapters: Annotated[list[Path], typer.Argument(help="Two adapter folders or more.", callback=_place)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new adapter's folder.", callback=_place)],
 ) -> None:
     """Joins adapters of disjoint blocks of one base, trained by separate jobs, into one."""
     from npt.adapters.join import join
@@ -196,13 +215,15 @@ def generate(
             console.print(f"[bold]{name:>8}[/bold]  {escape(visible(sample[name]))}")
 
 
-Run = Annotated[Path, typer.Argument(help="A run's output folder.")]
+Run = Annotated[Path, typer.Argument(help="A run's output folder.", callback=_place)]
 
 
 @app.command()
 def plot(
-    run: Annotated[Path | None, typer.Argument(help="A run's output folder.")] = None,
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="The same, as an option.")] = Path("outputs"),
+    run: Annotated[Path | None, typer.Argument(help="A run's output folder.", callback=_place)] = None,
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="The same, as an option.", callback=_place)] = Path(
+        "outputs"
+    ),
 ) -> None:
     """Draws the plots of a run from metrics.jsonl and, if there is one, its report, as PNG and SVG."""
     from npt.common.writable import check_folders
@@ -228,8 +249,10 @@ def report(run: Run = Path("outputs")) -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Output folders of runs.")],
-    output: Annotated[Path, typer.Option("--output", help="Where the plot goes.")] = Path("comparison.png"),
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of runs.", callback=_place)],
+    output: Annotated[Path, typer.Option("--output", help="Where the plot goes.", callback=_place)] = Path(
+        "comparison.png"
+    ),
 ) -> None:
     """Runs side by side: one table, and one plot of perplexity ratio and KL over steps."""
     from npt.common.writable import check_file

@@ -54,8 +54,9 @@ def test_every_setting_that_decides_counts(kind: Any, change: dict[str, Any]) ->
     "change",
     [
         {"use_cache": False}, {"attention_dropout": 0.1}, {"initializer_range": 0.5}, {"pad_token_id": 3},
-        {"temperature": 0.5}, {"dtype": "float16"}, {"max_position_embeddings": 64}, {"pretraining_tp": 2}, {"architectures": ["x"]},
-        {"unsloth_version": "9"}, {"transformers_version": "4"}, {"name_or_path": "elsewhere"}, {"output_attentions": True},
+        {"temperature": 0.5}, {"dtype": "float16"}, {"max_position_embeddings": 64}, {"pretraining_tp": 2},
+        {"architectures": ["x"]}, {"unsloth_version": "9"}, {"transformers_version": "4"}, {"name_or_path": "elsewhere"},
+        {"output_attentions": True},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip

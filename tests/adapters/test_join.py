@@ -34,6 +34,7 @@ from tests.distributed_worker import work
 from tests.helpers import blocks, quick_reports, random_base, settings
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "npt_run.yaml"
+TEXTS = "seen_text.safetensors"
 CLIP = 1e-3
 
 
@@ -255,7 +256,7 @@ def test_the_command_joins_what_it_trained(
     whole = Path(of(runs, "whole", "checkpoint-4"))
     one, other = (logits(base.__class__.from_pretrained(local_model), f, token_ids) for f in (whole, joined))
     assert torch.equal(one, other)
-    assert {p.name for p in joined.iterdir()} == {WEIGHTS, CONFIG, "README.md"}
+    assert {p.name for p in joined.iterdir()} == {WEIGHTS, CONFIG, "README.md", TEXTS}
     assert [p.name for p in joined.parent.iterdir()] == ["joined"]
 
 

@@ -26,7 +26,12 @@ DATA = [
     Entry(
         "data: no such user",
         ("train", *sets("data.dataset_name=text", "data.data_files=['~no-such-user/a.txt']")),
-        ("~no-such-user/a.txt: can't be looked up", "check data.data_files"),
+        ("data.data_files", "~no-such-user/a.txt", "no home folder for ~no-such-user", "write the whole path"),
+    ),
+    Entry(
+        "data: no such user, in an option",
+        ("evaluate", "--checkpoint", "{adapter}", "--text", "~no-such-user/a.txt"),
+        ("~no-such-user/a.txt", "no home folder for ~no-such-user", "check --text"),
     ),
     Entry(
         "data: a folder",

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from npt.common.display import one_line
 from npt.common.fingerprint import is_record
+from npt.common.places import place
 from npt.config import option_problems
 from npt.config.strict_yaml import MAX_BYTES
 from npt.errors import CheckpointError, ConversionError
@@ -39,7 +40,7 @@ def find_adapter(path: str | Path) -> Path:
     Raises:
         CheckpointError: there is no such folder, or it holds no NPT adapter.
     """
-    path = Path(path)
+    path = place(path)
     folder = path if path.is_dir() else path.with_suffix("") if path.suffix == ".pt" else path
     if not folder.is_dir():
         raise CheckpointError(

@@ -21,8 +21,10 @@ from npt.builtin import name_of
 from npt.common.display import one_line
 from npt.common.files import new_folder, temporary_name
 from npt.common.fingerprint import difference
+from npt.common.places import place
 from npt.common.writable import check_folders
 from npt.config import RunConfig, load_config, save_config, with_overrides
+from npt.data.seen import TextRecord
 from npt.errors import CheckpointError, ConfigError, ConversionError, NPTError
 from npt.tuner.card import write_model_card
 from npt.tuner.config import LAYER_NAME, OPTIONS, NPTConfig
@@ -75,12 +77,12 @@ def merge_adapters(folders: Iterable[str | Path], output: str | Path) -> Path:
         RunError: the disk is full or gone; there is no output.
     """
     join(folders, output)
-    return Path(output)
+    return place(output)
 
 
 def join(folders: Iterable[str | Path], output: str | Path) -> list[Part]:
     """`merge_adapters`; returns what was joined."""
-    named, target = [Path(folder) for folder in folders], Path(output).resolve()
+    named, target = [place(folder) for folder in folders], place(output).resolve()
     if len(named) < 2:
         raise NPTError(
             f"{', '.join(map(str, named)) or 'no folder'}: nothing to join; name two adapter folders or more"
@@ -94,15 +96,15 @@ def join(folders: Iterable[str | Path], output: str | Path) -> list[Part]:
             _check_alike(parts[0], part)
             _check_base(parts[0], part)
     for part in parts:
-        place, temporary = part.found.resolve(), temporary_name(target)
-        if place in (target, *target.parents) or temporary in (place, *place.parents):
+        found, temporary = part.found.resolve(), temporary_name(target)
+        if found in (target, *target.parents) or temporary in (found, *found.parents):
             raise NPTError(f"--output={output}: is in {part.folder}, one of the adapters; name a folder of its own")
     new_folder(target, lambda folder: _fill(parts, folder), again="do it again")
     return parts
 
 
 def _check_output(output: str | Path, target: Path) -> None:
-    check_folders({"--output": output})
+    check_folders({"--output": place(output)})
     if target.is_dir() and any(target.iterdir()):
         raise NPTError(f"--output={output}: is there and not empty; name a new folder, or move what is in it")
 
@@ -260,6 +262,7 @@ def _fill(parts: Sequence[Part], folder: Path) -> None:
 
 def _joined(parts: Sequence[Part]) -> NPTConfig:
     config = copy.deepcopy(parts[0].config)
+    _join_records(config, [part.config.text_record for part in parts])
     for part in parts:
         config.base_shape = config.base_shape or part.config.base_shape
         config.base_fingerprint = _fingerprint(config) or part.config.base_fingerprint
@@ -267,6 +270,16 @@ def _joined(parts: Sequence[Part]) -> NPTConfig:
     prefix = config.target_modules[0].rpartition(".")[0]  # type: ignore[index]
     config.npt_layers, config.target_modules = blocks, [f"{prefix}.{block}" for block in blocks]
     return config
+
+
+def _join_records(config: NPTConfig, records: Sequence[TextRecord | None]) -> None:
+    """Puts all texts of the parts into the joined record. Where a part has none, nobody knows all the text."""
+    known = [record for record in records if record is not None]
+    config.text_record = None
+    if len(known) == len(records):
+        config.text_record = joined = TextRecord()
+        for record in known:
+            joined.merge(record)
 
 
 def _shown(folder: Path) -> str:
@@ -297,8 +310,8 @@ def _record(parts: Sequence[Part], blocks: list[int]) -> RunConfig | None:
     first, problem = records[0], _disagreement(parts, records)
     if first is None or problem is not None:
         logger.warning(
-            "%s: the joined adapter gets no %s, so npt evaluate takes any text for text it was trained on, and scores only "
-            "the part held out of it", problem, RUN_CONFIG,
+            "%s: the joined adapter gets no %s; npt evaluate knows its training text by its record of text, and without one "
+            "takes any text for it and scores only the part held out", problem, RUN_CONFIG,
         )  # fmt: skip
         return None
     return with_overrides(first, {"model.npt_layers": blocks})

@@ -110,7 +110,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = not enabled
 
     def requires_grad_(self, requires_grad: bool = True) -> NPTLayer:
-        """Freezes or thaws its parameters; `on_frozen` is told first."""
+        """Sets the flags, as of any module, and tells `on_frozen`."""
         if self.on_frozen is not None and not requires_grad:
             self.on_frozen(self)
         super().requires_grad_(requires_grad)

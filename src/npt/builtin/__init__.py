@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from npt.common.places import expanded
 from npt.errors import DataError, NPTError
 
 PREFIX = "builtin:"
@@ -27,8 +28,8 @@ def model_folder(name: str) -> Path:
 
 
 def source_of(name: str) -> str:
-    """The argument of `from_pretrained` for a model's name: the folder of a builtin one, else the name itself."""
-    return str(model_folder(name)) if name.startswith(PREFIX) else name
+    """The argument of `from_pretrained` for a model's name: the folder of a builtin one, else the name, `~` expanded."""
+    return str(model_folder(name)) if name.startswith(PREFIX) else expanded(name)
 
 
 def name_of(source: str | None) -> str | None:

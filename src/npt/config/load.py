@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from npt.common.display import one_line
 from npt.common.files import write_text
+from npt.common.places import place
 from npt.config.sections import SECTIONS, RunConfig, known_keys
 from npt.config.strict_yaml import MAX_BYTES, parse_yaml
 from npt.errors import ConfigError
@@ -31,7 +32,7 @@ def load_config(
     Raises:
         ConfigError: every problem in one message, each with its key, its value and what to do.
     """
-    values: dict[str, Any] = {} if path is None else _read(Path(path))
+    values: dict[str, Any] = {} if path is None else _read(place(path))
     problems = []
     for override in overrides:
         problem = _override(values, override)
@@ -69,7 +70,7 @@ def _together(problems: Iterable[str]) -> str:
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Writes a configuration as YAML, every key."""
-    write_text(Path(path), yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+    write_text(place(path), yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
 
 
 def with_overrides(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

@@ -20,6 +20,8 @@ from pydantic_core import PydanticCustomError
 
 from npt.builtin import MODELS, PREFIX, TEXTS
 from npt.common.options import DEFAULTS, Carry, Gain, Key, LowRankSite, Projection, tied_targets_down
+from npt.common.places import expanded
+from npt.errors import NPTError
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -61,6 +63,14 @@ def _writable(text: str) -> str:
     return text
 
 
+def _expanded(text: str) -> str:
+    """The name with its home folder, as `npt.common.places` has it."""
+    try:
+        return expanded(text)
+    except NPTError as error:
+        raise ValueError(str(error).removeprefix(f"{text}: ")) from None
+
+
 def _listed(value: Any) -> Any:
     """A list of one for a single name."""
     return [value] if isinstance(value, str) else value
@@ -77,8 +87,10 @@ Indices = Annotated[list[Annotated[int, Field(ge=-MOST, le=MOST)]], Field(min_le
 Layers = Annotated[
     Literal["upper_half", "lower_half", "all"] | Indices, WrapValidator(_layers), AfterValidator(_no_duplicates)
 ]
-Files = Annotated[list[Text], BeforeValidator(_listed)]
-TextName = Annotated[Text, AfterValidator(_known(TEXTS))]
+#: The name of a file or folder, or one that may be either that or a name on a hub; `~` is expanded here, once for all parts.
+Place = Annotated[Text, AfterValidator(_expanded)]
+Files = Annotated[list[Place], BeforeValidator(_listed)]
+TextName = Annotated[Place, AfterValidator(_known(TEXTS))]
 TextNames = Annotated[list[TextName], BeforeValidator(_listed), AfterValidator(_no_duplicates)]
 #: (the keys that contradict each other, what is wrong and what to do)
 Conflict = tuple[tuple[str, ...], str]
@@ -102,7 +114,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The base model, and how which of its blocks become neuro-plastic."""
 
-    base_model_name: Annotated[Text, AfterValidator(_known(MODELS))] = "builtin:tiny"
+    base_model_name: Annotated[Place, AfterValidator(_known(MODELS))] = "builtin:tiny"
     npt_layers: Layers = DEFAULTS.npt_layers
     rank: Count = DEFAULTS.rank
     modulation_scale: Annotated[Real, Field(gt=0)] = DEFAULTS.modulation_scale
@@ -158,7 +170,7 @@ class DataSection(Section):
 
     A sample is a block of max_length. `streaming` reads the text as it trains, all of it, whatever `num_train_samples` says,
     and shuffles `shuffle_window` documents at once. `eval_texts` (files or builtin names) are reported beside the held-out
-    text.
+    text. Blocks that repeat text that was trained on are left out of every evaluation, unless `score_seen_text`.
     """
 
     dataset_name: TextName = "self"
@@ -173,6 +185,7 @@ class DataSection(Section):
     num_train_samples: Annotated[int, Field(ge=2, le=MOST)] | None = 1632
     num_eval_samples: Positive | None = 400
     num_calibration_samples: Positive = 384
+    score_seen_text: bool = False
 
     def conflicts(self) -> Iterator[Conflict]:
         """Sources, files and streaming that do not go together, and text that would be both trained and evaluated on."""
@@ -188,8 +201,12 @@ class DataSection(Section):
             if self.dataset_name == "self" and getattr(self, name) is None:
                 yield (name, "dataset_name"), "null has no end with data.dataset_name=self; use a whole number"
         for name in ("data_files", "calibration_files"):
-            if both := sorted(set(self.eval_texts) & set(getattr(self, name) or ())):
-                text = f"{', '.join(both)} would be evaluated on after training on it; take it out of one of the two"
+            both = sorted(set(self.eval_texts) & set(getattr(self, name) or ()))
+            if both and not self.score_seen_text:
+                text = (
+                    f"{', '.join(both)} would be evaluated on after training on it; take it out of one of the two, or set "
+                    "data.score_seen_text=true"
+                )
                 yield ("eval_texts", name), text
 
 
@@ -225,10 +242,10 @@ class PathsSection(Section):
     model runs in every training step.
     """
 
-    output_dir: Text = "outputs"
-    checkpoint_dir: Text = "checkpoints"
-    cache_dir: Text | None = None
-    teacher_cache: Text | None = None
+    output_dir: Place = "outputs"
+    checkpoint_dir: Place = "checkpoints"
+    cache_dir: Place | None = None
+    teacher_cache: Place | None = None
 
 
 class RunConfig(Section):

@@ -13,7 +13,8 @@ import pyarrow.parquet
 
 from npt import builtin
 from npt.common.display import one_line
-from npt.errors import DataError
+from npt.common.places import expanded, place
+from npt.errors import DataError, NPTError
 
 _LOCAL = "data.dataset_name=text with data.data_files"
 
@@ -80,6 +81,7 @@ def load_documents(
         DataError: the hub can't be reached, the name or column is unknown, or a local file is unusable. One line that
             names every culprit; local files are all checked before this returns.
     """
+    dataset_name = expanded(dataset_name)
     if dataset_name == "text":
         return TextFiles(data_files, text_column)
     if dataset_name == "self":
@@ -94,7 +96,7 @@ def load_documents(
 def _hub_documents(name: str, config: str | None, split: str, text_column: str, cache_dir: str | None) -> Iterable[str]:
     where = f"data.dataset_name='{name}'" + (f", data.dataset_config='{config}'" if config else "")
     try:
-        dataset = datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
+        dataset = datasets.load_dataset(name, config, split=split, cache_dir=cache_dir and expanded(cache_dir))
     # The library raises all of these for a wrong id, configuration or split, a script data set, and no network.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = one_line(error, 200) or type(error).__name__
@@ -116,11 +118,13 @@ def expand_files(data_files: Sequence[str | Path], named_by: str) -> tuple[list[
     problems = []
     for name in data_files:
         try:
-            path = Path(name).expanduser()
+            path = place(name)
             # A name that exists is that file, even if it holds glob characters.
             found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        # No such user's home; a name too long, or in a folder that can't be entered.
-        except (RuntimeError, OSError) as error:
+        except NPTError as error:
+            problems.append(f"{error}; check {named_by}")
+            continue
+        except OSError as error:  # a name too long, or in a folder that can't be entered
             problems.append(f"{name}: can't be looked up ({error}); check {named_by}")
             continue
         if not found:

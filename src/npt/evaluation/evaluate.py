@@ -10,10 +10,12 @@ import datasets
 import torch
 
 from npt.block.layer import NPTLayer
+from npt.block.modes import watching
 from npt.builtin import name_of
 from npt.data import pack
 from npt.data.batches import batches_of
 from npt.data.packing import IGNORED
+from npt.data.seen import RECORD, TextRecord
 from npt.errors import DataError
 from npt.evaluation.block_errors import layer_equivalence, residual_stream
 from npt.evaluation.divergence import kl_by_position, summarize, token_divergences, worst_tokens
@@ -29,6 +31,7 @@ from npt.tuner.converted import (
     device_of,
     eval_mode,
     parameter_counts,
+    run_backbone,
 )
 
 #: Blocks used for the per-layer figures and the weight deltas, which cost more per token.
@@ -91,12 +94,12 @@ def evaluate(
             "scored": _scored(stride, context_length),
             "tokens": first["tokens"],
             "corpora": list(corpora),
-            **_surroundings(model, layers, seed),
+            **_surroundings(model, layers, next(iter(blocks.values())), seed),
         },
         "evaluations": evaluations,
         "expected_outcomes": expected_outcomes(evaluations),
         "grade": grade(evaluations["divergence"]["mean_kl"]),
-        "notes": _notes(config.carry, evaluations),
+        "notes": [*_notes(config.carry, evaluations), *seen_notes(config.text_record, blocks)],
     }
 
 
@@ -115,14 +118,33 @@ def _scored(stride: int, context_length: int) -> str:
     return f"the last {stride} tokens of each window" if stride < context_length else "all tokens but the first"
 
 
-def _surroundings(model: ConvertedModel, layers: Sequence[NPTLayer], seed: int) -> dict[str, Any]:
-    """The part of the report's `protocol` that does not depend on text: number format, device, versions."""
+def _surroundings(
+    model: ConvertedModel, layers: Sequence[NPTLayer], blocks: datasets.Dataset, seed: int
+) -> dict[str, Any]:
+    """The part of the report's `protocol` that npt does not decide alone: number formats, device, versions."""
+    settings = model.get_base_model().config
+    quantization: Any = getattr(settings, "quantization_config", None) or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     return {
         "dtype": str(layers[0].weight.dtype).removeprefix("torch."),
+        "computed_in": _computed_in(model, layers, blocks),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "attention": settings._attn_implementation,
+        "quantization": None if method is None else str(getattr(method, "value", method)),
         "seed": seed,
         "device": str(device_of(model)),
         "versions": {name: version(name) for name in ("npt", "torch", "transformers", "peft")},
     }
+
+
+@torch.no_grad()
+def _computed_in(model: ConvertedModel, layers: Sequence[NPTLayer], blocks: datasets.Dataset) -> str:
+    """The dtype that a converted block's matrix products come out in; autocast and FSDP may have another than the weights."""
+    found: list[torch.dtype] = []
+    first = next(batches_of(blocks, 1, device_of(model)))["input_ids"][:, :1]
+    with eval_mode(model), watching(layers[:1], lambda _, record: found.append(record.attention.dtype)):
+        run_backbone(model, {"input_ids": first})
+    return str(found[0]).removeprefix("torch.")
 
 
 def _of_corpus(
@@ -178,6 +200,16 @@ def _notes(carry: str, evaluations: dict[str, Any]) -> list[str]:
     if carry != "exact" and evaluations["divergence"]["max_kl"] == 0:
         found.append("both models give the very same distributions: the adapter changes nothing (is it active?)")
     return found
+
+
+def seen_notes(record: TextRecord | None, corpora: Mapping[str, datasets.Dataset]) -> list[str]:
+    """Notes on scored blocks that an adapter's own record names as text it was trained on."""
+    if record is None:
+        return [
+            f"the adapter has no record of its training text ({RECORD}): it can't be told whether scored text was trained on"
+        ]
+    found = {name: int(record.trained.covers(blocks).sum()) for name, blocks in corpora.items()}
+    return [f"{n} of {len(corpora[name])} scored blocks of {name} were trained on" for name, n in found.items() if n]
 
 
 def _by_position(model: ConvertedModel, blocks: Any, context_length: int, batch_size: int) -> dict[str, Any]:

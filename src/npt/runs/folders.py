@@ -11,6 +11,7 @@ from npt.config import RunConfig, save_config
 from npt.errors import CheckpointError
 from npt.training.callbacks import BEST_METRIC
 from npt.training.checkpoints import last_checkpoint, step_of
+from npt.training.resume import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def prepare_folders(config: RunConfig, output: Path, checkpoints: Path, last: Pa
         set_aside(output, ("metrics.jsonl", "samples.jsonl", "evaluation_report.json", "report.html", "plots"))
         set_aside(checkpoints, ("best_model", "checkpoint-*"))
     else:
-        rewind(output, step_of(last), config.training.eval_steps)
+        rewind(output, step_of(last), read_record(last).get("eval_steps") or config.training.eval_steps)
     save_config(config, output / "config.yaml")
 
 

@@ -141,12 +141,13 @@ def check_base_shape(config: NPTConfig, model: nn.Module, num_blocks: int) -> No
     if config.base_shape not in (None, here):
         made, got = (f"hidden size {h}, intermediate size {i}, {n} blocks" for h, i, n in (config.base_shape, here))
         raise ConversionError(
-            f"the adapter was made for a base with {made}; this one has {got}. Load it on {_base_name(config)}"
+            f"the adapter was made for a base with {made}; this one has {got}. Load it on {base_name(config)}"
         )
     config.base_shape = here
 
 
-def _base_name(config: NPTConfig) -> str:
+def base_name(config: NPTConfig) -> str:
+    """The base that an adapter was made for, as a message names it."""
     name = name_of(config.base_model_name_or_path)
     return repr(name) if name else "the base it was made for, of which it has no name"
 
@@ -220,13 +221,13 @@ def another_base(config: NPTConfig, difference: str) -> str:
     rows = ((config.base_fingerprint or {}).get("config") or {}).get("vocab_size")
     if difference.startswith("vocab_size is "):
         remedy = (
-            f"Load it on {_base_name(config)}, after model.resize_token_embeddings({rows}) where the embeddings come with the "
+            f"Load it on {base_name(config)}, after model.resize_token_embeddings({rows}) where the embeddings come with the "
             "adapter"
         )
     elif "inside it" in difference:
         remedy = "Load the other adapters first as they were, or merge or unload them as they were"
     else:
-        remedy = f"Load it on {_base_name(config)}"
+        remedy = f"Load it on {base_name(config)}"
     return (
         f"the adapter was made for another base: {difference}. {remedy}, or set "
         "allow_other_base (NPTConfig.allow_other_base=True, in a run model.allow_other_base=true)"

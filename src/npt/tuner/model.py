@@ -118,6 +118,7 @@ class NPTModel(BaseTuner):
         blocks, from_file = blocks_of(self.model), peft_config.target_modules is not None
         check_base_shape(peft_config, self.model, len(blocks))
         wrong = check_fingerprint(peft_config, self.model, embeddings_may_come=self._owns and from_file)
+        peft_config.begin_record(self.model.get_input_embeddings().weight.shape[0])
         peft_config.npt_layers = resolve_layers(peft_config.npt_layers, len(blocks))
         prefix = family_of(self.model).blocks
         peft_config.target_modules = [f"{prefix}.{i}" for i in peft_config.npt_layers]
