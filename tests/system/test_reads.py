@@ -15,7 +15,21 @@ import pytest
 from npt.cli import main
 from npt.data import sources
 
-NAMES = "river stone morning cold sound bridge water tree bird road house field cloud rain light shadow".split()
+NAMES = [
+    "river",
+    "stone",
+    "morning",
+    "cold",
+    "sound",
+    "bridge",
+    "water",
+    "tree",
+    "bird",
+    "road",
+    "house",
+    "field",
+    "rain",
+]
 
 
 def words(text: str, count: int) -> str:
