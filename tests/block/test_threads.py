@@ -92,7 +92,7 @@ def test_each_thread_gets_its_own_logits(kind: str, compiled: bool) -> None:
     wrong = [0] * len(rows)
 
     def serve(k: int) -> None:
-        for _ in range(150 if compiled else 60):
+        for _ in range(150):
             wrong[k] += not torch.equal(logits(call, rows[k]), want[k])
 
     in_threads(*[lambda k=k: serve(k) for k in range(len(rows))])
