@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from npt.common.launch import is_first_launched, process_label
 from npt.common.places import place
 from npt.errors import NPTError, RunError, Stopped
 
+logger = logging.getLogger("npt")
 app = typer.Typer(
     name="npt",
     help="Neuro-Plastic Transformer: attention that writes transient weight deltas for the MLP.",
@@ -50,6 +52,12 @@ Config = Annotated[
     Path | None,
     typer.Option("--config", help="YAML file; without one, the defaults: those of config.yaml.", callback=_place),
 ]
+OwnConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="YAML file; without one, the settings that the adapter's folder records.", callback=_place
+    ),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, the value in YAML; the last one wins.")]
 Checkpoint = Annotated[
     Path,
@@ -65,6 +73,14 @@ Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Machines thes
 DeviceName = Annotated[
     str | None, typer.Option("--device", help="Device the run is planned for: a100-80gb, h100-80gb or h200.")
 ]
+
+
+class Decoding(str, Enum):
+    """How `npt generate` chooses the next token; `sampled` is at temperature 1 from the whole distribution."""
+
+    GREEDY = "greedy"
+    SAMPLED = "sampled"
+    BASE = "base"
 
 
 class _VisibleFormatter(logging.Formatter):
@@ -135,7 +151,7 @@ def _dry_run(config: Path | None, set_: list[str] | None, resume: bool, **planne
 @app.command()
 def evaluate(
     checkpoint: Checkpoint,
-    config: Config = None,
+    config: OwnConfig = None,
     output: Annotated[Path, typer.Option("--output", help="Where the report goes.", callback=_place)] = Path(
         "evaluation_report.json"
     ),
@@ -145,12 +161,13 @@ def evaluate(
     set_: Set = None,
 ) -> None:
     """Compares a checkpoint with the model it was made from."""
+    from npt.adapters.settings import load_settings
     from npt.common.writable import check_file
     from npt.report.terminal import render_report
     from npt.runs.evaluate import run_evaluation
 
-    run = _load(config, set_)
     check_file("--output", output, ".json")
+    run = load_settings(checkpoint, config, set_ or ())
     render_report(run_evaluation(run, checkpoint, output, more_text=text or ()), console)
     _say(f"report: {output.with_suffix('.html')}, figures in {output}")
 
@@ -174,18 +191,26 @@ def merge_adapters(
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     checkpoint: Checkpoint = Path("checkpoints/best_model"),
-    config: Config = None,
+    config: OwnConfig = None,
     set_: Set = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    decoding: Annotated[
+        Decoding, typer.Option("--decoding", help="base: by the settings of the base's own generation_config.json.")
+    ] = Decoding.GREEDY,
 ) -> None:
     """Continues prompts with the NPT model and with the original, side by side."""
-    from npt.evaluation.generation import check_context, check_prompts, side_by_side
+    from npt.adapters.settings import load_settings
+    from npt.evaluation.generation import check_context, check_prompts, own_settings, side_by_side
     from npt.runs.evaluate import load_npt
 
     check_prompts(prompts)
-    model, tokenizer = load_npt(_load(config, set_), checkpoint)
+    run = load_settings(checkpoint, config, set_ or (), ("model", "optimization"))
+    model, tokenizer = load_npt(run, checkpoint)
     check_context(model, tokenizer, prompts, max_new_tokens)
-    for sample in side_by_side(model, tokenizer, prompts, max_new_tokens):
+    seed, own = None if decoding is Decoding.GREEDY else run.training.seed, decoding is Decoding.BASE
+    if own:
+        logger.info("decoding by the base's own settings: %s", own_settings(model) or "none beside the defaults")
+    for sample in side_by_side(model, tokenizer, prompts, max_new_tokens, seed, own):
         for name in ("npt", "original"):
             console.print(f"[bold]{name:>8}[/bold]  {escape(visible(sample[name]))}")
 

@@ -24,7 +24,7 @@ from npt.config import load_config
 from npt.data import pack
 from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, hub_source, local_source
 from npt.errors import CheckpointError, ConfigError, DataError, NPTError
-from npt.runs.corpora import load_corpus, streamed_corpus
+from npt.runs.corpora import load_corpus
 from npt.runs.texts import RunTexts
 from npt.runs.train import run_training
 from npt.training.checkpoints import STREAM
@@ -186,7 +186,7 @@ def settings(local_model: Path, shards: Any, folder: Path, *more: str) -> Any:
 def test_held_out_documents_are_never_trained_on(local_model: Path, shards: Any, tmp_path: Path) -> None:
     config = settings(local_model, shards, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(local_model)
-    corpus = streamed_corpus(RunTexts.of(config), tokenizer)
+    corpus = load_corpus(RunTexts.of(config), None, tokenizer)
     assert (len(corpus.held_out), len(corpus.chosen_by), len(corpus.calibration)) == (6, VALIDATION_BLOCKS, 8)
     # Whatever else the run or its evaluation is set to.
     other = settings(local_model, shards, tmp_path, "training.seed=7", "data.shuffle_window=3")
@@ -313,7 +313,7 @@ def test_too_little_text_is_told(local_model: Path, shards: Any, tmp_path: Path)
         AutoTokenizer.from_pretrained(local_model),
     )
     with pytest.raises(DataError, match=r"of the 38 block\(s\) .* held out or calibrated on; give more text"):
-        streamed_corpus(RunTexts.of(config), tokenizer)
+        load_corpus(RunTexts.of(config), None, tokenizer)
     empty = stream(shards, left_out=frozenset(stream_digests(shards[1])))
     with pytest.raises(DataError, match=r"no document for part 1 of 1 beside what is held out"):
         empty.take()

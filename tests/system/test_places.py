@@ -5,6 +5,7 @@ that name.
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -94,7 +95,7 @@ def test_a_run_in_the_home_folder_is_resumed_and_evaluated_there(
     local_model: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / "model").symlink_to(local_model)
-    (home / "a.txt").write_text("The cat sat on the mat and looked at the moon. " * 90)
+    (home / "a.txt").write_text("".join(Random(0).choices("abcdefgh ", k=4000)))  # nothing comes twice
     words = settings(
         Path("~/model"), Path("~/run"), data__dataset_name="text", data__data_files="['~/*.txt']",
         paths__teacher_cache="~/teacher",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,30 @@ import pytest
 from npt.cli import main
 from npt.data import sources
 
-WORDS = "The morning was cold and the river ran between the stones without a sound. "
+NAMES = [
+    "river",
+    "stone",
+    "morning",
+    "cold",
+    "sound",
+    "bridge",
+    "water",
+    "tree",
+    "bird",
+    "road",
+    "house",
+    "field",
+    "cloud",
+    "rain",
+    "light",
+    "shadow",
+]
+
+
+def words(text: str, count: int) -> str:
+    """Sentences in an order of the text's own: no text repeats another, and none would be left out of an evaluation."""
+    draw = random.Random(text)
+    return "".join(f"The {' and the '.join(draw.sample(NAMES, 6))} were there. " for _ in range(count))
 
 
 @pytest.fixture
@@ -36,12 +60,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def texts(folder: Path) -> dict[str, list[str]]:
     """{key: files} of a run, one of every kind to train on."""
-    (folder / "a.txt").write_text(WORDS * 60)
-    (folder / "b.jsonl").write_text("".join(json.dumps({"text": f"{i}. {WORDS * 3}"}) + "\n" for i in range(30)))
-    table = pyarrow.table({"text": [f"Row {i}: {WORDS * 3}" for i in range(30)]})
+    (folder / "a.txt").write_text(words("a", 60))
+    (folder / "b.jsonl").write_text("".join(json.dumps({"text": words(f"b{i}", 3)}) + "\n" for i in range(30)))
+    table = pyarrow.table({"text": [words(f"c{i}", 3) for i in range(30)]})
     pyarrow.parquet.write_table(table, folder / "c.parquet")
     for name in ("prose", "other", "more"):
-        (folder / f"{name}.txt").write_text(f"{name}: {WORDS}" * 40)
+        (folder / f"{name}.txt").write_text(words(name, 40))
     return {
         "data_files": [str(folder / name) for name in ("a.txt", "b.jsonl", "c.parquet")],
         "calibration_files": [str(folder / "prose.txt")],

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from npt.common.display import one_line
@@ -18,6 +16,7 @@ from npt.config import option_problems
 from npt.config.strict_yaml import MAX_BYTES
 from npt.errors import CheckpointError, ConversionError
 from npt.tuner.config import FORMAT_VERSION, OPTIONS, PEFT_TYPE, NPTConfig
+from npt.tuner.state import embedding_names
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: The run configuration an adapter was trained with, beside it in its folder.
@@ -25,6 +24,17 @@ RUN_CONFIG = "npt_run.yaml"
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
+    """The adapter folder a checkpoint path means, with its weights read once and found finite.
+
+    Raises:
+        CheckpointError: as `find_adapter`; weights that are damaged or not finite.
+    """
+    folder = find_adapter(path)
+    _header(folder)
+    return folder
+
+
+def find_adapter(path: str | Path) -> Path:
     """The adapter folder a checkpoint path means; `best_model.pt` means the folder `best_model`.
 
     Raises:
@@ -44,7 +54,6 @@ def resolve_checkpoint(path: str | Path) -> Path:
                 "folder that save_pretrained wrote"
             )
     _check_config(folder)
-    _header(folder)
     return folder
 
 
@@ -63,7 +72,7 @@ def _check_config(folder: Path) -> None:
     if values.get("peft_type") != PEFT_TYPE:
         kind = one_line(values.get("peft_type"), 40)
         raise CheckpointError(
-            f"checkpoint {folder}: it is a {kind} adapter, not {PEFT_TYPE}; load it with peft instead"
+            f"checkpoint {folder}: it is a {kind} adapter, not {PEFT_TYPE.value}; load it with peft instead"
         )
     version = values.get("format_version", FORMAT_VERSION)
     if type(version) is not int or version > FORMAT_VERSION:
@@ -119,26 +128,15 @@ def load_adapter(base: Any, path: str | Path, *, allow_other_base: bool = False)
     try:
         config = NPTConfig.from_pretrained(str(folder))
         config.allow_other_base = allow_other_base
-        with warnings.catch_warnings():
-            # Told below, in one line, with the place.
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(folder), config=config)
-    except ConversionError as error:
+        _resize(base, shapes)
+        model = PeftModel.from_pretrained(base, str(folder), config=config)
+    except (ConversionError, CheckpointError) as error:
         raise CheckpointError(f"checkpoint {folder}: {error}") from error
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"checkpoint {folder}: made for a base of other sizes: {_first_line(error)}; use the base it was made from"
-        ) from error
-    wanted = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
-    if wanted != shapes:
-        odd = sorted(set(wanted.items()) ^ set(shapes.items()))[0]
-        raise CheckpointError(
-            f"checkpoint {folder}: its weights (blocks {config.npt_layers}) do not fit its config or this "
-            f"base, first at {one_line(odd[0], 200)} {list(odd[1])}; use the base it was made from"
-        )
     return model.eval()
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
+def _resize(base: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Gives the base as many embeddings as the adapter's file holds, where it holds them: their values come with it."""
+    rows = {shapes[name][0] for name in embedding_names(base) & set(shapes) if len(shapes[name]) == 2}
+    if len(rows) == 1 and rows != {base.get_input_embeddings().weight.shape[0]}:
+        base.resize_token_embeddings(rows.pop(), mean_resizing=False)

@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npt.adapters.folder import RUN_CONFIG, WEIGHTS, resolve_checkpoint
+from npt.builtin import name_of
 from npt.common.display import one_line
 from npt.common.files import new_folder, temporary_name
 from npt.common.fingerprint import difference
 from npt.common.places import place
 from npt.common.writable import check_folders
 from npt.config import RunConfig, load_config, save_config, with_overrides
+from npt.data.seen import TextRecord
 from npt.errors import CheckpointError, ConfigError, ConversionError, NPTError
 from npt.tuner.card import write_model_card
 from npt.tuner.config import LAYER_NAME, OPTIONS, NPTConfig
@@ -218,7 +220,7 @@ def _check_base(one: Part, other: Part) -> None:
             f"{remedy}"
         )
     prints = [_fingerprint(config) for config in (first, second)]
-    names = [config.base_model_name_or_path for config in (first, second)]
+    names = [name_of(config.base_model_name_or_path) for config in (first, second)]
     if prints[0] is not None and prints[1] is not None:
         told = difference(prints[0], prints[1])
         if told is not None:
@@ -260,6 +262,7 @@ def _fill(parts: Sequence[Part], folder: Path) -> None:
 
 def _joined(parts: Sequence[Part]) -> NPTConfig:
     config = copy.deepcopy(parts[0].config)
+    _join_records(config, [part.config.text_record for part in parts])
     for part in parts:
         config.base_shape = config.base_shape or part.config.base_shape
         config.base_fingerprint = _fingerprint(config) or part.config.base_fingerprint
@@ -267,6 +270,16 @@ def _joined(parts: Sequence[Part]) -> NPTConfig:
     prefix = config.target_modules[0].rpartition(".")[0]  # type: ignore[index]
     config.npt_layers, config.target_modules = blocks, [f"{prefix}.{block}" for block in blocks]
     return config
+
+
+def _join_records(config: NPTConfig, records: Sequence[TextRecord | None]) -> None:
+    """Puts all texts of the parts into the joined record. Where a part has none, nobody knows all the text."""
+    known = [record for record in records if record is not None]
+    config.text_record = None
+    if len(known) == len(records):
+        config.text_record = joined = TextRecord()
+        for record in known:
+            joined.merge(record)
 
 
 def _shown(folder: Path) -> str:
@@ -297,8 +310,8 @@ def _record(parts: Sequence[Part], blocks: list[int]) -> RunConfig | None:
     first, problem = records[0], _disagreement(parts, records)
     if first is None or problem is not None:
         logger.warning(
-            "%s: the joined adapter gets no %s, so npt evaluate takes any text for text it was trained on, and scores only "
-            "the part held out of it", problem, RUN_CONFIG,
+            "%s: the joined adapter gets no %s; npt evaluate knows its training text by its record of text, and without one "
+            "takes any text for it and scores only the part held out", problem, RUN_CONFIG,
         )  # fmt: skip
         return None
     return with_overrides(first, {"model.npt_layers": blocks})

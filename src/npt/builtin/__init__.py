@@ -37,6 +37,14 @@ def name_of(source: str | None) -> str | None:
     return next((name for name, folder in MODELS.items() if str(folder) == source), source)
 
 
+def recorded_name(source: str | None) -> str | None:
+    """A base's name as an adapter's files hold it: the name of a builtin model, the absolute path of a local folder, which
+    means the same from any working directory, or the hub id.
+    """
+    name = name_of(source)
+    return str(Path(name).absolute()) if name and not name.startswith(PREFIX) and Path(name).is_dir() else name
+
+
 def documents(name: str) -> list[str]:
     """The documents of a text that needs no download.
 

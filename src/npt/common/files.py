@@ -135,7 +135,7 @@ def replace_files(folder: Path, fill: Callable[[Path], object], *, last: str = "
     """Replaces files of a folder by those that `fill` puts into the one it is given, each whole. Other files stay.
 
     Args:
-        last: files with this suffix are replaced after all others.
+        last: files whose names end so are replaced after all others.
 
     Raises:
         RunError: the disk is full or gone; where `fill` failed, the folder holds what it held.
@@ -143,7 +143,7 @@ def replace_files(folder: Path, fill: Callable[[Path], object], *, last: str = "
     with disk_errors(folder), _temporary_folder(folder) as temporary:
         fill(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(temporary.iterdir(), key=lambda p: p.suffix == last):
+        for path in sorted(temporary.iterdir(), key=lambda p: p.name.endswith(last)):
             flush(path)
             os.replace(path, folder / path.name)
         flush(folder)

@@ -21,8 +21,13 @@ from npt.config.strict_yaml import MAX_BYTES, parse_yaml
 from npt.errors import ConfigError
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), below: Mapping[str, Any] | None = None
+) -> RunConfig:
     """The configuration of a YAML file (or the defaults) with "dotted.key=value" overrides, values in YAML.
+
+    Args:
+        below: {"section.key": value} that holds where neither says anything.
 
     Raises:
         ConfigError: every problem in one message, each with its key, its value and what to do.
@@ -33,12 +38,28 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         problem = _override(values, override)
         if problem:
             problems.append(problem)
+    for name, value in (below or {}).items():
+        section, key = name.split(".")
+        if isinstance(known := values.setdefault(section, {}), dict):
+            known.setdefault(key, value)
     problems += [_unknown(key) for key in islice(_unknown_keys(values), 100)]
     config, found = _validate(values)
     problems += found
     if problems or config is None:
         raise ConfigError(f"{'configuration' if path is None else path}: {_together(problems)}")
     return config
+
+
+def given_keys(path: str | Path | None, overrides: Sequence[str] = ()) -> set[str]:
+    """The "section.key" that a file and overrides give a value, right or wrong.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
+    values = {} if path is None else _read(Path(path))
+    for override in overrides:
+        _override(values, override)
+    return {f"{name}.{key}" for name, section in values.items() if isinstance(section, dict) for key in section}
 
 
 def _together(problems: Iterable[str]) -> str:

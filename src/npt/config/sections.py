@@ -170,7 +170,7 @@ class DataSection(Section):
 
     A sample is a block of max_length. `streaming` reads the text as it trains, all of it, whatever `num_train_samples` says,
     and shuffles `shuffle_window` documents at once. `eval_texts` (files or builtin names) are reported beside the held-out
-    text.
+    text. Blocks that repeat text that was trained on are left out of every evaluation, unless `score_seen_text`.
     """
 
     dataset_name: TextName = "self"
@@ -185,6 +185,7 @@ class DataSection(Section):
     num_train_samples: Annotated[int, Field(ge=2, le=MOST)] | None = 1632
     num_eval_samples: Positive | None = 400
     num_calibration_samples: Positive = 384
+    score_seen_text: bool = False
 
     def conflicts(self) -> Iterator[Conflict]:
         """Sources, files and streaming that do not go together, and text that would be both trained and evaluated on."""
@@ -200,8 +201,12 @@ class DataSection(Section):
             if self.dataset_name == "self" and getattr(self, name) is None:
                 yield (name, "dataset_name"), "null has no end with data.dataset_name=self; use a whole number"
         for name in ("data_files", "calibration_files"):
-            if both := sorted(set(self.eval_texts) & set(getattr(self, name) or ())):
-                text = f"{', '.join(both)} would be evaluated on after training on it; take it out of one of the two"
+            both = sorted(set(self.eval_texts) & set(getattr(self, name) or ()))
+            if both and not self.score_seen_text:
+                text = (
+                    f"{', '.join(both)} would be evaluated on after training on it; take it out of one of the two, or set "
+                    "data.score_seen_text=true"
+                )
                 yield ("eval_texts", name), text
 
 

@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset
 from npt.common.display import one_line
 from npt.common.places import expanded
 from npt.data.packing import IGNORED, labelled, token_ids
+from npt.data.seen import Seen
 from npt.data.sources import expand_files, read_documents
 from npt.errors import DataError, NPTError
 
@@ -180,10 +181,15 @@ def digest(document: str) -> bytes:
 
 
 class BlockStream:
-    """One stream's documents packed into blocks, what is left of a document going into the next block."""
+    """One stream's documents packed into blocks, what is left of a document going into the next block.
 
-    def __init__(self, documents: DocumentStream, tokenizer: Any, max_length: int):
+    Args:
+        seen: takes the tokens of each document that goes into a block.
+    """
+
+    def __init__(self, documents: DocumentStream, tokenizer: Any, max_length: int, seen: Seen | None = None):
         self.documents, self.tokenizer, self.max_length = documents, tokenizer, max_length
+        self.seen = Seen() if seen is None else seen
         self.served = 0
         self._rest: np.ndarray = np.empty((2, 0), dtype=np.int32)  # ids and labels
         self._ids: Iterator[Sequence[int]] = iter(())  # of the window's documents
@@ -197,6 +203,7 @@ class BlockStream:
                 continue
             self.documents.advance()
             if len(document):
+                self.seen.add_document(document)
                 self._rest = np.concatenate((self._rest, labelled(document)), axis=1)
         block, self._rest = self._rest[:, : self.max_length], self._rest[:, self.max_length :]
         self.served += 1

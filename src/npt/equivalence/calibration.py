@@ -41,7 +41,16 @@ from npt.equivalence.closed_form import (
     token_sizes,
 )
 from npt.errors import REMEDY, NPTError, RunError
-from npt.tuner.converted import ConvertedModel, active_layers, device_of, eval_mode, run_backbone
+from npt.tuner.checks import renew_record
+from npt.tuner.converted import (
+    ConvertedModel,
+    active_layers,
+    adapter_config,
+    base_of,
+    device_of,
+    eval_mode,
+    run_backbone,
+)
 from npt.tuner.nonfinite import find_nonfinite
 
 logger = logging.getLogger(__name__)
@@ -93,14 +102,19 @@ def calibrate(
         figures = {f"layer_{index}": fit.finish() for index, fit in fits.items()}
         # Two kinds of processors may solve the same equations to other last digits.
         same_everywhere({f"{layer.index}.{n}": p for layer in layers for n, p in layer.own.named_parameters()})
+    renew_record(base_of(model), adapter_config(model))
     return figures
 
 
 def _collect(
     model: ConvertedModel, fits: dict[int, _BlockFit], batches: Iterable[Mapping[str, Tensor]], progress: bool
 ) -> int:
-    """Shows the text to the fits, each process its share. Returns the number of tokens of all processes."""
+    """Shows the text to the fits, each process its share. Returns the number of tokens of all processes.
+
+    The text goes into the adapter's record of what it was trained on.
+    """
     device, seen, (rank, count) = device_of(model), 0, world()
+    record = adapter_config(model).text_record
     layers = [fit.layer for fit in fits.values()]
 
     def see(layer: NPTLayer, record: BlockRecord) -> None:
@@ -109,6 +123,9 @@ def _collect(
     with eval_mode(model), running_as(active_layers(model), Mode.ORIGINAL), watching(layers, see):
         for group in _groups(tracked(batches, "Calibrating", progress, unit="batches"), count):
             texts = [_text(batch) for batch in group]
+            if record is not None:
+                for batch, text in zip(group, texts, strict=True):
+                    record.add_batch({**batch, **text})
             sizes = [int(text["attention_mask"].sum()) for text in texts]
             part = TextPart(seen + sum(sizes[:rank]), seen + sum(sizes), rank < len(group))
             seen += sum(sizes)

@@ -38,7 +38,8 @@ from npt.training.resume import (
     text_record,
 )
 from npt.training.steps import run_steps
-from npt.tuner.converted import ConvertedModel, active_layers, adapter_config, device_of, own_parameters
+from npt.tuner.checks import renew_record
+from npt.tuner.converted import ConvertedModel, active_layers, adapter_config, base_of, device_of, own_parameters
 from npt.tuner.nonfinite import find_nonfinite
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,21 @@ def only_components_train(model: nn.Module) -> bool:
     """True where nothing but NPT components is trained."""
     own = own_parameters(model)
     return all(p in own for p in model.parameters() if p.requires_grad)
+
+
+def check_trained(model: nn.Module) -> None:
+    """Checks that nothing but components is trained, no adapter inside the base for one.
+
+    Raises:
+        NPTError: what the components learn from would change while they learn it.
+    """
+    own = own_parameters(model)
+    others = [name for name, p in model.named_parameters() if p.requires_grad and p not in own]
+    if others:
+        raise NPTError(
+            f"{len(others)} parameters beside the NPT components are trained too, first {others[0]}: the model that they "
+            "learn from would change while they learn; freeze those with requires_grad_(False), as a conversion does"
+        )
 
 
 class EquivalenceTrainer(DurableTrainer):
@@ -87,6 +103,7 @@ class EquivalenceTrainer(DurableTrainer):
         **kwargs: Any,
     ):
         active_layers(model)  # a readable error before any long work
+        check_trained(model)
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         if args.ddp_find_unused_parameters is None and only_components_train(model):
@@ -134,6 +151,7 @@ class EquivalenceTrainer(DurableTrainer):
         for _, objective in self.schedule:
             objective.prepare(self.model, first)
         self.read_teacher()
+        renew_record(base_of(self.model), adapter_config(self.model))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -251,6 +269,9 @@ class EquivalenceTrainer(DurableTrainer):
     ) -> Any:
         """Returns the objective's total for one micro-batch, as its share of the optimiser step."""
         unwrapped, inputs = self.accelerator.unwrap_model(model), complete_batch(inputs)
+        record = adapter_config(unwrapped).text_record
+        if record is not None:
+            record.add_batch(inputs)
         items = scored_positions(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch
         # The model's own forward carries autocast; the objectives call what is inside it.
         with self.accelerator.autocast():

@@ -16,6 +16,7 @@ from npt.common.precision import matmul_precision
 from npt.data import pack
 from npt.data.batches import batches_of
 from npt.data.packing import IGNORED
+from npt.data.seen import RECORD, TextRecord
 from npt.errors import DataError
 from npt.evaluation.block_errors import layer_equivalence, residual_stream
 from npt.evaluation.divergence import kl_by_position, summarize, token_divergences, worst_tokens
@@ -99,7 +100,7 @@ def evaluate(
         "evaluations": evaluations,
         "expected_outcomes": expected_outcomes(evaluations),
         "grade": grade(evaluations["divergence"]["mean_kl"]),
-        "notes": _notes(config.carry, evaluations),
+        "notes": [*_notes(config.carry, evaluations), *seen_notes(config.text_record, blocks)],
     }
 
 
@@ -200,6 +201,16 @@ def _notes(carry: str, evaluations: dict[str, Any]) -> list[str]:
     if carry != "exact" and evaluations["divergence"]["max_kl"] == 0:
         found.append("both models give the very same distributions: the adapter changes nothing (is it active?)")
     return found
+
+
+def seen_notes(record: TextRecord | None, corpora: Mapping[str, datasets.Dataset]) -> list[str]:
+    """Notes on scored blocks that an adapter's own record names as text it was trained on."""
+    if record is None:
+        return [
+            f"the adapter has no record of its training text ({RECORD}): it can't be told whether scored text was trained on"
+        ]
+    found = {name: int(record.trained.covers(blocks).sum()) for name, blocks in corpora.items()}
+    return [f"{n} of {len(corpora[name])} scored blocks of {name} were trained on" for name, n in found.items() if n]
 
 
 def _by_position(model: ConvertedModel, blocks: Any, context_length: int, batch_size: int) -> dict[str, Any]:

@@ -17,10 +17,12 @@ from npt.common.processes import is_first, world
 from npt.config import DataSection, load_config
 from npt.data import pack, sample_blocks, split_blocks
 from npt.data.batches import batches_of
-from npt.data.packing import pack_token_ids, token_ids
+from npt.data.packing import Packer, text_packer, token_ids
+from npt.data.seen import Seen, TextRecord
 from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, held_out_documents
 from npt.errors import DataError
 from npt.runs.texts import RunTexts
+from npt.runs.unseen import Unseen
 from npt.training.steps import VALIDATION_BLOCKS, held_back
 
 #: Order of the pass that streamed text is held out in. It is not the run's own order, so that an evaluation with other
@@ -33,38 +35,69 @@ class Corpus:
     """The blocks of a run.
 
     train: to train on. chosen_by: to choose the best adapter by. calibration: to calibrate on, from the front and at most
-    all of it. held_out: for the report.
+    all of it. held_out: for the report. prose: of `data.calibration_files`, mixed into the calibration text. further: {name:
+    blocks} of other texts, for the report. unseen: knows the text that is trained on. held_out and further hold none of it.
     """
 
     train: datasets.Dataset | StreamedBlocks
     chosen_by: datasets.Dataset
     calibration: datasets.Dataset
     held_out: datasets.Dataset
+    prose: datasets.Dataset | None
+    further: dict[str, datasets.Dataset]
+    record: TextRecord
+    unseen: Unseen
 
     @property
     def trained_blocks(self) -> int:
         """The number of training blocks; 0 for a stream, which has no end."""
         return 0 if isinstance(self.train, StreamedBlocks) else len(self.train)
 
+    def scored(self, name: str) -> dict[str, datasets.Dataset]:
+        """{name: blocks} for the report. Text that was streamed meanwhile is left out, unless nothing else would be left."""
+        streamed = isinstance(self.train, StreamedBlocks)
+        held_out = self.unseen.among(name, self.held_out, or_all=True) if streamed else self.held_out
+        more = {n: self.unseen.among(n, blocks, or_all=True) for n, blocks in self.further.items()} if streamed else {}
+        return {name: held_out} | self.further | more
+
 
 def load_corpus(texts: RunTexts, model: Any, tokenizer: Any) -> Corpus:
     """The blocks of the `data` section.
 
+    Args:
+        model: writes the text where `data.dataset_name` is `self`; not needed elsewhere.
+
     Raises:
-        DataError: too little text.
+        DataError: too little text, or all that is to be scored is also trained on.
     """
+    record, prose = TextRecord.of_vocabulary(len(tokenizer), complete=True), prose_blocks(texts, tokenizer)
+    if prose is not None:
+        record.trained.add(prose)
+    unseen = Unseen(None if texts.data.score_seen_text else record.trained)
     if texts.data.streaming:
-        return streamed_corpus(texts, tokenizer)
-    train, held_out = corpus_blocks(texts, model, tokenizer)
-    validation = held_back(len(train))
-    if len(train) <= validation:
-        raise DataError(f"{len(train)} training block(s) are too few; raise data.num_train_samples or give more text")
-    first = len(train) - validation
-    return Corpus(train.select(range(first)), train.select(range(first, len(train))), train, held_out)
+        train, chosen_by, calibration, held_out = streamed_blocks(texts, tokenizer, record, unseen)
+    else:
+        calibration, held_out = corpus_blocks(texts, model, tokenizer, record, unseen)
+        validation = held_back(len(calibration))
+        if len(calibration) <= validation:
+            raise DataError(
+                f"{len(calibration)} training block(s) are too few; raise data.num_train_samples or give more text"
+            )
+        first = len(calibration) - validation
+        train = calibration.select(range(first))
+        # What chooses the best adapter should not repeat what it is trained on either, where there is any choice.
+        chosen_by = Unseen(Seen(record.trained.window).add(train)).among(
+            "", calibration.select(range(first, len(calibration))), or_all=True
+        )
+    record.held_out.add(held_out)
+    further = further_corpora(texts, tokenizer, unseen=unseen)
+    return Corpus(train, chosen_by, calibration, held_out, prose, further, record, unseen)
 
 
-def streamed_corpus(texts: RunTexts, tokenizer: Any) -> Corpus:
-    """A corpus whose training text is read as it trains.
+def streamed_blocks(
+    texts: RunTexts, tokenizer: Any, record: TextRecord, unseen: Unseen
+) -> tuple[StreamedBlocks, datasets.Dataset, datasets.Dataset, datasets.Dataset]:
+    """(training text, read as it trains; blocks to choose the best adapter by; blocks to calibrate on; held-out blocks).
 
     Documents for the report and for choosing the best adapter come first, from a pass in an order of their own, and those
     for calibration after them. The first are left out of training, wherever they come again.
@@ -72,13 +105,44 @@ def streamed_corpus(texts: RunTexts, tokenizer: Any) -> Corpus:
     Raises:
         DataError: the text is too small for that.
     """
-    data, source, seen = texts.data, texts.stream, set[bytes]()
-    documents = DocumentStream(source, seed=HELD_OUT_SEED, window=HELD_OUT_WINDOW)
+    data, source = texts.data, texts.stream
+    documents = HeldOutText(texts, tokenizer)
+    held_out = documents.blocks((data.num_eval_samples or VALIDATION_BLOCKS) + VALIDATION_BLOCKS, unseen)
+    left_out, last = frozenset(documents.digests), len(held_out) - VALIDATION_BLOCKS
+    calibration = documents.blocks(data.num_calibration_samples)
+    chosen_by = held_out.select(range(last, len(held_out)))
+    for blocks in (chosen_by, calibration):
+        record.trained.add(blocks)
 
-    def blocks(count: int) -> datasets.Dataset:
+    def make(place: tuple[int, int]) -> BlockStream:
+        stream = DocumentStream(source, place, seed=texts.seed, window=data.shuffle_window, left_out=left_out)
+        return BlockStream(stream, tokenizer, data.max_length, record.trained)
+
+    return StreamedBlocks(make, world()), chosen_by, calibration, held_out.select(range(last))
+
+
+class HeldOutText:
+    """The text of a stream that is held out or calibrated on, from a pass in an order of its own.
+
+    digests: of the documents that were read.
+    """
+
+    def __init__(self, texts: RunTexts, tokenizer: Any):
+        self.texts, self.tokenizer, self.digests = texts, tokenizer, set[bytes]()
+        self._documents = DocumentStream(texts.stream, seed=HELD_OUT_SEED, window=HELD_OUT_WINDOW)
+
+    def blocks(self, count: int, unseen: Unseen | None = None) -> datasets.Dataset:
+        """The next `count` blocks, those that were seen left out.
+
+        Raises:
+            DataError: the text is too small for that.
+        """
+        data = self.texts.data
         # One document at a time: any tokenised ahead would count as seen and never be trained on.
-        one_by_one = (ids for text in held_out_documents(documents, seen) for ids in token_ids([text], tokenizer))
-        found = pack_token_ids(one_by_one, data.max_length, pad_token_id=0, max_blocks=count)
+        read = held_out_documents(self._documents, self.digests)
+        one_by_one = (ids for text in read for ids in token_ids([text], self.tokenizer))
+        packer = Packer(one_by_one, data.max_length, pad_token_id=0)
+        found = (unseen or Unseen(None)).first(self.texts.label, packer, count, has_end=False)
         if len(found) < count:
             raise DataError(
                 f"the streamed text makes {len(found)} of the {count} block(s) of data.max_length={data.max_length} that are "
@@ -87,29 +151,21 @@ def streamed_corpus(texts: RunTexts, tokenizer: Any) -> Corpus:
             )
         return found
 
-    held_out = blocks((data.num_eval_samples or VALIDATION_BLOCKS) + VALIDATION_BLOCKS)
-    left_out, last = frozenset(seen), len(held_out) - VALIDATION_BLOCKS
-    calibration = blocks(data.num_calibration_samples)
 
-    def make(place: tuple[int, int]) -> BlockStream:
-        stream = DocumentStream(source, place, seed=texts.seed, window=data.shuffle_window, left_out=left_out)
-        return BlockStream(stream, tokenizer, data.max_length)
-
-    return Corpus(
-        StreamedBlocks(make, world()),
-        held_out.select(range(last, len(held_out))),
-        calibration,
-        held_out.select(range(last)),
-    )
-
-
-def corpus_blocks(texts: RunTexts, model: Any, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(training blocks, held-out blocks) of text that is not streamed."""
-    if texts.data.dataset_name != "self":
-        return texts.split(texts.blocks(tokenizer))
-    counts = {"train": texts.data.num_train_samples, "eval": texts.data.num_eval_samples}
-    train, held_out = (own_text(texts, model, tokenizer, count, label) for label, count in counts.items())
-    return train, held_out
+def corpus_blocks(
+    texts: RunTexts, model: Any, tokenizer: Any, record: TextRecord, unseen: Unseen
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(training blocks, held-out blocks) of text that is not streamed; the first are entered in the record."""
+    name = texts.label
+    if texts.data.dataset_name == "self":
+        counts = {"train": texts.data.num_train_samples, "eval": texts.data.num_eval_samples}
+        train, sampled = (own_text(texts, model, tokenizer, count, label) for label, count in counts.items())
+        record.trained.add(train)
+        return train, unseen.among(name, sampled)
+    blocks, packer = texts.blocks(tokenizer)
+    train, held_out = texts.split(blocks)
+    record.trained.add(train)
+    return train, unseen.last(name, blocks, len(train), len(held_out), packer) if len(held_out) else held_out
 
 
 def own_text(texts: RunTexts, model: Any, tokenizer: Any, count: int | None, label: str) -> datasets.Dataset:
@@ -125,49 +181,71 @@ def own_text(texts: RunTexts, model: Any, tokenizer: Any, count: int | None, lab
     )  # fmt: skip
 
 
-def further_corpora(texts: RunTexts, tokenizer: Any, more: Sequence[str | Path] = ()) -> dict[str, datasets.Dataset]:
+def further_corpora(
+    texts: RunTexts, tokenizer: Any, more: Sequence[str | Path] = (), unseen: Unseen | None = None
+) -> dict[str, datasets.Dataset]:
     """{name: up to data.num_eval_samples blocks} of `data.eval_texts` and `more`, each under its file's short name.
 
     The text that is trained on is left out: its held-out part is evaluated anyway.
+
+    Raises:
+        DataError: all blocks of a text are known to `unseen`.
     """
-    data = texts.data
+    data, unseen = texts.data, unseen or Unseen(None)
     names = dict.fromkeys(str(name) for name in (*data.eval_texts, *more) if name != data.dataset_name)
     short = {name: name if name.startswith(PREFIX) else Path(name).stem for name in names}
     taken = [data.dataset_name, *short.values()]
-    return {
-        (short[name] if taken.count(short[name]) == 1 else name): pack(
-            texts.further(name), tokenizer, data.max_length, max_blocks=data.num_eval_samples
-        )
-        for name in names
-    }
+    found = {}
+    for name in names:
+        key = short[name] if taken.count(short[name]) == 1 else name
+        packer = text_packer(texts.further(name), tokenizer, data.max_length)
+        found[key] = unseen.first(name, packer, data.num_eval_samples)
+    return found
+
+
+def prose_blocks(texts: RunTexts, tokenizer: Any) -> datasets.Dataset | None:
+    """The blocks of `data.calibration_files` that are calibrated on, up to half of all; None where it names none."""
+    if texts.prose is None:
+        return None
+    blocks = pack(texts.prose, tokenizer, texts.data.max_length)
+    wanted = min(texts.data.num_calibration_samples // 2, len(blocks))
+    return blocks.shuffle(seed=texts.seed).select(range(wanted))
 
 
 def calibration_batches(
-    texts: RunTexts, tokenizer: Any, train: datasets.Dataset, batch_size: int, device: torch.device
+    texts: RunTexts, corpus: Corpus, batch_size: int, device: torch.device
 ) -> list[dict[str, Tensor]]:
-    """Batches of the calibration text: `train`, from the front, or half of that and half of `calibration_files`, mixed."""
-    count, prose = texts.data.num_calibration_samples, texts.prose
+    """Batches of the calibration text: training text, from the front, or half of that and half of the prose, mixed."""
+    count, own, prose = texts.data.num_calibration_samples, corpus.calibration, corpus.prose
     if prose is None:
-        return list(batches_of(train.select(range(min(count, len(train)))), batch_size, device))
-    blocks = pack(prose, tokenizer, texts.data.max_length)
-    blocks = blocks.shuffle(seed=texts.seed).select(range(min(count // 2, len(blocks))))
-    own = train.select(range(min(count - len(blocks), len(train))))
-    mixed = datasets.concatenate_datasets([own, blocks.cast(own.features)]).shuffle(seed=texts.seed)
+        return list(batches_of(own.select(range(min(count, len(own)))), batch_size, device))
+    own = own.select(range(min(count - len(prose), len(own))))
+    mixed = datasets.concatenate_datasets([own, prose.cast(own.features)]).shuffle(seed=texts.seed)
     return list(batches_of(mixed, batch_size, device))
 
 
-def evaluation_blocks(texts: RunTexts, checkpoint: str | Path, model: Any, tokenizer: Any) -> datasets.Dataset:
+def evaluation_blocks(
+    texts: RunTexts, checkpoint: str | Path, model: Any, tokenizer: Any, record: TextRecord | None, unseen: Unseen
+) -> datasets.Dataset:
     """The blocks of `data.dataset_name` to evaluate an adapter on: the held-out ones, or all of a text that it was not
     trained on.
+
+    Args:
+        record: the adapter's. unseen: knows the text that it was trained on.
+
+    Raises:
+        DataError: all of it was trained on.
     """
-    data = texts.data
+    data, name = texts.data, texts.label
     if data.streaming:
-        return streamed_corpus(texts, tokenizer).held_out
+        return HeldOutText(texts, tokenizer).blocks(data.num_eval_samples or VALIDATION_BLOCKS, unseen)
     if data.dataset_name == "self":
-        return own_text(texts, model, tokenizer, data.num_eval_samples, "eval")
-    blocks = texts.blocks(tokenizer)
-    if trained_on(data, checkpoint):
+        return unseen.among(name, own_text(texts, model, tokenizer, data.num_eval_samples, "eval"))
+    blocks, packer = texts.blocks(tokenizer)
+    if unseen.trained is None and trained_on(data, checkpoint):
         return split_blocks(blocks, data.num_train_samples, data.num_eval_samples)[1]
+    if record is not None and unseen.trained is not None and unseen.trained.covers(blocks).any():
+        return unseen.last(name, blocks, 0, data.num_eval_samples or max(1, len(blocks) // 10), packer)
     return blocks if data.num_eval_samples is None else blocks.select(range(min(data.num_eval_samples, len(blocks))))
 
 

@@ -15,13 +15,15 @@ from npt.common.places import place
 from npt.common.processes import first_does, is_first
 from npt.common.sharded import through
 from npt.config import RunConfig
+from npt.data.seen import TextRecord
 from npt.evaluation import evaluate
 from npt.report.page import write_page
 from npt.runs.arguments import start
-from npt.runs.base_model import default_device, load_base, offload_frozen
+from npt.runs.base_model import default_device, load_base, load_tokenizer, offload_frozen
 from npt.runs.corpora import evaluation_blocks, further_corpora
 from npt.runs.processes import shard_base, shards_base
 from npt.runs.texts import RunTexts
+from npt.runs.unseen import Unseen
 
 
 def run_evaluation(
@@ -29,18 +31,29 @@ def run_evaluation(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on the configuration's data, its eval_texts and `more_text`; writes the report and returns it.
 
-    Text the adapter was trained on is split as in training and only its held-out part is used; other text is used
-    whole, up to data.num_eval_samples blocks.
+    Blocks that repeat text the adapter was trained on are left out, by its own record; of such a text the end is scored, as
+    in training. Other text is used from its front. Each up to data.num_eval_samples blocks.
+
+    Raises:
+        DataError: a text of which nothing is left; before the base is loaded, unless the base writes the text itself.
     """
     output, arguments = place(output), start(config)
     texts = RunTexts.of(config)
     texts.check(more_text)
+    record = TextRecord.read(resolve_checkpoint(checkpoint))
+    unseen = Unseen(None if record is None or config.data.score_seen_text else record.trained)
+    tokenizer = load_tokenizer(config.model, config.paths.cache_dir)
+    name, own = config.data.dataset_name, None
+    if name != "self":
+        own = evaluation_blocks(texts, checkpoint, None, tokenizer, record, unseen)
+    further = further_corpora(texts, tokenizer, more_text, unseen)
     model, tokenizer = load_npt(config, checkpoint)
     if shards_base(config.optimization.fsdp):
         shard_base(model, arguments)
-    own = through(model, lambda: evaluation_blocks(texts, checkpoint, model, tokenizer))
-    corpora = {config.data.dataset_name: own} | further_corpora(texts, tokenizer, more_text)
-    report = evaluate_corpora(model, tokenizer, corpora, config)
+    if own is None:
+        own = through(model, lambda: evaluation_blocks(texts, checkpoint, model, tokenizer, record, unseen))
+    report = evaluate_corpora(model, tokenizer, {name: own} | further, config)
+    report["notes"] = [*unseen.notes, *report["notes"]]
 
     def write() -> None:
         write_json(output, report)

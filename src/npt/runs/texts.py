@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 
 from npt.builtin import PREFIX
-from npt.common.display import quiet
+from npt.common.display import one_line, quiet
 from npt.common.processes import is_first
 from npt.config import DataSection, ModelSection, RunConfig
 from npt.data import load_documents, split_blocks
@@ -41,6 +41,11 @@ class RunTexts:
     def of(cls, config: RunConfig) -> RunTexts:
         """The texts of a run configuration."""
         return cls(config.data, seed=config.training.seed, cache_dir=config.paths.cache_dir)
+
+    @property
+    def label(self) -> str:
+        """The text of `data.dataset_name` as notes and errors name it."""
+        return one_line(", ".join(self.data.data_files or [self.data.dataset_name]), 80)
 
     @cached_property
     def own(self) -> Iterable[str]:
@@ -100,10 +105,10 @@ class RunTexts:
             trained |= dict.fromkeys(_files_of(self.prose), "data.calibration_files")
         for name in data.eval_texts:
             for path in _files_of(self.further(name)):
-                if path in trained:
+                if path in trained and not data.score_seen_text:
                     raise DataError(
                         f"data.eval_texts: {name} is also in {trained[path]}, and would be evaluated on after training on "
-                        "it; take it out of one of the two"
+                        "it; take it out of one of the two, or set data.score_seen_text=true"
                     )
         for further in more:
             self.further(further, "--text")
@@ -127,9 +132,11 @@ class RunTexts:
             with quiet("npt.data.packing"):
                 self.split(self._packer.blocks())
 
-    def blocks(self, tokenizer: Any) -> datasets.Dataset:
-        """The blocks of `own`. Local text is packed whole, as the held-out part is its end; of a hub data set, which can be
-        far larger, as many as are asked for.
+    def blocks(self, tokenizer: Any) -> tuple[datasets.Dataset, Packer | None]:
+        """(the blocks of `own`, what reads on where there are more).
+
+        Local text is packed whole, as the held-out part is its end; of a hub data set, which can be far larger, as many as
+        are asked for.
         """
         data = self.data
         local = data.dataset_name == "text" or data.dataset_name.startswith(PREFIX)
@@ -137,7 +144,7 @@ class RunTexts:
         packer = self._packer or text_packer(self.own, tokenizer, data.max_length)
         self._packer = None  # it holds the whole text, and is not needed again
         packer.read(wanted, progress=is_first())
-        return packer.blocks(wanted)
+        return packer.blocks(wanted), None if wanted is None else packer
 
     def split(self, blocks: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
         """(training blocks, held-out blocks) of the text.

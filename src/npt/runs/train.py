@@ -13,7 +13,8 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from npt.adapters.folder import RUN_CONFIG
-from npt.adapters.weights import load_weights
+from npt.adapters.settings import as_recorded
+from npt.adapters.weights import load_weights, share_record
 from npt.common.files import append_json, only_run, write_json
 from npt.common.processes import any_process, first_does, is_first
 from npt.common.sharded import full_tensor, through
@@ -35,8 +36,8 @@ from npt.runs.arguments import (
     trackers,
     with_precision,
 )
-from npt.runs.base_model import default_device, load_base, offload_frozen, release_memory
-from npt.runs.corpora import Corpus, calibration_batches, further_corpora, load_corpus
+from npt.runs.base_model import default_device, load_base, load_tokenizer, offload_frozen, release_memory
+from npt.runs.corpora import Corpus, calibration_batches, load_corpus
 from npt.runs.evaluate import evaluate_corpora
 from npt.runs.folders import checkpoint_to_resume, prepare_folders
 from npt.runs.processes import shard_base, shards_base, tell_processes
@@ -85,6 +86,12 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     set_seed(config.training.seed)
     same = continued(output, trackers(config)) if resume else nullcontext()
     with StopSignals() as signals, same:
+        # Before the base's weights are read, wherever the base does not write the text itself.
+        corpus = (
+            None
+            if config.data.dataset_name == "self"
+            else load_corpus(texts, None, load_tokenizer(config.model, config.paths.cache_dir))
+        )
         model, tokenizer = convert_base(config)
         if last is not None:
             first_does(lambda: check_adapter(last, adapter_config(model)))
@@ -92,7 +99,8 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         with only_run(output, checkpoints):
             if shards_base(config.optimization.fsdp):
                 shard_base(model, arguments)
-            corpus = through(model, lambda: load_corpus(texts, model, tokenizer))
+            corpus = corpus or through(model, lambda: load_corpus(texts, model, tokenizer))
+            adapter_config(model).text_record = corpus.record
             release_memory()
             if config.data.num_train_samples is None:
                 check_targets(config, model, corpus.trained_blocks)
@@ -101,13 +109,13 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             if last is not None:
                 trainer.check_resume(last)
             first_does(lambda: prepare_folders(config, output, checkpoints, last))
-            notes = fit(config, trainer, tokenizer, texts, corpus, last)
+            notes = fit(config, trainer, texts, corpus, last)
             if any_process(signals.received is not None):
                 step = trainer.state.global_step
                 raise signals.stopped(
                     f"after step {step}; {checkpoints}/checkpoint-{step} is saved: go on with --resume"
                 )
-            return report_best(config, trainer, tokenizer, texts, corpus, notes)
+            return report_best(config, trainer, tokenizer, corpus, notes)
 
 
 def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
@@ -117,8 +125,6 @@ def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
         prepare_wandb(config)
     base, tokenizer = load_base(config.model, config.optimization, config.paths.cache_dir)
     model: Any = get_peft_model(base, adapter)
-    # As the user named it: the place of a builtin model differs from machine to machine.
-    adapter.base_model_name_or_path = config.model.base_model_name
     if config.optimization.use_cpu_offload:
         offload_frozen(model, default_device())
     own, frozen = parameter_counts(model)
@@ -132,7 +138,7 @@ def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
 
 
 def fit(
-    config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, texts: RunTexts, corpus: Corpus, last: Path | None
+    config: RunConfig, trainer: EquivalenceTrainer, texts: RunTexts, corpus: Corpus, last: Path | None
 ) -> list[str]:
     """Calibrates, evaluates once and trains, or trains the rest from checkpoint `last`.
 
@@ -144,7 +150,7 @@ def fit(
     if trains:
         trainer.read_teacher()
     if last is None and config.training.calibrate and config.model.carry != "exact":
-        text = calibration_batches(texts, tokenizer, corpus.calibration, config.training.batch_size, device_of(model))
+        text = calibration_batches(texts, corpus, config.training.batch_size, device_of(model))
         errors = through(model, lambda: calibrate(model, text, progress=is_first()))
         first_does(lambda: append_json(output / "metrics.jsonl", {"step": 0, "calibration": errors}))
         for name, figures in errors.items():
@@ -173,7 +179,7 @@ def trained_values(model: Any) -> torch.Tensor:
 
 
 def report_best(
-    config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, texts: RunTexts, corpus: Corpus, notes: list[str]
+    config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, corpus: Corpus, notes: list[str]
 ) -> dict[str, Any]:
     """Evaluates the last step, if that is still due, then the best adapter, and writes everything that describes it.
 
@@ -185,14 +191,14 @@ def report_best(
             trainer.evaluate()
     model, output, best = trainer.model, Path(config.paths.output_dir), Path(config.paths.checkpoint_dir) / "best_model"
     load_weights(model, best)
+    share_record(model)
     release_memory()
-    corpora = {config.data.dataset_name: corpus.held_out} | further_corpora(texts, tokenizer)
-    report = evaluate_corpora(model, tokenizer, corpora, config)
-    report["notes"] = [*notes, *report["notes"]]
+    report = evaluate_corpora(model, tokenizer, corpus.scored(config.data.dataset_name), config)
+    report["notes"] = [*notes, *corpus.unseen.notes, *report["notes"]]
     report["protocol"]["training_precision"] = config.optimization.mixed_precision
 
     def write() -> None:
-        save_config(config, best / RUN_CONFIG)
+        save_config(as_recorded(config), best / RUN_CONFIG)
         tokenizer.save_pretrained(str(best))
         write_json(output / "evaluation_report.json", report)
         write_model_card(best, adapter_config(model), report)

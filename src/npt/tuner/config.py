@@ -5,20 +5,26 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
 
+from npt.builtin import MODELS, recorded_name
 from npt.common.options import ALLOWED, DEFAULTS, OPTIONS, PROJECTIONS, tied_targets_down
 from npt.errors import ConversionError
 from npt.tuner.card import write_model_card
 
+if TYPE_CHECKING:
+    from npt.data.seen import TextRecord
+
 
 class Method(str, Enum):
-    """Our name among PEFT's methods; an enum, because transformers and TRL ask a config's `peft_type` for its `.value`."""
+    """Our name among PEFT's methods; an enum like theirs: transformers and TRL ask a config's `peft_type` for its `.value`,
+    PEFT reads the method in a model's status off its `str`.
+    """
 
     NPT = "NPT"
-    __str__ = str.__str__
 
 
 PEFT_TYPE = Method.NPT
@@ -75,8 +81,13 @@ class NPTConfig(PeftConfig):
             ConversionError: names every wrong option, its value and what is allowed.
         """
         super().__post_init__()
+        self._text_record: TextRecord | None = None
+        self._was_loaded, self._vocabulary = False, 0
         self.peft_type = PEFT_TYPE
         self.task_type = self.task_type or "CAUSAL_LM"  # type: ignore[has-type]
+        name = self.base_model_name_or_path  # type: ignore[has-type]
+        # PEFT hands the name to `from_pretrained`, which knows no builtin model.
+        self.base_model_name_or_path = str(MODELS[name]) if isinstance(name, str) and name in MODELS else name
         problems = []
         if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
             raise ConversionError(
@@ -104,13 +115,53 @@ class NPTConfig(PeftConfig):
             raise ConversionError("; ".join(problems))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes adapter_config.json, and the model card beside it unless a person's own is there."""
-        allowed, self.allow_other_base = self.allow_other_base, False
-        try:
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.allow_other_base = allowed
+        """Writes adapter_config.json, and the model card beside it unless a person's own is there.
+
+        The base is written as `npt.builtin.recorded_name` has it: a builtin model's place differs from machine to machine.
+        """
+        saved = copy.copy(self)
+        saved.allow_other_base, saved.base_model_name_or_path = False, recorded_name(self.base_model_name_or_path)
+        super(NPTConfig, saved).save_pretrained(save_directory, **kwargs)
         write_model_card(save_directory, self)
+        if self._text_record is not None and self._text_record:
+            self._text_record.write(Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Reads adapter_config.json and, in a local folder, the record of the text that the adapter was made with."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        if isinstance(config, NPTConfig):
+            from npt.data.seen import TextRecord  # here, because it imports datasets
+
+            config._text_record, config._was_loaded = TextRecord.read(folder), True
+        return config
+
+    @property
+    def text_record(self) -> TextRecord | None:
+        """The text that the adapter was made with and measured on, as far as npt's own calibration and trainer read it.
+
+        None where the adapter was loaded without a record.
+        """
+        if self._text_record is None and not self._was_loaded:
+            from npt.data.seen import TextRecord  # here, because it imports datasets
+
+            self._text_record = TextRecord.of_vocabulary(self._vocabulary)
+        return self._text_record
+
+    @text_record.setter
+    def text_record(self, record: TextRecord | None) -> None:
+        self._text_record = record
+
+    def begin_record(self, vocabulary: int) -> None:
+        """Gives an adapter that was not loaded a record of its own: one configuration may be used for several models.
+
+        Args:
+            vocabulary: tokens that the model knows.
+        """
+        self._vocabulary = vocabulary
+        if not self._was_loaded:
+            self._text_record = None
 
     def component_options(self) -> dict[str, Any]:
         """The fields of `ComponentSpec` this config fixes."""
