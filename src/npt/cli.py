@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from npt.common.display import one_line, visible
-from npt.common.files import DISK_ERRORS
+from npt.common.files import AGAIN, DISK_ERRORS
 from npt.common.launch import is_first_launched, process_label
 from npt.common.places import place
 from npt.errors import NPTError, RunError, Stopped
@@ -357,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(
             f"{error.filename or 'a file'}: {error.strerror}; what was saved before is whole. Mend the disk or make room, "
-            "then go on with --resume"
+            f"then {AGAIN}"
         )
         return 1
     except RuntimeError as error:
@@ -383,7 +383,7 @@ def _complain(text: str) -> None:
 def _out_of_memory(error: BaseException) -> str:
     return (
         f"out of memory ({str(error).splitlines()[0][:160] if str(error) else 'main memory'}); what was saved before is "
-        "whole. `npt memory --config FILE` says what a run needs and which options help; then go on with --resume"
+        f"whole. `npt memory --config FILE` says what a run needs and which options help; then {AGAIN}"
     )
 
 

@@ -15,7 +15,7 @@ from npt.common.places import place
 from npt.config import option_problems
 from npt.config.strict_yaml import MAX_BYTES
 from npt.errors import CheckpointError, ConversionError
-from npt.tuner.config import FORMAT_VERSION, OPTIONS, PEFT_TYPE, NPTConfig
+from npt.tuner.config import FORMAT_VERSION, OPTIONS, PEFT_TYPE, UPGRADE, NPTConfig
 from npt.tuner.state import embedding_names
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -50,11 +50,21 @@ def find_adapter(path: str | Path) -> Path:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"checkpoint {folder}: {name} is missing (pickled weights are never read); name a "
-                "folder that save_pretrained wrote"
+                f"checkpoint {folder}: {name} is missing (pickled weights are never read); {_adapters_in(folder)}"
             )
     _check_config(folder)
     return folder
+
+
+def _adapters_in(folder: Path) -> str:
+    """The remedy where a folder that is named as an adapter is none."""
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if inside:
+        best = [path for path in inside if path.name == "best_model"]
+        return f"name the adapter in it: {one_line((best or inside)[0], 200)}"
+    if (folder / "config.json").is_file():
+        return "it is a whole model: name it in model.base_model_name, and here the folder of an adapter for it"
+    return "name a folder that save_pretrained wrote for an adapter"
 
 
 def _check_config(folder: Path) -> None:
@@ -75,16 +85,18 @@ def _check_config(folder: Path) -> None:
             f"checkpoint {folder}: it is a {kind} adapter, not {PEFT_TYPE.value}; load it with peft instead"
         )
     version = values.get("format_version", FORMAT_VERSION)
-    if type(version) is not int or version > FORMAT_VERSION:
+    if type(version) is int and version > FORMAT_VERSION:
         raise CheckpointError(
             f"{place}: format_version={version!r}: the adapter was written by a newer npt, this one reads up to "
-            f"{FORMAT_VERSION}; upgrade with pip install -U npt"
+            f"{FORMAT_VERSION}; {UPGRADE}"
         )
     problems = option_problems({name: values[name] for name in OPTIONS if name in values})
     shape = values.get("base_shape")
     if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int for n in shape)):
         problems.append(f"base_shape: {one_line(shape, 80)}: use three whole numbers")
     base = values.get("base_model_name_or_path")
+    if type(version) is not int:
+        problems.append(f"format_version: {one_line(version, 80)}: use a whole number")
     if not isinstance(base, str | None):
         problems.append(f"base_model_name_or_path: {one_line(base, 80)}: use text")
     if not (values.get("base_fingerprint") is None or is_record(values["base_fingerprint"])):

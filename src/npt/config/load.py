@@ -56,7 +56,7 @@ def given_keys(path: str | Path | None, overrides: Sequence[str] = ()) -> set[st
     Raises:
         ConfigError: the file can't be read.
     """
-    values = {} if path is None else _read(Path(path))
+    values = {} if path is None else _read(place(path))
     for override in overrides:
         _override(values, override)
     return {f"{name}.{key}" for name, section in values.items() if isinstance(section, dict) for key in section}

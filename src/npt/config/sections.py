@@ -63,6 +63,11 @@ def _writable(text: str) -> str:
     return text
 
 
+def _off(value: Any) -> Any:
+    """The text no where YAML 1.1 reads a bare one as false."""
+    return "no" if value is False else value
+
+
 def _expanded(text: str) -> str:
     """The name with its home folder, as `npt.common.places` has it."""
     try:
@@ -185,6 +190,7 @@ class DataSection(Section):
     num_train_samples: Annotated[int, Field(ge=2, le=MOST)] | None = 1632
     num_eval_samples: Positive | None = 400
     num_calibration_samples: Positive = 384
+    begin_with_bos: bool = False
     score_seen_text: bool = False
 
     def conflicts(self) -> Iterator[Conflict]:
@@ -225,7 +231,7 @@ class OptimizationSection(Section):
     use_cpu_offload: bool = False
     use_8bit: bool = False
     use_4bit: bool = False
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_off)] = "no"
     fsdp: bool = False
 
     def conflicts(self) -> Iterator[Conflict]:

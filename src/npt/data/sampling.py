@@ -118,7 +118,8 @@ def _first_token(tokenizer: Any, config: Any) -> int:
             return int(token)
     raise DataError(
         "data.dataset_name=self: neither tokenizer nor model has a BOS or EOS token to begin text with; "
-        "set tokenizer.bos_token, or use data.dataset_name=text with data.data_files"
+        "name one of its tokens as bos_token in its tokenizer_config.json (in Python, set tokenizer.bos_token), or use "
+        "data.dataset_name=text with data.data_files"
     )
 
 

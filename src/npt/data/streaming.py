@@ -21,9 +21,9 @@ from torch.utils.data import IterableDataset
 
 from npt.common.display import one_line
 from npt.common.places import expanded
-from npt.data.packing import IGNORED, labelled, token_ids
+from npt.data.packing import IGNORED, cut, labelled, token_ids
 from npt.data.seen import Seen
-from npt.data.sources import expand_files, read_documents
+from npt.data.sources import column_problem, expand_files, hub_remedy, read_documents
 from npt.errors import DataError, NPTError
 
 #: At most this many files, evenly spaced, have their first document read before a run.
@@ -73,14 +73,11 @@ def hub_source(name: str, config: str | None, text_column: str, split: str = "tr
         found = datasets.load_dataset(expanded(name), config, split=split, streaming=True)
         first: dict[str, Any] = next(iter(found), {})
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        why = one_line(error, 200) or type(error).__name__
-        raise DataError(
-            f"{where}: can't be streamed, split '{split}' ({why}); check the name and the network, or use local files: "
-            "data.dataset_name=text with data.data_files"
-        ) from error
+        why = one_line(error, 300) or type(error).__name__
+        raise DataError(f"{where}: can't be streamed, split '{split}' ({why}); {hub_remedy(error)}") from error
     if not isinstance(first.get(text_column), str):
-        there = one_line(f"there are: {', '.join(first)}", 200)
-        raise DataError(f"{where}: no column '{text_column}' with text ({there}); set data.text_column")
+        kinds = {name: "string" if isinstance(value, str) else type(value).__name__ for name, value in first.items()}
+        raise DataError(f"{where}: {column_problem(text_column, kinds)}")
     texts = found.select_columns([text_column])
     texts = texts if text_column == "text" else texts.rename_column(text_column, "text")
     # A buffer of one document: the order of the files is all that is to be shuffled here.
@@ -184,19 +181,27 @@ class BlockStream:
     """One stream's documents packed into blocks, what is left of a document going into the next block.
 
     Args:
-        seen: takes the tokens of each document that goes into a block.
+        seen: takes the tokens of each document that goes into a block. bos_token_id: as of `npt.data.packing.Packer`.
     """
 
-    def __init__(self, documents: DocumentStream, tokenizer: Any, max_length: int, seen: Seen | None = None):
+    def __init__(
+        self,
+        documents: DocumentStream,
+        tokenizer: Any,
+        max_length: int,
+        seen: Seen | None = None,
+        *,
+        bos_token_id: int | None = None,
+    ):
         self.documents, self.tokenizer, self.max_length = documents, tokenizer, max_length
-        self.seen = Seen() if seen is None else seen
+        self.seen, self.bos_token_id = Seen() if seen is None else seen, bos_token_id
         self.served = 0
         self._rest: np.ndarray = np.empty((2, 0), dtype=np.int32)  # ids and labels
         self._ids: Iterator[Sequence[int]] = iter(())  # of the window's documents
 
     def take(self) -> dict[str, torch.Tensor]:
         """The next block: input_ids, attention_mask and labels, (max_length,) each."""
-        while self._rest.shape[1] < self.max_length:
+        while not (found := cut(self._rest[:, : self.max_length], self.max_length, self.bos_token_id))[0].size:
             document = next(self._ids, None)
             if document is None:
                 self._ids = token_ids(self.documents.upcoming(), self.tokenizer)
@@ -205,9 +210,10 @@ class BlockStream:
             if len(document):
                 self.seen.add_document(document)
                 self._rest = np.concatenate((self._rest, labelled(document)), axis=1)
-        block, self._rest = self._rest[:, : self.max_length], self._rest[:, self.max_length :]
+        blocks, rest = found
+        self._rest = np.concatenate((rest, self._rest[:, self.max_length :]), axis=1)
         self.served += 1
-        ids, labels = (torch.from_numpy(part.astype(np.int64)) for part in block)
+        ids, labels = (torch.from_numpy(part.astype(np.int64)) for part in blocks[:, 0])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     def state_dict(self) -> dict[str, Any]:

@@ -87,7 +87,9 @@ def token_divergences(
             del teacher, student  # else a batch's logits would stay in memory while the next one's are computed
     table = _of_all(table[:filled])
     if not len(table):
-        raise DataError("evaluation text holds no token that counts: every block is padding or a single token")
+        raise DataError(
+            "evaluation text holds no token that counts: every block is padding or a single token; give more text"
+        )
     return dict(zip(COLUMNS, table.T, strict=True))
 
 

@@ -21,7 +21,7 @@ from npt.errors import DataError
 from npt.evaluation.block_errors import layer_equivalence, residual_stream
 from npt.evaluation.divergence import kl_by_position, summarize, token_divergences, worst_tokens
 from npt.evaluation.generation import DEFAULT_PROMPTS, generation_section, side_by_side
-from npt.evaluation.verdict import expected_outcomes, grade
+from npt.evaluation.verdict import UNKNOWN_SHARE, expected_outcomes, grade
 from npt.evaluation.weight_deltas import weight_delta_stats
 from npt.tuner.config import NPTConfig
 from npt.tuner.converted import (
@@ -83,7 +83,7 @@ def evaluate(
     results = {name: _of_corpus(model, tokenizer, packed, batch_size, progress) for name, packed in blocks.items()}
     first = next(iter(results.values()))
     evaluations: dict[str, Any] = {
-        **{name: figures for name, figures in first.items() if name != "tokens"},
+        **{name: figures for name, figures in first.items() if name not in ("tokens", "unknown_tokens")},
         **_in_detail(model, tokenizer, next(iter(blocks.values())), context_length, batch_size, prompts, seed),
         "corpora": results,
     }
@@ -95,11 +95,12 @@ def evaluate(
             "scored": _scored(stride, context_length),
             "tokens": first["tokens"],
             "corpora": list(corpora),
+            **_beginnings(tokenizer, blocks),
             **_surroundings(model, layers, next(iter(blocks.values())), seed),
         },
         "evaluations": evaluations,
         "expected_outcomes": expected_outcomes(evaluations),
-        "grade": grade(evaluations["divergence"]["mean_kl"]),
+        "grade": grade(evaluations["divergence"]["mean_kl"], first["unknown_tokens"]),
         "notes": [*_notes(config.carry, evaluations), *seen_notes(config.text_record, blocks)],
     }
 
@@ -151,10 +152,28 @@ def _computed_in(model: ConvertedModel, layers: Sequence[NPTLayer], blocks: data
 def _of_corpus(
     model: ConvertedModel, tokenizer: Any, blocks: datasets.Dataset, batch_size: int, progress: bool
 ) -> dict[str, Any]:
-    """The figures of one corpus: perplexity, divergence, the worst tokens, and the number of scored tokens."""
+    """The figures of one corpus: perplexity, divergence, the worst tokens, the number of scored tokens and the share of them
+    that is the unknown token.
+    """
     figures = token_divergences(model, blocks, batch_size=batch_size, progress=progress)
-    worst = worst_tokens(figures, blocks, tokenizer)
-    return {**summarize(figures), "worst_tokens": worst, "tokens": len(figures["kl"])}
+    worst, unknown = worst_tokens(figures, blocks, tokenizer), getattr(tokenizer, "unk_token_id", None)
+    # GPT-2's end of text goes by the name of unknown token too, and stands for nothing unknown.
+    if unknown in (getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id")):
+        unknown = None
+    share = 0.0 if unknown is None else float((figures["target"] == unknown).mean())
+    return {**summarize(figures), "worst_tokens": worst, "tokens": len(figures["kl"]), "unknown_tokens": share}
+
+
+def _beginnings(tokenizer: Any, corpora: Mapping[str, datasets.Dataset]) -> dict[str, dict[str, int]]:
+    """The part of the report's `protocol` that counts blocks, and those whose first token is BOS, per corpus."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return {
+        "blocks": {name: len(blocks) for name, blocks in corpora.items()},
+        "blocks_beginning_with_bos": {
+            name: sum(row["input_ids"][0] == bos for row in blocks) if bos is not None else 0
+            for name, blocks in corpora.items()
+        },
+    }
 
 
 def _in_detail(
@@ -200,6 +219,12 @@ def _notes(carry: str, evaluations: dict[str, Any]) -> list[str]:
         found.append("the adapter's weight delta is zero everywhere: the converted blocks just drop their attention")
     if carry != "exact" and evaluations["divergence"]["max_kl"] == 0:
         found.append("both models give the very same distributions: the adapter changes nothing (is it active?)")
+    for name, figures in evaluations["corpora"].items():
+        if figures["unknown_tokens"] > UNKNOWN_SHARE:
+            found.append(
+                f"{100 * figures['unknown_tokens']:.2g} % of the scored tokens of {name} are the unknown token: the "
+                "vocabulary does not have this text's characters or words, and its figures say little"
+            )
     return found
 
 

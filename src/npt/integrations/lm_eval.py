@@ -19,6 +19,8 @@ from lm_eval.utils import setup_logging
 
 from npt.adapters.folder import load_adapter
 from npt.adapters.settings import load_settings
+from npt.common.display import one_line
+from npt.common.files import DISK_ERRORS
 from npt.config import load_config
 from npt.errors import NPTError
 from npt.runs.base_model import load_base
@@ -31,7 +33,7 @@ class NPTLM(HFLM):  # type: ignore[misc]
     Args:
         peft: adapter folder. pretrained: name or folder of the base, also builtin:...; by default the adapter's own.
         dtype, revision, trust_remote_code: for loading the base, the first as `model.dtype` and by default as the adapter
-            was trained with. kwargs: of the harness's `hf` model.
+            was trained with. allow_other_base: as `model.allow_other_base`. kwargs: of the harness's `hf` model.
 
     Raises:
         CheckpointError: no NPT adapter at `peft`, or its base is not there. NPTError: the base can't be loaded.
@@ -45,6 +47,7 @@ class NPTLM(HFLM):  # type: ignore[misc]
         dtype: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        allow_other_base: bool = False,
         device: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -61,7 +64,7 @@ class NPTLM(HFLM):  # type: ignore[misc]
         if not (absent or run.optimization.use_8bit or run.optimization.use_4bit):
             model.to(device)
         if peft is not None:
-            model = load_adapter(model, peft)
+            model = load_adapter(model, peft, allow_other_base=allow_other_base)
         super().__init__(pretrained=model.eval(), tokenizer=kwargs.pop("tokenizer", tokenizer), **kwargs)
 
 
@@ -80,7 +83,14 @@ def run_harness(arguments: Sequence[str]) -> None:
         setup_logging()
         command = HarnessCLI()
         command.execute(command.parse_args())
-    except ValueError as error:
-        raise NPTError(f"lm-eval: {error}") from error
+    except NPTError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
+        reason = one_line(error, 400) or type(error).__name__
+        raise NPTError(
+            f"lm-eval: {type(error).__name__}: {reason}; check --tasks, --model_args, --include_path and the network"
+        ) from error
     finally:
         sys.argv = before

@@ -23,6 +23,7 @@ from npt.common.processes import world
 from npt.config import ModelSection, OptimizationSection, RunConfig, with_overrides
 from npt.errors import ConversionError, NPTError
 from npt.runs.base_adapters import refuse_adapter, refuse_attached
+from npt.runs.base_problems import file_remedy, folder_remedy, hub_remedy, local_remedy
 from npt.runs.processes import shards_base
 from npt.tuner.converted import npt_layers
 
@@ -92,10 +93,10 @@ def base_config(model: ModelSection, cache_dir: str | None = None, revision: str
     name = source_of(model.base_model_name)
     where = f"model.base_model_name={model.base_model_name}"
     if Path(name).is_file():
-        raise NPTError(f"{where}: is a file; name the Hugging Face model folder it lies in")
+        raise NPTError(f"{where}: is a file; {file_remedy(Path(name))}")
     refuse_adapter(where, Path(name))
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise NPTError(f"{where}: the folder has no config.json; name a Hugging Face model folder")
+        raise NPTError(f"{where}: the folder has no config.json; {folder_remedy(Path(name))}")
     with _named(model), _quiet_libraries():
         found = AutoConfig.from_pretrained(name, **_arguments(model, cache_dir, revision))
         text = found.get_text_config()
@@ -139,13 +140,12 @@ def _named(model: ModelSection) -> Iterator[None]:
             ) from error
         if Path(name).is_dir():
             raise NPTError(
-                f"model.base_model_name={name!r} can't be loaded ({type(error).__name__}: {reason}); restore its "
-                "config.json, tokenizer and *.safetensors, or name another folder (builtin:tiny needs nothing)"
+                f"model.base_model_name={name!r} can't be loaded ({type(error).__name__}: {reason}); "
+                f"{local_remedy(Path(name), error)}"
             ) from error
         raise NPTError(
             f"model.base_model_name={name!r} can't be loaded: it is no local model folder, and the hub did not deliver it "
-            f"({reason}); check the name, the network or `hf auth login`, or give the path of a local folder "
-            "(builtin:tiny needs nothing)"
+            f"({reason}); {hub_remedy(error)}"
         ) from error
 
 

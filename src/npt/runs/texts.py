@@ -125,12 +125,16 @@ class RunTexts:
         if data.dataset_name != "text" or data.streaming:
             return
         own = self.own  # a bad file is named before a bad model
-        self._packer = text_packer(own, load_tokenizer(model, self.cache_dir), data.max_length)
+        self._packer = self.pack(own, load_tokenizer(model, self.cache_dir))
         enough = (data.num_eval_samples or 0) + 3
         self._packer.read(enough)
         if self._packer.count < enough:  # the text is at its end
             with quiet("npt.data.packing"):
                 self.split(self._packer.blocks())
+
+    def pack(self, documents: Iterable[str], tokenizer: Any) -> Packer:
+        """A packer of documents into the blocks of the `data` section."""
+        return text_packer(documents, tokenizer, self.data.max_length, begin_with_bos=self.data.begin_with_bos)
 
     def blocks(self, tokenizer: Any) -> tuple[datasets.Dataset, Packer | None]:
         """(the blocks of `own`, what reads on where there are more).
@@ -141,7 +145,7 @@ class RunTexts:
         data = self.data
         local = data.dataset_name == "text" or data.dataset_name.startswith(PREFIX)
         wanted = None if local else (data.num_train_samples or 0) + (data.num_eval_samples or 0) or None
-        packer = self._packer or text_packer(self.own, tokenizer, data.max_length)
+        packer = self._packer or self.pack(self.own, tokenizer)
         self._packer = None  # it holds the whole text, and is not needed again
         packer.read(wanted, progress=is_first())
         return packer.blocks(wanted), None if wanted is None else packer
