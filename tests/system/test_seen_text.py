@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from npt.cli import main
 from npt.data.packing import pack
-from npt.data.seen import RECORD, TextRecord
+from npt.data.seen import TextRecord
 from tests import helpers
 from tests.helpers import settings
 

@@ -200,8 +200,8 @@ def _notes(carry: str, evaluations: dict[str, Any]) -> list[str]:
     for name, figures in evaluations["corpora"].items():
         if figures["unknown_tokens"] > UNKNOWN_SHARE:
             found.append(
-                f"{100 * figures['unknown_tokens']:.2g} % of the scored tokens of {name} are the unknown token: the vocabulary "
-                "does not have this text's characters or words, and its figures say little"
+                f"{100 * figures['unknown_tokens']:.2g} % of the scored tokens of {name} are the unknown token: the "
+                "vocabulary does not have this text's characters or words, and its figures say little"
             )
     return found
 

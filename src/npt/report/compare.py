@@ -89,7 +89,8 @@ def _grade(report: Report) -> str:
     kl = section(report, "evaluations", "divergence").get("mean_kl")
     if kl is None:
         return number(None)
-    bits, first = grade(kl)["bits"], next(iter(_corpora(report).values()), {})
+    bits = grade(kl)["bits"]
+    first: Report = next(iter(_corpora(report).values()), {})
     spoilt = " (?)" if first.get("unknown_tokens", 0) > UNKNOWN_SHARE else ""
     return ("further than 2-bit" if bits is None else f"{bits}-bit") + spoilt
 
