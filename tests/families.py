@@ -96,16 +96,16 @@ class Case:
         bias = getattr(norm, "bias", None)
         return weight, zeros if bias is None else bias, "LayerNorm" in type(norm).__name__
 
-    def build(self, dtype: torch.dtype = torch.float64) -> Any:
-        """The model, whose norms, biases and attention are far from their initial values."""
+    def build(self, dtype: torch.dtype = torch.float64, *, noise: float = 0.15, **more: Any) -> Any:
+        """The model, whose norms, biases and attention are far from their initial values; `more` replaces options."""
         torch.manual_seed(0)
         config_class = transformers.CONFIG_MAPPING[self.model_type]
-        options = {name: value for name, value in {**SIZES, **self.options}.items() if value is not None}
+        options = {name: value for name, value in {**SIZES, **self.options, **more}.items() if value is not None}
         config = config_class(**({"text_config": options, "vision_config": VISION} if self.composite else options))
         base = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in base.parameters():
-                parameter.add_(0.15 * torch.randn_like(parameter))
+                parameter.add_(noise * torch.randn_like(parameter))
         return base.to(dtype).eval()
 
 

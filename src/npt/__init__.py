@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from npt.equivalence.objectives import Objective
     from npt.equivalence.trainer import EquivalenceTrainer
     from npt.evaluation.evaluate import evaluate
+    from npt.runs.base_model import load_base
     from npt.tuner import NPTConfig, NPTModel, weight_delta
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "WeightDelta",
     "calibrate",
     "evaluate",
+    "load_base",
     "merge_adapters",
     "register_family",
     "weight_delta",
@@ -50,6 +52,7 @@ __getattr__ = exports_of(
         "WeightDelta": "npt.block.component",
         "calibrate": "npt.equivalence.calibration",
         "evaluate": "npt.evaluation.evaluate",
+        "load_base": "npt.runs.base_model",
         "merge_adapters": "npt.adapters.join",
         "register_family": "npt.block.families",
         "weight_delta": "npt.tuner",

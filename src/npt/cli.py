@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +16,12 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from npt.common.display import one_line, visible
-from npt.common.files import DISK_ERRORS
+from npt.common.files import AGAIN, DISK_ERRORS
 from npt.common.launch import is_first_launched, process_label
+from npt.common.places import place
 from npt.errors import NPTError, RunError, Stopped
 
+logger = logging.getLogger("npt")
 app = typer.Typer(
     name="npt",
     help="Neuro-Plastic Transformer: attention that writes transient weight deltas for the MLP.",
@@ -33,12 +36,32 @@ console = Console(quiet=not TALKS)
 #: Newer versions of typer carry click inside, older ones import it; the exported exception has the same parent.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+
+def _place(param: typer.CallbackParam, value: Any) -> Any:
+    """The path or paths of an option or argument, so that `--output=~/r.json` means what it does in a configuration."""
+    if value is None:
+        return None
+    option = next((f"{name} " for name in param.opts if name.startswith("--")), "")
+    try:
+        return [place(each) for each in value] if isinstance(value, list | tuple) else place(value)
+    except NPTError as error:
+        raise NPTError(f"{option}{error}") from error
+
+
 Config = Annotated[
-    Path | None, typer.Option("--config", help="YAML file; without one, the defaults: those of config.yaml.")
+    Path | None,
+    typer.Option("--config", help="YAML file; without one, the defaults: those of config.yaml.", callback=_place),
+]
+OwnConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="YAML file; without one, the settings that the adapter's folder records.", callback=_place
+    ),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, the value in YAML; the last one wins.")]
 Checkpoint = Annotated[
-    Path, typer.Option("--checkpoint", help="Adapter folder; a .pt name means the folder of that name.")
+    Path,
+    typer.Option("--checkpoint", help="Adapter folder; a .pt name means the folder of that name.", callback=_place),
 ]
 Limit = Annotated[
     str | None, typer.Option("--limit", help="Memory of the device the run is for, such as 24GiB; this machine's else.")
@@ -50,6 +73,14 @@ Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Machines thes
 DeviceName = Annotated[
     str | None, typer.Option("--device", help="Device the run is planned for: a100-80gb, h100-80gb or h200.")
 ]
+
+
+class Decoding(str, Enum):
+    """How `npt generate` chooses the next token; `sampled` is at temperature 1 from the whole distribution."""
+
+    GREEDY = "greedy"
+    SAMPLED = "sampled"
+    BASE = "base"
 
 
 class _VisibleFormatter(logging.Formatter):
@@ -120,28 +151,31 @@ def _dry_run(config: Path | None, set_: list[str] | None, resume: bool, **planne
 @app.command()
 def evaluate(
     checkpoint: Checkpoint,
-    config: Config = None,
-    output: Annotated[Path, typer.Option("--output", help="Where the report goes.")] = Path("evaluation_report.json"),
+    config: OwnConfig = None,
+    output: Annotated[Path, typer.Option("--output", help="Where the report goes.", callback=_place)] = Path(
+        "evaluation_report.json"
+    ),
     text: Annotated[
         list[str] | None, typer.Option("--text", help="A further text file (or builtin:python-docs), reported beside.")
     ] = None,
     set_: Set = None,
 ) -> None:
     """Compares a checkpoint with the model it was made from."""
+    from npt.adapters.settings import load_settings
     from npt.common.writable import check_file
     from npt.report.terminal import render_report
     from npt.runs.evaluate import run_evaluation
 
-    run = _load(config, set_)
     check_file("--output", output, ".json")
+    run = load_settings(checkpoint, config, set_ or ())
     render_report(run_evaluation(run, checkpoint, output, more_text=text or ()), console)
     _say(f"report: {output.with_suffix('.html')}, figures in {output}")
 
 
 @app.command("merge-adapters")
 def merge_adapters(
-    adapters: Annotated[list[Path], typer.Argument(help="Two adapter folders or more.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The new adapter's folder.")],
+    adapters: Annotated[list[Path], typer.Argument(help="Two adapter folders or more.", callback=_place)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new adapter's folder.", callback=_place)],
 ) -> None:
     """Joins adapters of disjoint blocks of one base, trained by separate jobs, into one."""
     from npt.adapters.join import join
@@ -157,29 +191,39 @@ def merge_adapters(
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     checkpoint: Checkpoint = Path("checkpoints/best_model"),
-    config: Config = None,
+    config: OwnConfig = None,
     set_: Set = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    decoding: Annotated[
+        Decoding, typer.Option("--decoding", help="base: by the settings of the base's own generation_config.json.")
+    ] = Decoding.GREEDY,
 ) -> None:
     """Continues prompts with the NPT model and with the original, side by side."""
-    from npt.evaluation.generation import check_context, check_prompts, side_by_side
+    from npt.adapters.settings import load_settings
+    from npt.evaluation.generation import check_context, check_prompts, own_settings, side_by_side
     from npt.runs.evaluate import load_npt
 
     check_prompts(prompts)
-    model, tokenizer = load_npt(_load(config, set_), checkpoint)
+    run = load_settings(checkpoint, config, set_ or (), ("model", "optimization"))
+    model, tokenizer = load_npt(run, checkpoint)
     check_context(model, tokenizer, prompts, max_new_tokens)
-    for sample in side_by_side(model, tokenizer, prompts, max_new_tokens):
+    seed, own = None if decoding is Decoding.GREEDY else run.training.seed, decoding is Decoding.BASE
+    if own:
+        logger.info("decoding by the base's own settings: %s", own_settings(model) or "none beside the defaults")
+    for sample in side_by_side(model, tokenizer, prompts, max_new_tokens, seed, own):
         for name in ("npt", "original"):
             console.print(f"[bold]{name:>8}[/bold]  {escape(visible(sample[name]))}")
 
 
-Run = Annotated[Path, typer.Argument(help="A run's output folder.")]
+Run = Annotated[Path, typer.Argument(help="A run's output folder.", callback=_place)]
 
 
 @app.command()
 def plot(
-    run: Annotated[Path | None, typer.Argument(help="A run's output folder.")] = None,
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="The same, as an option.")] = Path("outputs"),
+    run: Annotated[Path | None, typer.Argument(help="A run's output folder.", callback=_place)] = None,
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="The same, as an option.", callback=_place)] = Path(
+        "outputs"
+    ),
 ) -> None:
     """Draws the plots of a run from metrics.jsonl and, if there is one, its report, as PNG and SVG."""
     from npt.common.writable import check_folders
@@ -205,8 +249,10 @@ def report(run: Run = Path("outputs")) -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Output folders of runs.")],
-    output: Annotated[Path, typer.Option("--output", help="Where the plot goes.")] = Path("comparison.png"),
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of runs.", callback=_place)],
+    output: Annotated[Path, typer.Option("--output", help="Where the plot goes.", callback=_place)] = Path(
+        "comparison.png"
+    ),
 ) -> None:
     """Runs side by side: one table, and one plot of perplexity ratio and KL over steps."""
     from npt.common.writable import check_file
@@ -311,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(
             f"{error.filename or 'a file'}: {error.strerror}; what was saved before is whole. Mend the disk or make room, "
-            "then go on with --resume"
+            f"then {AGAIN}"
         )
         return 1
     except RuntimeError as error:
@@ -337,7 +383,7 @@ def _complain(text: str) -> None:
 def _out_of_memory(error: BaseException) -> str:
     return (
         f"out of memory ({str(error).splitlines()[0][:160] if str(error) else 'main memory'}); what was saved before is "
-        "whole. `npt memory --config FILE` says what a run needs and which options help; then go on with --resume"
+        f"whole. `npt memory --config FILE` says what a run needs and which options help; then {AGAIN}"
     )
 
 

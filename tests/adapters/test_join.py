@@ -351,7 +351,7 @@ def halved(values: dict[str, torch.Tensor]) -> None:
 
 UNFIT: dict[str, tuple[Change, list[str]]] = {
     "LoRA": (option(peft_type="LORA"), ["it is a LORA adapter, not NPT", "load it with peft"]),
-    "a newer format": (option(format_version=99), ["format_version=99", "upgrade"]),
+    "a newer format": (option(format_version=99), ["format_version=99", "install the npt that wrote it"]),
     "another format": (option(format_version=0), ["format_version=0", "a has 1", "train them with the same"]),
     "another rank": (option(rank=4), ["A has the shape [24, 3]", "rank=4"]),
     "another key": (option(key="learned"), ["key=learned", "a has input", "train them with the same"]),
@@ -471,7 +471,7 @@ def test_an_adapter_without_a_fingerprint(
     how(pair / bare)
     assert f"{bare} has no base_fingerprint: that it was made for the same weights" in told(caplog, "a", "b")
     config = json.loads((pair / "joined" / CONFIG).read_text())
-    assert set(config["base_fingerprint"]) == {"config", "dtype", "weights", "sample"}
+    assert set(config["base_fingerprint"]) >= {"config", "dtype", "weights", "sample"}
     load_adapter(AutoModelForCausalLM.from_pretrained(local_model), "joined")
 
 

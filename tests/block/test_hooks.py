@@ -136,7 +136,7 @@ def test_a_forward_that_dies_leaves_nothing_behind(name: str, dies_in: str, carr
     kept = [
         name
         for name in ("attention", "observed", "residual", "values", "down")
-        if getattr(layer.hooks.now, name) is not None
+        if getattr(layer.hooks.thread.now, name) is not None
     ]
     assert not kept
     assert torch.equal(model(ids).logits, expected)
@@ -172,7 +172,9 @@ def test_the_oracle_beside_another_adapter(token_ids: torch.Tensor) -> None:
     model.add_adapter("oracle", NPTConfig(npt_layers="all", carry="exact"))
     assert all(len(hooks) == 1 for hooks in norms)
     kept = []
-    layers[1].module("mlp").register_forward_pre_hook(lambda *_: kept.append(layers[1].hooks.now.residual is not None))
+    layers[1].module("mlp").register_forward_pre_hook(
+        lambda *_: kept.append(layers[1].hooks.thread.now.residual is not None)
+    )
     for _ in range(2):
         assert torch.equal(model(token_ids).logits, alone)
         model.set_adapter("oracle")

@@ -60,6 +60,21 @@ ARGUMENTS = [
         ("--output report.html: can't be written as '.html'", "end the name in .json"),
     ),
     Entry(
+        "output: no such user",
+        ("evaluate", "--checkpoint", "{adapter}", "--output", "~no-such-user/r.json"),
+        ("--output ~no-such-user/r.json", "no home folder for ~no-such-user", "write the whole path"),
+    ),
+    Entry(
+        "output: output_dir of no such user",
+        ("train", *sets("paths.output_dir=~no-such-user/o")),
+        ("paths.output_dir", "no home folder for ~no-such-user", "write the whole path"),
+    ),
+    Entry(
+        "checkpoint: of no such user",
+        ("generate", "hello", "--checkpoint", "~no-such-user/a"),
+        ("--checkpoint ~no-such-user/a", "no home folder for ~no-such-user", "write the whole path"),
+    ),
+    Entry(
         "output: output_dir under a file",
         ("train", *sets("paths.output_dir=f/o")),
         ("paths.output_dir=f/o: can't be made, f is a file", "name another folder"),

@@ -96,7 +96,7 @@ OVERRIDES = [
     bad_key("training.objective=magic", 'training.objective: "magic": use'),
     bad_key("training.report_to=[abacus]", "training.report_to=['abacus']", "install the package or take the name out"),
     bad_key("training.report_to={a: 1}", 'training.report_to: {"a": 1}: use a list'),
-    bad_key("optimization.mixed_precision=no", "optimization.mixed_precision: false", "in quotes"),
+    bad_key("optimization.mixed_precision=yes", "optimization.mixed_precision: true: use 'no', 'fp16' or 'bf16'"),
     bad_key("data.max_length=1", "data.max_length: 1: use a value of 2 or more"),
     bad_key("data.num_train_samples=null", "data.num_train_samples: null has no end", "use a whole number"),
     bad_key("data.num_train_samples=1", "data.num_train_samples: 1: use a value of 2 or more"),

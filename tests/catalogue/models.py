@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
 
 from tests.catalogue.entries import (
     Entry,
+    Kit,
     bad_adapter,
     bad_base,
     both,
@@ -19,6 +23,7 @@ from tests.catalogue.entries import (
 )
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+ADAPTER, OPTIONS = "adapter_model.safetensors", "adapter_config.json"
 BASES = [
     Entry(
         "base: a name that is nowhere",
@@ -34,17 +39,32 @@ BASES = [
     Entry(
         "base: a file",
         ("train", *sets("model.base_model_name=w.bin")),
-        ("model.base_model_name=w.bin: is a file", "name the Hugging Face model folder"),
+        ("model.base_model_name=w.bin: is a file", "name a Hugging Face model folder"),
         {"w.bin": b"x"},
     ),
     bad_base("no config.json", remove(CONFIG), "has no config.json", "name a Hugging Face model folder"),
+    bad_base(
+        "a LoRA folder", both(remove(CONFIG), write(OPTIONS, b'{"peft_type": "LORA", "base_model_name_or_path": "org/m"}')),
+        "base: is a LORA adapter, not a model", "name its base (it was made for org/m), or merge the adapter",
+    ),
+    bad_base(
+        "an NPT adapter", both(remove(CONFIG), write(OPTIONS, b'{"peft_type": "NPT"}')),
+        "base: is an NPT adapter, not a model", "made for unknown), and the adapter with --checkpoint",
+    ),
+    bad_base("an adapter of no JSON", both(remove(CONFIG), write(OPTIONS, b"{")), "is a unknown adapter, not a model"),
+    bad_base(
+        "a LoRA beside the weights", write(OPTIONS, b'{"peft_type": "LORA"}'),
+        "holds a LORA adapter (adapter_config.json) beside the model", "move adapter_config.json", "merge_and_unload",
+        script=True,
+    ),
+    bad_base("an NPT adapter beside the weights", write(OPTIONS, b'{"peft_type": "NPT"}'), "holds a NPT adapter", "move"),
     bad_base("config.json is no JSON", write(CONFIG, b"{rank"), "can't be loaded", "restore its config.json"),
     bad_base("config.json is an array", write(CONFIG, b"[1, 2]"), "can't be loaded", "restore its config.json"),
     bad_base("config.json is empty", write(CONFIG, b""), "can't be loaded", "restore its config.json"),
     bad_base("config.json is binary", write(CONFIG, b"\xff\0\1"), "can't be loaded", "restore its config.json"),
     bad_base("no model_type", write(CONFIG, b"{}"), "can't be loaded", "restore its config.json"),
-    bad_base("an unknown model_type", json_of(CONFIG, model_type="llamma"), "llamma", "restore its config.json"),
-    bad_base("a model_type that is none", json_of(CONFIG, model_type=7), "can't be loaded", "restore its config.json"),
+    bad_base("an unknown model_type", json_of(CONFIG, model_type="llamma"), "llamma", "correct model_type in its config"),
+    bad_base("a model_type that is none", json_of(CONFIG, model_type=7), "can't be loaded", "correct model_type"),
     bad_base("another family", json_of(CONFIG, model_type="bert"), "'bert' is not supported", "use one of apertus"),
     bad_base("a size that is text", json_of(CONFIG, hidden_size="wide"), "hidden_size", "restore its config.json"),
     bad_base("no weights", remove(WEIGHTS), "model.safetensors", "restore its config.json, tokenizer and"),
@@ -68,6 +88,31 @@ BASES = [
         json_of(CONFIG, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}),
         "brings Python code of its own, which is not run", "model.trust_remote_code=true",
     ),
+    bad_base(
+        "an attention that is not installed", json_of(CONFIG, _attn_implementation="flash_attention_2"),
+        "take '_attn_implementation' out of its config.json",
+    ),
+    bad_base(
+        "a quantisation that is not installed", json_of(CONFIG, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantised with gptq", "install the package for that, or name the model that they were made from",
+    ),
+    bad_base(
+        "a pointer of Git LFS", write(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), "run `git lfs pull`"
+    ),
+    bad_base("GGUF beside config.json", both(remove(WEIGHTS), write("F.gguf", b"GGUF")), "GGUF files are not read"),
+    bad_base("GGUF alone", both(remove(CONFIG), write("F.gguf", b"GGUF")), "GGUF files are not read", "name the Hugging"),
+    Entry(
+        "base: a GGUF file",
+        ("train", *sets("model.base_model_name=m/F.gguf")),
+        ("model.base_model_name=m/F.gguf: is a file", "GGUF files are not read", "by its hub id or its folder"),
+        {"m/F.gguf": b"GGUF"},
+    ),
+    Entry(
+        "base: the hub's cache of one",
+        ("train", *sets("model.base_model_name=models--a--b")),
+        ("has no config.json", "name the folder in it that has one: models--a--b/snapshots/0"),
+        {"models--a--b/snapshots/0/config.json": b"{}"},
+    ),
     Entry(
         "base: a block past the last",
         ("train", *sets("model.base_model_name={model}", "model.npt_layers=[99]")),
@@ -90,8 +135,6 @@ BASES = [
     ),
 ]  # fmt: skip
 
-ADAPTER, OPTIONS = "adapter_model.safetensors", "adapter_config.json"
-
 
 def first(values: dict[str, torch.Tensor]) -> str:
     return sorted(values)[0]
@@ -99,6 +142,12 @@ def first(values: dict[str, torch.Tensor]) -> str:
 
 def with_nan(values: dict[str, torch.Tensor]) -> None:
     values[first(values)] = torch.full_like(values[first(values)], float("nan"))
+
+
+def nameless(folder: Path, kit: Kit) -> None:
+    """A copy of the adapter that names no base."""
+    shutil.copytree(kit.adapter, folder / "adapter")
+    json_of(OPTIONS, base_model_name_or_path=None)(folder / "adapter")
 
 
 ADAPTERS = [
@@ -119,6 +168,28 @@ ADAPTERS = [
         ("checkpoint adapter.safetensors: no adapter folder", "name a folder with adapter_config.json"),
         {"adapter.safetensors": b"x"},
     ),
+    Entry(
+        "adapter: the folder around one",
+        ("generate", "hello", "--checkpoint", "c"),
+        ("checkpoint c: adapter_config.json is missing", "name the adapter in it: c/best_model"),
+        {"c/best_model/adapter_config.json": b"{}", "c/a/adapter_config.json": b"{}"},
+    ),
+    Entry(
+        "adapter: a whole model",
+        ("evaluate", "--checkpoint", "{model}"),
+        ("adapter_config.json is missing", "it is a whole model: name it in model.base_model_name"),
+    ),
+    Entry(
+        "adapter: of a base without a name",
+        ("generate", "hello", "--checkpoint", "adapter"),
+        ("checkpoint adapter: adapter_config.json does not say which base", "--set model.base_model_name=FOLDER_OR_HUB_ID"),
+        prepare=nameless,
+    ),
+    Entry(
+        "adapter: decoding in an unknown way",
+        ("generate", "hello", "--decoding", "wild"),
+        ("--decoding", "greedy", "see npt --help"),
+    ),
     bad_adapter("no weights", remove(ADAPTER), f"{ADAPTER} is missing", "name a folder that save_pretrained wrote"),
     bad_adapter("no config", remove(OPTIONS), f"{OPTIONS} is missing", "name a folder"),
     bad_adapter("a pickle only", both(remove(ADAPTER), pickled("adapter_model.bin")), "pickled weights are never read"),
@@ -127,7 +198,7 @@ ADAPTERS = [
     bad_adapter("empty weights", write(ADAPTER, b""), "is damaged", "restore it from a backup"),
     bad_adapter("NaN", tensors(ADAPTER, with_nan), "holds NaN or infinity in", "take an earlier checkpoint"),
     bad_adapter(
-        "a key too many", tensors(ADAPTER, lambda v: v.update(odd=torch.ones(2))), "do not fit its config", "at odd [2]"
+        "a key too many", tensors(ADAPTER, lambda v: v.update(odd=torch.ones(2))), "do not fit its config", "unknown odd"
     ),
     bad_adapter("a key too few", tensors(ADAPTER, lambda v: v.pop(first(v))), "do not fit its config", "use the base"),
     bad_adapter("no keys", tensors(ADAPTER, lambda v: v.clear()), "do not fit its config", "use the base"),
@@ -161,8 +232,8 @@ ADAPTERS = [
         "a base of fewer blocks", json_of(OPTIONS, base_shape=[24, 40, 2]), "2 blocks; this one has", "Load it on"
     ),
     bad_adapter("a base's name that is none", json_of(OPTIONS, base_model_name_or_path=3), "use text", "restore"),
-    bad_adapter("a newer format", json_of(OPTIONS, format_version=99), "format_version=99", "upgrade with pip"),
-    bad_adapter("a format that is text", json_of(OPTIONS, format_version="new"), "format_version='new'", "upgrade"),
+    bad_adapter("a newer format", json_of(OPTIONS, format_version=99), "format_version=99", "install the npt that wrote it"),
+    bad_adapter("a format that is text", json_of(OPTIONS, format_version="new"), "format_version: new: use a whole"),
     bad_adapter("a fingerprint that is none", json_of(OPTIONS, base_fingerprint=3), "base_fingerprint", "restore"),
     bad_adapter(
         "a fingerprint cut short", json_of(OPTIONS, base_fingerprint={"sample": {"embedding": [1.0]}}),
@@ -171,6 +242,28 @@ ADAPTERS = [
     bad_adapter(
         "another base of the same sizes", json_of(OPTIONS, base_fingerprint={"config": {"vocab_size": 7}}),
         "made for another base: vocab_size is", "Load it on",
+    ),
+    bad_adapter(
+        "a fingerprint whose samples are none", json_of(OPTIONS, base_fingerprint={"samples": "abc"}),
+        "base_fingerprint", "restore it from a backup",
+    ),
+    bad_adapter(
+        "another rotary embedding", json_of(OPTIONS, base_fingerprint={"config": {"rope_parameters": {"rope_theta": 5}}}),
+        "made for another base: rope_parameters is", "Load it on",
+    ),
+    bad_adapter(
+        "another adapter inside its base",
+        json_of(OPTIONS, base_fingerprint={"inside": {"kinds": ["lora"], "layers": "", "weights": "", "settings": {},
+                                                      "samples": {"names": "", "values": ""}}}),
+        "other adapters are at work inside it: none here, lora there", "Load the other adapters first",
+    ),
+    bad_adapter(
+        "another vocabulary", json_of(OPTIONS, base_fingerprint={"config": {"vocab_size": 7}}),
+        "vocab_size is", "Load it on", "after model.resize_token_embeddings(7)",
+    ),
+    bad_adapter(
+        "a block renamed", tensors(ADAPTER, lambda v: v.update({k.replace(".3.", ".9."): v.pop(k) for k in list(v)})),
+        "do not fit its config or this base: missing", "unknown", "use the base it was made from",
     ),
     Entry(
         "resume: nothing",

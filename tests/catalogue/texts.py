@@ -6,6 +6,7 @@ import pyarrow
 
 from tests.catalogue.entries import Entry, bad_data, parquet, sets
 
+CHAT = b'{"messages": [{"role": "user", "content": "hi"}]}\n'
 LINES = b'{"text": "one"}\n'
 DATA = [
     Entry(
@@ -26,12 +27,24 @@ DATA = [
     Entry(
         "data: no such user",
         ("train", *sets("data.dataset_name=text", "data.data_files=['~no-such-user/a.txt']")),
-        ("~no-such-user/a.txt: can't be looked up", "check data.data_files"),
+        ("data.data_files", "~no-such-user/a.txt", "no home folder for ~no-such-user", "write the whole path"),
+    ),
+    Entry(
+        "data: no such user, in an option",
+        (
+            "evaluate",
+            "--checkpoint",
+            "{adapter}",
+            "--text",
+            "~no-such-user/a.txt",
+            *sets("model.base_model_name={model}"),
+        ),
+        ("~no-such-user/a.txt", "no home folder for ~no-such-user", "check --text"),
     ),
     Entry(
         "data: a folder",
         ("train", *sets("data.dataset_name=text", "data.data_files=[d]")),
-        ("d: is a folder", "name its files"),
+        ("d: is a folder", "name its files, for example d/*.txt"),
         {"d/a.txt": b"text"},
     ),
     bad_data("empty.txt", b"", "is empty", "give a file with text"),
@@ -50,6 +63,17 @@ DATA = [
     bad_data("nan-text.jsonl", b'{"text": NaN}\n', "line 1: column 'text' holds float"),
     bad_data("list.jsonl", b'{"text": ["a"]}\n', "line 1: column 'text' holds list"),
     bad_data("column.jsonl", b'{"body": "a"}\n', "line 1: no column 'text' (there are: body)", "data.text_column"),
+    bad_data("column2.jsonl", b'{"body": "a", "n": 1}\n', "name one with text in data.text_column: body"),
+    bad_data("chat.jsonl", CHAT, "there are: messages", "chats and lists are not read yet", "apply_chat_template"),
+    bad_data(
+        "chat2.jsonl",
+        CHAT,
+        "column 'messages' holds list",
+        "chats and lists are not read yet",
+        more=("data.text_column=messages",),
+    ),
+    bad_data("chat.parquet", parquet(messages=[["a"]]), "chats and lists are not read yet", "apply_chat_template"),
+    bad_data("numbers.jsonl", b'{"n": 1}\n', "none holds text", "write each row's text into a column"),
     bad_data("escape.jsonl", b'{"\\u001b[31m": "a"}\n', "no column 'text' (there are: \\x1b[31m)"),
     bad_data("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "line 1: not JSON"),
     bad_data("digits.jsonl", b'{"text": ' + b"9" * 10_000 + b"}\n", "line 1: not JSON"),
@@ -60,7 +84,7 @@ DATA = [
     bad_data("torn.parquet", parquet(text=["a"])[:60], "not a readable parquet file", "write it again"),
     bad_data("text.parquet", b"hello", "not a readable parquet file", "write it again"),
     bad_data("column.parquet", parquet(body=["a"]), "no column 'text' (there are: body)", "data.text_column"),
-    bad_data("number.parquet", parquet(text=[1]), "column 'text' holds int64", "set data.text_column"),
+    bad_data("number.parquet", parquet(text=[1]), "column 'text' holds int64", "none holds text"),
     bad_data("lists.parquet", parquet(text=[["a"]]), "column 'text' holds list"),
     bad_data("null.parquet", parquet(text=pyarrow.array([None], pyarrow.string())), "holds only white space"),
     Entry(

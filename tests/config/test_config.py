@@ -107,10 +107,10 @@ def test_saved_configuration_is_read_back(tmp_path: Path) -> None:
         ("training.objective=magic", "training.objective: \"magic\": use 'auto', 'local', 'logits' or 'composite'"),
         ("optimization.mixed_precision=true", "optimization.mixed_precision: true: use 'no', 'fp16' or 'bf16'"),
         ("data.dataset_name=text", "set data.data_files=[FILE, ...]"),
-        # A bare `no` is a boolean in YAML 1.1: the most likely slip of all.
+        # A bare `yes` is a boolean in YAML 1.1, as a bare `no` is, which is taken for the word.
         (
-            "optimization.mixed_precision=no",
-            "optimization.mixed_precision: false: use 'no', 'fp16' or 'bf16', in quotes",
+            "optimization.mixed_precision=yes",
+            "optimization.mixed_precision: true: use 'no', 'fp16' or 'bf16', in quotes",
         ),
         ("data.data_files=3", "data.data_files: 3: use a list"),
         ("data.num_train_samples=null", "data.num_train_samples: null has no end with data.dataset_name=self"),

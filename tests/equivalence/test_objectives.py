@@ -190,7 +190,7 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_nothing(kind: str) -> 
         active_layers(model)[0].module("down").register_forward_pre_hook(lambda m, x, r=runs: r.append(1))
         loss.backward()
         assert len(runs) == checkpointed, "the block was recomputed, or was not, against what was asked"
-        passes = [layer.hooks.now for layer in active_layers(model)]
+        passes = [layer.hooks.thread.now for layer in active_layers(model)]
         assert not any((p.attention, p.values, p.residual) != (None, None, None) for p in passes)
         found.append(gradients(model))
     for one, other in zip(*found, strict=True):

@@ -28,7 +28,10 @@ NAMES = [
     "road",
     "house",
     "field",
+    "cloud",
     "rain",
+    "light",
+    "shadow",
 ]
 
 

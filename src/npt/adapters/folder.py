@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from npt.common.display import one_line
 from npt.common.fingerprint import is_record
+from npt.common.places import place
 from npt.config import option_problems
 from npt.config.strict_yaml import MAX_BYTES
 from npt.errors import CheckpointError, ConversionError
-from npt.tuner.config import FORMAT_VERSION, OPTIONS, PEFT_TYPE, NPTConfig
+from npt.tuner.config import FORMAT_VERSION, OPTIONS, PEFT_TYPE, UPGRADE, NPTConfig
+from npt.tuner.state import embedding_names
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: The run configuration an adapter was trained with, beside it in its folder.
@@ -24,12 +24,23 @@ RUN_CONFIG = "npt_run.yaml"
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
+    """The adapter folder a checkpoint path means, with its weights read once and found finite.
+
+    Raises:
+        CheckpointError: as `find_adapter`; weights that are damaged or not finite.
+    """
+    folder = find_adapter(path)
+    _header(folder)
+    return folder
+
+
+def find_adapter(path: str | Path) -> Path:
     """The adapter folder a checkpoint path means; `best_model.pt` means the folder `best_model`.
 
     Raises:
         CheckpointError: there is no such folder, or it holds no NPT adapter.
     """
-    path = Path(path)
+    path = place(path)
     folder = path if path.is_dir() else path.with_suffix("") if path.suffix == ".pt" else path
     if not folder.is_dir():
         raise CheckpointError(
@@ -39,12 +50,21 @@ def resolve_checkpoint(path: str | Path) -> Path:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"checkpoint {folder}: {name} is missing (pickled weights are never read); name a "
-                "folder that save_pretrained wrote"
+                f"checkpoint {folder}: {name} is missing (pickled weights are never read); {_adapters_in(folder)}"
             )
     _check_config(folder)
-    _header(folder)
     return folder
+
+
+def _adapters_in(folder: Path) -> str:
+    """The remedy where a folder that is named as an adapter is none."""
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if inside:
+        best = [path for path in inside if path.name == "best_model"]
+        return f"name the adapter in it: {one_line((best or inside)[0], 200)}"
+    if (folder / "config.json").is_file():
+        return "it is a whole model: name it in model.base_model_name, and here the folder of an adapter for it"
+    return "name a folder that save_pretrained wrote for an adapter"
 
 
 def _check_config(folder: Path) -> None:
@@ -62,19 +82,21 @@ def _check_config(folder: Path) -> None:
     if values.get("peft_type") != PEFT_TYPE:
         kind = one_line(values.get("peft_type"), 40)
         raise CheckpointError(
-            f"checkpoint {folder}: it is a {kind} adapter, not {PEFT_TYPE}; load it with peft instead"
+            f"checkpoint {folder}: it is a {kind} adapter, not {PEFT_TYPE.value}; load it with peft instead"
         )
     version = values.get("format_version", FORMAT_VERSION)
-    if type(version) is not int or version > FORMAT_VERSION:
+    if type(version) is int and version > FORMAT_VERSION:
         raise CheckpointError(
             f"{place}: format_version={version!r}: the adapter was written by a newer npt, this one reads up to "
-            f"{FORMAT_VERSION}; upgrade with pip install -U npt"
+            f"{FORMAT_VERSION}; {UPGRADE}"
         )
     problems = option_problems({name: values[name] for name in OPTIONS if name in values})
     shape = values.get("base_shape")
     if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int for n in shape)):
         problems.append(f"base_shape: {one_line(shape, 80)}: use three whole numbers")
     base = values.get("base_model_name_or_path")
+    if type(version) is not int:
+        problems.append(f"format_version: {one_line(version, 80)}: use a whole number")
     if not isinstance(base, str | None):
         problems.append(f"base_model_name_or_path: {one_line(base, 80)}: use text")
     if not (values.get("base_fingerprint") is None or is_record(values["base_fingerprint"])):
@@ -118,26 +140,15 @@ def load_adapter(base: Any, path: str | Path, *, allow_other_base: bool = False)
     try:
         config = NPTConfig.from_pretrained(str(folder))
         config.allow_other_base = allow_other_base
-        with warnings.catch_warnings():
-            # Told below, in one line, with the place.
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(folder), config=config)
-    except ConversionError as error:
+        _resize(base, shapes)
+        model = PeftModel.from_pretrained(base, str(folder), config=config)
+    except (ConversionError, CheckpointError) as error:
         raise CheckpointError(f"checkpoint {folder}: {error}") from error
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"checkpoint {folder}: made for a base of other sizes: {_first_line(error)}; use the base it was made from"
-        ) from error
-    wanted = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
-    if wanted != shapes:
-        odd = sorted(set(wanted.items()) ^ set(shapes.items()))[0]
-        raise CheckpointError(
-            f"checkpoint {folder}: its weights (blocks {config.npt_layers}) do not fit its config or this "
-            f"base, first at {one_line(odd[0], 200)} {list(odd[1])}; use the base it was made from"
-        )
     return model.eval()
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
+def _resize(base: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Gives the base as many embeddings as the adapter's file holds, where it holds them: their values come with it."""
+    rows = {shapes[name][0] for name in embedding_names(base) & set(shapes) if len(shapes[name]) == 2}
+    if len(rows) == 1 and rows != {base.get_input_embeddings().weight.shape[0]}:
+        base.resize_token_embeddings(rows.pop(), mean_resizing=False)

@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npt.adapters.folder import RUN_CONFIG, WEIGHTS, resolve_checkpoint
+from npt.builtin import name_of
 from npt.common.display import one_line
 from npt.common.files import new_folder, temporary_name
 from npt.common.fingerprint import difference
+from npt.common.places import place
 from npt.common.writable import check_folders
 from npt.config import RunConfig, load_config, save_config, with_overrides
 from npt.data.seen import TextRecord
@@ -75,12 +77,12 @@ def merge_adapters(folders: Iterable[str | Path], output: str | Path) -> Path:
         RunError: the disk is full or gone; there is no output.
     """
     join(folders, output)
-    return Path(output)
+    return place(output)
 
 
 def join(folders: Iterable[str | Path], output: str | Path) -> list[Part]:
     """`merge_adapters`; returns what was joined."""
-    named, target = [Path(folder) for folder in folders], Path(output).resolve()
+    named, target = [place(folder) for folder in folders], place(output).resolve()
     if len(named) < 2:
         raise NPTError(
             f"{', '.join(map(str, named)) or 'no folder'}: nothing to join; name two adapter folders or more"
@@ -94,15 +96,15 @@ def join(folders: Iterable[str | Path], output: str | Path) -> list[Part]:
             _check_alike(parts[0], part)
             _check_base(parts[0], part)
     for part in parts:
-        place, temporary = part.found.resolve(), temporary_name(target)
-        if place in (target, *target.parents) or temporary in (place, *place.parents):
+        found, temporary = part.found.resolve(), temporary_name(target)
+        if found in (target, *target.parents) or temporary in (found, *found.parents):
             raise NPTError(f"--output={output}: is in {part.folder}, one of the adapters; name a folder of its own")
     new_folder(target, lambda folder: _fill(parts, folder), again="do it again")
     return parts
 
 
 def _check_output(output: str | Path, target: Path) -> None:
-    check_folders({"--output": output})
+    check_folders({"--output": place(output)})
     if target.is_dir() and any(target.iterdir()):
         raise NPTError(f"--output={output}: is there and not empty; name a new folder, or move what is in it")
 
@@ -218,7 +220,7 @@ def _check_base(one: Part, other: Part) -> None:
             f"{remedy}"
         )
     prints = [_fingerprint(config) for config in (first, second)]
-    names = [config.base_model_name_or_path for config in (first, second)]
+    names = [name_of(config.base_model_name_or_path) for config in (first, second)]
     if prints[0] is not None and prints[1] is not None:
         told = difference(prints[0], prints[1])
         if told is not None:

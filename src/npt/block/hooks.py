@@ -25,20 +25,24 @@
 tap: the last module whose output attention adds to the residual stream. out: the norm after the MLP, where there is one.
 Modes change what the pass holds, never the hooks: torch.compile ignores a hook that is added after it. Hooks change where an
 adapter is added that needs others, where a module was wrapped, and on the norm while the exact value is wanted.
+
+The pass belongs to the thread that runs it: threads that call one model at the same time never see each other's tensors, modes
+or observers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from npt.block.component import InputValues, NPComponent, WeightDelta
+from npt.block.component import InputValues, NPComponent
+from npt.block.passes import BlockRecord, Mode, Pass, ThreadState
 from npt.block.probing import BlockParts
 from npt.block.spec import INPUT_PROJECTIONS
 from npt.errors import ConversionError
@@ -47,47 +51,8 @@ if TYPE_CHECKING:
     from npt.block.layer import NPTLayer
 
 
-class Mode(Enum):
-    """A block's behaviour instead of its adapter's."""
-
-    ORIGINAL = "original"  # the unconverted block
-    EXACT = "exact"  # the exact value, which has no parameters: gives the unconverted block's output
-    ZERO = "zero"  # attention and MLP both dropped: the block must be the identity
-
-
-@dataclass
-class BlockRecord:
-    """One pass through a block: h, a and the block's output, each (batch, tokens, d)."""
-
-    hidden_states: Tensor
-    attention: Tensor
-    output: Tensor
-
-
-BlockObserver = Callable[["NPTLayer", BlockRecord], None]
-DeltaObserver = Callable[["NPTLayer", dict[str, WeightDelta]], None]
-
-
-class Pass:
-    """The values that the hooks of one block hand to each other during one forward.
-
-    Not a module: setting a module's attribute costs as much as a small kernel.
-    """
-
-    component: NPComponent | None = None
-    mode: Mode | None = None
-    multiplier = 1.0
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Lets go of every tensor."""
-        self.attention: Tensor | None = None
-        self.observed: Tensor | None = None
-        self.residual: Tensor | None = None
-        self.values: InputValues | None = None
-        self.down: Tensor | None = None
+#: Held while hooks are put on or taken off, which any thread's forward may come to do.
+_CHANGING = threading.RLock()
 
 
 class BlockHooks:
@@ -99,11 +64,10 @@ class BlockHooks:
 
     def __init__(self, layer: NPTLayer, parts: BlockParts):
         self.layer, self.parts, self.family = layer, parts, parts.family
-        self.mode: Mode | None = None
-        self.on_block: BlockObserver | None = None
-        self.on_deltas: DeltaObserver | None = None
-        self.now = Pass()
-        self.handles: list[RemovableHandle] = []
+        self.thread = ThreadState()
+        self._in_exact = 0  # threads whose mode is EXACT
+        self.handles: list[RemovableHandle] = []  # of the modules inside the block
+        self._outer: list[RemovableHandle] = []  # of the block itself
         self._norm_handle: RemovableHandle | None = None
         self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
 
@@ -113,22 +77,50 @@ class BlockHooks:
         """Settles what is active. First moves the hooks where a module was wrapped after conversion, as LoRA wraps linears."""
         for children, name, hooked in self._places:
             if children[name] is not hooked:
-                self.detach()
-                self.attach()
+                self._follow()
                 break
-        self.start(self.mode)
+        self.start(self.thread.now.override)
 
     def start(self, mode: Mode | None) -> Pass:
         """Begins a pass; returns what its hooks share."""
-        now = self.now
+        now = self.thread.now
         now.mode, now.component = mode, self.layer.active(mode)
         if self.family.multiplier is not None:
             now.multiplier = self.parts.multiplier
         return now
 
+    def again(self) -> Callable[[], AbstractContextManager[None]]:
+        """A context in which any thread, at any time, runs the block as the calling thread does now.
+
+        For a forward that gradient checkpointing recomputes: `begin` may not fire there, other passes may have come between,
+        and autograd runs it in a thread of its own where the model is on an accelerator.
+        """
+        now = self.thread.now
+        mode, disabled, on_deltas = now.override, now.disabled, now.on_deltas
+
+        @contextmanager
+        def context() -> Iterator[None]:
+            now = self.thread.now
+            before = now.override, now.disabled, now.on_deltas
+            if before == (mode, disabled, on_deltas):
+                self.start(mode)
+                yield
+                return
+            self.set_mode(mode)
+            now.disabled, now.on_deltas = disabled, on_deltas
+            self.start(mode)
+            try:
+                yield
+            finally:
+                self.set_mode(before[0])
+                _, now.disabled, now.on_deltas = before
+
+        return context
+
     def tap(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         """Keeps the attention output a, as it would join the residual stream, and gives the stream zeros."""
-        now, observed = self.now, self.on_block is not None
+        now = self.thread.now
+        observed = now.on_block is not None
         if now.component is None and not observed:
             return None
         now.attention = output if now.multiplier == 1 else output * now.multiplier
@@ -137,13 +129,13 @@ class BlockHooks:
 
     def keep_residual(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Keeps h, which the norm reads, for the exact value."""
-        now = self.now
+        now = self.thread.now
         if now.component is not None and now.component.spec.carry == "exact":
             now.residual = args[0]
 
     def shift_mlp(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Makes the values of gate and up from a and z, and adds the shift to z where both take it."""
-        now = self.now
+        now = self.thread.now
         if now.component is None or now.attention is None or now.mode is Mode.ZERO:
             return None
         # Some models flatten batch and tokens before the MLP: the maths keeps the shape attention had.
@@ -170,7 +162,8 @@ class BlockHooks:
 
     def add_fused(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         """Where gate and up are one projection: adds each one's value, and W_t shift where only one takes the shift."""
-        component, values = self.now.component, self.now.values
+        now = self.thread.now
+        component, values = now.component, now.values
         if component is None or values is None:
             return None
         halves = list(output.chunk(2, -1))
@@ -183,7 +176,7 @@ class BlockHooks:
 
     def add_down(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """Makes v_down from a, and adds it to down's output unless a norm follows."""
-        now = self.now
+        now = self.thread.now
         if now.mode is Mode.ZERO:
             return torch.zeros_like(output)
         component, values, attention = now.component, now.values, now.attention
@@ -192,9 +185,9 @@ class BlockHooks:
         # Let go here, the last use: a recomputed forward under gradient checkpointing never reaches the block's hook.
         now.attention = now.values = now.residual = None
         inner = shaped(args[0], attention)
-        if self.on_deltas is not None:
+        if now.on_deltas is not None:
             deltas = component.down_deltas(attention, inner)
-            self.on_deltas(self.layer, {name: delta.scaled(1 / now.multiplier) for name, delta in deltas.items()})
+            now.on_deltas(self.layer, {name: delta.scaled(1 / now.multiplier) for name, delta in deltas.items()})
         value = component.down_value(attention, inner, values.modulation)
         if value is not None and now.multiplier != 1:
             value = value / now.multiplier
@@ -205,7 +198,7 @@ class BlockHooks:
 
     def add_out(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         """Where a norm follows the MLP, v_down joins after it."""
-        now = self.now
+        now = self.thread.now
         if now.mode is Mode.ZERO:
             return torch.zeros_like(output)
         value, now.down = now.down, None
@@ -213,27 +206,29 @@ class BlockHooks:
 
     def finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hands the pass to `on_block`; lets go of all that was kept, also when a forward died half-way."""
-        attention = self.now.observed
-        self.now.clear()
-        if self.on_block is None or attention is None or output is None:
+        now = self.thread.now
+        attention = now.observed
+        now.clear()
+        if now.on_block is None or attention is None or output is None:
             return
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        self.on_block(self.layer, BlockRecord(hidden_states, attention, first_tensor(output)))
+        now.on_block(self.layer, BlockRecord(hidden_states, attention, first_tensor(output)))
 
     # -- their pieces --------------------------------------------------------------------------------------------------
 
     def _input_values(self, component: NPComponent, attention: Tensor, z: Tensor) -> InputValues:
         exact_input = self._exact_input(z, attention) if component.spec.carry == "exact" else None
-        if self.on_deltas is not None:
+        on_deltas = self.thread.now.on_deltas
+        if on_deltas is not None:
             products = {name: self.parts.product(name) for name in component.spec.input_projections}
-            self.on_deltas(self.layer, component.input_deltas(attention, z, products, exact_input))
+            on_deltas(self.layer, component.input_deltas(attention, z, products, exact_input))
         return component.input_values(attention, z, exact_input)
 
     def _exact_input(self, z: Tensor, attention: Tensor) -> Tensor:
         """The original block's MLP input, from h: what the norm read, or z itself where there is no norm."""
         if self.family.parallel:
             return z
-        residual = z if self.family.norm is None else self.now.residual
+        residual = z if self.family.norm is None else self.thread.now.residual
         if residual is None:
             raise ConversionError(
                 f"block {self.layer.index}: the MLP ran before its norm, so carry 'exact' has no h to read"
@@ -241,7 +236,8 @@ class BlockHooks:
         return self.parts.mlp_inputs(shaped(residual, attention), attention)[1]
 
     def _shift_projection(self, name: str, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        component, values = self.now.component, self.now.values
+        now = self.thread.now
+        component, values = now.component, now.values
         if component is None or values is None or values.shift is None or name not in component.spec.projections:
             return None
         if self._shares_input(component):
@@ -249,7 +245,7 @@ class BlockHooks:
         return (args[0] + values.shift.view_as(args[0]), *args[1:])
 
     def _add_value(self, name: str, output: Tensor) -> Tensor | None:
-        values = self.now.values
+        values = self.thread.now.values
         value = None if values is None else values.values.get(name)
         return None if value is None else output + value.view_as(output)
 
@@ -268,7 +264,17 @@ class BlockHooks:
     # -- putting them on and taking them off -------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Registers the hooks of the table on the modules they are for."""
+        """Puts the hooks of the table on, or anew on the modules inside the block where an adapter needs others."""
+        with _CHANGING:
+            if not self._outer:
+                block = self.parts.block
+                self._outer.append(block.register_forward_pre_hook(self.begin))
+                self._outer.append(block.register_forward_hook(self.finish, with_kwargs=True, always_call=True))
+            self._hook_modules()
+
+    def _hook_modules(self) -> None:
+        """Moves the hooks inside the block to where its modules stand now."""
+        self._unhook_modules()
         family = self.family
         before: list[tuple[str, Callable[..., object]]] = [("mlp" if family.mlp else "up", self.shift_mlp)]
         after: list[tuple[str, Callable[..., object]]] = [("tap", self.tap), ("down", self.add_down)]
@@ -283,25 +289,31 @@ class BlockHooks:
             if family.gate is not None:
                 before.append(("gate", self.shift_gate))
                 after.append(("gate", self.add_gate))
-        self.handles += [self._followed(role).register_forward_pre_hook(hook) for role, hook in before]
-        self.handles += [self._followed(role).register_forward_hook(hook) for role, hook in after]
-        if family.norm is not None:
-            self._followed("norm")
-            self.hook_norm()
-        block = self.parts.block
-        self.handles.append(block.register_forward_pre_hook(self.begin))
-        self.handles.append(block.register_forward_hook(self.finish, with_kwargs=True, always_call=True))
+        roles = [role for role, _ in (*before, *after)] + ["norm"] * (family.norm is not None)
+        self.handles += [self.parts.module(role).register_forward_pre_hook(hook) for role, hook in before]
+        self.handles += [self.parts.module(role).register_forward_hook(hook) for role, hook in after]
+        self.hook_norm()
+        hooked, block = {id(self.parts.module(role)) for role in roles}, self.parts.block
+        # Last: until then a thread that comes to `begin` finds the old places, and waits.
+        self._places = [(m._modules, n, c) for m in block.modules() for n, c in m.named_children() if id(c) in hooked]
 
-    def _followed(self, role: str) -> nn.Module:
-        """A module to hook; where it stands is remembered, see `begin`."""
-        module: nn.Module = self.parts.module(role)
-        inside = self.parts.block.modules()
-        self._places += [(m._modules, n, c) for m in inside for n, c in m.named_children() if c is module]
-        return module
+    def _follow(self) -> None:
+        """Moves the hooks after the modules; one thread does, the others find it done."""
+        with _CHANGING:
+            if any(children[name] is not hooked for children, name, hooked in self._places):
+                self._hook_modules()
+
+    def set_mode(self, mode: Mode | None) -> None:
+        """Sets the calling thread's mode."""
+        now = self.thread.now
+        with _CHANGING:
+            self._in_exact += (mode is Mode.EXACT) - (now.override is Mode.EXACT)
+            now.override = mode
+            self.hook_norm()
 
     def hook_norm(self) -> None:
         """Only the exact value reads h, which the norm sees: that hook is there while it is wanted."""
-        wanted = self.mode is Mode.EXACT or any(c.spec.carry == "exact" for c in self.layer.components())
+        wanted = self._in_exact > 0 or any(c.spec.carry == "exact" for c in self.layer.components())
         wanted = wanted and self.family.norm is not None and not self.family.parallel
         if wanted and self._norm_handle is None:
             self._norm_handle = self.parts.module("norm").register_forward_pre_hook(self.keep_residual)
@@ -311,9 +323,16 @@ class BlockHooks:
 
     def detach(self) -> None:
         """Takes the hooks off; the block is the original one again."""
+        with _CHANGING:
+            self._unhook_modules()
+            for handle in self._outer:
+                handle.remove()
+            self._outer, self._places = [], []
+
+    def _unhook_modules(self) -> None:
         for handle in [*self.handles, *([] if self._norm_handle is None else [self._norm_handle])]:
             handle.remove()
-        self.handles, self._places, self._norm_handle = [], [], None
+        self.handles, self._norm_handle = [], None
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from npt.block.component import ComponentSpec, NPComponent
 from npt.block.families import Family
-from npt.block.hooks import BlockHooks, BlockRecord, Mode, first_tensor
+from npt.block.hooks import BlockHooks, first_tensor
+from npt.block.passes import BlockRecord, Mode
 from npt.block.probing import BlockParts, probe_norm
 from npt.common.processes import from_first, loads_once
 from npt.errors import ConversionError
@@ -29,6 +30,10 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     other_param_names = ()
     _active_adapter: str | list[str]  # PEFT's
     _disable_adapters: bool
+    #: The layer belongs to an `NPTModel` that a PeftModel holds: nobody else may switch it.
+    is_owned = False
+    #: Called when transformers freezes the layer, which it does once it has read an adapter's file into the model.
+    on_frozen: Callable[[NPTLayer], None] | None = None
 
     def __init__(self, block: nn.Module, family: Family, index: int):
         super().__init__()
@@ -48,6 +53,18 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         self.hooks.attach()
 
     # -- PEFT's surface ----------------------------------------------------------------------------------------------
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Its modules; an owned layer leaves itself out.
+
+        PEFT's tuners and transformers switch, train, save and delete every tuner layer that they find in a model's modules,
+        whatever method it is of. So an NPT model stays what it is when LoRA is put into it.
+        """
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if module is not self or not self.is_owned:
+                yield name, module
 
     def get_base_layer(self) -> nn.Module:
         """The decoder block this layer lives in."""
@@ -75,10 +92,29 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             ConversionError: two of them have a component in this block, where each would replace attention.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.check_together(names)
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def check_together(self, names: Sequence[str]) -> None:
+        """Checks that at most one of these adapters has a component here.
+
+        Raises:
+            ConversionError: two of them have, and each would replace attention.
+        """
         here = [name for name in names if name in self.npt_components]
         if len(here) > 1:
             raise ConversionError(f"adapters {here} are both for block {self.index}; activate one of them at a time")
-        super().set_adapter(names, inference_mode=inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches its adapters on or off, and leaves which of them are trained as it is."""
+        self._disable_adapters = not enabled
+
+    def requires_grad_(self, requires_grad: bool = True) -> NPTLayer:
+        """Sets the flags, as of any module, and tells `on_frozen`."""
+        if self.on_frozen is not None and not requires_grad:
+            self.on_frozen(self)
+        super().requires_grad_(requires_grad)
+        return self
 
     # -- components --------------------------------------------------------------------------------------------------
 
@@ -106,7 +142,6 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         component = self.new_component(spec, seed)
         self.npt_components[adapter_name] = component
         if not self.hooks.has_projection_hooks and self.hooks.needs_projection_hooks(component):
-            self.hooks.detach()
             self.hooks.attach()
         self.hooks.hook_norm()
 
@@ -158,17 +193,21 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         """The component to apply in a mode, or None for the original block."""
         if mode is not None:
             return None if mode is Mode.ORIGINAL else self.oracle
-        return None if self._disable_adapters else self.component
+        return None if self._disable_adapters or self.hooks.thread.now.disabled else self.component
+
+    @property
+    def disable_adapters(self) -> bool:
+        """PEFT's: True where the adapters are off, for every thread or for the calling one."""
+        return self._disable_adapters or self.hooks.thread.now.disabled
 
     @property
     def mode(self) -> Mode | None:
-        """The block's behaviour instead of its active adapter's, or None; see `npt.block.modes.running_as`."""
-        return self.hooks.mode
+        """The calling thread's mode, instead of the active adapter, or None; see `npt.block.modes.running_as`."""
+        return self.hooks.thread.now.override
 
     @mode.setter
     def mode(self, value: Mode | None) -> None:
-        self.hooks.mode = value
-        self.hooks.hook_norm()
+        self.hooks.set_mode(value)
 
     def detach(self) -> None:
         """Takes the hooks off; the block is the original one again."""

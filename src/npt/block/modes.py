@@ -7,7 +7,8 @@
     with watching_deltas(layers, lambda layer, deltas: ...):  # dW of every targeted projection, in factors
         model(**inputs)
 
-Each puts back what was there before, also after an error. They may be nested.
+Each puts back what was there before, also after an error. They may be nested. Each holds for the thread that entered it: other
+threads that run the same model go on as they were.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
-from npt.block.hooks import BlockObserver, DeltaObserver, Mode
+from npt.block.passes import BlockObserver, DeltaObserver, Mode
 
 if TYPE_CHECKING:
     from npt.block.layer import NPTLayer
@@ -31,12 +32,12 @@ def running_as(layers: Sequence[NPTLayer], mode: Mode | None) -> AbstractContext
 
 def watching(layers: Sequence[NPTLayer], see: BlockObserver | None) -> AbstractContextManager[None]:
     """Hands h, a and y of every pass through a block's own forward to `see(layer, record)`; None: nobody watches."""
-    return _having([layer.hooks for layer in layers], "on_block", see)
+    return _having([layer.hooks.thread.now for layer in layers], "on_block", see)
 
 
 def watching_deltas(layers: Sequence[NPTLayer], see: DeltaObserver | None) -> AbstractContextManager[None]:
     """Hands the weight deltas of every pass to `see(layer, {projection: delta})`, gate and up before down."""
-    return _having([layer.hooks for layer in layers], "on_deltas", see)
+    return _having([layer.hooks.thread.now for layer in layers], "on_deltas", see)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from npt.common.places import expanded
 from npt.errors import DataError, NPTError
 
 PREFIX = "builtin:"
@@ -27,13 +28,21 @@ def model_folder(name: str) -> Path:
 
 
 def source_of(name: str) -> str:
-    """The argument of `from_pretrained` for a model's name: the folder of a builtin one, else the name itself."""
-    return str(model_folder(name)) if name.startswith(PREFIX) else name
+    """The argument of `from_pretrained` for a model's name: the folder of a builtin one, else the name, `~` expanded."""
+    return str(model_folder(name)) if name.startswith(PREFIX) else expanded(name)
 
 
 def name_of(source: str | None) -> str | None:
     """The inverse of `source_of`, for reports."""
     return next((name for name, folder in MODELS.items() if str(folder) == source), source)
+
+
+def recorded_name(source: str | None) -> str | None:
+    """A base's name as an adapter's files hold it: the name of a builtin model, the absolute path of a local folder, which
+    means the same from any working directory, or the hub id.
+    """
+    name = name_of(source)
+    return str(Path(name).absolute()) if name and not name.startswith(PREFIX) and Path(name).is_dir() else name
 
 
 def documents(name: str) -> list[str]:

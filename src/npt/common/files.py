@@ -40,6 +40,8 @@ SEAL = "complete.json"
 LOCK = ".lock"
 #: The errors of a disk that is full, over a quota, gone, or has become read-only.
 DISK_ERRORS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EIO, errno.EROFS)  # Windows has no quotas
+#: The remedy for a command that was stopped by the machine.
+AGAIN = "run the command again; npt train goes on with --resume"
 #: Disk kept free beside what a save needs.
 RESERVE = 16 * 2**20
 
@@ -112,7 +114,7 @@ def append_json(path: Path, value: Any) -> None:
                 raise
 
 
-def new_folder(target: Path, fill: Callable[[Path], object], *, again: str = "go on with --resume") -> None:
+def new_folder(target: Path, fill: Callable[[Path], object], *, again: str = AGAIN) -> None:
     """Makes a folder out of the files that `fill` puts into the one it is given. The folder appears whole, by its last rename.
 
     Args:
@@ -246,12 +248,12 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     if needed + RESERVE > free:
         raise RunError(
             f"{folder}: {what} needs {human_bytes(needed)} (and {human_bytes(RESERVE)} to spare) and the disk has "
-            f"{human_bytes(free)} free; what was saved before is whole. Make room and go on with --resume"
+            f"{human_bytes(free)} free; what was saved before is whole. Make room and {AGAIN}"
         )
 
 
 @contextmanager
-def disk_errors(path: Path, needed: int | None = None, again: str = "go on with --resume") -> Iterator[None]:
+def disk_errors(path: Path, needed: int | None = None, again: str = AGAIN) -> Iterator[None]:
     """Turns an error of the disk into a RunError of one line; safetensors hides the error's number in its text.
 
     Args:

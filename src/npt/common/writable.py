@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from npt.common.places import place
 from npt.errors import NPTError
 
 
@@ -19,7 +20,7 @@ def check_folders(folders: Mapping[str, str | Path]) -> None:
         NPTError: names the first that is not.
     """
     for name, folder in folders.items():
-        _check_folder(f"{name}={folder}", Path(folder))
+        _check_folder(f"{name}={folder}", place(folder))
 
 
 def check_file(name: str, path: Path, *kinds: str) -> None:
@@ -28,6 +29,7 @@ def check_file(name: str, path: Path, *kinds: str) -> None:
     Raises:
         NPTError: another suffix, a folder is there, or its own folder can't be made or written to.
     """
+    path = place(path)
     if path.suffix.lower() not in kinds:
         raise NPTError(f"{name} {path}: can't be written as '{path.suffix}'; end the name in {', '.join(kinds)}")
     if path.is_dir():

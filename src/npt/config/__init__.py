@@ -1,6 +1,6 @@
 """The run configuration: its sections, and how a YAML file with overrides becomes one."""
 
-from npt.config.load import load_config, option_problems, save_config, with_overrides
+from npt.config.load import given_keys, load_config, option_problems, save_config, with_overrides
 from npt.config.sections import (
     DataSection,
     ModelSection,
@@ -20,6 +20,7 @@ __all__ = [
     "RunConfig",
     "TrainingSection",
     "WandbSection",
+    "given_keys",
     "known_keys",
     "load_config",
     "option_problems",

@@ -15,29 +15,51 @@ from pydantic_core import ErrorDetails
 
 from npt.common.display import one_line
 from npt.common.files import write_text
+from npt.common.places import place
 from npt.config.sections import SECTIONS, RunConfig, known_keys
 from npt.config.strict_yaml import MAX_BYTES, parse_yaml
 from npt.errors import ConfigError
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), below: Mapping[str, Any] | None = None
+) -> RunConfig:
     """The configuration of a YAML file (or the defaults) with "dotted.key=value" overrides, values in YAML.
+
+    Args:
+        below: {"section.key": value} that holds where neither says anything.
 
     Raises:
         ConfigError: every problem in one message, each with its key, its value and what to do.
     """
-    values: dict[str, Any] = {} if path is None else _read(Path(path))
+    values: dict[str, Any] = {} if path is None else _read(place(path))
     problems = []
     for override in overrides:
         problem = _override(values, override)
         if problem:
             problems.append(problem)
+    for name, value in (below or {}).items():
+        section, key = name.split(".")
+        if isinstance(known := values.setdefault(section, {}), dict):
+            known.setdefault(key, value)
     problems += [_unknown(key) for key in islice(_unknown_keys(values), 100)]
     config, found = _validate(values)
     problems += found
     if problems or config is None:
         raise ConfigError(f"{'configuration' if path is None else path}: {_together(problems)}")
     return config
+
+
+def given_keys(path: str | Path | None, overrides: Sequence[str] = ()) -> set[str]:
+    """The "section.key" that a file and overrides give a value, right or wrong.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
+    values = {} if path is None else _read(place(path))
+    for override in overrides:
+        _override(values, override)
+    return {f"{name}.{key}" for name, section in values.items() if isinstance(section, dict) for key in section}
 
 
 def _together(problems: Iterable[str]) -> str:
@@ -48,7 +70,7 @@ def _together(problems: Iterable[str]) -> str:
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Writes a configuration as YAML, every key."""
-    write_text(Path(path), yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+    write_text(place(path), yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
 
 
 def with_overrides(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

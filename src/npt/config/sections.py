@@ -20,6 +20,8 @@ from pydantic_core import PydanticCustomError
 
 from npt.builtin import MODELS, PREFIX, TEXTS
 from npt.common.options import DEFAULTS, Carry, Gain, Key, LowRankSite, Projection, tied_targets_down
+from npt.common.places import expanded
+from npt.errors import NPTError
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -61,6 +63,19 @@ def _writable(text: str) -> str:
     return text
 
 
+def _off(value: Any) -> Any:
+    """The text no where YAML 1.1 reads a bare one as false."""
+    return "no" if value is False else value
+
+
+def _expanded(text: str) -> str:
+    """The name with its home folder, as `npt.common.places` has it."""
+    try:
+        return expanded(text)
+    except NPTError as error:
+        raise ValueError(str(error).removeprefix(f"{text}: ")) from None
+
+
 def _listed(value: Any) -> Any:
     """A list of one for a single name."""
     return [value] if isinstance(value, str) else value
@@ -77,8 +92,10 @@ Indices = Annotated[list[Annotated[int, Field(ge=-MOST, le=MOST)]], Field(min_le
 Layers = Annotated[
     Literal["upper_half", "lower_half", "all"] | Indices, WrapValidator(_layers), AfterValidator(_no_duplicates)
 ]
-Files = Annotated[list[Text], BeforeValidator(_listed)]
-TextName = Annotated[Text, AfterValidator(_known(TEXTS))]
+#: The name of a file or folder, or one that may be either that or a name on a hub; `~` is expanded here, once for all parts.
+Place = Annotated[Text, AfterValidator(_expanded)]
+Files = Annotated[list[Place], BeforeValidator(_listed)]
+TextName = Annotated[Place, AfterValidator(_known(TEXTS))]
 TextNames = Annotated[list[TextName], BeforeValidator(_listed), AfterValidator(_no_duplicates)]
 #: (the keys that contradict each other, what is wrong and what to do)
 Conflict = tuple[tuple[str, ...], str]
@@ -102,7 +119,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The base model, and how which of its blocks become neuro-plastic."""
 
-    base_model_name: Annotated[Text, AfterValidator(_known(MODELS))] = "builtin:tiny"
+    base_model_name: Annotated[Place, AfterValidator(_known(MODELS))] = "builtin:tiny"
     npt_layers: Layers = DEFAULTS.npt_layers
     rank: Count = DEFAULTS.rank
     modulation_scale: Annotated[Real, Field(gt=0)] = DEFAULTS.modulation_scale
@@ -214,7 +231,7 @@ class OptimizationSection(Section):
     use_cpu_offload: bool = False
     use_8bit: bool = False
     use_4bit: bool = False
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_off)] = "no"
     fsdp: bool = False
 
     def conflicts(self) -> Iterator[Conflict]:
@@ -231,10 +248,10 @@ class PathsSection(Section):
     model runs in every training step.
     """
 
-    output_dir: Text = "outputs"
-    checkpoint_dir: Text = "checkpoints"
-    cache_dir: Text | None = None
-    teacher_cache: Text | None = None
+    output_dir: Place = "outputs"
+    checkpoint_dir: Place = "checkpoints"
+    cache_dir: Place | None = None
+    teacher_cache: Place | None = None
 
 
 class RunConfig(Section):

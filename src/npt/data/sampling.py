@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 
 from npt.common.files import replace_file
 from npt.common.fingerprint import base_fingerprint
+from npt.common.places import place
 from npt.common.processes import first_does, share, total, world
 from npt.common.progress import progress_bar
 from npt.common.sharded import is_sharded
@@ -87,7 +88,7 @@ def sample_blocks(
     bos = _first_token(tokenizer, base.config)
     batch_size = min(num_blocks, batch_size or default_batch(base, max_length))
     request: list[Any] = [num_blocks, max_length, seed, label, batch_size, bos]
-    path = None if cache_dir is None else _cache_path(Path(cache_dir), model, request)
+    path = None if cache_dir is None else _cache_path(place(cache_dir), model, request)
     ids = None if path is None else first_does(lambda: _read_cache(path, (num_blocks, max_length)))
     if ids is None:
         uniforms = _uniforms(num_blocks, max_length - 1, seed, label)
@@ -117,7 +118,8 @@ def _first_token(tokenizer: Any, config: Any) -> int:
             return int(token)
     raise DataError(
         "data.dataset_name=self: neither tokenizer nor model has a BOS or EOS token to begin text with; "
-        "set tokenizer.bos_token, or use data.dataset_name=text with data.data_files"
+        "name one of its tokens as bos_token in its tokenizer_config.json (in Python, set tokenizer.bos_token), or use "
+        "data.dataset_name=text with data.data_files"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -13,8 +13,11 @@ import pyarrow.parquet
 
 from npt import builtin
 from npt.common.display import one_line
-from npt.errors import DataError
+from npt.common.places import expanded, place
+from npt.errors import DataError, NPTError
 
+#: Kinds of column that hold text, by the names of pyarrow, and the kind of a column whose rows are lists or objects.
+TEXT_TYPES, LISTS = ("string", "large_string"), "lists"
 _LOCAL = "data.dataset_name=text with data.data_files"
 
 
@@ -80,6 +83,7 @@ def load_documents(
         DataError: the hub can't be reached, the name or column is unknown, or a local file is unusable. One line that
             names every culprit; local files are all checked before this returns.
     """
+    dataset_name = expanded(dataset_name)
     if dataset_name == "text":
         return TextFiles(data_files, text_column)
     if dataset_name == "self":
@@ -94,20 +98,45 @@ def load_documents(
 def _hub_documents(name: str, config: str | None, split: str, text_column: str, cache_dir: str | None) -> Iterable[str]:
     where = f"data.dataset_name='{name}'" + (f", data.dataset_config='{config}'" if config else "")
     try:
-        dataset = datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
+        dataset = datasets.load_dataset(name, config, split=split, cache_dir=cache_dir and expanded(cache_dir))
     # The library raises all of these for a wrong id, configuration or split, a script data set, and no network.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        why = one_line(error, 200) or type(error).__name__
-        raise DataError(
-            f"{where}: can't be loaded, split '{split}' ({why}); check the name and the network, or use {_LOCAL}"
-        ) from error
-    there = _columns(dataset.column_names)
-    if text_column not in dataset.column_names:
-        raise DataError(f"{where}: no column '{text_column}' ({there}); name another in data.text_column")
-    kind = getattr(dataset.features[text_column], "dtype", "lists")
-    if kind not in ("string", "large_string"):
-        raise DataError(f"{where}: column '{text_column}' holds {kind}, not text ({there}); set data.text_column")
+        why = one_line(error, 300) or type(error).__name__
+        raise DataError(f"{where}: can't be loaded, split '{split}' ({why}); {hub_remedy(error)}") from error
+    kinds = {name: str(getattr(feature, "dtype", LISTS)) for name, feature in dataset.features.items()}
+    if kinds.get(text_column) not in TEXT_TYPES:
+        raise DataError(f"{where}: {column_problem(text_column, kinds)}")
     return dataset[text_column]
+
+
+def hub_remedy(error: Exception) -> str:
+    """The remedy where `datasets` can't load a data set."""
+    text = str(error)
+    if "Config name is missing" in text or ("BuilderConfig" in text and "not found" in text):
+        return "name one of these in data.dataset_config"
+    if "split" in text and ("Unknown" in text or "Bad" in text):
+        return (
+            "npt reads that split alone: write the one you want to a file, load_dataset(NAME, split=SPLIT).to_json(FILE), and "
+            f"use {_LOCAL}"
+        )
+    return f"check the name and the network, or use {_LOCAL}"
+
+
+def column_problem(column: str, kinds: Mapping[str, str]) -> str:
+    """The problem with a column that should hold text, and the remedy, from {column: kind of what it holds}."""
+    there = one_line(f"there are: {', '.join(kinds)}", 200)
+    wrong = f"column '{column}' holds {kinds[column]}, not text" if column in kinds else f"no column '{column}'"
+    texts = [name for name, kind in kinds.items() if kind in TEXT_TYPES]
+    if texts:
+        remedy = f"name one with text in data.text_column: {one_line(', '.join(texts), 200)}"
+    elif any("list" in kind for kind in kinds.values()):
+        remedy = (
+            "chats and lists are not read yet: write each row as one text, of a chat with "
+            "tokenizer.apply_chat_template(messages, tokenize=False), into a column, and name that in data.text_column"
+        )
+    else:
+        remedy = "none holds text: write each row's text into a column, and name that in data.text_column"
+    return f"{wrong} ({there}); {remedy}"
 
 
 def expand_files(data_files: Sequence[str | Path], named_by: str) -> tuple[list[Path], list[str]]:
@@ -116,11 +145,13 @@ def expand_files(data_files: Sequence[str | Path], named_by: str) -> tuple[list[
     problems = []
     for name in data_files:
         try:
-            path = Path(name).expanduser()
+            path = place(name)
             # A name that exists is that file, even if it holds glob characters.
             found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        # No such user's home; a name too long, or in a folder that can't be entered.
-        except (RuntimeError, OSError) as error:
+        except NPTError as error:
+            problems.append(f"{error}; check {named_by}")
+            continue
+        except OSError as error:  # a name too long, or in a folder that can't be entered
             problems.append(f"{name}: can't be looked up ({error}); check {named_by}")
             continue
         if not found:
@@ -135,7 +166,7 @@ def read_documents(path: Path, text_column: str) -> Iterator[str]:
     empty = True
     try:
         if path.is_dir():
-            raise DataError(f"{path}: is a folder; name its files, for example {path / '*.txt'}")
+            raise DataError(f"{path}: is a folder; {_files_in(path)}")
         if reader is None:
             raise DataError(f"{path}: unknown kind of file '{path.suffix}'; use {', '.join(_READERS)}")
         if path.stat().st_size == 0:
@@ -181,34 +212,33 @@ def _json_text(line: str, place: str, text_column: str) -> str:
         raise DataError(f"{place}: not JSON ({error}); write one JSON object per line") from error
     if not isinstance(row, dict):
         raise DataError(f"{place}: {type(row).__name__}, not an object; write one JSON object per line")
-    if text_column not in row:
-        there = _columns(row)
-        raise DataError(f"{place}: no column '{text_column}' ({there}); name another in data.text_column")
-    text = row[text_column]
-    if text is not None and not isinstance(text, str):
-        kind = type(text).__name__
-        raise DataError(f"{place}: column '{text_column}' holds {kind}, not text; name another in data.text_column")
+    text = row.get(text_column)
+    if text_column not in row or not isinstance(text, str | None):
+        kinds = {name: "string" if isinstance(value, str) else type(value).__name__ for name, value in row.items()}
+        raise DataError(f"{place}: {column_problem(text_column, kinds)}")
     if text and any("\ud800" <= character <= "\udfff" for character in text):
         raise DataError(f"{place}: column '{text_column}' holds half a surrogate pair; write the text as UTF-8")
     return text or ""
 
 
-def _columns(names: Iterable[str]) -> str:
-    return one_line(f"there are: {', '.join(names)}", 200)
+def _files_in(folder: Path) -> str:
+    """The remedy where a folder is named for its files."""
+    for pattern in ("", "**"):
+        found = (path.suffix for path in folder.glob(f"{pattern}/*".strip("/")) if path.suffix.lower() in _READERS)
+        if (suffix := next(found, None)) is not None:
+            return f"name its files, for example {folder / pattern / f'*{suffix}'}"
+    return f"it holds no file of a kind that is read ({', '.join(_READERS)}); name another"
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             schema = table.schema_arrow
-            if text_column not in schema.names:
-                there = _columns(schema.names)
-                raise DataError(f"{path}: no column '{text_column}' ({there}); name another in data.text_column")
             if schema.names.count(text_column) > 1:
                 raise DataError(f"{path}: column '{text_column}' stands there twice; write it again with one")
-            kind = schema.field(text_column).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise DataError(f"{path}: column '{text_column}' holds {kind}, not text; set data.text_column")
+            kinds = {field.name: str(field.type) for field in schema}
+            if kinds.get(text_column) not in TEXT_TYPES:
+                raise DataError(f"{path}: {column_problem(text_column, kinds)}")
             for batch in table.iter_batches(batch_size=1024, columns=[text_column]):
                 yield from (text or "" for text in batch.column(0).to_pylist())
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:

@@ -20,9 +20,10 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset
 
 from npt.common.display import one_line
+from npt.common.places import expanded
 from npt.data.packing import IGNORED, cut, labelled, token_ids
 from npt.data.seen import Seen
-from npt.data.sources import expand_files, read_documents
+from npt.data.sources import column_problem, expand_files, hub_remedy, read_documents
 from npt.errors import DataError, NPTError
 
 #: At most this many files, evenly spaced, have their first document read before a run.
@@ -69,17 +70,14 @@ def hub_source(name: str, config: str | None, text_column: str, split: str = "tr
     """
     where = f"data.dataset_name='{name}'" + (f", data.dataset_config='{config}'" if config else "")
     try:
-        found = datasets.load_dataset(name, config, split=split, streaming=True)
+        found = datasets.load_dataset(expanded(name), config, split=split, streaming=True)
         first: dict[str, Any] = next(iter(found), {})
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        why = one_line(error, 200) or type(error).__name__
-        raise DataError(
-            f"{where}: can't be streamed, split '{split}' ({why}); check the name and the network, or use local files: "
-            "data.dataset_name=text with data.data_files"
-        ) from error
+        why = one_line(error, 300) or type(error).__name__
+        raise DataError(f"{where}: can't be streamed, split '{split}' ({why}); {hub_remedy(error)}") from error
     if not isinstance(first.get(text_column), str):
-        there = one_line(f"there are: {', '.join(first)}", 200)
-        raise DataError(f"{where}: no column '{text_column}' with text ({there}); set data.text_column")
+        kinds = {name: "string" if isinstance(value, str) else type(value).__name__ for name, value in first.items()}
+        raise DataError(f"{where}: {column_problem(text_column, kinds)}")
     texts = found.select_columns([text_column])
     texts = texts if text_column == "text" else texts.rename_column(text_column, "text")
     # A buffer of one document: the order of the files is all that is to be shuffled here.

@@ -41,7 +41,16 @@ from npt.equivalence.closed_form import (
     token_sizes,
 )
 from npt.errors import REMEDY, NPTError, RunError
-from npt.tuner.converted import ConvertedModel, active_layers, adapter_config, device_of, eval_mode, run_backbone
+from npt.tuner.checks import renew_record
+from npt.tuner.converted import (
+    ConvertedModel,
+    active_layers,
+    adapter_config,
+    base_of,
+    device_of,
+    eval_mode,
+    run_backbone,
+)
 from npt.tuner.nonfinite import find_nonfinite
 
 logger = logging.getLogger(__name__)
@@ -93,6 +102,7 @@ def calibrate(
         figures = {f"layer_{index}": fit.finish() for index, fit in fits.items()}
         # Two kinds of processors may solve the same equations to other last digits.
         same_everywhere({f"{layer.index}.{n}": p for layer in layers for n, p in layer.own.named_parameters()})
+    renew_record(base_of(model), adapter_config(model))
     return figures
 
 

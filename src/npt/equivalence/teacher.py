@@ -29,6 +29,7 @@ from npt.block.probing import logit_head
 from npt.common.display import human_bytes
 from npt.common.files import replace_file
 from npt.common.fingerprint import base_fingerprint, text_fingerprint
+from npt.common.places import expanded
 from npt.common.processes import barrier, first_does, share, world
 from npt.common.progress import progress_bar
 from npt.common.sharded import is_sharded
@@ -152,16 +153,17 @@ def check_teacher_cache(
         DataError: the disk is too small, or there is no folder to write to; `top_k` is not below the vocabulary; what is
             there was made from another base or for other blocks (`teacher_cache` checks the text).
     """
+    folder = Path(expanded(folder))
     vocabulary = model.get_output_embeddings().weight.shape[0]
     if "logits" in kinds and not 0 < top_k < vocabulary:
         raise DataError(f"training.teacher_top_k={top_k}: use 1 to {vocabulary - 1}, below the model's vocabulary")
     for kind in kinds:
-        if (Path(folder) / kind / MANIFEST).is_file():
-            _agree(Path(folder) / kind, _read_manifest(Path(folder) / kind), _wanted(model, kind, top_k), _OF_MODEL)
-    there = sum(f.stat().st_size for kind in kinds for f in (Path(folder) / kind).glob("shard-*.safetensors"))
+        if (folder / kind / MANIFEST).is_file():
+            _agree(folder / kind, _read_manifest(folder / kind), _wanted(model, kind, top_k), _OF_MODEL)
+    there = sum(f.stat().st_size for kind in kinds for f in (folder / kind).glob("shard-*.safetensors"))
     needed = sum(bytes_per_block(model, kind, top_k, tokens) for kind in kinds) * blocks
     logger.info("teacher targets in %s: %s for %d blocks (%s)", folder, human_bytes(needed), blocks, ", ".join(kinds))
-    _check_space(Path(folder), needed - there)
+    _check_space(folder, needed - there)
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -198,7 +200,7 @@ def teacher_cache(
     Raises:
         DataError: the targets there were made from something else; the disk is too small.
     """
-    place, length = Path(folder) / kind, len(blocks[0]["input_ids"])
+    place, length = Path(expanded(folder)) / kind, len(blocks[0]["input_ids"])
     per_block = bytes_per_block(model, kind, top_k, length)
     manifest = _agreed(
         place,

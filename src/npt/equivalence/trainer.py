@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,20 +16,30 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from npt.common.places import expanded
 from npt.common.precision import all_finite
-from npt.common.processes import any_process, env_flag, total, world
+from npt.common.processes import any_process, env_flag, first_does, total, world
 from npt.common.sharded import fsdp_accelerator, full_tensor, local_part, through
-from npt.data.batches import batches_of, complete_batch, scored_positions
+from npt.data.batches import block_lengths, collated, complete_batch, scored_positions
 from npt.equivalence.objectives import Objective
+from npt.equivalence.resume import objective_settings
 from npt.equivalence.teacher import ROW, teacher_cache, with_rows
-from npt.errors import NPTError
+from npt.errors import DataError, NPTError
 from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.weight_deltas import delta_records
 from npt.training.bad_batch import raise_nonfinite
 from npt.training.callbacks import BestAdapterCallback
-from npt.training.checkpoints import DurableTrainer
+from npt.training.checkpoints import DurableTrainer, last_checkpoint
+from npt.training.resume import (
+    argument_settings,
+    check_adapter,
+    check_record,
+    new_record,
+    text_record,
+)
 from npt.training.steps import run_steps
-from npt.tuner.converted import ConvertedModel, active_layers, adapter_config, device_of, own_parameters
+from npt.tuner.checks import renew_record
+from npt.tuner.converted import ConvertedModel, active_layers, adapter_config, base_of, device_of, own_parameters
 from npt.tuner.nonfinite import find_nonfinite
 
 logger = logging.getLogger(__name__)
@@ -45,6 +56,21 @@ def only_components_train(model: nn.Module) -> bool:
     return all(p in own for p in model.parameters() if p.requires_grad)
 
 
+def check_trained(model: nn.Module) -> None:
+    """Checks that nothing but components is trained, no adapter inside the base for one.
+
+    Raises:
+        NPTError: what the components learn from would change while they learn it.
+    """
+    own = own_parameters(model)
+    others = [name for name, p in model.named_parameters() if p.requires_grad and p not in own]
+    if others:
+        raise NPTError(
+            f"{len(others)} parameters beside the NPT components are trained too, first {others[0]}: the model that they "
+            "learn from would change while they learn; freeze those with requires_grad_(False), as a conversion does"
+        )
+
+
 class EquivalenceTrainer(DurableTrainer):
     """Trains the active NPT adapter towards the model it was made from.
 
@@ -57,7 +83,11 @@ class EquivalenceTrainer(DurableTrainer):
         args: HF's TrainingArguments; the datasets hold packed blocks (`npt.data.pack`).
         objective: an `Objective` (`logits` KL by default), or a schedule [(first step, Objective), ...] from step 0 on.
         teacher_cache: folder for the teacher targets, made at the first run (`npt.equivalence.teacher`).
-        teacher_top_k: tokens kept of each next-token distribution. kwargs: as `transformers.Trainer`.
+        teacher_top_k: tokens kept of each next-token distribution.
+        settings: further settings that decide the result, by name. They are kept in every checkpoint, beside those that the
+            arguments and objectives decide, and compared when training goes on from one.
+        text_settings: settings that chose the text; named where the text is another one.
+        kwargs: as `transformers.Trainer`.
     """
 
     def __init__(
@@ -68,15 +98,22 @@ class EquivalenceTrainer(DurableTrainer):
         *,
         teacher_cache: str | Path | None = None,
         teacher_top_k: int = 64,
+        settings: Mapping[str, Any] | None = None,
+        text_settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         active_layers(model)  # a readable error before any long work
+        check_trained(model)
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         if args.ddp_find_unused_parameters is None and only_components_train(model):
             args.ddp_find_unused_parameters = False  # each of them has a gradient in every step
         if args.fsdp_plugin_args is not None or env_flag("ACCELERATE_USE_FSDP"):
             fsdp_accelerator(args)
+        if args.n_gpu > 1:
+            # nn.DataParallel would take so many times training.batch_size, and one GPU would do the work.
+            logger.warning("one of the %d GPUs is used; start a process for each with torchrun", args.n_gpu)
+            args._n_gpu = 1
         super().__init__(model=model, args=args, **kwargs)
         objective = objective or Objective()
         self.schedule = [(0, objective)] if isinstance(objective, Objective) else sorted(objective, key=lambda x: x[0])
@@ -86,20 +123,37 @@ class EquivalenceTrainer(DurableTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self.teacher_cache, self.teacher_top_k = teacher_cache, teacher_top_k
+        self.settings, self.text_settings = dict(settings or {}), dict(text_settings or {})
         self._sums = [0.0, 0.0, 0.0]
         self._sums_from: int | None = None  # the step before the first one in the sums
         self._last_inputs: dict[str, Tensor] = {}
         self._last_objective = ""
+        self._texts: dict[str, Any] = {}
+        self._compared: Path | None = None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Prepares the objectives and the teacher targets, then trains as HF's does."""
-        text = self.eval_dataset if self.is_streamed else self.train_dataset
-        first = next(batches_of(text, SCALE_BLOCKS, device_of(self.model)))
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Prepares the objectives and the teacher targets, then trains as HF's does.
+
+        Args:
+            resume_from_checkpoint: a folder, or True for the newest finished one of `args.output_dir`.
+
+        Raises:
+            CheckpointError: the checkpoint was made with other settings, another base or other text (`check_resume`).
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_checkpoint(Path(str(self.args.output_dir))) or "") or True
+        if isinstance(resume_from_checkpoint, str):
+            resume_from_checkpoint = expanded(resume_from_checkpoint)
+            self.check_resume(Path(resume_from_checkpoint))
+        text: Any = self.eval_dataset if self.is_streamed else self.train_dataset
+        rows = list(islice(text, SCALE_BLOCKS))
+        first = collated(rows, self.data_collator, device_of(self.model))
         for _, objective in self.schedule:
             objective.prepare(self.model, first)
         self.read_teacher()
+        renew_record(base_of(self.model), adapter_config(self.model))
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
                 # Left open by an error, the bar would share its line with the message.
@@ -116,6 +170,12 @@ class EquivalenceTrainer(DurableTrainer):
         if folder is None or all(objective.teacher is not None for _, objective in self.schedule):
             return
         blocks: Any = self.train_dataset  # type: ignore[has-type]
+        shortest, longest = block_lengths(blocks)
+        if shortest < longest:
+            raise DataError(
+                f"teacher_cache={folder}: the training rows have {shortest} to {longest} tokens, and targets are kept for "
+                "blocks of one length; pack the text (npt.data.pack), or leave teacher_cache out"
+            )
         self.train_dataset: Any = blocks if ROW in blocks.column_names else with_rows(blocks)
         caches = {}
         for kind in dict.fromkeys(objective.teacher_kind for _, objective in self.schedule):
@@ -134,6 +194,48 @@ class EquivalenceTrainer(DurableTrainer):
                 caches[kind] = through(self.model, make)
         for _, objective in self.schedule:
             objective.teacher = caches[objective.teacher_kind]
+
+    def decisive_settings(self) -> dict[str, Any]:
+        """{name: value} of all that decides the result beside the adapter, its base and the text."""
+        objectives = [objective for _, objective in self.schedule]
+        top_k = None if self.teacher_cache is None else self.teacher_top_k
+        return {
+            **argument_settings(self.args, self.accelerator.mixed_precision, self.accelerator.num_processes),
+            **objective_settings(objectives, top_k),
+            **self.settings,
+        }
+
+    def training_record(self) -> dict[str, Any]:
+        """The record that a checkpoint of this step keeps (`npt.training.resume`)."""
+        self._texts = self._texts or {"train": text_record(self.train_dataset), "eval": text_record(self.eval_dataset)}
+        return new_record(
+            self.decisive_settings(),
+            self._texts,
+            text_settings=self.text_settings,
+            step=self.state.global_step,
+            steps=self.args.max_steps,
+            epochs=self.args.num_train_epochs,
+            starts=[start for start, _ in self.schedule],
+            eval_steps=self.args.eval_steps,
+        )
+
+    def check_resume(self, checkpoint: Path) -> None:
+        """Compares this training with the one that a checkpoint is of; all processes call it.
+
+        More steps, other logs and other places are no difference. A checkpoint of an earlier npt has no record of its
+        settings and text, which the log then says.
+
+        Raises:
+            CheckpointError: another option of the adapter, another base, setting or text; fewer steps than were taken.
+        """
+        if checkpoint == self._compared:
+            return
+        chooses = any(isinstance(callback, BestAdapterCallback) for callback in self.callback_handler.callbacks)
+        first_does(lambda: check_adapter(checkpoint, adapter_config(self.model)))
+        first_does(
+            lambda: check_record(checkpoint, self.training_record(), ("train", "eval") if chooses else ("train",))
+        )
+        self._compared = checkpoint
 
     def is_finished(self, checkpoint: Path) -> bool:
         """True where nothing is left to train after a checkpoint; HF's Trainer would take one more step."""
@@ -271,8 +373,10 @@ class EquivalenceTrainer(DurableTrainer):
         """Perplexity of both models, their ratio and the mean KL on the evaluation blocks."""
         blocks = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model)
-        size = self.args.per_device_eval_batch_size
-        figures = summarize(through(self.model, lambda: token_divergences(model, blocks, batch_size=size)))
+        size, collate = self.args.per_device_eval_batch_size, self.data_collator
+        figures = summarize(
+            through(self.model, lambda: token_divergences(model, blocks, batch_size=size, collate=collate))
+        )
         values = {
             "npt_perplexity": figures["perplexity"]["npt_perplexity"],
             "original_perplexity": figures["perplexity"]["original_perplexity"],

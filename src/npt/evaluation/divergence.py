@@ -7,6 +7,7 @@ probability. Definitions: docs/report.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from npt.block.modes import Mode, running_as
 from npt.common.processes import gather, share, world
 from npt.common.progress import tracked
 from npt.common.sharded import is_sharded
-from npt.data.batches import batches_of, scored_positions
+from npt.data.batches import batches_of, collated, scored_positions
 from npt.errors import REMEDY, DataError, RunError
 from npt.tuner.converted import ConvertedModel, active_layers, device_of, eval_mode
 from npt.tuner.nonfinite import find_nonfinite
@@ -34,12 +35,22 @@ Tokens = dict[str, np.ndarray]
 
 
 @torch.no_grad()
-def token_divergences(model: ConvertedModel, blocks: Any, *, batch_size: int = 16, progress: bool = False) -> Tokens:
+def token_divergences(
+    model: ConvertedModel,
+    blocks: Any,
+    *,
+    batch_size: int = 16,
+    progress: bool = False,
+    collate: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+) -> Tokens:
     """Compares both models on every scored token. Returns {name of `COLUMNS`: float64 (tokens,)}.
 
     kl in nats; *_nll of the right token in nats; same_top 0 or 1; delta_p the change of the right token's probability;
     npt_top, original_top and target are token ids; block and position say where the scored token stands. Several processes
     share the batches and each gets all of the table, in the order of the text: all call it.
+
+    Args:
+        collate: makes a batch of tensors from rows that may differ in length; without it they have one.
 
     Raises:
         DataError: not one token counts.
@@ -47,7 +58,9 @@ def token_divergences(model: ConvertedModel, blocks: Any, *, batch_size: int = 1
     """
     layers, device = active_layers(model), device_of(model)
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    length = len(blocks[0]["input_ids"]) if len(blocks) else 1
+    length = max(
+        (len(blocks[i]["input_ids"]) for i in range(len(blocks) if collate else min(1, len(blocks)))), default=1
+    )
     batch_size = max(1, min(batch_size, LOGIT_BUDGET // (4 * vocabulary * length)))
     starts, base = range(0, len(blocks), batch_size), model.get_base_model()
     own = list(share(starts, is_sharded(model)))
@@ -56,7 +69,7 @@ def token_divergences(model: ConvertedModel, blocks: Any, *, batch_size: int = 1
     with eval_mode(model):
         for _, first, counts in tracked(own, "Evaluating", progress, unit="batches"):
             rows = [blocks[i] for i in range(first, min(first + batch_size, len(blocks)))]
-            batch = next(batches_of(rows, batch_size, device))
+            batch = next(batches_of(rows, batch_size, device)) if collate is None else collated(rows, collate, device)
             inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
             counted = scored_positions(batch["labels"])
             with running_as(layers, Mode.ORIGINAL):
@@ -74,7 +87,9 @@ def token_divergences(model: ConvertedModel, blocks: Any, *, batch_size: int = 1
             del teacher, student  # else a batch's logits would stay in memory while the next one's are computed
     table = _of_all(table[:filled])
     if not len(table):
-        raise DataError("evaluation text holds no token that counts: every block is padding or a single token")
+        raise DataError(
+            "evaluation text holds no token that counts: every block is padding or a single token; give more text"
+        )
     return dict(zip(COLUMNS, table.T, strict=True))
 
 

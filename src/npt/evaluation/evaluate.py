@@ -10,7 +10,9 @@ import datasets
 import torch
 
 from npt.block.layer import NPTLayer
+from npt.block.modes import watching
 from npt.builtin import name_of
+from npt.common.precision import matmul_precision
 from npt.data import pack
 from npt.data.batches import batches_of
 from npt.data.packing import IGNORED
@@ -30,6 +32,7 @@ from npt.tuner.converted import (
     device_of,
     eval_mode,
     parameter_counts,
+    run_backbone,
 )
 
 #: Blocks used for the per-layer figures and the weight deltas, which cost more per token.
@@ -93,7 +96,7 @@ def evaluate(
             "tokens": first["tokens"],
             "corpora": list(corpora),
             **_beginnings(tokenizer, blocks),
-            **_surroundings(model, layers, seed),
+            **_surroundings(model, layers, next(iter(blocks.values())), seed),
         },
         "evaluations": evaluations,
         "expected_outcomes": expected_outcomes(evaluations),
@@ -117,14 +120,33 @@ def _scored(stride: int, context_length: int) -> str:
     return f"the last {stride} tokens of each window" if stride < context_length else "all tokens but the first"
 
 
-def _surroundings(model: ConvertedModel, layers: Sequence[NPTLayer], seed: int) -> dict[str, Any]:
-    """The part of the report's `protocol` that does not depend on text: number format, device, versions."""
+def _surroundings(
+    model: ConvertedModel, layers: Sequence[NPTLayer], blocks: datasets.Dataset, seed: int
+) -> dict[str, Any]:
+    """The part of the report's `protocol` that npt does not decide alone: number formats, device, versions."""
+    settings = model.get_base_model().config
+    quantization: Any = getattr(settings, "quantization_config", None) or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     return {
         "dtype": str(layers[0].weight.dtype).removeprefix("torch."),
+        "computed_in": _computed_in(model, layers, blocks),
+        "matmul_precision": matmul_precision(device_of(model)),
+        "attention": settings._attn_implementation,
+        "quantization": None if method is None else str(getattr(method, "value", method)),
         "seed": seed,
         "device": str(device_of(model)),
         "versions": {name: version(name) for name in ("npt", "torch", "transformers", "peft")},
     }
+
+
+@torch.no_grad()
+def _computed_in(model: ConvertedModel, layers: Sequence[NPTLayer], blocks: datasets.Dataset) -> str:
+    """The dtype that a converted block's matrix products come out in; autocast and FSDP may have another than the weights."""
+    found: list[torch.dtype] = []
+    first = next(batches_of(blocks, 1, device_of(model)))["input_ids"][:, :1]
+    with eval_mode(model), watching(layers[:1], lambda _, record: found.append(record.attention.dtype)):
+        run_backbone(model, {"input_ids": first})
+    return str(found[0]).removeprefix("torch.")
 
 
 def _of_corpus(

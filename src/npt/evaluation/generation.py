@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache
 
 from npt.block.modes import Mode, running_as
+from npt.common.display import one_line
+from npt.data.sampling import draw
 from npt.errors import NPTError
 from npt.tuner.converted import ConvertedModel, active_layers, context_length_of, device_of, eval_mode
 
@@ -59,23 +63,77 @@ def continue_text(
 ) -> tuple[str, list[int]]:
     """Returns (the prompt with its continuation, without special tokens; the continuation's token ids).
 
-    Greedy, or sampled at temperature 1 from the whole distribution with `seed`; the caller's random state is left alone.
+    Greedy, or sampled at temperature 1 from the whole distribution with `seed`. Of the base's generation_config only the
+    tokens that end a text count. The global random state is neither read nor changed.
     """
+    base = model.get_base_model()
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device_of(model))
+    generator = torch.Generator().manual_seed(0 if seed is None else seed)
+    uniforms = torch.rand(max_new_tokens, 1, generator=generator, dtype=torch.float64)
+    # `generate()` isn't used: it fills whatever a call leaves unset from the base's generation_config.
+    cache, options = DynamicCache(config=base.config), _last_logits_only(base)
+    ends, step, new = end_tokens(base, tokenizer), ids, list[int]()
+    for uniform in uniforms:
+        logits = base(input_ids=step, past_key_values=cache, use_cache=True, **options).logits[:, -1]
+        token = int(logits.argmax() if seed is None else draw(logits, uniform))
+        new.append(token)
+        if token in ends:
+            break
+        step = ids.new_tensor([[token]])
+    return tokenizer.decode([*ids[0].tolist(), *new], skip_special_tokens=True), new
+
+
+def end_tokens(base: Any, tokenizer: Any) -> set[int]:
+    """The ids that end a text: the tokenizer's EOS, and those of the base's generation_config, which may name several."""
+    named = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+    ids = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
+    return {int(token) for token in ids if token is not None}
+
+
+def _last_logits_only(base: Any) -> dict[str, int]:
+    """The argument that spares a causal LM the logits of all but a prompt's last position, where it has one."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in signature(type(base).forward).parameters else {}
+
+
+def own_settings(model: ConvertedModel) -> dict[str, Any]:
+    """The settings that the base's generation_config switches on, token ids apart."""
+    named = model.get_base_model().generation_config.to_diff_dict()
+    plain = ("use_cache", "transformers_version")
+    return {
+        k: v for k, v in named.items() if v and k not in plain and not k.startswith("_") and not k.endswith("token_id")
+    }
+
+
+@torch.no_grad()
+def continue_by_own_settings(
+    model: ConvertedModel, tokenizer: Any, prompt: str, max_new_tokens: int = 48, seed: int | None = None
+) -> tuple[str, list[int]]:
+    """Does what `continue_text` does by the settings of the base's generation_config, its length apart.
+
+    Raises:
+        NPTError: `generate` can't follow these settings.
+    """
+    base = model.get_base_model()
     inputs = tokenizer(prompt, return_tensors="pt").to(device_of(model))
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=seed is not None,
-        **({} if seed is None else {"top_k": 0, "top_p": 1.0, "temperature": 1.0}),
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(0 if seed is None else seed)
-        tokens = model.get_base_model().generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config
-        )
+        try:
+            config = copy.deepcopy(base.generation_config)
+            config.max_new_tokens, config.max_length, config.num_return_sequences = max_new_tokens, None, 1
+            config.return_dict_in_generate = False
+            config.eos_token_id = sorted(end_tokens(base, tokenizer)) or None
+            if config.pad_token_id is None:
+                config.pad_token_id = tokenizer.pad_token_id
+            tokens = base.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config,
+                tokenizer=tokenizer,
+            )  # fmt: skip
+        except (ValueError, TypeError, OSError) as error:
+            raise NPTError(
+                f"--decoding base: the base's generation_config can't be followed ({one_line(error, 200)}); mend its "
+                "generation_config.json, or use --decoding greedy or sampled"
+            ) from error
     text: str = tokenizer.decode(tokens[0], skip_special_tokens=True)
     return text, tokens[0, inputs["input_ids"].shape[1] :].tolist()
 
@@ -86,20 +144,21 @@ def side_by_side(
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     max_new_tokens: int = 48,
     seed: int | None = None,
+    by_own_settings: bool = False,
 ) -> list[dict[str, Any]]:
-    """Continues prompts with both models, greedily, or sampled with `seed`.
+    """Continues prompts with both models: greedily, or sampled with `seed`, or as the base's generation_config says.
 
     Returns [{"prompt", "npt", "original", "matching_tokens", "tokens", "first_difference"}].
 
     matching_tokens: new tokens before the first that differs, of `tokens`. first_difference: the index of the first
     character that differs, None where the texts are the same.
     """
-    samples = []
+    samples, write = [], continue_by_own_settings if by_own_settings else continue_text
     with eval_mode(model):
         for prompt in prompts:
-            npt, ids = continue_text(model, tokenizer, prompt, max_new_tokens, seed)
+            npt, ids = write(model, tokenizer, prompt, max_new_tokens, seed)
             with running_as(active_layers(model), Mode.ORIGINAL):
-                original, original_ids = continue_text(model, tokenizer, prompt, max_new_tokens, seed)
+                original, original_ids = write(model, tokenizer, prompt, max_new_tokens, seed)
             samples.append(
                 {
                     "prompt": prompt,

@@ -6,6 +6,7 @@ models, takes the base from the adapter, and checks an adapter as `npt evaluate`
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,13 +16,14 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import setup_logging
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from npt.adapters.folder import load_adapter, resolve_checkpoint
-from npt.builtin import source_of
+from npt.adapters.folder import load_adapter
+from npt.adapters.settings import load_settings
+from npt.common.display import one_line
+from npt.common.files import DISK_ERRORS
+from npt.config import load_config
 from npt.errors import NPTError
-from npt.runs.base_model import default_device
-from npt.tuner.config import NPTConfig
+from npt.runs.base_model import load_base
 
 
 @register_model("npt")
@@ -29,11 +31,12 @@ class NPTLM(HFLM):  # type: ignore[misc]
     """`--model npt --model_args peft=checkpoints/best_model[,pretrained=BASE,...]`; other arguments are `hf`'s.
 
     Args:
-        peft: adapter folder. pretrained: name or folder of the base, also builtin:...; the adapter's own by default.
-        dtype, revision, trust_remote_code: for loading the base. kwargs: of the harness's `hf` model.
+        peft: adapter folder. pretrained: name or folder of the base, also builtin:...; by default the adapter's own.
+        dtype, revision, trust_remote_code: for loading the base, the first as `model.dtype` and by default as the adapter
+            was trained with. allow_other_base: as `model.allow_other_base`. kwargs: of the harness's `hf` model.
 
     Raises:
-        CheckpointError: no NPT adapter at `peft`.
+        CheckpointError: no NPT adapter at `peft`, or its base is not there. NPTError: the base can't be loaded.
     """
 
     def __init__(
@@ -41,27 +44,27 @@ class NPTLM(HFLM):  # type: ignore[misc]
         pretrained: str | None = None,
         peft: str | None = None,
         *,
-        dtype: str = "auto",
+        dtype: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        allow_other_base: bool = False,
         device: str | None = None,
         **kwargs: Any,
     ) -> None:
-        folder = None if peft is None else resolve_checkpoint(peft)
-        name = pretrained
-        if name is None and folder is not None:
-            name = NPTConfig.from_pretrained(str(folder)).base_model_name_or_path
-        if name is None:
+        if pretrained is None and peft is None:
             raise NPTError("the harness's model type npt needs peft=ADAPTER or pretrained=BASE in --model_args")
-        source = source_of(name)
-        loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(source, **loading)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **loading)
+        named = {"base_model_name": pretrained, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        words = [f"model.{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+        words.append("optimization.use_cpu_offload=false")  # where the model is to be is the harness's own choice
+        sections = ("model", "optimization")
+        run = load_config(None, words) if peft is None else load_settings(peft, overrides=words, sections=sections)
+        model, tokenizer = load_base(run.model, run.optimization, revision=revision)
         # The command's default is cuda:0; like the harness's `hf`, take the CPU where there is no such thing.
         absent = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
-        model.to(default_device() if absent else device)
-        if folder is not None:
-            model = load_adapter(model, folder)
+        if not (absent or run.optimization.use_8bit or run.optimization.use_4bit):
+            model.to(device)
+        if peft is not None:
+            model = load_adapter(model, peft, allow_other_base=allow_other_base)
         super().__init__(pretrained=model.eval(), tokenizer=kwargs.pop("tokenizer", tokenizer), **kwargs)
 
 
@@ -80,7 +83,14 @@ def run_harness(arguments: Sequence[str]) -> None:
         setup_logging()
         command = HarnessCLI()
         command.execute(command.parse_args())
-    except ValueError as error:
-        raise NPTError(f"lm-eval: {error}") from error
+    except NPTError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
+        reason = one_line(error, 400) or type(error).__name__
+        raise NPTError(
+            f"lm-eval: {type(error).__name__}: {reason}; check --tasks, --model_args, --include_path and the network"
+        ) from error
     finally:
         sys.argv = before

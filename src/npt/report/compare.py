@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from npt.common.display import visible
+from npt.common.places import place
 from npt.errors import NPTError
 from npt.evaluation.verdict import UNKNOWN_SHARE, grade
 from npt.report.run_files import METRICS, REPORT_JSON, Report, Rows, curve, read_json_lines, read_report, section
@@ -33,7 +34,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """
     runs: list[Run] = []
     for folder in folders:
-        metrics, report = Path(folder) / METRICS, Path(folder) / REPORT_JSON
+        metrics, report = place(folder) / METRICS, place(folder) / REPORT_JSON
         if not metrics.is_file() and not report.is_file():
             raise NPTError(f"{folder}: neither {REPORT_JSON} nor {METRICS} there; name a run's output folder")
         rows = read_json_lines(metrics) if metrics.is_file() else []

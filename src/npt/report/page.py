@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 
 from npt.common.display import visible
 from npt.common.files import write_text
+from npt.common.places import place
 from npt.errors import NPTError
 from npt.evaluation.verdict import QUANTISATION_SCALE, SCALE_SOURCE
 from npt.report.plots import draw_run
@@ -48,8 +49,9 @@ def write_page(output_dir: Path, report_path: Path | None = None, destination: P
         NPTError: no such folder, or neither a report nor metrics in it.
     """
     missing: list[str] = []
-    report_path = Path(output_dir) / REPORT_JSON if report_path is None else report_path
-    metrics = Path(output_dir) / METRICS
+    output_dir = place(output_dir)
+    report_path = output_dir / REPORT_JSON if report_path is None else place(report_path)
+    metrics = output_dir / METRICS
     if not report_path.is_file() and not metrics.is_file():
         raise NPTError(
             f"{output_dir}: neither {REPORT_JSON} nor {METRICS} there; run `npt train` or `npt evaluate` first"
@@ -62,7 +64,7 @@ def write_page(output_dir: Path, report_path: Path | None = None, destination: P
         missing.append(f"{METRICS}: holds no step")
     if report:
         missing += [f"{what} ({path} in {report_path.name})" for what, path in PARTS.items() if not _at(report, path)]
-    target = Path(output_dir) / PAGE if destination is None else destination
+    target = output_dir / PAGE if destination is None else place(destination)
     write_text(target, render_page(report, rows, missing))
     return target
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from npt.common.places import place
 from npt.errors import NPTError
 from npt.report.curves import learning_rate, loss, perplexity_ratio, weight_delta
 from npt.report.distributions import delta_distribution, kl_by_position, kl_histogram, layer_error, residual_stream
@@ -51,12 +52,13 @@ def plot_run(output_dir: Path, destination: Path | None = None) -> list[Path]:
     Raises:
         NPTError: no such folder, no metrics in it, or nothing to draw.
     """
-    metrics = Path(output_dir) / METRICS
+    output_dir = place(output_dir)
+    metrics = output_dir / METRICS
     if not metrics.is_file():
         raise NPTError(f"{output_dir}: no {METRICS} there; run `npt train` first or name its output folder")
     rows = read_json_lines(metrics)
-    report = read_report(Path(output_dir) / REPORT_JSON)
-    folder = Path(output_dir) / PLOTS_FOLDER if destination is None else destination
+    report = read_report(output_dir / REPORT_JSON)
+    folder = output_dir / PLOTS_FOLDER if destination is None else place(destination)
     written = []
     with malformed(output_dir):
         pictures = draw_run(rows, report)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from npt.common.display import visible
+from npt.common.places import place
 from npt.config.strict_yaml import MAX_BYTES, parse_yaml
 from npt.errors import NPTError
 from npt.report.run_files import CONFIG, METRICS, REPORT_JSON, Report, Rows, curve, malformed, read_json_lines
@@ -49,19 +50,20 @@ def watch_run(
     Raises:
         NPTError: no metrics.jsonl in the folder, or an interval that is no number.
     """
-    metrics = Path(output_dir) / METRICS
+    output_dir = place(output_dir)
+    metrics = output_dir / METRICS
     if not metrics.is_file():
         raise NPTError(f"{output_dir}: no {METRICS} there; start `npt train`, or name the output folder of a run")
     if not interval < math.inf:
         raise NPTError(f"--interval {interval}: no number of seconds; write one such as 2")
     if once:
         with malformed(output_dir):
-            console.print(_view(Path(output_dir)))
+            console.print(_view(output_dir))
         return
-    with Live(_view(Path(output_dir)), console=console, auto_refresh=False) as live:
-        while not _finished(Path(output_dir)):
+    with Live(_view(output_dir), console=console, auto_refresh=False) as live:
+        while not _finished(output_dir):
             sleep(interval)
-            live.update(_view(Path(output_dir)), refresh=True)
+            live.update(_view(output_dir), refresh=True)
 
 
 def _finished(folder: Path) -> bool:

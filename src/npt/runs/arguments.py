@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+import os
+from typing import Any, get_args
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from npt.common.launch import check_launch
-from npt.common.processes import world
-from npt.config import RunConfig, TrainingSection
+from npt.common.processes import env_flag, world
+from npt.config import OptimizationSection, RunConfig, TrainingSection, with_overrides
 from npt.equivalence.objectives import Objective
-from npt.errors import ConfigError
+from npt.errors import ConfigError, NPTError
 from npt.runs.processes import shards_base, start_processes
 from npt.training.steps import run_steps
 
+logger = logging.getLogger(__name__)
+
+#: Where accelerate's configuration says how many micro-batches make a step.
+_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+PRECISIONS: tuple[str, ...] = get_args(OptimizationSection.model_fields["mixed_precision"].annotation)
 #: TrainingArguments of `optimization.fsdp`; an FSDP configuration of accelerate's own decides the details itself.
 FSDP_ARGUMENTS: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
 
@@ -30,6 +37,44 @@ def start(config: RunConfig) -> TrainingArguments:
     arguments = training_arguments(config)
     start_processes(arguments)
     return arguments
+
+
+def as_launched(config: RunConfig) -> RunConfig:
+    """The configuration with what accelerate's own decided, so that every record of the run says how it was computed.
+
+    Raises:
+        NPTError: accelerate asks for a mixed precision npt does not have, or for another accumulation than the `training`
+            section; what it asks for and another key exclude each other.
+    """
+    asked = os.environ.get(_ACCUMULATION, "")
+    own = config.training.gradient_accumulation_steps
+    if asked.isdigit() and int(asked) != own and (int(asked) > 1 or env_flag("ACCELERATE_USE_DEEPSPEED")):
+        raise NPTError(
+            f"{_ACCUMULATION}={asked}, and training.gradient_accumulation_steps={own}: accelerate asks for another number of "
+            "micro-batches in a step; give both the same"
+        )
+    if shards_base(config.optimization.fsdp) and not config.optimization.fsdp:
+        config = with_overrides(config, {"optimization.fsdp": True})
+    if config.optimization.mixed_precision == "no":  # else the configuration decides
+        config = with_precision(config, os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower())
+    return config
+
+
+def with_precision(config: RunConfig, precision: str) -> RunConfig:
+    """The configuration with the mixed precision that accelerate uses.
+
+    Raises:
+        NPTError: npt does not have it, or this machine has no device for it.
+    """
+    if precision not in PRECISIONS:
+        raise NPTError(
+            f"accelerate's mixed precision {precision!r} (ACCELERATE_MIXED_PRECISION, or its own configuration) is none of "
+            f"npt's; use {', '.join(PRECISIONS)}"
+        )
+    if precision == config.optimization.mixed_precision:
+        return config
+    logger.info("optimization.mixed_precision=%s, as accelerate's configuration says", precision)
+    return with_overrides(config, {"optimization.mixed_precision": precision})
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
@@ -90,7 +135,10 @@ def prepare_wandb(config: RunConfig) -> None:
     Raises:
         ConfigError: wandb is switched on but not installed.
     """
-    if not config.wandb.enabled:
+    w, run = config.wandb, os.environ.get("WANDB_RUN_ID")
+    resume: Any = os.environ.get("WANDB_RESUME")
+    # HF's callback begins a run by itself, but wandb reads its variables once in a process, and may have done so before.
+    if not w.enabled and not (run and "wandb" in config.training.report_to):
         return
     try:
         import wandb
@@ -98,8 +146,9 @@ def prepare_wandb(config: RunConfig) -> None:
         raise ConfigError(
             "wandb.enabled=true needs the package: pip install 'npt[wandb]', or set it to false"
         ) from error
-    w = config.wandb
-    wandb.init(project=w.project, entity=w.entity, tags=list(w.tags or ()), config=config.model_dump())
+    own = {"project": w.project, "entity": w.entity, "tags": list(w.tags or ()), "config": config.model_dump()}
+    theirs = {"project": os.environ.get("WANDB_PROJECT", "huggingface")}
+    wandb.init(id=run, resume=resume, **(own if w.enabled else theirs))
 
 
 def objective_schedule(t: TrainingSection, blocks: int) -> list[tuple[int, Objective]]:

@@ -20,8 +20,10 @@ from npt.block.families import FAMILIES, blocks_of, family_of, resolve_layers
 from npt.builtin import source_of
 from npt.common.display import one_line
 from npt.common.processes import world
-from npt.config import ModelSection, OptimizationSection
+from npt.config import ModelSection, OptimizationSection, RunConfig, with_overrides
 from npt.errors import ConversionError, NPTError
+from npt.runs.base_adapters import refuse_adapter, refuse_attached
+from npt.runs.base_problems import file_remedy, folder_remedy, hub_remedy, local_remedy
 from npt.runs.processes import shards_base
 from npt.tuner.converted import npt_layers
 
@@ -33,39 +35,55 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_base(model: ModelSection, optimization: OptimizationSection, cache_dir: str | None = None) -> tuple[Any, Any]:
-    """(causal LM in eval mode on its device, tokenizer) of `model.base_model_name`; weights from safetensors only.
+def load_base(
+    model: ModelSection | str,
+    optimization: OptimizationSection | None = None,
+    cache_dir: str | None = None,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+) -> tuple[Any, Any]:
+    """(causal LM in eval mode on its device, tokenizer) of a base; weights from safetensors only.
+
+    Args:
+        model: the section of a configuration, or the base's name: a hub id, a local folder, or builtin:...
+        optimization: how to keep its weights. cache_dir: where those of a hub are kept.
+        dtype: beside a name, as `model.dtype`. revision: of a hub's base.
 
     Raises:
         NPTError: neither a local folder nor a reachable hub id; its files are damaged, incomplete or of a family that
             can't be converted; or 8-bit without bitsandbytes.
     """
+    if isinstance(model, str):
+        model = with_overrides(RunConfig(), {"model.base_model_name": model, "model.dtype": dtype}).model
+    optimization = optimization or OptimizationSection()
     name = source_of(model.base_model_name)
     loading: dict[str, Any] = {"dtype": "auto" if model.dtype == "auto" else getattr(torch, model.dtype)}
     quantized = optimization.use_8bit or optimization.use_4bit
     if quantized:
         loading |= _bitsandbytes(4 if optimization.use_4bit else 8)
-    tokenizer = load_tokenizer(model, cache_dir)
+    tokenizer = load_tokenizer(model, cache_dir, revision)
     with _named(model), _quiet_libraries():
         # Weights of other shapes are let through to be named below, where the library only points to a log.
         base, found = AutoModelForCausalLM.from_pretrained(
-            name, **_arguments(model, cache_dir), **loading, use_safetensors=True, output_loading_info=True,
+            name, **_arguments(model, cache_dir, revision), **loading, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
+    refuse_attached(f"model.base_model_name={model.base_model_name}", base)
     _check_complete(model.base_model_name, found)
     if not (quantized or optimization.use_cpu_offload or shards_base(optimization.fsdp)):
         base.to(default_device())
     return base.eval(), tokenizer
 
 
-def load_tokenizer(model: ModelSection, cache_dir: str | None = None) -> Any:
+def load_tokenizer(model: ModelSection, cache_dir: str | None = None, revision: str | None = None) -> Any:
     """The base's tokenizer, once the base's configuration has been checked (see `base_config`)."""
-    base_config(model, cache_dir)
+    base_config(model, cache_dir, revision)
     with _named(model), _quiet_libraries():
-        return AutoTokenizer.from_pretrained(source_of(model.base_model_name), **_arguments(model, cache_dir))
+        return AutoTokenizer.from_pretrained(source_of(model.base_model_name), **_arguments(model, cache_dir, revision))
 
 
-def base_config(model: ModelSection, cache_dir: str | None = None) -> Any:
+def base_config(model: ModelSection, cache_dir: str | None = None, revision: str | None = None) -> Any:
     """The base's own configuration (config.json), read before its weights.
 
     Raises:
@@ -75,11 +93,12 @@ def base_config(model: ModelSection, cache_dir: str | None = None) -> Any:
     name = source_of(model.base_model_name)
     where = f"model.base_model_name={model.base_model_name}"
     if Path(name).is_file():
-        raise NPTError(f"{where}: is a file; name the Hugging Face model folder it lies in")
+        raise NPTError(f"{where}: is a file; {file_remedy(Path(name))}")
+    refuse_adapter(where, Path(name))
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise NPTError(f"{where}: the folder has no config.json; name a Hugging Face model folder")
+        raise NPTError(f"{where}: the folder has no config.json; {folder_remedy(Path(name))}")
     with _named(model), _quiet_libraries():
-        found = AutoConfig.from_pretrained(name, **_arguments(model, cache_dir))
+        found = AutoConfig.from_pretrained(name, **_arguments(model, cache_dir, revision))
         text = found.get_text_config()
         blocks, width = (getattr(text, key, None) for key in ("num_hidden_layers", "hidden_size"))
     # Of a model of several parts the text part alone may be what is loaded.
@@ -97,8 +116,9 @@ def base_config(model: ModelSection, cache_dir: str | None = None) -> Any:
     return found
 
 
-def _arguments(model: ModelSection, cache_dir: str | None) -> dict[str, Any]:
-    return {"cache_dir": cache_dir, "trust_remote_code": model.trust_remote_code}
+def _arguments(model: ModelSection, cache_dir: str | None, revision: str | None) -> dict[str, Any]:
+    place = {} if revision is None else {"revision": revision}
+    return {"cache_dir": cache_dir, "trust_remote_code": model.trust_remote_code, **place}
 
 
 @contextmanager
@@ -120,13 +140,12 @@ def _named(model: ModelSection) -> Iterator[None]:
             ) from error
         if Path(name).is_dir():
             raise NPTError(
-                f"model.base_model_name={name!r} can't be loaded ({type(error).__name__}: {reason}); restore its "
-                "config.json, tokenizer and *.safetensors, or name another folder (builtin:tiny needs nothing)"
+                f"model.base_model_name={name!r} can't be loaded ({type(error).__name__}: {reason}); "
+                f"{local_remedy(Path(name), error)}"
             ) from error
         raise NPTError(
             f"model.base_model_name={name!r} can't be loaded: it is no local model folder, and the hub did not deliver it "
-            f"({reason}); check the name, the network or `hf auth login`, or give the path of a local folder "
-            "(builtin:tiny needs nothing)"
+            f"({reason}); {hub_remedy(error)}"
         ) from error
 
 

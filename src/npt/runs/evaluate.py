@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from npt.adapters.folder import load_adapter, resolve_checkpoint
 from npt.common.files import write_json
+from npt.common.places import place
 from npt.common.processes import first_does, is_first
 from npt.common.sharded import through
 from npt.config import RunConfig
@@ -36,7 +37,7 @@ def run_evaluation(
     Raises:
         DataError: a text of which nothing is left; before the base is loaded, unless the base writes the text itself.
     """
-    arguments = start(config)
+    output, arguments = place(output), start(config)
     texts = RunTexts.of(config)
     texts.check(more_text)
     record = TextRecord.read(resolve_checkpoint(checkpoint))
@@ -55,9 +56,9 @@ def run_evaluation(
     report["notes"] = [*unseen.notes, *report["notes"]]
 
     def write() -> None:
-        write_json(Path(output), report)
+        write_json(output, report)
         # The curves of training belong to the page when the report lies with them.
-        write_page(Path(output).parent, Path(output), Path(output).with_suffix(".html"))
+        write_page(output.parent, output, output.with_suffix(".html"))
 
     first_does(write)
     return report

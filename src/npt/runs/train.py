@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from npt.adapters.folder import RUN_CONFIG
+from npt.adapters.settings import as_recorded
 from npt.adapters.weights import load_weights, share_record
 from npt.common.files import append_json, only_run, write_json
 from npt.common.processes import any_process, first_does, is_first
@@ -25,15 +27,26 @@ from npt.report.page import write_page
 from npt.report.plots import draw_run
 from npt.report.run_files import read_json_lines
 from npt.report.trackers import log_evaluation
-from npt.runs.arguments import check_trackers, objective_schedule, prepare_wandb, start, trackers
+from npt.runs.arguments import (
+    as_launched,
+    check_trackers,
+    objective_schedule,
+    prepare_wandb,
+    start,
+    trackers,
+    with_precision,
+)
 from npt.runs.base_model import default_device, load_base, load_tokenizer, offload_frozen, release_memory
 from npt.runs.corpora import Corpus, calibration_batches, load_corpus
 from npt.runs.evaluate import evaluate_corpora
 from npt.runs.folders import checkpoint_to_resume, prepare_folders
 from npt.runs.processes import shard_base, shards_base, tell_processes
+from npt.runs.resume import check_configuration, run_settings, text_settings
 from npt.runs.texts import RunTexts
+from npt.runs.tracker_runs import TRACKER_RUNS, RememberTrackers, continued
 from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback, SamplesCallback
 from npt.training.checkpoints import step_of
+from npt.training.resume import check_adapter
 from npt.training.signals import StopSignals
 from npt.tuner.card import write_model_card
 from npt.tuner.config import NPTConfig
@@ -64,11 +77,15 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     texts = RunTexts.of(config)
     texts.check_enough(config.model)
     arguments = start(config)
+    config = as_launched(config)
     last = first_does(lambda: checkpoint_to_resume(output, checkpoints)) if resume else None
     texts.check()
     check_trackers(config.training.report_to)
+    if last is not None:
+        first_does(lambda: check_configuration(config, arguments, last))
     set_seed(config.training.seed)
-    with StopSignals() as signals:
+    same = continued(output, trackers(config)) if resume else nullcontext()
+    with StopSignals() as signals, same:
         # Before the base's weights are read, wherever the base does not write the text itself.
         corpus = (
             None
@@ -76,6 +93,8 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             else load_corpus(texts, None, load_tokenizer(config.model, config.paths.cache_dir))
         )
         model, tokenizer = convert_base(config)
+        if last is not None:
+            first_does(lambda: check_adapter(last, adapter_config(model)))
         tell_processes(arguments)
         with only_run(output, checkpoints):
             if shards_base(config.optimization.fsdp):
@@ -85,8 +104,11 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             release_memory()
             if config.data.num_train_samples is None:
                 check_targets(config, model, corpus.trained_blocks)
+            trainer = make_trainer(config, arguments, model, tokenizer, corpus, signals, last)
+            config = with_precision(config, trainer.accelerator.mixed_precision)
+            if last is not None:
+                trainer.check_resume(last)
             first_does(lambda: prepare_folders(config, output, checkpoints, last))
-            trainer = make_trainer(config, arguments, model, tokenizer, corpus, signals)
             notes = fit(config, trainer, texts, corpus, last)
             if any_process(signals.received is not None):
                 step = trainer.state.global_step
@@ -103,8 +125,6 @@ def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
         prepare_wandb(config)
     base, tokenizer = load_base(config.model, config.optimization, config.paths.cache_dir)
     model: Any = get_peft_model(base, adapter)
-    # As the user named it: the place of a builtin model differs from machine to machine.
-    adapter.base_model_name_or_path = config.model.base_model_name
     if config.optimization.use_cpu_offload:
         offload_frozen(model, default_device())
     own, frozen = parameter_counts(model)
@@ -167,16 +187,18 @@ def report_best(
         the evaluation report.
     """
     if trainer.state.global_step % config.training.eval_steps:
-        trainer.evaluate()
+        with continued(Path(config.paths.output_dir), ()):  # MLflow's run was ended with the training
+            trainer.evaluate()
     model, output, best = trainer.model, Path(config.paths.output_dir), Path(config.paths.checkpoint_dir) / "best_model"
     load_weights(model, best)
     share_record(model)
     release_memory()
     report = evaluate_corpora(model, tokenizer, corpus.scored(config.data.dataset_name), config)
     report["notes"] = [*notes, *corpus.unseen.notes, *report["notes"]]
+    report["protocol"]["training_precision"] = config.optimization.mixed_precision
 
     def write() -> None:
-        save_config(config, best / RUN_CONFIG)
+        save_config(as_recorded(config), best / RUN_CONFIG)
         tokenizer.save_pretrained(str(best))
         write_json(output / "evaluation_report.json", report)
         write_model_card(best, adapter_config(model), report)
@@ -196,8 +218,13 @@ def make_trainer(
     tokenizer: Any,
     corpus: Corpus,
     signals: StopSignals,
+    last: Path | None = None,
 ) -> EquivalenceTrainer:
-    """The trainer with its callbacks."""
+    """The trainer with its callbacks.
+
+    Args:
+        last: the checkpoint that it will go on from.
+    """
     output, t = Path(config.paths.output_dir), config.training
     trainer = EquivalenceTrainer(
         model,
@@ -205,11 +232,14 @@ def make_trainer(
         objective_schedule(t, corpus.trained_blocks),
         teacher_cache=config.paths.teacher_cache,
         teacher_top_k=t.teacher_top_k,
+        settings=run_settings(config),
+        text_settings=text_settings(config.data),
         train_dataset=corpus.train,
         eval_dataset=corpus.chosen_by,
         callbacks=[
             signals,
             JsonLinesCallback(output / "metrics.jsonl"),
+            RememberTrackers(output / TRACKER_RUNS),
             SamplesCallback(output / "samples.jsonl", model, tokenizer, t.prediction_logging_steps),
             BestAdapterCallback(
                 Path(config.paths.checkpoint_dir) / "best_model", model, PATIENCE if t.objective == "auto" else None
@@ -220,6 +250,8 @@ def make_trainer(
         # The evaluation before training would make it write to ./runs, wherever that is.
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(output / TENSORBOARD)
+            if last is not None and is_first():  # hides what was logged after the checkpoint
+                callback.tb_writer = callback._SummaryWriter(callback.logging_dir, purge_step=step_of(last) + 1)
     return trainer
 
 

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from npt.adapters.weights import save_adapter
 from npt.common.files import append_json, write_json
+from npt.common.places import place
 from npt.common.processes import first_does, is_first
 from npt.common.sharded import through
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
@@ -26,8 +27,8 @@ BEST_METRIC = "eval_mean_kl"
 class JsonLinesCallback(TrainerCallback):
     """Appends every logged step to metrics.jsonl, whatever trackers there are."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: str | Path):
+        self.path = place(path)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -41,9 +42,14 @@ class SamplesCallback(TrainerCallback):
     """Every `every` steps, lets both models continue fixed prompts and keeps what they wrote in samples.jsonl."""
 
     def __init__(
-        self, path: Path, model: ConvertedModel, tokenizer: Any, every: int, prompts: Sequence[str] = DEFAULT_PROMPTS
+        self,
+        path: str | Path,
+        model: ConvertedModel,
+        tokenizer: Any,
+        every: int,
+        prompts: Sequence[str] = DEFAULT_PROMPTS,
     ):
-        self.path, self.model, self.tokenizer, self.every, self.prompts = path, model, tokenizer, every, prompts
+        self.path, self.model, self.tokenizer, self.every, self.prompts = place(path), model, tokenizer, every, prompts
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the samples when they are due."""
@@ -64,8 +70,8 @@ class BestAdapterCallback(TrainerCallback):
     With `patience`, training stops after that many evaluations in a row without a new best.
     """
 
-    def __init__(self, folder: Path, model: ConvertedModel, patience: int | None = None):
-        self.folder, self.model, self.patience = folder, model, patience
+    def __init__(self, folder: str | Path, model: ConvertedModel, patience: int | None = None):
+        self.folder, self.model, self.patience = place(folder), model, patience
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any

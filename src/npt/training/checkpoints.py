@@ -31,6 +31,7 @@ from npt.common.sharded import full_tensor, is_sharded, like
 from npt.data.streaming import StreamedBlocks
 from npt.errors import CheckpointError, RunError
 from npt.training.overridden import check_overridden
+from npt.training.resume import RECORD
 from npt.training.state_file import load_state, save_state
 
 logger = logging.getLogger(__name__)
@@ -91,13 +92,23 @@ class DurableTrainer(Trainer):
             with disk_errors(folder, needed):
                 super()._save_checkpoint(model, trial)
                 barrier()
-                first_does(lambda: seal(folder))
+                first_does(lambda: self._finish(folder))
         except RunError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
             self.args.save_total_limit = limit
         first_does(lambda: self._remove_old(folder))
+
+    def _finish(self, folder: Path) -> None:
+        """Writes the record of what decided the checkpoint, and seals it."""
+        if record := self.training_record():
+            write_json(folder / RECORD, record)
+        seal(folder)
+
+    def training_record(self) -> dict[str, Any]:
+        """The content of `npt.training.resume.RECORD`; empty for none."""
+        return {}
 
     def _checkpoint_bytes(self) -> int:
         """The bytes of the weights and two moments of all that is trained, and 1 MiB for the rest."""

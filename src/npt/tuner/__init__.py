@@ -1,5 +1,6 @@
 """The PEFT method: `NPTConfig` and `NPTModel`, the model card, and questions to a converted model."""
 
+from npt.tuner.checks import refuse_unsupported
 from npt.tuner.config import FORMAT_VERSION, LAYER_NAME, OPTIONS, PEFT_TYPE, Method, NPTConfig
 from npt.tuner.converted import (
     ConvertedModel,
@@ -15,7 +16,7 @@ from npt.tuner.converted import (
     run_backbone,
     weight_delta,
 )
-from npt.tuner.model import NPTModel, refuse_unsupported, register
+from npt.tuner.model import NPTModel, register
 
 __all__ = [
     "FORMAT_VERSION",

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
+from npt.builtin import MODELS, recorded_name
 from npt.common.display import one_line
 
 if TYPE_CHECKING:
@@ -30,12 +33,10 @@ transient low-rank weight delta for the block's MLP (the Neuro-Plastic Transform
 ```python
 import npt  # makes peft know the method
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({base_argument!r})
+{base_code}
 model = PeftModel.from_pretrained(base, "path or hub name of this adapter")
 ```
-
+{remark}
 | option | value |
 |---|---|
 {options}
@@ -81,25 +82,57 @@ def write_model_card(
         text = path.read_text(encoding="utf-8")
         if MARK not in text and _STUB not in text:
             return
-    base = config.base_model_name_or_path or ""
+    base = recorded_name(config.base_model_name_or_path) or ""
+    base_code, remark = _loading(base)
     data = ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["npt", "neuro-plastic-transformer", "transformers"],
-        base_model=base if base and not Path(base).exists() else None,  # a folder's path is no name on a hub
+        base_model=base if _is_hub_id(base) else None,
     )
     names = ("rank", "key", "carry", "gain", "low_rank_at", "modulation_scale", "target_projections")
     body = _TEXT.format(
         mark=MARK,
         title="NPT adapter" + (f" for {Path(base).name}" if base else ""),
         layers=config.npt_layers,
-        base=f"`{Path(base).name}`" if base else "the base model",
-        base_argument=base or "the base model",
+        base=as_code(Path(base).name) if base else "the base model",
+        base_code=base_code,
+        remark=remark,
         options="\n".join(f"| {name} | {getattr(config, name)} |" for name in names),
         parts=_PARTS.format(lines=_part_lines(parts)) if parts else "",
         results="" if report is None else _results(report),
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(path)
+
+
+def _is_hub_id(name: str) -> bool:
+    """True for a name that may be on a hub: a folder's path, or a builtin model's name, would be refused there."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def _loading(base: str) -> tuple[str, str]:
+    """(the lines of Python that load a base, a remark to stand below them)."""
+    if base in MODELS:
+        return (
+            f"\nbase, tokenizer = npt.load_base({base!r})",
+            "\nThe base comes with the package `npt`; to other libraries its name says nothing.\n",
+        )
+    if not base:
+        return (
+            "\nbase = ...  # the model this adapter was made for",
+            "\nThe base was made in memory and has no name that it could be loaded by: `base` is for you to fill in.\n",
+        )
+    folder = (
+        "\nThe base was a folder of the machine that made this adapter. Elsewhere, write its folder or hub id there.\n"
+    )
+    return (
+        f"from transformers import AutoModelForCausalLM\n\nbase = AutoModelForCausalLM.from_pretrained({base!r})",
+        "" if _is_hub_id(base) else folder,
+    )
 
 
 def _part_lines(parts: Sequence[tuple[str, Sequence[int]]]) -> str:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
 
+from npt.builtin import MODELS, recorded_name
+from npt.common.display import one_line
+from npt.common.fingerprint import is_record
 from npt.common.options import ALLOWED, DEFAULTS, OPTIONS, PROJECTIONS, tied_targets_down
 from npt.errors import ConversionError
 from npt.tuner.card import write_model_card
@@ -19,10 +22,11 @@ if TYPE_CHECKING:
 
 
 class Method(str, Enum):
-    """Our name among PEFT's methods; an enum, because transformers and TRL ask a config's `peft_type` for its `.value`."""
+    """Our name among PEFT's methods; an enum like theirs: transformers and TRL ask a config's `peft_type` for its `.value`,
+    PEFT reads the method in a model's status off its `str`.
+    """
 
     NPT = "NPT"
-    __str__ = str.__str__
 
 
 PEFT_TYPE = Method.NPT
@@ -35,6 +39,8 @@ LAYER_NAME = "neuroplastic"
 
 #: Of an adapter's files. An adapter of an older format is read for ever (tests/fixtures/adapters).
 FORMAT_VERSION = 1
+#: The remedy for a newer format. npt is installed from its repository; a package index may have another npt.
+UPGRADE = "install the npt that wrote it, or a newer one, from its repository (git pull, pip install -e .)"
 
 
 @dataclass
@@ -83,15 +89,19 @@ class NPTConfig(PeftConfig):
         self._was_loaded, self._vocabulary = False, 0
         self.peft_type = PEFT_TYPE
         self.task_type = self.task_type or "CAUSAL_LM"  # type: ignore[has-type]
+        name = self.base_model_name_or_path  # type: ignore[has-type]
+        # PEFT hands the name to `from_pretrained`, which knows no builtin model.
+        self.base_model_name_or_path = str(MODELS[name]) if isinstance(name, str) and name in MODELS else name
         problems = []
         if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
             raise ConversionError(
                 f"format_version={self.format_version!r}: the adapter was written by a newer npt, this one reads up to "
-                f"{FORMAT_VERSION}; upgrade with pip install -U npt"
+                f"{FORMAT_VERSION}; {UPGRADE}"
             )
-        if not isinstance(self.base_fingerprint, dict | None):
+        if not (self.base_fingerprint is None or is_record(self.base_fingerprint)):
             problems.append(
-                f"base_fingerprint={self.base_fingerprint!r}: npt writes it itself; restore the adapter's file"
+                f"base_fingerprint={one_line(repr(self.base_fingerprint), 40)}: npt writes it itself; restore the adapter's "
+                "file"
             )
         for name, allowed in ALLOWED.items():
             if getattr(self, name) not in allowed:
@@ -110,12 +120,13 @@ class NPTConfig(PeftConfig):
             raise ConversionError("; ".join(problems))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes adapter_config.json, and the model card beside it unless a person's own is there."""
-        allowed, self.allow_other_base = self.allow_other_base, False
-        try:
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.allow_other_base = allowed
+        """Writes adapter_config.json, and the model card beside it unless a person's own is there.
+
+        The base is written as `npt.builtin.recorded_name` has it: a builtin model's place differs from machine to machine.
+        """
+        saved = copy.copy(self)
+        saved.allow_other_base, saved.base_model_name_or_path = False, recorded_name(self.base_model_name_or_path)
+        super(NPTConfig, saved).save_pretrained(save_directory, **kwargs)
         write_model_card(save_directory, self)
         if self._text_record is not None and self._text_record:
             self._text_record.write(Path(save_directory))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from npt.block.layer import NPTLayer
 from npt.block.modes import watching_deltas
 from npt.block.probing import execution_device
 from npt.errors import ConversionError
-from npt.tuner.config import NPTConfig
+from npt.tuner.config import LAYER_NAME, NPTConfig
 
 if TYPE_CHECKING:
 
@@ -39,7 +39,15 @@ else:
 
 def npt_layers(model: nn.Module) -> list[NPTLayer]:
     """The NPT layers of a model, in depth order; empty for an unconverted one."""
-    return sorted((m for m in model.modules() if isinstance(m, NPTLayer)), key=lambda layer: layer.index)
+    found = (module._modules.get(LAYER_NAME) for module in model.modules())  # they hide, see NPTLayer.named_modules
+    return sorted((m for m in found if isinstance(m, NPTLayer)), key=lambda layer: layer.index)
+
+
+def take_off(layers: Sequence[NPTLayer]) -> None:
+    """Makes NPT blocks the original ones again."""
+    for layer in layers:
+        layer.detach()
+        delattr(layer.get_base_layer(), LAYER_NAME)
 
 
 def active_layers(model: nn.Module) -> list[NPTLayer]:
@@ -59,6 +67,11 @@ def active_layers(model: nn.Module) -> list[NPTLayer]:
 def adapter_config(model: ConvertedModel) -> NPTConfig:
     """The active adapter's config."""
     return model.peft_config[active_layers(model)[0].active_name or ""]
+
+
+def base_of(model: Any) -> Any:
+    """The causal LM: what a PeftModel holds, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def context_length_of(model: ConvertedModel) -> int | None:
@@ -116,7 +129,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def run_backbone(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Last hidden states (batch, tokens, d) of {"input_ids", "attention_mask"}, without the language-model head."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     decoder = getattr(base, base.base_model_prefix, base)
     output = decoder(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
     hidden: torch.Tensor = output.last_hidden_state
