@@ -81,8 +81,7 @@ def evaluate(
     """
     context_length, stride = _window(model, context_length, stride)
     corpora = dict(texts) if isinstance(texts, Mapping) and "input_ids" not in texts else {"text": texts}
-    limit = None if max_tokens is None else max(1, max_tokens // context_length)
-    window = context_length, stride, limit, begin_with_bos
+    window = context_length, stride, None if max_tokens is None else max_tokens // context_length, begin_with_bos
     blocks = {name: _blocks(name, corpus, tokenizer, model, window) for name, corpus in corpora.items()}
     layers, config, prompts = active_layers(model), adapter_config(model), listed_prompts(model, tokenizer, prompts)
     results = {name: _of_corpus(model, tokenizer, packed, batch_size, progress) for name, packed in blocks.items()}
@@ -267,7 +266,8 @@ def _blocks(
     Args:
         window: tokens per block, tokens scored of each, the most blocks before they overlap, whether all begin with BOS.
     """
-    context_length, stride, limit, bos = window
+    context_length, stride, most, bos = window
+    limit = None if most is None else max(1, most)
     found = documents_or_blocks(corpus, f"evaluate: corpus {name!r}")
     if isinstance(found, datasets.Dataset):
         blocks = found if limit is None else found.select(range(min(limit, len(found))))
