@@ -73,7 +73,10 @@ def test_an_end_of_text_that_is_called_unknown_is_not_unknown(model: Any) -> Non
 def test_blocks_that_begin_with_bos_are_counted_per_corpus(model: Any) -> None:
     long, bos = [" ".join([KNOWN] * 4)], [[1, 4, 5, 6, 7, 8, 9, 10]] * 3
     protocol = report_on(model, {"long": long, "blocks": bos})["protocol"]
-    assert protocol["blocks"] == {"long": 6, "blocks": 3} and protocol["blocks_beginning_with_bos"] == {"long": 0, "blocks": 3}
+    assert protocol["blocks"] == {"long": 6, "blocks": 3} and protocol["blocks_beginning_with_bos"] == {
+        "long": 0,
+        "blocks": 3,
+    }
     protocol = report_on(model, {"long": long}, begin_with_bos=True)["protocol"]
     assert protocol["blocks_beginning_with_bos"] == protocol["blocks"] == {"long": 7}
 

@@ -324,17 +324,10 @@ class EquivalenceTrainer(DurableTrainer):
         self.accelerator.unscale_gradients()
         norms = [
             full_tensor(nn.utils.clip_grad_norm_(group, self.args.max_grad_norm)).to(self.args.device)
-            for group in self._clipped_together(model)
+            for layer in active_layers(model)
+            if (group := [p for p in layer.own.parameters() if p.grad is not None])
         ]
         return torch.linalg.vector_norm(torch.stack(norms))
-
-    @staticmethod
-    def _clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
-        """The parameters that have a gradient: those of each block's component, and any others."""
-        groups = [list(layer.own.parameters()) for layer in active_layers(model)]
-        own = {p for group in groups for p in group}
-        groups.append([p for p in model.parameters() if p not in own])
-        return [found for group in groups if (found := [p for p in group if p.grad is not None])]
 
     def _stop_unless(self, finite: bool, what: Callable[[], str], inputs: dict[str, Tensor]) -> None:
         """Stops all processes where one of them met a value that is not finite."""

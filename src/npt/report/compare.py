@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -91,7 +92,7 @@ def _grade(report: Report) -> str:
     if kl is None:
         return number(None)
     bits = grade(kl)["bits"]
-    first: Report = next(iter(_corpora(report).values()), {})
+    first: dict[str, Any] = next(iter(_corpora(report).values()), {})
     spoilt = " (?)" if first.get("unknown_tokens", 0) > UNKNOWN_SHARE else ""
     return ("further than 2-bit" if bits is None else f"{bits}-bit") + spoilt
 
