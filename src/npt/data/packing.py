@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from npt.common.limits import check_ids
 from npt.common.progress import progress_bar
 from npt.errors import DataError
 
@@ -77,7 +78,14 @@ def pack_token_ids(
     return packer.blocks(max_blocks, keep_remainder=keep_remainder)
 
 
-def text_packer(documents: Iterable[str], tokenizer: Any, max_length: int, *, begin_with_bos: bool = False) -> Packer:
+def text_packer(
+    documents: Iterable[str],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    begin_with_bos: bool = False,
+    vocabulary: int | None = None,
+) -> Packer:
     """A packer of text documents.
 
     Every document gets the tokenizer's own special tokens, then its EOS unless it ends with one already. Padding, where
@@ -85,13 +93,14 @@ def text_packer(documents: Iterable[str], tokenizer: Any, max_length: int, *, be
 
     Args:
         begin_with_bos: begin every block with BOS, not only those that begin with a document's own.
+        vocabulary: rows of the model's embedding, None where they are not known.
 
     Raises:
-        DataError: the tokenizer has no BOS to begin with.
+        DataError: the tokenizer has no BOS to begin with. From reading: a token that the model does not have.
     """
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     bos = first_of_blocks(tokenizer, begin_with_bos)
-    return Packer(token_ids(documents, tokenizer), max_length, pad_token_id=pad, bos_token_id=bos)
+    return Packer(token_ids(documents, tokenizer, vocabulary), max_length, pad_token_id=pad, bos_token_id=bos)
 
 
 def first_of_blocks(tokenizer: Any, begin_with_bos: bool) -> int | None:
@@ -230,8 +239,15 @@ def split_blocks(
     return blocks.select(range(train)), blocks.select(tail)
 
 
-def token_ids(documents: Iterable[str], tokenizer: Any) -> Iterator[Sequence[int]]:
-    """Each document's ids with the tokenizer's own special tokens, and EOS at its end."""
+def token_ids(documents: Iterable[str], tokenizer: Any, vocabulary: int | None = None) -> Iterator[Sequence[int]]:
+    """Each document's ids with the tokenizer's own special tokens, and EOS at its end.
+
+    Args:
+        vocabulary: rows of the model's embedding, None where they are not known.
+
+    Raises:
+        DataError: a token that the model does not have.
+    """
     eos = tokenizer.eos_token_id
     for batch in _batches(documents):
         # verbose=False: a document longer than the context isn't worth a warning, it is cut into blocks.
@@ -239,13 +255,15 @@ def token_ids(documents: Iterable[str], tokenizer: Any) -> Iterator[Sequence[int
         for ids in encoded["input_ids"]:
             if eos is not None and ids and ids[-1] != eos:
                 ids.append(eos)
+            check_ids(ids, vocabulary, "the text", tokenizer)
             yield ids
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
-    for document in documents:
+    # A text alone would be taken for as many documents as it has characters.
+    for document in [documents] if isinstance(documents, str) else documents:
         if not document or document.isspace():
             continue
         batch.append(document)

@@ -204,26 +204,24 @@ def _below(hashes: Hashes, level: int) -> np.ndarray:
 def _tokens(blocks: Any, first: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ids, first tokens of documents, block of each token), each (tokens,), of blocks `first` to before `end`; no padding."""
     columns = _columns(blocks, first, end)
-    ids = columns["input_ids"]
-    rows = np.broadcast_to(np.arange(first, end)[:, None], ids.shape).reshape(-1)
-    real = columns["attention_mask"].reshape(-1).astype(bool)
-    unscored = columns["labels"].reshape(-1) == IGNORED
+    ids = np.concatenate([np.asarray(row) for row in columns["input_ids"]])
+    rows = np.repeat(np.arange(first, end), [len(row) for row in columns["input_ids"]])
+    real, unscored = np.ones(len(ids), dtype=bool), np.zeros(len(ids), dtype=bool)
+    if "attention_mask" in columns:
+        real = np.concatenate([np.asarray(row) for row in columns["attention_mask"]]).astype(bool)
+    if "labels" in columns:
+        unscored = np.concatenate([np.asarray(row) for row in columns["labels"]]) == IGNORED
     # Of several unscored tokens in a row the first one begins a document; what follows padding does too.
     starts = unscored & ~np.concatenate(([False], unscored[:-1])) | ~np.concatenate(([True], real[:-1]))
-    return ids.reshape(-1)[real], starts[real], rows[real]
+    return ids[real], starts[real], rows[real]
 
 
-def _columns(blocks: Any, first: int, end: int) -> dict[str, np.ndarray]:
-    """The columns of some blocks, each (blocks, tokens); a mask of ones and scored labels where there are none."""
+def _columns(blocks: Any, first: int, end: int) -> dict[str, Any]:
+    """{name: rows} of some blocks."""
     if isinstance(blocks, datasets.Dataset):
-        rows = blocks.with_format("numpy")[first:end]
-    else:
-        rows = {name: [blocks[i][name] for i in range(first, end)] for name in blocks[first]}
-    ids = np.asarray(rows["input_ids"])
-    mask, labels = (
-        np.asarray(rows.get(name, other)) for name, other in (("attention_mask", ids >= 0), ("labels", ids))
-    )
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        rows: dict[str, Any] = blocks.with_format("numpy")[first:end]
+        return rows
+    return {name: [blocks[i][name] for i in range(first, end)] for name in blocks[first]}
 
 
 @dataclass

@@ -181,7 +181,8 @@ class BlockStream:
     """One stream's documents packed into blocks, what is left of a document going into the next block.
 
     Args:
-        seen: takes the tokens of each document that goes into a block. bos_token_id: as of `npt.data.packing.Packer`.
+        seen: takes the tokens of each document that goes into a block. bos_token_id, vocabulary: as of
+            `npt.data.packing.text_packer`.
     """
 
     def __init__(
@@ -192,9 +193,10 @@ class BlockStream:
         seen: Seen | None = None,
         *,
         bos_token_id: int | None = None,
+        vocabulary: int | None = None,
     ):
         self.documents, self.tokenizer, self.max_length = documents, tokenizer, max_length
-        self.seen, self.bos_token_id = Seen() if seen is None else seen, bos_token_id
+        self.seen, self.bos_token_id, self.vocabulary = Seen() if seen is None else seen, bos_token_id, vocabulary
         self.served = 0
         self._rest: np.ndarray = np.empty((2, 0), dtype=np.int32)  # ids and labels
         self._ids: Iterator[Sequence[int]] = iter(())  # of the window's documents
@@ -204,7 +206,7 @@ class BlockStream:
         while not (found := cut(self._rest[:, : self.max_length], self.max_length, self.bos_token_id))[0].size:
             document = next(self._ids, None)
             if document is None:
-                self._ids = token_ids(self.documents.upcoming(), self.tokenizer)
+                self._ids = token_ids(self.documents.upcoming(), self.tokenizer, self.vocabulary)
                 continue
             self.documents.advance()
             if len(document):

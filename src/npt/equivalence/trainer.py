@@ -38,7 +38,15 @@ from npt.training.resume import (
 )
 from npt.training.steps import run_steps
 from npt.tuner.checks import renew_record
-from npt.tuner.converted import ConvertedModel, active_layers, adapter_config, base_of, device_of, own_parameters
+from npt.tuner.converted import (
+    ConvertedModel,
+    active_layers,
+    adapter_config,
+    base_of,
+    check_batch,
+    device_of,
+    own_parameters,
+)
 from npt.tuner.nonfinite import find_nonfinite
 
 logger = logging.getLogger(__name__)
@@ -147,6 +155,7 @@ class EquivalenceTrainer(DurableTrainer):
         text: Any = self.eval_dataset if self.is_streamed else self.train_dataset
         rows = list(islice(text, SCALE_BLOCKS))
         first = collated(rows, self.data_collator, device_of(self.model))
+        check_batch(self.model, first["input_ids"], "training text")
         for _, objective in self.schedule:
             objective.prepare(self.model, first)
         self.read_teacher()
@@ -268,8 +277,8 @@ class EquivalenceTrainer(DurableTrainer):
     ) -> Any:
         """Returns the objective's total for one micro-batch, as its share of the optimiser step."""
         unwrapped, inputs = self.accelerator.unwrap_model(model), complete_batch(inputs)
-        record = adapter_config(unwrapped).text_record
-        if record is not None:
+        check_batch(unwrapped, inputs["input_ids"], "training text")
+        if (record := adapter_config(unwrapped).text_record) is not None:
             record.add_batch(inputs)
         items = scored_positions(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch
         # The model's own forward carries autocast; the objectives call what is inside it.

@@ -117,7 +117,9 @@ def streamed_blocks(
 
     def make(place: tuple[int, int]) -> BlockStream:
         stream = DocumentStream(source, place, seed=texts.seed, window=data.shuffle_window, left_out=left_out)
-        return BlockStream(stream, tokenizer, data.max_length, record.trained, bos_token_id=bos)
+        return BlockStream(
+            stream, tokenizer, data.max_length, record.trained, bos_token_id=bos, vocabulary=texts.vocabulary
+        )
 
     return StreamedBlocks(make, world()), chosen_by, calibration, held_out.select(range(last))
 
@@ -141,7 +143,7 @@ class HeldOutText:
         data = self.texts.data
         # One document at a time: any tokenised ahead would count as seen and never be trained on.
         read = held_out_documents(self._documents, self.digests)
-        one_by_one = (ids for text in read for ids in token_ids([text], self.tokenizer))
+        one_by_one = (ids for text in read for ids in token_ids([text], self.tokenizer, self.texts.vocabulary))
         bos = first_of_blocks(self.tokenizer, data.begin_with_bos)
         packer = Packer(one_by_one, data.max_length, pad_token_id=0, bos_token_id=bos)
         found = (unseen or Unseen(None)).first(self.texts.label, packer, count, has_end=False)
