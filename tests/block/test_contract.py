@@ -57,3 +57,15 @@ def test_a_block_at_a_token_without_key_passes_its_input_on() -> None:
         out = model(input_ids=torch.tensor([[7, 3, 9]]), output_hidden_states=True).hidden_states
     assert not out[1][0, 1].any()
     assert out[1][0, 0].any()
+
+
+def test_conversion_within_autocast_is_the_same() -> None:
+    """bfloat16 products would differ from the exact value by more than float32's tolerance."""
+    components = []
+    for enabled in (False, True):
+        base = random_base("llama", torch.float32)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model = get_peft_model(base, NPTConfig(npt_layers="all"))
+        components.append([p for layer in active_layers(model) for p in layer.own.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*components, strict=True))

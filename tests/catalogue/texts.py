@@ -133,7 +133,7 @@ DATA = [
             *sets("data.num_eval_samples=2", "data.max_length=32", "model.base_model_name={model}"),
         ),
         ("b.txt: all 12 block(s) that could be scored were trained on", "data.score_seen_text=true"),
-        {name: b"A text of some length that stands in two files alike. " * 8 for name in ("a.txt", "b.txt")},
+        dict.fromkeys(("a.txt", "b.txt"), b"A text of some length that stands in two files alike. " * 8),
     ),
     Entry(
         "data: one document over and over",

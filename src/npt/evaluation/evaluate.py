@@ -204,6 +204,9 @@ def _in_detail(
         }
 
 
+REPORTED_OPTIONS = ("key", "carry", "gain", "low_rank_at", "target_projections", "modulation_scale")
+
+
 def _model_config(model: ConvertedModel, config: NPTConfig, layers: Sequence[NPTLayer]) -> dict[str, Any]:
     """The report's `model_config`: the base, the adapter's options and the numbers of parameters."""
     trainable, base = parameter_counts(model)
@@ -211,7 +214,7 @@ def _model_config(model: ConvertedModel, config: NPTConfig, layers: Sequence[NPT
         "base_model": name_of(config.base_model_name_or_path),
         "npt_layers": [layer.index for layer in layers],
         "rank": config.rank,
-        **{name: getattr(config, name) for name in ("key", "carry", "gain", "low_rank_at", "target_projections")},
+        **{name: getattr(config, name) for name in REPORTED_OPTIONS},
         "trainable_parameters": trainable,
         "base_parameters": base,
     }
