@@ -23,6 +23,7 @@ from tests.catalogue.entries import (
 )
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+ADAPTER, OPTIONS = "adapter_model.safetensors", "adapter_config.json"
 BASES = [
     Entry(
         "base: a name that is nowhere",
@@ -42,6 +43,21 @@ BASES = [
         {"w.bin": b"x"},
     ),
     bad_base("no config.json", remove(CONFIG), "has no config.json", "name a Hugging Face model folder"),
+    bad_base(
+        "a LoRA folder", both(remove(CONFIG), write(OPTIONS, b'{"peft_type": "LORA", "base_model_name_or_path": "org/m"}')),
+        "base: is a LORA adapter, not a model", "name its base (it was made for org/m), or merge the adapter",
+    ),
+    bad_base(
+        "an NPT adapter", both(remove(CONFIG), write(OPTIONS, b'{"peft_type": "NPT"}')),
+        "base: is an NPT adapter, not a model", "made for unknown), and the adapter with --checkpoint",
+    ),
+    bad_base("an adapter of no JSON", both(remove(CONFIG), write(OPTIONS, b"{")), "is a unknown adapter, not a model"),
+    bad_base(
+        "a LoRA beside the weights", write(OPTIONS, b'{"peft_type": "LORA"}'),
+        "holds a LORA adapter (adapter_config.json) beside the model", "move adapter_config.json", "merge_and_unload",
+        script=True,
+    ),
+    bad_base("an NPT adapter beside the weights", write(OPTIONS, b'{"peft_type": "NPT"}'), "holds a NPT adapter", "move"),
     bad_base("config.json is no JSON", write(CONFIG, b"{rank"), "can't be loaded", "restore its config.json"),
     bad_base("config.json is an array", write(CONFIG, b"[1, 2]"), "can't be loaded", "restore its config.json"),
     bad_base("config.json is empty", write(CONFIG, b""), "can't be loaded", "restore its config.json"),
@@ -119,8 +135,6 @@ BASES = [
     ),
 ]  # fmt: skip
 
-ADAPTER, OPTIONS = "adapter_model.safetensors", "adapter_config.json"
-
 
 def first(values: dict[str, torch.Tensor]) -> str:
     return sorted(values)[0]
@@ -184,7 +198,7 @@ ADAPTERS = [
     bad_adapter("empty weights", write(ADAPTER, b""), "is damaged", "restore it from a backup"),
     bad_adapter("NaN", tensors(ADAPTER, with_nan), "holds NaN or infinity in", "take an earlier checkpoint"),
     bad_adapter(
-        "a key too many", tensors(ADAPTER, lambda v: v.update(odd=torch.ones(2))), "do not fit its config", "at odd [2]"
+        "a key too many", tensors(ADAPTER, lambda v: v.update(odd=torch.ones(2))), "do not fit its config", "unknown odd"
     ),
     bad_adapter("a key too few", tensors(ADAPTER, lambda v: v.pop(first(v))), "do not fit its config", "use the base"),
     bad_adapter("no keys", tensors(ADAPTER, lambda v: v.clear()), "do not fit its config", "use the base"),
@@ -228,6 +242,28 @@ ADAPTERS = [
     bad_adapter(
         "another base of the same sizes", json_of(OPTIONS, base_fingerprint={"config": {"vocab_size": 7}}),
         "made for another base: vocab_size is", "Load it on",
+    ),
+    bad_adapter(
+        "a fingerprint whose samples are none", json_of(OPTIONS, base_fingerprint={"samples": "abc"}),
+        "base_fingerprint", "restore it from a backup",
+    ),
+    bad_adapter(
+        "another rotary embedding", json_of(OPTIONS, base_fingerprint={"config": {"rope_parameters": {"rope_theta": 5}}}),
+        "made for another base: rope_parameters is", "Load it on",
+    ),
+    bad_adapter(
+        "another adapter inside its base",
+        json_of(OPTIONS, base_fingerprint={"inside": {"kinds": ["lora"], "layers": "", "weights": "", "settings": {},
+                                                      "samples": {"names": "", "values": ""}}}),
+        "other adapters are at work inside it: none here, lora there", "Load the other adapters first",
+    ),
+    bad_adapter(
+        "another vocabulary", json_of(OPTIONS, base_fingerprint={"config": {"vocab_size": 7}}),
+        "vocab_size is", "Load it on", "after model.resize_token_embeddings(7)",
+    ),
+    bad_adapter(
+        "a block renamed", tensors(ADAPTER, lambda v: v.update({k.replace(".3.", ".9."): v.pop(k) for k in list(v)})),
+        "do not fit its config or this base: missing", "unknown", "use the base it was made from",
     ),
     Entry(
         "resume: nothing",

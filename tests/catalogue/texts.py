@@ -126,6 +126,41 @@ DATA = [
         {"a.txt": b"text"},
     ),
     Entry(
+        "data: evaluated on and calibrated with, in a copy",
+        (
+            "train",
+            *sets("data.calibration_files=[a.txt]", "data.eval_texts=[b.txt]", "data.num_train_samples=4"),
+            *sets("data.num_eval_samples=2", "data.max_length=32", "model.base_model_name={model}"),
+        ),
+        ("b.txt: all 12 block(s) that could be scored were trained on", "data.score_seen_text=true"),
+        {name: b"A text of some length that stands in two files alike. " * 8 for name in ("a.txt", "b.txt")},
+    ),
+    Entry(
+        "data: one document over and over",
+        (
+            "train",
+            *sets("data.dataset_name=text", "data.data_files=[a.jsonl]", "data.max_length=32"),
+            *sets("data.num_train_samples=40", "data.num_eval_samples=4", "model.base_model_name={model}"),
+        ),
+        ("a.jsonl: all", "were trained on, and nothing is left", "data.score_seen_text=true"),
+        {"a.jsonl": b'{"text": "The same document again and again, word for word."}\n' * 60},
+    ),
+    Entry(
+        "data: blocks beyond the model's context",
+        (
+            "train",
+            *sets("data.dataset_name=text", "data.data_files=[a.txt]", "data.max_length=129"),
+            *sets("model.base_model_name={model}"),
+        ),
+        ("data.max_length=129 is above the model's context of 128 tokens", "lower it"),
+        {"a.txt": b"text " * 400},
+    ),
+    Entry(
+        "data: evaluation beyond the model's context",
+        ("evaluate", "--checkpoint", "{adapter}", *sets("data.max_length=129", "model.base_model_name={model}")),
+        ("data.max_length=129 is above the model's context of 128 tokens", "lower it"),
+    ),
+    Entry(
         "data: missing calibration text",
         ("train", *sets("data.calibration_files=[none.jsonl]")),
         ("none.jsonl: no such file", "check data.calibration_files"),

@@ -31,32 +31,38 @@ def packed(documents: list[list[int]], length: int) -> Any:
 
 def test_the_hash_of_a_window_depends_on_its_tokens_and_their_order_alone() -> None:
     ids = np.array(tokens(200))
-    places, hashes = window_hashes(ids, np.zeros(200, dtype=bool))
-    assert places.tolist() == list(range(188)) and len(set(hashes.tolist())) == 188
-    shifted = window_hashes(ids[50:], np.zeros(150, dtype=bool))[1]
+    places, last, hashes = window_hashes(ids, np.zeros(200, dtype=bool))
+    assert places.tolist() == list(range(188)) == [place - 12 for place in last] and len(set(hashes.tolist())) == 188
+    shifted = window_hashes(ids[50:], np.zeros(150, dtype=bool))[2]
     assert (hashes[50:] == shifted).all()
     other = ids.copy()
     other[[70, 71]] = other[[71, 70]]
-    changed = np.flatnonzero(window_hashes(other, np.zeros(200, dtype=bool))[1] != hashes)
+    changed = np.flatnonzero(window_hashes(other, np.zeros(200, dtype=bool))[2] != hashes)
     assert changed.tolist() == list(range(70 - WINDOW + 1, 72))
 
 
 def test_windows_end_with_their_document_and_a_short_document_is_one() -> None:
     starts = np.zeros(40, dtype=bool)
     starts[[0, 20, 25]] = True  # 20, 5 and 15 tokens
-    places, _ = window_hashes(np.array(tokens(40)), starts)
+    places, _, _ = window_hashes(np.array(tokens(40)), starts)
     assert sorted(places.tolist()) == [*range(8), 20, *range(25, 28)]
 
 
-@pytest.mark.parametrize("length", [5, 8, 20, 64, 250])
+@pytest.mark.parametrize("length", [5, 8, 15, 20, 64, 250])
 def test_trained_blocks_are_known_in_any_block_length(length: int) -> None:
     ids = tokens(4000)
     trained = Seen().add(packed([ids], 50).select(range(40)))
     covered = trained.covers(packed([ids], length))
     known = 2000 // length
-    edge = WINDOW // length  # their windows reach past the end of what was trained on
+    edge = 2 * (length < WINDOW)  # their windows reach past the end of what was trained on
     assert covered[: known - edge].all() and not covered[known + 1 :].any()
     assert not trained.covers(packed([tokens(4000, 1)], length)).any()
+
+
+@pytest.mark.parametrize("length", [19, 32, 64])
+def test_blocks_that_do_not_follow_each_other_are_known(length: int) -> None:
+    blocks = packed([tokens(4000)], length)
+    assert Seen().add(blocks.shuffle(seed=0)).covers(blocks.shuffle(seed=1)).all()
 
 
 def test_documents_in_another_order_are_known() -> None:

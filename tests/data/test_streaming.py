@@ -269,7 +269,7 @@ def test_a_folder_is_streamed_as_a_hub_data_set(tmp_path: Path) -> None:
         again = DocumentStream(source, (1, 2), seed=0, window=8)
         again.load_state_dict(json.loads(json.dumps(whole.state_dict())))
         assert [again.take() for _ in range(40)] == [whole.take() for _ in range(40)]
-    with pytest.raises(DataError, match=r"no column 'text' with text \(there are: body\)"):
+    with pytest.raises(DataError, match=r"no column 'text' \(there are: body\)"):
         hub_source(str(tmp_path), None, "text")
     with pytest.raises(DataError, match=r"can't be streamed"):
         hub_source(str(tmp_path / "nowhere"), None, "text")

@@ -28,10 +28,7 @@ NAMES = [
     "road",
     "house",
     "field",
-    "cloud",
     "rain",
-    "light",
-    "shadow",
 ]
 
 

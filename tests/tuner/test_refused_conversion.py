@@ -81,7 +81,7 @@ ERRORS = [torch.OutOfMemoryError("no memory"), KeyboardInterrupt(), RuntimeError
 PLACES = {
     "contract": (npt.tuner.model, "check_contract"),
     "component": (NPTLayer, "add_component"),
-    "hooks": (BlockHooks, "_followed"),
+    "hooks": (BlockHooks, "_hook_modules"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,18 @@ def wide(x: Tensor) -> Tensor:
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype. `x.to` costs a decoding step time even where it changes nothing."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def matmul_precision(device: torch.device) -> str:
+    """The format that float32 matrix products of a device are computed in: "ieee" (float32), "tf32" or "bf16".
+
+    Other libraries and environment variables lower it for the whole process.
+    """
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    found = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if found is None:  # torch before 2.9
+        found = {"highest": "ieee", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
+    return "ieee" if found == "none" else str(found)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

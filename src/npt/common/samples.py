@@ -38,6 +38,8 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> int:
     if one["names"] != other["names"]:
         return 0
     a, b = (_values(part) for part in (one, other))
+    if a.shape != b.shape:
+        return 1
     allowed = _SLACK * (_half_unit(a) + _half_unit(b)) + _ABSOLUTE
     with np.errstate(invalid="ignore"):
         wrong = np.abs(a - b) > allowed  # False where one of them is a code

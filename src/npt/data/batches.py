@@ -10,6 +10,7 @@ import pyarrow.compute
 import torch
 from torch import Tensor
 
+from npt.common.display import one_line
 from npt.data.packing import IGNORED
 from npt.errors import DataError
 
@@ -39,8 +40,14 @@ def collated(
     """One batch of rows that may differ in length, as a collator pads them, on a device and completed.
 
     Raises:
-        DataError: the collator can't join them.
+        DataError: the rows are not of token ids, or the collator can't join them.
     """
+    if rows and (not isinstance(rows[0], Mapping) or "input_ids" not in rows[0]):
+        kind = f"columns {', '.join(rows[0])}" if isinstance(rows[0], Mapping) else type(rows[0]).__name__
+        raise DataError(
+            f"the rows of the data set have no input_ids ({one_line(kind, 80)}); make blocks of text with "
+            "npt.data.pack(texts, tokenizer, max_length)"
+        )
     try:
         batch = collate(rows)
     except ValueError as error:  # of torch and transformers, for rows of several lengths
@@ -60,6 +67,12 @@ def block_lengths(blocks: datasets.Dataset) -> tuple[int, int]:
     tables = blocks.select_columns(["input_ids"]).with_format("arrow").iter(1000)
     found = [pyarrow.compute.min_max(pyarrow.compute.list_value_length(t["input_ids"])).as_py() for t in tables]
     return min(f["min"] for f in found), max(f["max"] for f in found)
+
+
+def with_mask(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The columns of a batch that are of text, as tensors, with an attention_mask of ones where there is none."""
+    found = {n: torch.as_tensor(batch[n]) for n in ("input_ids", "attention_mask", "labels") if n in batch}
+    return {"attention_mask": torch.ones_like(found["input_ids"]), **found}
 
 
 def complete_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from npt.common.limits import check_ids
 from npt.common.progress import progress_bar
 from npt.errors import DataError
 
@@ -36,13 +37,14 @@ def pack(
     *,
     max_blocks: int | None = None,
     keep_remainder: bool = False,
+    begin_with_bos: bool = False,
     progress: bool = False,
 ) -> datasets.Dataset:
     """Tokenises text documents and packs them into blocks; reads little further than `max_blocks` needs.
 
     Args, Returns, Raises: as `text_packer` and `pack_token_ids`.
     """
-    packer = text_packer(documents, tokenizer, max_length)
+    packer = text_packer(documents, tokenizer, max_length, begin_with_bos=begin_with_bos)
     packer.read(max_blocks, progress=progress)
     return packer.blocks(max_blocks, keep_remainder=keep_remainder)
 
@@ -76,14 +78,44 @@ def pack_token_ids(
     return packer.blocks(max_blocks, keep_remainder=keep_remainder)
 
 
-def text_packer(documents: Iterable[str], tokenizer: Any, max_length: int) -> Packer:
+def text_packer(
+    documents: Iterable[str],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    begin_with_bos: bool = False,
+    vocabulary: int | None = None,
+) -> Packer:
     """A packer of text documents.
 
     Every document gets the tokenizer's own special tokens, then its EOS unless it ends with one already. Padding, where
     there is any, uses the pad id, else EOS, else 0. Blank documents are skipped.
+
+    Args:
+        begin_with_bos: begin every block with BOS, not only those that begin with a document's own.
+        vocabulary: rows of the model's embedding, None where they are not known.
+
+    Raises:
+        DataError: the tokenizer has no BOS to begin with. From reading: a token that the model does not have.
     """
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
-    return Packer(token_ids(documents, tokenizer), max_length, pad_token_id=pad)
+    bos = first_of_blocks(tokenizer, begin_with_bos)
+    return Packer(token_ids(documents, tokenizer, vocabulary), max_length, pad_token_id=pad, bos_token_id=bos)
+
+
+def first_of_blocks(tokenizer: Any, begin_with_bos: bool) -> int | None:
+    """The token that every block is to begin with, None where blocks begin as the text comes.
+
+    Raises:
+        DataError: the tokenizer has no such token.
+    """
+    if not begin_with_bos:
+        return None
+    if tokenizer.bos_token_id is None:
+        raise DataError(
+            "data.begin_with_bos=true: the tokenizer has no BOS token; set tokenizer.bos_token, or use false"
+        )
+    return int(tokenizer.bos_token_id)
 
 
 class Packer:
@@ -93,15 +125,18 @@ class Packer:
         documents: token ids, separators included; empty ones are skipped.
         max_length: tokens in a block.
         pad_token_id: fills a kept remainder.
+        bos_token_id: begins every block, before text that does not begin with it; None: blocks begin as the text comes.
 
     Raises:
         DataError: `max_length` < 2.
     """
 
-    def __init__(self, documents: Iterable[Sequence[int]], max_length: int, *, pad_token_id: int):
+    def __init__(
+        self, documents: Iterable[Sequence[int]], max_length: int, *, pad_token_id: int, bos_token_id: int | None = None
+    ):
         if max_length < 2:
             raise DataError(f"data.max_length={max_length}: a block needs at least 2 tokens to predict one; raise it")
-        self.max_length, self.pad_token_id = max_length, pad_token_id
+        self.max_length, self.pad_token_id, self.bos_token_id = max_length, pad_token_id, bos_token_id
         #: Whole blocks so far.
         self.count = 0
         self._documents = iter(documents)
@@ -128,12 +163,11 @@ class Packer:
     def _add(self, document: Sequence[int]) -> int:
         """Appends a document; returns the number of blocks it completes."""
         rest = np.concatenate((self._rest, labelled(document)), axis=1)
-        new = rest.shape[1] // self.max_length
-        if new:
-            self._full.append(rest[:, : new * self.max_length].reshape(2, new, self.max_length))
-        self._rest = rest[:, new * self.max_length :]
-        self.count += new
-        return new
+        new, self._rest = cut(rest, self.max_length, self.bos_token_id)
+        if new.shape[1]:
+            self._full.append(new)
+        self.count += new.shape[1]
+        return new.shape[1]
 
     def blocks(self, max_blocks: int | None = None, *, keep_remainder: bool = False) -> datasets.Dataset:
         """The blocks that were read, at most `max_blocks` (see `pack_token_ids`).
@@ -142,12 +176,12 @@ class Packer:
             DataError: no document held a token.
         """
         full, lengths = list(self._full), [self.max_length] * self.count
-        rest = self._rest.shape[1]
-        if self.count == 0 and rest == 0:
+        if self.count == 0 and self._rest.shape[1] == 0:
             raise DataError("no text to pack: every document is empty; check the data source")
-        if rest and (keep_remainder or self.count == 0):
-            full.append(_padded(self._rest, self.max_length, self.pad_token_id)[:, None])
-            lengths.append(rest)
+        if self._rest.shape[1] and (keep_remainder or self.count == 0):
+            rest = _begun(self._rest, self.bos_token_id)
+            full.append(_padded(rest, self.max_length, self.pad_token_id)[:, None])
+            lengths.append(rest.shape[1])
         pair = np.concatenate(full, axis=1)[:, :max_blocks]
         mask = np.arange(self.max_length) < np.array(lengths[:max_blocks])[:, None]
         return as_blocks(pair[0], mask, pair[1])
@@ -205,8 +239,15 @@ def split_blocks(
     return blocks.select(range(train)), blocks.select(tail)
 
 
-def token_ids(documents: Iterable[str], tokenizer: Any) -> Iterator[Sequence[int]]:
-    """Each document's ids with the tokenizer's own special tokens, and EOS at its end."""
+def token_ids(documents: Iterable[str], tokenizer: Any, vocabulary: int | None = None) -> Iterator[Sequence[int]]:
+    """Each document's ids with the tokenizer's own special tokens, and EOS at its end.
+
+    Args:
+        vocabulary: rows of the model's embedding, None where they are not known.
+
+    Raises:
+        DataError: a token that the model does not have.
+    """
     eos = tokenizer.eos_token_id
     for batch in _batches(documents):
         # verbose=False: a document longer than the context isn't worth a warning, it is cut into blocks.
@@ -214,13 +255,15 @@ def token_ids(documents: Iterable[str], tokenizer: Any) -> Iterator[Sequence[int
         for ids in encoded["input_ids"]:
             if eos is not None and ids and ids[-1] != eos:
                 ids.append(eos)
+            check_ids(ids, vocabulary, "the text", tokenizer)
             yield ids
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
-    for document in documents:
+    # A text alone would be taken for as many documents as it has characters.
+    for document in [documents] if isinstance(documents, str) else documents:
         if not document or document.isspace():
             continue
         batch.append(document)
@@ -237,6 +280,30 @@ def labelled(ids: Sequence[int]) -> np.ndarray:
     pair = np.tile(np.asarray(ids, dtype=np.int32), (2, 1))
     pair[1, 0] = IGNORED
     return pair
+
+
+def cut(pair: np.ndarray, max_length: int, bos_token_id: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(whole blocks (2, blocks, max_length), what is left (2, tokens)) of ids and labels (2, tokens); see `Packer`."""
+    if bos_token_id is None:
+        count = pair.shape[1] // max_length
+        return pair[:, : count * max_length].reshape(2, count, max_length), pair[:, count * max_length :]
+    blocks, start = [np.empty((2, 0, max_length), dtype=pair.dtype)], 0
+    while start < pair.shape[1]:
+        end = start + max_length - (pair[0, start] != bos_token_id)
+        if end > pair.shape[1]:
+            break
+        blocks.append(_begun(pair[:, start:end], bos_token_id)[:, None])
+        start = int(end)
+    return np.concatenate(blocks, axis=1), pair[:, start:]
+
+
+def _begun(pair: np.ndarray, bos_token_id: int | None) -> np.ndarray:
+    """Ids and labels with BOS before them, unless they begin with it; what follows a BOS that was put there is not scored."""
+    if bos_token_id is None or pair[0, 0] == bos_token_id:
+        return pair
+    begun = np.insert(pair, 0, [bos_token_id, IGNORED], axis=1)
+    begun[1, 1] = IGNORED
+    return begun
 
 
 def _padded(pair: np.ndarray, max_length: int, pad_token_id: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 
 from npt.common.files import replace_file
 from npt.common.fingerprint import base_fingerprint
+from npt.common.limits import check_ids, check_length, vocabulary_of
 from npt.common.places import place
 from npt.common.processes import first_does, share, total, world
 from npt.common.progress import progress_bar
@@ -106,15 +107,14 @@ def _check_sizes(config: Any, num_blocks: int, max_length: int, batch_size: int 
     for name, (value, least) in sizes.items():
         if value is not None and value < least:
             raise DataError(f"{name}={value}: sampling text from the model needs at least {least}; raise it")
-    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if context is not None and max_length > context:
-        raise DataError(f"data.max_length={max_length} is above the model's context of {context} tokens; lower it")
+    check_length(config, max_length, "data.max_length")
 
 
 def _first_token(tokenizer: Any, config: Any) -> int:
     config = config.get_text_config(decoder=True)
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, getattr(config, "bos_token_id", None)):
         if token is not None:
+            check_ids([token], vocabulary_of(config), "data.dataset_name=self", tokenizer)
             return int(token)
     raise DataError(
         "data.dataset_name=self: neither tokenizer nor model has a BOS or EOS token to begin text with; "

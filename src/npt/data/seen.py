@@ -35,6 +35,8 @@ WINDOW, LONG_WINDOW, SMALL_VOCABULARY = 13, 26, 512
 LIMIT = 2**16
 #: A block counts as seen from this share of its windows on.
 SEEN_SHARE = 0.5
+#: So many windows that lie in a block are enough to judge it by.
+WHOLE_WINDOWS = 6
 #: Windows of a sample that a judgement needs; blocks with fewer are judged together with their neighbours.
 LEAST_WINDOWS = 8
 #: Tokens that are hashed at once.
@@ -69,7 +71,7 @@ class Seen:
         if documents:
             starts = np.zeros(sum(map(len, documents)), dtype=bool)
             starts[np.cumsum([0, *map(len, documents[:-1])])] = True
-            self._keep(window_hashes(np.concatenate(documents), starts, self.window)[1])
+            self._keep(window_hashes(np.concatenate(documents), starts, self.window)[2])
         return self._hashes
 
     def add(self, blocks: Any) -> Seen:
@@ -78,7 +80,7 @@ class Seen:
         step, ahead = max(1, _CHUNK_TOKENS // length), -(-self.window // length)
         for first in range(0, len(blocks), step):
             ids, starts, _ = _tokens(blocks, first, min(first + step + ahead, len(blocks)))
-            self._keep(window_hashes(ids, starts, self.window)[1])
+            self._keep(window_hashes(ids, starts, self.window)[2])
         return self
 
     def add_document(self, ids: Sequence[int]) -> None:
@@ -125,6 +127,7 @@ class Seen:
     def covers(self, blocks: Any) -> np.ndarray:
         """(blocks,) bool: the blocks of which at least half of the windows are in this text.
 
+        The windows of a block are those that lie in it or, where these are few, those whose middle does.
         Of a text with more windows than a record keeps, a block is judged by those of its windows that would have been
         kept. Where these are fewer than `LEAST_WINDOWS`, blocks that follow each other are judged together.
         """
@@ -132,15 +135,17 @@ class Seen:
         if not self or not len(blocks):
             return kept.astype(bool)
         length = len(blocks[0]["input_ids"])
-        step, ahead = max(1, _CHUNK_TOKENS // length), -(-self.window // length)
-        for first in range(0, len(blocks), step):
-            end = min(first + step, len(blocks))
-            ids, starts, rows = _tokens(blocks, first, min(end + ahead, len(blocks)))
-            places, hashes = window_hashes(ids, starts, self.window)
-            chosen = _below(hashes, self.level) & (rows[places] < end)
-            rows, hashes = rows[places][chosen], hashes[chosen]
-            kept += np.bincount(rows, minlength=len(blocks))
-            hits += np.bincount(rows, weights=np.isin(hashes, self.hashes), minlength=len(blocks))
+        step, around = max(1, _CHUNK_TOKENS // length), -(-self.window // length)
+        for start in range(0, len(blocks), step):
+            end = min(start + step, len(blocks))
+            ids, starts, rows = _tokens(blocks, max(0, start - around), min(end + around, len(blocks)))
+            first, last, hashes = window_hashes(ids, starts, self.window)
+            row, inside = rows[(first + last) // 2], rows[first] == rows[last]
+            # Blocks need not follow each other in the text: windows that reach into the next one are the last resort.
+            enough = np.bincount(row[inside], minlength=len(blocks)) >= WHOLE_WINDOWS
+            chosen = (inside | ~enough[row]) & _below(hashes, self.level) & (row >= start) & (row < end)
+            kept += np.bincount(row[chosen], minlength=len(blocks))
+            hits += np.bincount(row[chosen], weights=np.isin(hashes[chosen], self.hashes), minlength=len(blocks))
         groups = ((np.cumsum(kept) - kept) // (LEAST_WINDOWS if self.level else 1)).astype(int)
         kept, hits = (np.bincount(groups, weights=x)[groups] for x in (kept, hits))
         found: np.ndarray = (kept > 0) & (hits >= SEEN_SHARE * kept)
@@ -156,8 +161,8 @@ def text_digest(blocks: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def window_hashes(ids: np.ndarray, starts: np.ndarray, window: int = WINDOW) -> tuple[np.ndarray, Hashes]:
-    """(place of its first token, hash), each (windows,), of every window of a text.
+def window_hashes(ids: np.ndarray, starts: np.ndarray, window: int = WINDOW) -> tuple[np.ndarray, np.ndarray, Hashes]:
+    """(place of its first token, of its last token, hash), each (windows,), of every window of a text.
 
     Args:
         ids: (tokens,) token ids. starts: (tokens,) bool, the first tokens of documents; the text's own is one.
@@ -176,7 +181,7 @@ def window_hashes(ids: np.ndarray, starts: np.ndarray, window: int = WINDOW) -> 
     back = np.cumprod(np.full(count, _INVERSE, dtype=np.uint64))
     sums = np.concatenate((np.zeros(1, dtype=np.uint64), np.cumsum(_mixed(ids.astype(np.uint64)) * powers)))
     polynomial = (sums[after] - sums[places]) * back[places]
-    return places, _mixed(polynomial + (after - places).astype(np.uint64))
+    return places, after - 1, _mixed(polynomial + (after - places).astype(np.uint64))
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
@@ -199,26 +204,24 @@ def _below(hashes: Hashes, level: int) -> np.ndarray:
 def _tokens(blocks: Any, first: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ids, first tokens of documents, block of each token), each (tokens,), of blocks `first` to before `end`; no padding."""
     columns = _columns(blocks, first, end)
-    ids = columns["input_ids"]
-    rows = np.broadcast_to(np.arange(first, end)[:, None], ids.shape).reshape(-1)
-    real = columns["attention_mask"].reshape(-1).astype(bool)
-    unscored = columns["labels"].reshape(-1) == IGNORED
+    ids = np.concatenate([np.asarray(row) for row in columns["input_ids"]])
+    rows = np.repeat(np.arange(first, end), [len(row) for row in columns["input_ids"]])
+    real, unscored = np.ones(len(ids), dtype=bool), np.zeros(len(ids), dtype=bool)
+    if "attention_mask" in columns:
+        real = np.concatenate([np.asarray(row) for row in columns["attention_mask"]]).astype(bool)
+    if "labels" in columns:
+        unscored = np.concatenate([np.asarray(row) for row in columns["labels"]]) == IGNORED
     # Of several unscored tokens in a row the first one begins a document; what follows padding does too.
     starts = unscored & ~np.concatenate(([False], unscored[:-1])) | ~np.concatenate(([True], real[:-1]))
-    return ids.reshape(-1)[real], starts[real], rows[real]
+    return ids[real], starts[real], rows[real]
 
 
-def _columns(blocks: Any, first: int, end: int) -> dict[str, np.ndarray]:
-    """The columns of some blocks, each (blocks, tokens); a mask of ones and scored labels where there are none."""
+def _columns(blocks: Any, first: int, end: int) -> dict[str, Any]:
+    """{name: rows} of some blocks."""
     if isinstance(blocks, datasets.Dataset):
-        rows = blocks.with_format("numpy")[first:end]
-    else:
-        rows = {name: [blocks[i][name] for i in range(first, end)] for name in blocks[first]}
-    ids = np.asarray(rows["input_ids"])
-    mask, labels = (
-        np.asarray(rows.get(name, other)) for name, other in (("attention_mask", ids >= 0), ("labels", ids))
-    )
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        rows: dict[str, Any] = blocks.with_format("numpy")[first:end]
+        return rows
+    return {name: [blocks[i][name] for i in range(first, end)] for name in blocks[first]}
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 
 from npt.common.display import one_line
 from npt.common.places import expanded
-from npt.data.packing import IGNORED, labelled, token_ids
+from npt.data.packing import IGNORED, cut, labelled, token_ids
 from npt.data.seen import Seen
 from npt.data.sources import column_problem, expand_files, hub_remedy, read_documents
 from npt.errors import DataError, NPTError
@@ -181,30 +181,41 @@ class BlockStream:
     """One stream's documents packed into blocks, what is left of a document going into the next block.
 
     Args:
-        seen: takes the tokens of each document that goes into a block.
+        seen: takes the tokens of each document that goes into a block. bos_token_id, vocabulary: as of
+            `npt.data.packing.text_packer`.
     """
 
-    def __init__(self, documents: DocumentStream, tokenizer: Any, max_length: int, seen: Seen | None = None):
+    def __init__(
+        self,
+        documents: DocumentStream,
+        tokenizer: Any,
+        max_length: int,
+        seen: Seen | None = None,
+        *,
+        bos_token_id: int | None = None,
+        vocabulary: int | None = None,
+    ):
         self.documents, self.tokenizer, self.max_length = documents, tokenizer, max_length
-        self.seen = Seen() if seen is None else seen
+        self.seen, self.bos_token_id, self.vocabulary = Seen() if seen is None else seen, bos_token_id, vocabulary
         self.served = 0
         self._rest: np.ndarray = np.empty((2, 0), dtype=np.int32)  # ids and labels
         self._ids: Iterator[Sequence[int]] = iter(())  # of the window's documents
 
     def take(self) -> dict[str, torch.Tensor]:
         """The next block: input_ids, attention_mask and labels, (max_length,) each."""
-        while self._rest.shape[1] < self.max_length:
+        while not (found := cut(self._rest[:, : self.max_length], self.max_length, self.bos_token_id))[0].size:
             document = next(self._ids, None)
             if document is None:
-                self._ids = token_ids(self.documents.upcoming(), self.tokenizer)
+                self._ids = token_ids(self.documents.upcoming(), self.tokenizer, self.vocabulary)
                 continue
             self.documents.advance()
             if len(document):
                 self.seen.add_document(document)
                 self._rest = np.concatenate((self._rest, labelled(document)), axis=1)
-        block, self._rest = self._rest[:, : self.max_length], self._rest[:, self.max_length :]
+        blocks, rest = found
+        self._rest = np.concatenate((rest, self._rest[:, self.max_length :]), axis=1)
         self.served += 1
-        ids, labels = (torch.from_numpy(part.astype(np.int64)) for part in block)
+        ids, labels = (torch.from_numpy(part.astype(np.int64)) for part in blocks[:, 0])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     def state_dict(self) -> dict[str, Any]:

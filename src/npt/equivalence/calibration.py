@@ -16,7 +16,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from npt.common.precision import wide_dtype
 from npt.common.processes import gather, total, world
 from npt.common.progress import tracked
 from npt.common.sharded import full_tensor, gathered, like, same_everywhere
+from npt.data.batches import with_mask
+from npt.data.inputs import as_batches
 from npt.equivalence.closed_form import (
     Regression,
     alternate,
@@ -47,6 +49,8 @@ from npt.tuner.converted import (
     active_layers,
     adapter_config,
     base_of,
+    check_batch,
+    context_length_of,
     device_of,
     eval_mode,
     run_backbone,
@@ -67,8 +71,9 @@ SLICE_TOKENS, PROBE_TOKENS = 1024, 512
 @torch.no_grad()
 def calibrate(
     model: ConvertedModel,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Any,
     *,
+    tokenizer: Any = None,
     chunk_tokens: int | None = None,
     progress: bool = False,
 ) -> dict[str, dict[str, float]]:
@@ -79,7 +84,8 @@ def calibrate(
 
     Args:
         model: a PEFT model with an active NPT adapter; its base is not changed.
-        batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}; padding is left out.
+        batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}; padding is left out. Or what
+            `npt.data.inputs` lists: text with its tokenizer, in blocks of 256 tokens or of the model's context.
         chunk_tokens: how many tokens per block are kept in memory for gain and carry; the rest only passes through.
             None: 8,192, or 4 d where that is more.
         progress: shows a bar.
@@ -89,10 +95,11 @@ def calibrate(
         (root of summed squares), on real tokens, before and after.
 
     Raises:
-        NPTError: no text, or text so degenerate that the fit is not finite.
+        NPTError: no text, text without a tokenizer or beyond the model's limits, or so degenerate that the fit is not finite.
         RunError: the model's own hidden states are not finite.
     """
     layers = [layer for layer in active_layers(model) if layer.own.spec.carry != "exact"]
+    batches = as_batches(batches, tokenizer, min(256, context_length_of(model) or 256), "calibrate(batches=...)")
     with _whole_components(layers):
         fits = {layer.index: _BlockFit(layer, chunk_tokens or first_tokens(layer.shape("up")[0])) for layer in layers}
         seen = _collect(model, fits, batches, progress)
@@ -109,12 +116,8 @@ def calibrate(
 def _collect(
     model: ConvertedModel, fits: dict[int, _BlockFit], batches: Iterable[Mapping[str, Tensor]], progress: bool
 ) -> int:
-    """Shows the text to the fits, each process its share. Returns the number of tokens of all processes.
-
-    The text goes into the adapter's record of what it was trained on.
-    """
-    device, seen, (rank, count) = device_of(model), 0, world()
-    record = adapter_config(model).text_record
+    """Shows the text to the fits, each process its share, and to the adapter's record. Returns all processes' tokens."""
+    device, seen, (rank, count), record = device_of(model), 0, world(), adapter_config(model).text_record
     layers = [fit.layer for fit in fits.values()]
 
     def see(layer: NPTLayer, record: BlockRecord) -> None:
@@ -122,24 +125,20 @@ def _collect(
 
     with eval_mode(model), running_as(active_layers(model), Mode.ORIGINAL), watching(layers, see):
         for group in _groups(tracked(batches, "Calibrating", progress, unit="batches"), count):
-            texts = [_text(batch) for batch in group]
-            if record is not None:
-                for batch, text in zip(group, texts, strict=True):
-                    record.add_batch({**batch, **text})
+            texts = [with_mask(batch) for batch in group]
+            for text in texts:
+                check_batch(model, text["input_ids"], "calibration text")
+                if record is not None:
+                    record.add_batch(text)
             sizes = [int(text["attention_mask"].sum()) for text in texts]
             part = TextPart(seen + sum(sizes[:rank]), seen + sum(sizes), rank < len(group))
             seen += sum(sizes)
-            text = {name: value.to(device) for name, value in texts[min(rank, len(group) - 1)].items()}
+            text = {name: x.to(device) for name, x in texts[min(rank, len(group) - 1)].items() if name != "labels"}
             mask = text["attention_mask"].bool()
             if not run_backbone(model, text)[mask].isfinite().all():
                 where = find_nonfinite(model, text)
                 raise RunError(f"calibration, after {seen} tokens: hidden states are not finite, {where}; {REMEDY}")
     return seen
-
-
-def _text(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ids = torch.as_tensor(batch["input_ids"])
-    return {"input_ids": ids, "attention_mask": torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids)))}
 
 
 def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:

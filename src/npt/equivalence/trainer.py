@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from npt.common.places import expanded
 from npt.common.precision import all_finite
 from npt.common.processes import any_process, env_flag, first_does, total, world
 from npt.common.sharded import fsdp_accelerator, full_tensor, local_part, through
@@ -29,7 +28,7 @@ from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.weight_deltas import delta_records
 from npt.training.bad_batch import raise_nonfinite
 from npt.training.callbacks import BestAdapterCallback
-from npt.training.checkpoints import DurableTrainer, last_checkpoint
+from npt.training.checkpoints import DurableTrainer, finished_checkpoint
 from npt.training.resume import (
     argument_settings,
     check_adapter,
@@ -39,7 +38,15 @@ from npt.training.resume import (
 )
 from npt.training.steps import run_steps
 from npt.tuner.checks import renew_record
-from npt.tuner.converted import ConvertedModel, active_layers, adapter_config, base_of, device_of, own_parameters
+from npt.tuner.converted import (
+    ConvertedModel,
+    active_layers,
+    adapter_config,
+    base_of,
+    check_batch,
+    device_of,
+    own_parameters,
+)
 from npt.tuner.nonfinite import find_nonfinite
 
 logger = logging.getLogger(__name__)
@@ -110,6 +117,10 @@ class EquivalenceTrainer(DurableTrainer):
             args.ddp_find_unused_parameters = False  # each of them has a gradient in every step
         if args.fsdp_plugin_args is not None or env_flag("ACCELERATE_USE_FSDP"):
             fsdp_accelerator(args)
+        if args.n_gpu > 1:
+            # nn.DataParallel would take so many times training.batch_size, and one GPU would do the work.
+            logger.warning("one of the %d GPUs is used; start a process for each with torchrun", args.n_gpu)
+            args._n_gpu = 1
         super().__init__(model=model, args=args, **kwargs)
         objective = objective or Objective()
         self.schedule = [(0, objective)] if isinstance(objective, Objective) else sorted(objective, key=lambda x: x[0])
@@ -134,16 +145,17 @@ class EquivalenceTrainer(DurableTrainer):
             resume_from_checkpoint: a folder, or True for the newest finished one of `args.output_dir`.
 
         Raises:
-            CheckpointError: the checkpoint was made with other settings, another base or other text (`check_resume`).
+            CheckpointError: there is no finished checkpoint; it was made with other settings, another base or other text
+                (`check_resume`).
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_checkpoint(Path(str(self.args.output_dir))) or "") or True
-        if isinstance(resume_from_checkpoint, str):
-            resume_from_checkpoint = expanded(resume_from_checkpoint)
-            self.check_resume(Path(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            checkpoint = finished_checkpoint(resume_from_checkpoint, Path(str(self.args.output_dir)))
+            self.check_resume(checkpoint)
+            resume_from_checkpoint = str(checkpoint)
         text: Any = self.eval_dataset if self.is_streamed else self.train_dataset
         rows = list(islice(text, SCALE_BLOCKS))
         first = collated(rows, self.data_collator, device_of(self.model))
+        check_batch(self.model, first["input_ids"], "training text")
         for _, objective in self.schedule:
             objective.prepare(self.model, first)
         self.read_teacher()
@@ -265,8 +277,8 @@ class EquivalenceTrainer(DurableTrainer):
     ) -> Any:
         """Returns the objective's total for one micro-batch, as its share of the optimiser step."""
         unwrapped, inputs = self.accelerator.unwrap_model(model), complete_batch(inputs)
-        record = adapter_config(unwrapped).text_record
-        if record is not None:
+        check_batch(unwrapped, inputs["input_ids"], "training text")
+        if (record := adapter_config(unwrapped).text_record) is not None:
             record.add_batch(inputs)
         items = scored_positions(inputs["labels"]).sum() if num_items_in_batch is None else num_items_in_batch
         # The model's own forward carries autocast; the objectives call what is inside it.
@@ -311,17 +323,10 @@ class EquivalenceTrainer(DurableTrainer):
         self.accelerator.unscale_gradients()
         norms = [
             full_tensor(nn.utils.clip_grad_norm_(group, self.args.max_grad_norm)).to(self.args.device)
-            for group in self._clipped_together(model)
+            for layer in active_layers(model)
+            if (group := [p for p in layer.own.parameters() if p.grad is not None])
         ]
         return torch.linalg.vector_norm(torch.stack(norms))
-
-    @staticmethod
-    def _clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
-        """The parameters that have a gradient: those of each block's component, and any others."""
-        groups = [list(layer.own.parameters()) for layer in active_layers(model)]
-        own = {p for group in groups for p in group}
-        groups.append([p for p in model.parameters() if p not in own])
-        return [found for group in groups if (found := [p for p in group if p.grad is not None])]
 
     def _stop_unless(self, finite: bool, what: Callable[[], str], inputs: dict[str, Tensor]) -> None:
         """Stops all processes where one of them met a value that is not finite."""

@@ -12,15 +12,18 @@ import torch
 from npt.block.layer import NPTLayer
 from npt.block.modes import watching
 from npt.builtin import name_of
+from npt.common.limits import check_ids, check_length
+from npt.common.precision import matmul_precision
 from npt.data import pack
 from npt.data.batches import batches_of
+from npt.data.inputs import documents_or_blocks
 from npt.data.packing import IGNORED
 from npt.data.seen import RECORD, TextRecord
 from npt.errors import DataError
 from npt.evaluation.block_errors import layer_equivalence, residual_stream
 from npt.evaluation.divergence import kl_by_position, summarize, token_divergences, worst_tokens
-from npt.evaluation.generation import DEFAULT_PROMPTS, generation_section, side_by_side
-from npt.evaluation.verdict import expected_outcomes, grade
+from npt.evaluation.generation import DEFAULT_PROMPTS, generation_section, listed_prompts, side_by_side
+from npt.evaluation.verdict import UNKNOWN_SHARE, expected_outcomes, grade
 from npt.evaluation.weight_deltas import weight_delta_stats
 from npt.tuner.config import NPTConfig
 from npt.tuner.converted import (
@@ -32,6 +35,7 @@ from npt.tuner.converted import (
     eval_mode,
     parameter_counts,
     run_backbone,
+    vocabulary_size,
 )
 
 #: Blocks used for the per-layer figures and the weight deltas, which cost more per token.
@@ -53,6 +57,7 @@ def evaluate(
     max_tokens: int | None = None,
     batch_size: int = 16,
     prompts: Sequence[str] = DEFAULT_PROMPTS,
+    begin_with_bos: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -60,29 +65,29 @@ def evaluate(
 
     Args:
         model: a PEFT model with an active NPT adapter. tokenizer: its tokenizer.
-        texts: documents, a dataset of packed blocks, or {name: either}; with several corpora the first one's figures
-            stand at the top level and `evaluations.corpora` holds each.
-        context_length: tokens per block, 256 or the model's context if that is shorter.
-        stride: tokens scored per window, None for context_length (no overlap).
-        max_tokens: per corpus, at most (rounded down to whole blocks). seed: of the sampled text.
-        prompts: continued by both models, greedily and sampled. progress: shows bars.
+        texts: documents, blocks (`npt.data.inputs` lists what is taken for what), or {name: either}; with several corpora the
+            first one's figures stand at the top level and `evaluations.corpora` holds each.
+        context_length: tokens per block, 256 or the model's context if that is shorter. stride: tokens scored per window,
+            None for context_length (no overlap). max_tokens: per corpus, at most (rounded down to whole blocks).
+        prompts: continued by both models, greedily and sampled. seed: of the sampled text.
+        begin_with_bos: put BOS before every block of documents. progress: shows bars.
 
     Returns:
         The report; its fields are listed in docs/report.md.
 
     Raises:
-        DataError: an empty corpus, or a stride that is not in 1 ... context_length.
+        DataError: a corpus that is empty or no text, beyond the model's limits, or a stride not in 1 ... context_length.
         ConversionError: the model has no active NPT adapter.
     """
     context_length, stride = _window(model, context_length, stride)
-    corpora = dict(texts) if isinstance(texts, Mapping) else {"text": texts}
-    limit = None if max_tokens is None else max(1, max_tokens // context_length)
-    blocks = {name: _blocks(name, corpus, tokenizer, context_length, stride, limit) for name, corpus in corpora.items()}
-    layers, config = active_layers(model), adapter_config(model)
+    corpora = dict(texts) if isinstance(texts, Mapping) and "input_ids" not in texts else {"text": texts}
+    window = context_length, stride, None if max_tokens is None else max_tokens // context_length, begin_with_bos
+    blocks = {name: _blocks(name, corpus, tokenizer, model, window) for name, corpus in corpora.items()}
+    layers, config, prompts = active_layers(model), adapter_config(model), listed_prompts(model, tokenizer, prompts)
     results = {name: _of_corpus(model, tokenizer, packed, batch_size, progress) for name, packed in blocks.items()}
     first = next(iter(results.values()))
     evaluations: dict[str, Any] = {
-        **{name: figures for name, figures in first.items() if name != "tokens"},
+        **{name: figures for name, figures in first.items() if name not in ("tokens", "unknown_tokens")},
         **_in_detail(model, tokenizer, next(iter(blocks.values())), context_length, batch_size, prompts, seed),
         "corpora": results,
     }
@@ -94,11 +99,12 @@ def evaluate(
             "scored": _scored(stride, context_length),
             "tokens": first["tokens"],
             "corpora": list(corpora),
+            **_beginnings(tokenizer, blocks),
             **_surroundings(model, layers, next(iter(blocks.values())), seed),
         },
         "evaluations": evaluations,
         "expected_outcomes": expected_outcomes(evaluations),
-        "grade": grade(evaluations["divergence"]["mean_kl"]),
+        "grade": grade(evaluations["divergence"]["mean_kl"], first["unknown_tokens"]),
         "notes": [*_notes(config.carry, evaluations), *seen_notes(config.text_record, blocks)],
     }
 
@@ -107,6 +113,7 @@ def _window(model: ConvertedModel, context_length: int | None, stride: int | Non
     """(tokens per block, tokens scored per window), with the defaults of `evaluate`."""
     if context_length is None:
         context_length = min(256, context_length_of(model) or 256)
+    check_length(model.config, context_length, "context_length")
     stride = context_length if stride is None else stride
     if not 1 <= stride <= context_length:
         raise DataError(f"stride={stride}: use 1 to the context length, {context_length}")
@@ -128,7 +135,7 @@ def _surroundings(
     return {
         "dtype": str(layers[0].weight.dtype).removeprefix("torch."),
         "computed_in": _computed_in(model, layers, blocks),
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_precision": matmul_precision(device_of(model)),
         "attention": settings._attn_implementation,
         "quantization": None if method is None else str(getattr(method, "value", method)),
         "seed": seed,
@@ -150,10 +157,28 @@ def _computed_in(model: ConvertedModel, layers: Sequence[NPTLayer], blocks: data
 def _of_corpus(
     model: ConvertedModel, tokenizer: Any, blocks: datasets.Dataset, batch_size: int, progress: bool
 ) -> dict[str, Any]:
-    """The figures of one corpus: perplexity, divergence, the worst tokens, and the number of scored tokens."""
+    """The figures of one corpus: perplexity, divergence, the worst tokens, the number of scored tokens and the share of them
+    that is the unknown token.
+    """
     figures = token_divergences(model, blocks, batch_size=batch_size, progress=progress)
-    worst = worst_tokens(figures, blocks, tokenizer)
-    return {**summarize(figures), "worst_tokens": worst, "tokens": len(figures["kl"])}
+    worst, unknown = worst_tokens(figures, blocks, tokenizer), getattr(tokenizer, "unk_token_id", None)
+    # GPT-2's end of text goes by the name of unknown token too, and stands for nothing unknown.
+    if unknown in (getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id")):
+        unknown = None
+    share = 0.0 if unknown is None else float((figures["target"] == unknown).mean())
+    return {**summarize(figures), "worst_tokens": worst, "tokens": len(figures["kl"]), "unknown_tokens": share}
+
+
+def _beginnings(tokenizer: Any, corpora: Mapping[str, datasets.Dataset]) -> dict[str, dict[str, int]]:
+    """The part of the report's `protocol` that counts blocks, and those whose first token is BOS, per corpus."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return {
+        "blocks": {name: len(blocks) for name, blocks in corpora.items()},
+        "blocks_beginning_with_bos": {
+            name: sum(row["input_ids"][0] == bos for row in blocks) if bos is not None else 0
+            for name, blocks in corpora.items()
+        },
+    }
 
 
 def _in_detail(
@@ -199,6 +224,12 @@ def _notes(carry: str, evaluations: dict[str, Any]) -> list[str]:
         found.append("the adapter's weight delta is zero everywhere: the converted blocks just drop their attention")
     if carry != "exact" and evaluations["divergence"]["max_kl"] == 0:
         found.append("both models give the very same distributions: the adapter changes nothing (is it active?)")
+    for name, figures in evaluations["corpora"].items():
+        if figures["unknown_tokens"] > UNKNOWN_SHARE:
+            found.append(
+                f"{100 * figures['unknown_tokens']:.2g} % of the scored tokens of {name} are the unknown token: the "
+                "vocabulary does not have this text's characters or words, and its figures say little"
+            )
     return found
 
 
@@ -228,16 +259,26 @@ def _by_position(model: ConvertedModel, blocks: Any, context_length: int, batch_
 
 
 def _blocks(
-    name: str, corpus: Corpus, tokenizer: Any, context_length: int, stride: int, limit: int | None
+    name: str, corpus: Corpus, tokenizer: Any, model: ConvertedModel, window: tuple[int, int, int | None, bool]
 ) -> datasets.Dataset:
-    """The blocks of a corpus to score, at most `limit` before they overlap."""
-    if isinstance(corpus, datasets.Dataset):
-        blocks = corpus if limit is None else corpus.select(range(min(limit, len(corpus))))
+    """The blocks of a corpus to score.
+
+    Args:
+        window: tokens per block, tokens scored of each, the most blocks before they overlap, whether all begin with BOS.
+    """
+    context_length, stride, most, bos = window
+    limit = None if most is None else max(1, most)
+    found = documents_or_blocks(corpus, f"evaluate: corpus {name!r}")
+    if isinstance(found, datasets.Dataset):
+        blocks = found if limit is None else found.select(range(min(limit, len(found))))
     else:
-        documents = [corpus] if isinstance(corpus, str) else corpus
-        blocks = pack(documents, tokenizer, context_length, max_blocks=limit)
+        blocks = pack(found, tokenizer, context_length, max_blocks=limit, begin_with_bos=bos)
     if not len(blocks):
         raise DataError(f"corpus {name!r} is empty: give it at least one document")
+    for batch in blocks.select_columns(["input_ids"]).iter(1024):
+        for row in batch["input_ids"]:
+            check_length(model.config, len(row), f"corpus {name!r}: a block")
+            check_ids(row, vocabulary_size(model), f"corpus {name!r}", tokenizer)
     return blocks if stride == context_length else overlapping(blocks, context_length, stride)
 
 

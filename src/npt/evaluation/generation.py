@@ -12,9 +12,17 @@ from transformers import DynamicCache
 
 from npt.block.modes import Mode, running_as
 from npt.common.display import one_line
+from npt.common.limits import check_ids
 from npt.data.sampling import draw
 from npt.errors import NPTError
-from npt.tuner.converted import ConvertedModel, active_layers, context_length_of, device_of, eval_mode
+from npt.tuner.converted import (
+    ConvertedModel,
+    active_layers,
+    context_length_of,
+    device_of,
+    eval_mode,
+    vocabulary_size,
+)
 
 DEFAULT_PROMPTS = (
     "Once upon a time",
@@ -45,16 +53,36 @@ def check_context(model: ConvertedModel, tokenizer: Any, prompts: Sequence[str],
     """
     positions = context_length_of(model)
     for number, prompt in enumerate(prompts, 1):
-        tokens = len(tokenizer(prompt, verbose=False)["input_ids"])
+        ids = tokenizer(prompt, verbose=False)["input_ids"]
+        tokens = len(ids)
         if tokens == 0:
             raise NPTError(
                 f"prompt {number}, {prompt[:40]!r}: has no token of the model's vocabulary; write other text"
             )
+        check_ids(ids, vocabulary_size(model), f"prompt {number}, {prompt[:40]!r}", tokenizer)
         if positions is not None and tokens + max_new_tokens > positions:
             raise NPTError(
                 f"prompt {number}, {prompt[:40]!r}: its {tokens} tokens and --max-new-tokens {max_new_tokens} are more "
                 f"than the model's context of {positions}; shorten one of them"
             )
+
+
+def listed_prompts(model: ConvertedModel, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Prompts of a report as a list, a single one too, each checked for room for at least one token after it.
+
+    Raises:
+        NPTError: see `check_prompts` and `check_context`.
+    """
+    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    check_prompts(listed)
+    check_context(model, tokenizer, listed, 1)
+    return listed
+
+
+def room(model: ConvertedModel, prompt_tokens: int, max_new_tokens: int) -> int:
+    """The number of new tokens for which the model has positions, at most `max_new_tokens`."""
+    positions = context_length_of(model)
+    return max_new_tokens if positions is None else max(0, min(max_new_tokens, positions - prompt_tokens))
 
 
 @torch.no_grad()
@@ -69,7 +97,8 @@ def continue_text(
     base = model.get_base_model()
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device_of(model))
     generator = torch.Generator().manual_seed(0 if seed is None else seed)
-    uniforms = torch.rand(max_new_tokens, 1, generator=generator, dtype=torch.float64)
+    count = room(model, ids.shape[1], max_new_tokens)
+    uniforms = torch.rand(count, 1, generator=generator, dtype=torch.float64)
     # `generate()` isn't used: it fills whatever a call leaves unset from the base's generation_config.
     cache, options = DynamicCache(config=base.config), _last_logits_only(base)
     ends, step, new = end_tokens(base, tokenizer), ids, list[int]()
@@ -120,7 +149,8 @@ def continue_by_own_settings(
         torch.manual_seed(0 if seed is None else seed)
         try:
             config = copy.deepcopy(base.generation_config)
-            config.max_new_tokens, config.max_length, config.num_return_sequences = max_new_tokens, None, 1
+            count = room(model, inputs["input_ids"].shape[1], max_new_tokens)
+            config.max_new_tokens, config.max_length, config.num_return_sequences = count, None, 1
             config.return_dict_in_generate = False
             config.eos_token_id = sorted(end_tokens(base, tokenizer)) or None
             if config.pad_token_id is None:
@@ -155,7 +185,7 @@ def side_by_side(
     """
     samples, write = [], continue_by_own_settings if by_own_settings else continue_text
     with eval_mode(model):
-        for prompt in prompts:
+        for prompt in [prompts] if isinstance(prompts, str) else prompts:
             npt, ids = write(model, tokenizer, prompt, max_new_tokens, seed)
             with running_as(active_layers(model), Mode.ORIGINAL):
                 original, original_ids = write(model, tokenizer, prompt, max_new_tokens, seed)

@@ -44,7 +44,8 @@ def least_joint_norms(model: ConvertedModel, batch: dict[str, Tensor]) -> dict[s
     with torch.no_grad(), running_as(layers, Mode.ORIGINAL), watching(layers, see):
         run_backbone(model, rows)
     real = rows["attention_mask"].bool()
-    chosen = torch.linspace(0, int(real.sum()) - 1, min(TOKENS, int(real.sum()))).round().long().to(real.device)
+    count = int(real.sum())
+    chosen = torch.linspace(0, count - 1, min(TOKENS, count), dtype=torch.float32).round().long().to(real.device)
     found = {}
     for layer in layers:
         record = records[layer.index]

@@ -19,6 +19,8 @@ QUANTISATION_SCALE = (
     ("3-bit quantisation (q3_K_M)", 3, 0.101913),
     ("2-bit quantisation (q2_K)", 2, 0.445132),
 )
+#: The share of unknown tokens in scored text from which on the report says so.
+UNKNOWN_SHARE = 0.01
 SCALE_SOURCE = "https://github.com/ggml-org/llama.cpp/blob/master/tools/perplexity/README.md"
 
 
@@ -54,15 +56,23 @@ def expected_outcomes(evaluations: Mapping[str, Any]) -> dict[str, dict[str, Any
     }
 
 
-def grade(mean_kl: float) -> dict[str, Any]:
+def grade(mean_kl: float, unknown_share: float = 0.0) -> dict[str, Any]:
     """Places a mean KL among quantisations: {as_near_as, bits, text, source}.
 
     as_near_as is the finest quantisation whose published KL is not below this one; it and bits are None beyond the coarsest.
+
+    Args:
+        unknown_share: of the scored tokens that are the tokenizer's unknown token, which both models foresee alike.
     """
+    spoilt = ""
+    if unknown_share > UNKNOWN_SHARE:
+        spoilt = f", on text of which the vocabulary does not know {100 * unknown_share:.2g} % of the tokens"
     for name, bits, kl in QUANTISATION_SCALE:
         if mean_kl <= kl:
-            text = f"as near to the original as {name} (mean KL {mean_kl:.2g}; that costs {kl:.2g} on Llama 3 8B)"
+            text = (
+                f"as near to the original as {name}{spoilt} (mean KL {mean_kl:.2g}; that costs {kl:.2g} on Llama 3 8B)"
+            )
             return {"as_near_as": name, "bits": bits, "text": text, "source": SCALE_SOURCE}
     name, bits, kl = QUANTISATION_SCALE[-1]
-    text = f"further from the original than {name} (mean KL {mean_kl:.2g}; that costs {kl:.2g} on Llama 3 8B)"
+    text = f"further from the original than {name}{spoilt} (mean KL {mean_kl:.2g}; that costs {kl:.2g} on Llama 3 8B)"
     return {"as_near_as": None, "bits": None, "text": text, "source": SCALE_SOURCE}

@@ -21,6 +21,7 @@ from npt.adapters.folder import load_adapter
 from npt.adapters.settings import load_settings
 from npt.common.display import one_line
 from npt.common.files import DISK_ERRORS
+from npt.common.limits import check_ids, check_length
 from npt.config import load_config
 from npt.errors import NPTError
 from npt.runs.base_model import load_base
@@ -65,7 +66,19 @@ class NPTLM(HFLM):  # type: ignore[misc]
             model.to(device)
         if peft is not None:
             model = load_adapter(model, peft, allow_other_base=allow_other_base)
+        if kwargs.get("max_length") is not None:
+            check_length(model.config, int(kwargs["max_length"]), "--model_args max_length")
         super().__init__(pretrained=model.eval(), tokenizer=kwargs.pop("tokenizer", tokenizer), **kwargs)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        check_ids(inps, self.model.get_input_embeddings().weight.shape[0], "a task's text", self.tokenizer)
+        logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        check_ids(context, self.model.get_input_embeddings().weight.shape[0], "a task's prompt", self.tokenizer)
+        tokens: torch.Tensor = super()._model_generate(context, *args, **kwargs)
+        return tokens
 
 
 def run_harness(arguments: Sequence[str]) -> None:

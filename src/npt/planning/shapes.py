@@ -97,7 +97,7 @@ def shapes_of(hf_config: Any, options: Any, dtype: torch.dtype) -> Any:
     except ValueError as error:
         reason = " ".join(str(error).split())[:120]
         raise NPTError(f"{type(hf_config).__name__} is no causal language model ({reason}); name another") from error
-    with quiet("npt.block.contract", "npt.tuner.model"):
+    with quiet("npt.block.contract", "npt.tuner.checks"):
         return get_peft_model(base, adapter)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -13,7 +14,7 @@ from rich.table import Table
 from npt.common.display import visible
 from npt.common.places import place
 from npt.errors import NPTError
-from npt.evaluation.verdict import grade
+from npt.evaluation.verdict import UNKNOWN_SHARE, grade
 from npt.report.run_files import METRICS, REPORT_JSON, Report, Rows, curve, read_json_lines, read_report, section
 from npt.report.style import COLOURS, LINES, plain
 from npt.report.terminal import figure_with_error, number
@@ -84,12 +85,16 @@ def _corpora(report: Report) -> Report:
 
 
 def _grade(report: Report) -> str:
-    """The quantisation that is as near to the original as the run's model is."""
+    """The quantisation that is as near to the original as the run's model is; a question mark after it where the scored text
+    is one that the vocabulary does not know.
+    """
     kl = section(report, "evaluations", "divergence").get("mean_kl")
     if kl is None:
         return number(None)
     bits = grade(kl)["bits"]
-    return "further than 2-bit" if bits is None else f"{bits}-bit"
+    first: dict[str, Any] = next(iter(_corpora(report).values()), {})
+    spoilt = " (?)" if first.get("unknown_tokens", 0) > UNKNOWN_SHARE else ""
+    return ("further than 2-bit" if bits is None else f"{bits}-bit") + spoilt
 
 
 def plot_comparison(runs: Sequence[Run], path: Path) -> Path | None:

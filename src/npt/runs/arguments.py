@@ -135,7 +135,10 @@ def prepare_wandb(config: RunConfig) -> None:
     Raises:
         ConfigError: wandb is switched on but not installed.
     """
-    if not config.wandb.enabled:
+    w, run = config.wandb, os.environ.get("WANDB_RUN_ID")
+    resume: Any = os.environ.get("WANDB_RESUME")
+    # HF's callback begins a run by itself, but wandb reads its variables once in a process, and may have done so before.
+    if not w.enabled and not (run and "wandb" in config.training.report_to):
         return
     try:
         import wandb
@@ -143,8 +146,9 @@ def prepare_wandb(config: RunConfig) -> None:
         raise ConfigError(
             "wandb.enabled=true needs the package: pip install 'npt[wandb]', or set it to false"
         ) from error
-    w = config.wandb
-    wandb.init(project=w.project, entity=w.entity, tags=list(w.tags or ()), config=config.model_dump())
+    own = {"project": w.project, "entity": w.entity, "tags": list(w.tags or ()), "config": config.model_dump()}
+    theirs = {"project": os.environ.get("WANDB_PROJECT", "huggingface")}
+    wandb.init(id=run, resume=resume, **(own if w.enabled else theirs))
 
 
 def objective_schedule(t: TrainingSection, blocks: int) -> list[tuple[int, Objective]]:

@@ -15,9 +15,9 @@ from npt.adapters.folder import RUN_CONFIG, resolve_checkpoint
 from npt.builtin import PREFIX
 from npt.common.processes import is_first, world
 from npt.config import DataSection, load_config
-from npt.data import pack, sample_blocks, split_blocks
+from npt.data import sample_blocks, split_blocks
 from npt.data.batches import batches_of
-from npt.data.packing import Packer, text_packer, token_ids
+from npt.data.packing import Packer, first_of_blocks, token_ids
 from npt.data.seen import Seen, TextRecord
 from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, held_out_documents
 from npt.errors import DataError
@@ -106,6 +106,7 @@ def streamed_blocks(
         DataError: the text is too small for that.
     """
     data, source = texts.data, texts.stream
+    bos = first_of_blocks(tokenizer, data.begin_with_bos)
     documents = HeldOutText(texts, tokenizer)
     held_out = documents.blocks((data.num_eval_samples or VALIDATION_BLOCKS) + VALIDATION_BLOCKS, unseen)
     left_out, last = frozenset(documents.digests), len(held_out) - VALIDATION_BLOCKS
@@ -116,7 +117,9 @@ def streamed_blocks(
 
     def make(place: tuple[int, int]) -> BlockStream:
         stream = DocumentStream(source, place, seed=texts.seed, window=data.shuffle_window, left_out=left_out)
-        return BlockStream(stream, tokenizer, data.max_length, record.trained)
+        return BlockStream(
+            stream, tokenizer, data.max_length, record.trained, bos_token_id=bos, vocabulary=texts.vocabulary
+        )
 
     return StreamedBlocks(make, world()), chosen_by, calibration, held_out.select(range(last))
 
@@ -140,8 +143,9 @@ class HeldOutText:
         data = self.texts.data
         # One document at a time: any tokenised ahead would count as seen and never be trained on.
         read = held_out_documents(self._documents, self.digests)
-        one_by_one = (ids for text in read for ids in token_ids([text], self.tokenizer))
-        packer = Packer(one_by_one, data.max_length, pad_token_id=0)
+        one_by_one = (ids for text in read for ids in token_ids([text], self.tokenizer, self.texts.vocabulary))
+        bos = first_of_blocks(self.tokenizer, data.begin_with_bos)
+        packer = Packer(one_by_one, data.max_length, pad_token_id=0, bos_token_id=bos)
         found = (unseen or Unseen(None)).first(self.texts.label, packer, count, has_end=False)
         if len(found) < count:
             raise DataError(
@@ -198,7 +202,7 @@ def further_corpora(
     found = {}
     for name in names:
         key = short[name] if taken.count(short[name]) == 1 else name
-        packer = text_packer(texts.further(name), tokenizer, data.max_length)
+        packer = texts.pack(texts.further(name), tokenizer)
         found[key] = unseen.first(name, packer, data.num_eval_samples)
     return found
 
@@ -207,7 +211,9 @@ def prose_blocks(texts: RunTexts, tokenizer: Any) -> datasets.Dataset | None:
     """The blocks of `data.calibration_files` that are calibrated on, up to half of all; None where it names none."""
     if texts.prose is None:
         return None
-    blocks = pack(texts.prose, tokenizer, texts.data.max_length)
+    packer = texts.pack(texts.prose, tokenizer)
+    packer.read()
+    blocks = packer.blocks()
     wanted = min(texts.data.num_calibration_samples // 2, len(blocks))
     return blocks.shuffle(seed=texts.seed).select(range(wanted))
 

@@ -40,6 +40,7 @@ def run_evaluation(
     output, arguments = place(output), start(config)
     texts = RunTexts.of(config)
     texts.check(more_text)
+    texts.check_model(config.model)
     record = TextRecord.read(resolve_checkpoint(checkpoint))
     unseen = Unseen(None if record is None or config.data.score_seen_text else record.trained)
     tokenizer = load_tokenizer(config.model, config.paths.cache_dir)

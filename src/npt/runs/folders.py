@@ -9,6 +9,7 @@ from typing import Any
 from npt.common.files import keep_lines
 from npt.config import RunConfig, save_config
 from npt.errors import CheckpointError
+from npt.runs.tracker_runs import TRACKER_RUNS
 from npt.training.callbacks import BEST_METRIC
 from npt.training.checkpoints import last_checkpoint, step_of
 from npt.training.resume import read_record
@@ -23,7 +24,9 @@ def prepare_folders(config: RunConfig, output: Path, checkpoints: Path, last: Pa
         last: the checkpoint it goes on from, None for a new run.
     """
     if last is None:
-        set_aside(output, ("metrics.jsonl", "samples.jsonl", "evaluation_report.json", "report.html", "plots"))
+        set_aside(
+            output, ("metrics.jsonl", "samples.jsonl", "evaluation_report.json", "report.html", "plots", TRACKER_RUNS)
+        )
         set_aside(checkpoints, ("best_model", "checkpoint-*"))
     else:
         rewind(output, step_of(last), read_record(last).get("eval_steps") or config.training.eval_steps)

@@ -15,6 +15,7 @@ import datasets
 
 from npt.builtin import PREFIX
 from npt.common.display import one_line, quiet
+from npt.common.limits import check_length, vocabulary_of
 from npt.common.processes import is_first
 from npt.config import DataSection, ModelSection, RunConfig
 from npt.data import load_documents, split_blocks
@@ -22,7 +23,7 @@ from npt.data.packing import Packer, text_packer
 from npt.data.sources import TextFiles, expand_files
 from npt.data.streaming import Source, hub_source, local_source
 from npt.errors import DataError
-from npt.runs.base_model import load_tokenizer
+from npt.runs.base_model import base_config, load_tokenizer
 
 
 class RunTexts:
@@ -30,12 +31,15 @@ class RunTexts:
 
     Args:
         data: names the texts. seed: `training.seed`. cache_dir: `paths.cache_dir`.
+
+    vocabulary: rows of the base's embedding, once `check_model` has asked for them.
     """
 
     def __init__(self, data: DataSection, *, seed: int = 0, cache_dir: str | None = None):
         self.data, self.seed, self.cache_dir = data, seed, cache_dir
         self._further: dict[str, Iterable[str]] = {}
         self._packer: Packer | None = None
+        self.vocabulary: int | None = None
 
     @classmethod
     def of(cls, config: RunConfig) -> RunTexts:
@@ -114,23 +118,41 @@ class RunTexts:
             self.further(further, "--text")
 
     def check_enough(self, model: ModelSection) -> None:
-        """Checks, before any weights are loaded, that local text yields enough blocks. Loads only the tokenizer.
+        """Checks, before any weights are loaded, that the blocks fit the model, and that local text yields enough of them.
+        Loads only the tokenizer.
 
         `blocks` goes on packing where this check stopped; nothing is read again.
 
         Raises:
-            DataError: too few blocks to train on and to hold out. NPTError: no tokenizer.
+            DataError: too few blocks to train on and to hold out; see `check_model`. NPTError: no tokenizer.
         """
         data = self.data
-        if data.dataset_name != "text" or data.streaming:
+        local = data.dataset_name == "text" and not data.streaming
+        own = self.own if local else ()  # a bad file is named before a bad model
+        self.check_model(model)
+        if not local:
             return
-        own = self.own  # a bad file is named before a bad model
-        self._packer = text_packer(own, load_tokenizer(model, self.cache_dir), data.max_length)
+        self._packer = self.pack(own, load_tokenizer(model, self.cache_dir))
         enough = (data.num_eval_samples or 0) + 3
         self._packer.read(enough)
         if self._packer.count < enough:  # the text is at its end
             with quiet("npt.data.packing"):
                 self.split(self._packer.blocks())
+
+    def check_model(self, model: ModelSection) -> None:
+        """Checks that the base, by its config.json, has positions for a block; notes how many tokens it knows.
+
+        Raises:
+            DataError: `data.max_length` is above its context.
+        """
+        config = base_config(model, self.cache_dir)
+        check_length(config, self.data.max_length, "data.max_length")
+        self.vocabulary = vocabulary_of(config)
+
+    def pack(self, documents: Iterable[str], tokenizer: Any) -> Packer:
+        """A packer of documents into the blocks of the `data` section."""
+        options: dict[str, Any] = {"begin_with_bos": self.data.begin_with_bos, "vocabulary": self.vocabulary}
+        return text_packer(documents, tokenizer, self.data.max_length, **options)
 
     def blocks(self, tokenizer: Any) -> tuple[datasets.Dataset, Packer | None]:
         """(the blocks of `own`, what reads on where there are more).
@@ -141,7 +163,7 @@ class RunTexts:
         data = self.data
         local = data.dataset_name == "text" or data.dataset_name.startswith(PREFIX)
         wanted = None if local else (data.num_train_samples or 0) + (data.num_eval_samples or 0) or None
-        packer = self._packer or text_packer(self.own, tokenizer, data.max_length)
+        packer = self._packer or self.pack(self.own, tokenizer)
         self._packer = None  # it holds the whole text, and is not needed again
         packer.read(wanted, progress=is_first())
         return packer.blocks(wanted), None if wanted is None else packer

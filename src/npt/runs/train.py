@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from npt.runs.folders import checkpoint_to_resume, prepare_folders
 from npt.runs.processes import shard_base, shards_base, tell_processes
 from npt.runs.resume import check_configuration, run_settings, text_settings
 from npt.runs.texts import RunTexts
+from npt.runs.tracker_runs import TRACKER_RUNS, RememberTrackers, continued
 from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback, SamplesCallback
 from npt.training.checkpoints import step_of
 from npt.training.resume import check_adapter
@@ -82,7 +84,8 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     if last is not None:
         first_does(lambda: check_configuration(config, arguments, last))
     set_seed(config.training.seed)
-    with StopSignals() as signals:
+    same = continued(output, trackers(config)) if resume else nullcontext()
+    with StopSignals() as signals, same:
         # Before the base's weights are read, wherever the base does not write the text itself.
         corpus = (
             None
@@ -101,7 +104,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             release_memory()
             if config.data.num_train_samples is None:
                 check_targets(config, model, corpus.trained_blocks)
-            trainer = make_trainer(config, arguments, model, tokenizer, corpus, signals)
+            trainer = make_trainer(config, arguments, model, tokenizer, corpus, signals, last)
             config = with_precision(config, trainer.accelerator.mixed_precision)
             if last is not None:
                 trainer.check_resume(last)
@@ -184,7 +187,8 @@ def report_best(
         the evaluation report.
     """
     if trainer.state.global_step % config.training.eval_steps:
-        trainer.evaluate()
+        with continued(Path(config.paths.output_dir), ()):  # MLflow's run was ended with the training
+            trainer.evaluate()
     model, output, best = trainer.model, Path(config.paths.output_dir), Path(config.paths.checkpoint_dir) / "best_model"
     load_weights(model, best)
     share_record(model)
@@ -214,8 +218,13 @@ def make_trainer(
     tokenizer: Any,
     corpus: Corpus,
     signals: StopSignals,
+    last: Path | None = None,
 ) -> EquivalenceTrainer:
-    """The trainer with its callbacks."""
+    """The trainer with its callbacks.
+
+    Args:
+        last: the checkpoint that it will go on from.
+    """
     output, t = Path(config.paths.output_dir), config.training
     trainer = EquivalenceTrainer(
         model,
@@ -230,6 +239,7 @@ def make_trainer(
         callbacks=[
             signals,
             JsonLinesCallback(output / "metrics.jsonl"),
+            RememberTrackers(output / TRACKER_RUNS),
             SamplesCallback(output / "samples.jsonl", model, tokenizer, t.prediction_logging_steps),
             BestAdapterCallback(
                 Path(config.paths.checkpoint_dir) / "best_model", model, PATIENCE if t.objective == "auto" else None
@@ -240,6 +250,8 @@ def make_trainer(
         # The evaluation before training would make it write to ./runs, wherever that is.
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(output / TENSORBOARD)
+            if last is not None and is_first():  # hides what was logged after the checkpoint
+                callback.tb_writer = callback._SummaryWriter(callback.logging_dir, purge_step=step_of(last) + 1)
     return trainer
 
 

@@ -22,6 +22,7 @@ from npt.adapters.folder import CONFIG
 from npt.common.display import one_line
 from npt.common.fingerprint import difference, is_record
 from npt.common.options import OPTIONS
+from npt.common.precision import matmul_precision
 from npt.config import TrainingSection
 from npt.errors import CheckpointError
 from npt.tuner.config import NPTConfig
@@ -55,7 +56,8 @@ def argument_settings(args: TrainingArguments, precision: str, processes: int) -
     found = {f"training.{n}" if n in keys else f"TrainingArguments.{n}": values.get(n) for n in _ARGUMENTS}
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     found["training.batch_size x training.gradient_accumulation_steps x processes"] = step
-    return {**found, "optimization.mixed_precision": precision}
+    products = matmul_precision(args.device)
+    return {**found, "optimization.mixed_precision": precision, "torch's precision of matrix products": products}
 
 
 def differences(there: Settings, here: Settings) -> list[str]:

@@ -220,7 +220,10 @@ def another_base(config: NPTConfig, difference: str) -> str:
     """The message on a base that differs from the adapter's."""
     rows = ((config.base_fingerprint or {}).get("config") or {}).get("vocab_size")
     if difference.startswith("vocab_size is "):
-        remedy = f"Resize it first, with model.resize_token_embeddings({rows}) before the adapter is loaded"
+        remedy = (
+            f"Load it on {base_name(config)}, after model.resize_token_embeddings({rows}) where the embeddings come with the "
+            "adapter"
+        )
     elif "inside it" in difference:
         remedy = "Load the other adapters first as they were, or merge or unload them as they were"
     else:

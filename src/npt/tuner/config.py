@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from peft.config import PeftConfig
 
 from npt.builtin import MODELS, recorded_name
+from npt.common.display import one_line
+from npt.common.fingerprint import is_record
 from npt.common.options import ALLOWED, DEFAULTS, OPTIONS, PROJECTIONS, tied_targets_down
 from npt.errors import ConversionError
 from npt.tuner.card import write_model_card
@@ -96,9 +98,10 @@ class NPTConfig(PeftConfig):
                 f"format_version={self.format_version!r}: the adapter was written by a newer npt, this one reads up to "
                 f"{FORMAT_VERSION}; {UPGRADE}"
             )
-        if not isinstance(self.base_fingerprint, dict | None):
+        if not (self.base_fingerprint is None or is_record(self.base_fingerprint)):
             problems.append(
-                f"base_fingerprint={self.base_fingerprint!r}: npt writes it itself; restore the adapter's file"
+                f"base_fingerprint={one_line(repr(self.base_fingerprint), 40)}: npt writes it itself; restore the adapter's "
+                "file"
             )
         for name, allowed in ALLOWED.items():
             if getattr(self, name) not in allowed:

@@ -14,6 +14,7 @@ from npt.block.component import WeightDelta
 from npt.block.layer import NPTLayer
 from npt.block.modes import watching_deltas
 from npt.block.probing import execution_device
+from npt.common.limits import check_ids, check_length, context_of
 from npt.errors import ConversionError
 from npt.tuner.config import LAYER_NAME, NPTConfig
 
@@ -76,8 +77,23 @@ def base_of(model: Any) -> Any:
 
 def context_length_of(model: ConvertedModel) -> int | None:
     """The number of positions that the model was made for; None where its configuration does not say."""
-    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return positions
+    return context_of(model.config)
+
+
+def check_batch(model: ConvertedModel, ids: torch.Tensor, named: str) -> None:
+    """Checks that token ids (rows, tokens) have rows in the model's embedding, and its context places for them.
+
+    Raises:
+        DataError: not so; transformers would end in an IndexError, or go on without a word where positions are computed.
+    """
+    check_length(model.config, ids.shape[-1], f"{named}: a length")
+    check_ids(ids, vocabulary_size(model), named)
+
+
+def vocabulary_size(model: ConvertedModel) -> int:
+    """The rows of the input embedding."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
 
 
 @torch.no_grad()

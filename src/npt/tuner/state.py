@@ -66,6 +66,7 @@ def check_state(model: nn.Module, adapter: str, state: Mapping[str, Tensor], con
         CheckpointError: names what is missing, unknown or of another shape. PEFT would leave it at its random start.
     """
     given = {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
+    as_read = {PREFIX + key.removeprefix(PREFIX): key for key in state}
     own = own_names(model, adapter)
     allowed = embedding_names(model)
     wrong = [
@@ -75,12 +76,12 @@ def check_state(model: nn.Module, adapter: str, state: Mapping[str, Tensor], con
     ]
     problems = [
         _listed("missing", sorted(set(own) - set(given))),
-        _listed("unknown", sorted(set(given) - set(own) - allowed)),
+        _listed("unknown", sorted(as_read[key] for key in set(given) - set(own) - allowed)),
         "; ".join(wrong[:_SHOWN]),
     ]
     if any(problems):
         raise CheckpointError(
-            f"the weights (blocks {config.npt_layers}) do not fit the adapter's config or this base: "
+            f"the adapter's weights (blocks {config.npt_layers}) do not fit its config or this base: "
             f"{'; '.join(problem for problem in problems if problem)}; use the base it was made from, and the adapter's files "
             "as they were saved"
         )
