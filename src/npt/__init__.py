@@ -8,10 +8,10 @@ calibrate(model, batches)
 report = evaluate(model, tokenizer, texts)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from npt.common.lazy import exports_of
-from npt.tuner import register
+from npt.common.lazy import after_import, exports_of
 
 if TYPE_CHECKING:
     from npt.adapters.join import merge_adapters
@@ -59,4 +59,6 @@ __getattr__ = exports_of(
     },
 )
 
-register()
+
+# npt.tuner registers the method. peft is heavy, and `npt --help` or a refused configuration needs none of it.
+after_import("peft", lambda: import_module("npt.tuner"))

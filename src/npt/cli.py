@@ -124,11 +124,12 @@ def train(
                 f"{name} {value}: goes with --dry-run or npt memory; start a run with torchrun or accelerate"
             )
     from npt.common.writable import check_folders
-    from npt.report.terminal import render_report
-    from npt.runs.train import run_training
 
     run = _load(config, set_)
     check_folders({f"paths.{name}": folder for name, folder in run.paths if folder is not None})
+    from npt.report.terminal import render_report  # these two import what training needs
+    from npt.runs.train import run_training
+
     found = run_training(run, resume=resume)
     render_report(found, console)
     _say(f"adapter: {Path(run.paths.checkpoint_dir) / 'best_model'}")
@@ -305,9 +306,9 @@ def memory(
 @app.command()
 def check(config: Config = None, set_: Set = None) -> None:
     """Checks the installation: converts a small random model and tests what the conversion promises."""
+    _load(config, set_)
     from npt.selfcheck import run_checks
 
-    _load(config, set_)
     failed = 0
     for name, problem in run_checks():
         _say(f"{'ok  ' if problem is None else 'FAIL'}  {name}{'' if problem is None else ': ' + problem}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,14 @@ def own_log_likelihoods(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) 
     return found, right / len(rows)
 
 
+@pytest.fixture
+def own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness's command reads no task but those of --include_path: its own thousands take it half a minute."""
+    manager = pytest.importorskip("lm_eval.tasks").TaskManager
+    monkeypatch.setattr(manager, "__init__", partialmethod(manager.__init__, include_defaults=False))
+
+
+@pytest.mark.usefixtures("own_tasks")
 def test_harness_gives_the_accuracy_of_our_own_log_likelihoods(
     stories: Path, shared_dir: Path, choices: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,7 +188,7 @@ def test_harness_gives_the_accuracy_of_our_own_log_likelihoods(
     scores, accuracy = own_log_likelihoods(model.eval(), tokenizer, rows)
     assert 0.5 < accuracy < 1
 
-    manager = TaskManager(include_path=str(choices), include_defaults=False)
+    manager = TaskManager(include_path=str(choices))
     result = lm_eval.simple_evaluate(
         model="npt",
         model_args=f"peft={tmp_path / 'adapter'}",
@@ -203,13 +212,14 @@ def test_harness_gives_the_accuracy_of_our_own_log_likelihoods(
     assert result["results"]["local_choices"]["acc,none"] == accuracy
 
 
+@pytest.mark.usefixtures("own_tasks")
 def test_harness_on_a_builtin_base_and_a_wrong_adapter(choices: Path, tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
 
     import npt.integrations.lm_eval  # noqa: F401
 
-    manager = TaskManager(include_path=str(choices), include_defaults=False)
+    manager = TaskManager(include_path=str(choices))
     result = lm_eval.simple_evaluate(
         model="npt", model_args="pretrained=builtin:tiny", tasks=["local_choices"], task_manager=manager, limit=4
     )

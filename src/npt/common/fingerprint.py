@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
-from peft import PeftModel
 from torch import nn
 
 from npt.common.base_settings import deciding_settings, difference_of_settings
@@ -31,6 +30,8 @@ def base_fingerprint(model: nn.Module) -> str:
     """Digest of the base's configuration and weights and of the adapters at work inside it, the same with and without adapters
     around it, whole or in parts: all processes call it.
     """
+    from peft import PeftModel  # here, as npt.tuner, which peft's import brings, needs this module
+
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     # An adapter's own parameters all carry its method's prefix; `base_layer` is PEFT's wrapper around a base module.
     prefix = getattr(model.base_model, "prefix", None) if isinstance(model, PeftModel) else None

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 #: The attribute of an NPT layer that holds its components; no parameter below it is the base's.
@@ -68,6 +66,11 @@ def parts_of(base: nn.Module) -> Parts:
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, layer) of every layer that another method's adapters have put into a model."""
+    from peft.tuners.tuners_utils import (
+        BaseTunerLayer,
+    )  # here, as npt.tuner, which peft's import brings, needs this module
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     for path, module in model.named_modules():
         other = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
         if other and COMPONENTS not in module.adapter_layer_names:  # type: ignore[operator]
@@ -76,6 +79,8 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def kind_of(layer: nn.Module) -> str:
     """The method of a tuner layer, as PEFT names its packages ("lora"); a class name where it is not PEFT's."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     if isinstance(layer, AuxiliaryTrainingWrapper):
         return "modules_to_save"
     words = type(layer).__module__.split(".")

@@ -41,3 +41,5 @@ __all__ = [
     "run_backbone",
     "weight_delta",
 ]
+
+register()
