@@ -5,6 +5,7 @@ that name.
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from npt.data.sources import TextFiles
 from npt.equivalence.teacher import teacher_cache
 from npt.errors import ConfigError, DataError, NPTError
 from npt.report.page import write_page
+from npt.runs.evaluate import run_evaluation
 from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback
 from tests.helpers import blocks, converted, random_base, settings
 
@@ -94,7 +96,7 @@ def test_a_run_in_the_home_folder_is_resumed_and_evaluated_there(
     local_model: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / "model").symlink_to(local_model)
-    (home / "a.txt").write_text("The cat sat on the mat and looked at the moon. " * 90)
+    (home / "a.txt").write_text("".join(Random(0).choices("abcdefgh ", k=4000)))  # nothing comes twice
     words = settings(
         Path("~/model"), Path("~/run"), data__dataset_name="text", data__data_files="['~/*.txt']",
         paths__teacher_cache="~/teacher",
@@ -108,6 +110,8 @@ def test_a_run_in_the_home_folder_is_resumed_and_evaluated_there(
     options = ["--config=~/c.yaml", "--checkpoint=~/run/checkpoints/best_model", "--output=~/new/r.json"]
     assert main(["--quiet", "evaluate", *options, "--set", "training.batch_size=8"]) == 0
     assert (home / "new" / "r.json").is_file() and (home / "new" / "r.html").is_file()
+    run_evaluation(load_config("~/c.yaml"), "~/run/checkpoints/best_model", "~/python/r.json")
+    assert (home / "python" / "r.json").is_file()
     assert main(["report", "~/run/outputs"]) == 0
     assert main(["compare", "~/run/outputs", "~/new", "--output=~/x.png"]) in (0, 2)
     assert list((home.parent / "here").iterdir()) == [], "nothing where the command ran"

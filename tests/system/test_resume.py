@@ -93,6 +93,32 @@ def test_another_setting_is_one_line(
     assert contents(begun) == before, "nothing is written"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model__npt_layers": "[1, 3]"},
+        {"training__learning_rate": 0.1},
+        {"training__objective": "local"},
+        {"training__num_train_steps": 3},
+        {"data__max_length": 16},
+        {"data__num_calibration_samples": 8},
+        {"optimization__mixed_precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_settings_are_compared_before_the_weights_are_loaded(
+    change: dict[str, Any], begun: Path, local_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> None:
+        raise AssertionError("the weights are loaded")
+
+    monkeypatch.setattr("npt.runs.train.load_base", load)
+    same = {"data__calibration_files": f"[{begun}/prose.txt]"}
+    assert main([*words(local_model, begun, **{**same, **change}), "--resume"]) == 2
+    with pytest.raises(AssertionError, match="the weights are loaded"):
+        main([*words(local_model, begun, **same), "--resume"])
+
+
 def copy_of(begun: Path, folder: Path) -> Path:
     return shutil.copytree(begun, folder / "copy", ignore=shutil.ignore_patterns(".lock"))
 

@@ -43,6 +43,26 @@ def test_the_mixed_precision_of_accelerate_is_recorded(
     assert main([*words, "--resume", "--set", "optimization.mixed_precision=bf16"]) == 0, "the saved one resumes"
 
 
+@pytest.mark.usefixtures("quick_reports")
+def test_a_precision_that_accelerate_settles_later_is_recorded(
+    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's configuration decides it, once the trainer is made."""
+    monkeypatch.setattr("accelerate.Accelerator.mixed_precision", property(lambda self: "bf16"))
+    assert main(["--quiet", "train", *settings(local_model, tmp_path, training__num_train_steps=0)]) == 0
+    assert load_config(tmp_path / "outputs" / "config.yaml").optimization.mixed_precision == "bf16"
+
+
+def test_a_precision_npt_has_not_is_told_before_the_weights_are_loaded(
+    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    monkeypatch.setattr("npt.runs.train.load_base", None)
+    assert main(["--quiet", "train", *settings(local_model, tmp_path)]) == 2
+    assert "npt: accelerate's mixed precision 'fp8'" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_accelerate_asks_for_and_npt_has_not_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def launched(*overrides: str) -> Any:
         return as_launched(load_config(None, list(overrides))).optimization

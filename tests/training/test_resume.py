@@ -139,6 +139,20 @@ def test_true_means_the_newest_finished_checkpoint(
     assert torch.equal(*values)
 
 
+def test_a_checkpoint_that_was_never_finished_is_one_line(begun: Path, tmp_path: Path) -> None:
+    """HF's Trainer would read what is there."""
+    checkpoint = shutil.copytree(begun / "checkpoints" / "checkpoint-4", tmp_path / "checkpoints" / "checkpoint-4")
+    (checkpoint / "complete.json").unlink()
+    run = trainer(tmp_path)
+    for place, message in (
+        (True, "holds no finished checkpoint; train without"),
+        (str(checkpoint), r"checkpoint-4: no finished checkpoint \(complete.json is missing\)"),
+        (str(tmp_path / "nowhere"), "nowhere: no finished checkpoint"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run.train(resume_from_checkpoint=place)
+
+
 def test_every_checkpoint_holds_the_record(begun: Path) -> None:
     checkpoint = begun / "checkpoints" / "checkpoint-4"
     record = json.loads((checkpoint / RECORD).read_text())

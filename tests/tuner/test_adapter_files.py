@@ -186,7 +186,7 @@ def resized(when: str, folder: Path) -> tuple[Any, Path, Path]:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_embeddings_of_a_base_resized_in_memory_come_with_the_adapter(
-    when: str, local_model: Path, tmp_path: Path
+    when: str, local_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, place, adapter = resized(when, tmp_path)
     found = logits(model)
@@ -196,6 +196,7 @@ def test_embeddings_of_a_base_resized_in_memory_come_with_the_adapter(
     again.resize_token_embeddings(99)
     assert torch.equal(logits(PeftModel.from_pretrained(again, str(adapter))), found)
     assert torch.equal(logits(load_adapter(AutoModelForCausalLM.from_pretrained(place), adapter)), found)
+    assert "embeddings for 99 tokens and its base has 96: the base is resized" in caplog.text
     # PEFT itself makes room for the tokens of a tokenizer beside the adapter.
     tokenizer = AutoTokenizer.from_pretrained(local_model)
     with_tokens = AutoModelForCausalLM.from_pretrained(place)
@@ -223,3 +224,10 @@ def test_another_base_of_that_size_needs_the_embeddings_in_the_file(tmp_path: Pa
         again.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(ConversionError, match="made for another base: its weights are not the same"):
         PeftModel.from_pretrained(again, str(adapter))
+    smaller = AutoModelForCausalLM.from_pretrained(place)
+    with torch.no_grad():
+        smaller.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    expected = logits(smaller)
+    with pytest.raises(CheckpointError, match="made for another base"):
+        load_adapter(smaller, adapter)
+    assert torch.equal(logits(smaller), expected)

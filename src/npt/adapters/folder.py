@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from npt.config.strict_yaml import MAX_BYTES
 from npt.errors import CheckpointError, ConversionError
 from npt.tuner.config import FORMAT_VERSION, OPTIONS, PEFT_TYPE, UPGRADE, NPTConfig
 from npt.tuner.state import embedding_names
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: The run configuration an adapter was trained with, beside it in its folder.
@@ -137,18 +140,26 @@ def load_adapter(base: Any, path: str | Path, *, allow_other_base: bool = False)
     """
     folder = resolve_checkpoint(path)
     shapes = _header(folder)
+    rows, wanted = base.get_input_embeddings().weight.shape[0], _rows(base, shapes)
     try:
         config = NPTConfig.from_pretrained(str(folder))
         config.allow_other_base = allow_other_base
-        _resize(base, shapes)
-        model = PeftModel.from_pretrained(base, str(folder), config=config)
-    except (ConversionError, CheckpointError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {error}") from error
-    return model.eval()
+        if wanted not in (None, rows):
+            logger.warning(
+                "the adapter brings embeddings for %d tokens and its base has %d: the base is resized; npt's commands read "
+                "text with the base's own tokenizer, which makes no use of the others", wanted, rows,
+            )  # fmt: skip
+            base.resize_token_embeddings(wanted, mean_resizing=False)
+        return PeftModel.from_pretrained(base, str(folder), config=config).eval()
+    except BaseException as error:
+        if base.get_input_embeddings().weight.shape[0] != rows:
+            base.resize_token_embeddings(rows, mean_resizing=False)
+        if isinstance(error, ConversionError | CheckpointError):
+            raise CheckpointError(f"checkpoint {folder}: {error}") from error
+        raise
 
 
-def _resize(base: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Gives the base as many embeddings as the adapter's file holds, where it holds them: their values come with it."""
-    rows = {shapes[name][0] for name in embedding_names(base) & set(shapes) if len(shapes[name]) == 2}
-    if len(rows) == 1 and rows != {base.get_input_embeddings().weight.shape[0]}:
-        base.resize_token_embeddings(rows.pop(), mean_resizing=False)
+def _rows(base: Any, shapes: dict[str, tuple[int, ...]]) -> int | None:
+    """The number of embeddings that the adapter's file holds, whose values come with it; None where it holds none."""
+    found = {shapes[name][0] for name in embedding_names(base) & set(shapes) if len(shapes[name]) == 2}
+    return found.pop() if len(found) == 1 else None

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from npt.common.places import expanded
 from npt.common.precision import all_finite
 from npt.common.processes import any_process, env_flag, first_does, total, world
 from npt.common.sharded import fsdp_accelerator, full_tensor, local_part, through
@@ -29,7 +28,7 @@ from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.weight_deltas import delta_records
 from npt.training.bad_batch import raise_nonfinite
 from npt.training.callbacks import BestAdapterCallback
-from npt.training.checkpoints import DurableTrainer, last_checkpoint
+from npt.training.checkpoints import DurableTrainer, finished_checkpoint
 from npt.training.resume import (
     argument_settings,
     check_adapter,
@@ -146,13 +145,13 @@ class EquivalenceTrainer(DurableTrainer):
             resume_from_checkpoint: a folder, or True for the newest finished one of `args.output_dir`.
 
         Raises:
-            CheckpointError: the checkpoint was made with other settings, another base or other text (`check_resume`).
+            CheckpointError: there is no finished checkpoint; it was made with other settings, another base or other text
+                (`check_resume`).
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_checkpoint(Path(str(self.args.output_dir))) or "") or True
-        if isinstance(resume_from_checkpoint, str):
-            resume_from_checkpoint = expanded(resume_from_checkpoint)
-            self.check_resume(Path(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            checkpoint = finished_checkpoint(resume_from_checkpoint, Path(str(self.args.output_dir)))
+            self.check_resume(checkpoint)
+            resume_from_checkpoint = str(checkpoint)
         text: Any = self.eval_dataset if self.is_streamed else self.train_dataset
         rows = list(islice(text, SCALE_BLOCKS))
         first = collated(rows, self.data_collator, device_of(self.model))

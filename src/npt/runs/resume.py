@@ -45,7 +45,8 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
 
 def text_settings(data: DataSection) -> dict[str, Any]:
     """{key: value} of the keys that choose the training text."""
-    return {f"data.{name}": value for name, value in data.model_dump().items() if name != "eval_texts"}
+    scored = ("eval_texts", "score_seen_text")
+    return {f"data.{name}": value for name, value in data.model_dump().items() if name not in scored}
 
 
 def content_of(files: Iterable[str]) -> str | None:

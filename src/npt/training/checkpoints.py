@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from npt.adapters.weights import adapter_state, load_weights, save_weights
 from npt.common.files import SEAL, check_space, disk_errors, is_sealed, seal, write_json
+from npt.common.places import place
 from npt.common.processes import barrier, first_does, is_first
 from npt.common.sharded import full_tensor, is_sharded, like
 from npt.data.streaming import StreamedBlocks
@@ -49,6 +50,22 @@ def last_checkpoint(folder: Path) -> Path | None:
             return path
         logger.warning("%s was not finished, or its files have changed since; looking for the one before", path)
     return None
+
+
+def finished_checkpoint(asked: str | Path | bool, folder: Path) -> Path:
+    """The checkpoint that `resume_from_checkpoint` asks for: a path, or True for the newest finished one of a folder.
+
+    Raises:
+        CheckpointError: it was never finished; there is none.
+    """
+    found = last_checkpoint(folder) if asked is True else place(str(asked))
+    if found is None:
+        raise CheckpointError(
+            f"{folder}: holds no finished checkpoint; train without resume_from_checkpoint, or name one"
+        )
+    if not (found / SEAL).is_file():
+        raise CheckpointError(f"{found}: no finished checkpoint ({SEAL} is missing); name another, or start anew")
+    return found
 
 
 def step_of(checkpoint: Path) -> int:
