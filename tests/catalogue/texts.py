@@ -126,16 +126,6 @@ DATA = [
         {"a.txt": b"text"},
     ),
     Entry(
-        "data: evaluated on and calibrated with, in a copy",
-        (
-            "train",
-            *sets("data.calibration_files=[a.txt]", "data.eval_texts=[b.txt]", "data.num_train_samples=4"),
-            *sets("data.num_eval_samples=2", "data.max_length=32", "model.base_model_name={model}"),
-        ),
-        ("b.txt: all 12 block(s) that could be scored were trained on", "data.score_seen_text=true"),
-        dict.fromkeys(("a.txt", "b.txt"), b"A text of some length that stands in two files alike. " * 8),
-    ),
-    Entry(
         "data: one document over and over",
         (
             "train",

@@ -183,11 +183,10 @@ def test_context_with_scaled_positions() -> None:
     [
         {"data__dataset_name": "text", "data__data_files": "[a.txt]"},
         {"data__dataset_name": "builtin:python-docs"},
-        {"data__dataset_name": "self"},
         {"data__dataset_name": "text", "data__data_files": "[a.txt]", "data__streaming": "true"},
     ],
 )
-def test_every_source_of_a_run_asks_for_the_context(
+def test_every_source_of_text_asks_for_the_context(
     source: dict[str, Any], local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

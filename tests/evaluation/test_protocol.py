@@ -91,9 +91,7 @@ def test_every_block_begins_with_bos_and_no_token_is_lost(own: bool, local_model
     assert (ids[:, 0] == 1).all() and not (ids[:, :-1] == 1)[ids[:, 1:] == 1].any()
     flat = [token for row in begun["input_ids"] for token in row]
     text = tokenizer.decode(flat, skip_special_tokens=True)
-    assert tokenizer.decode(
-        [token for row in plain["input_ids"] for token in row], skip_special_tokens=True
-    ).startswith(text[:200])
+    assert tokenizer.decode(np.ravel(plain["input_ids"]).tolist(), skip_special_tokens=True).startswith(text[:200])
     assert (labels[:, 1] == IGNORED).sum() >= len(ids) - (12 if own else 0)
 
 

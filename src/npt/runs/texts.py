@@ -118,20 +118,18 @@ class RunTexts:
             self.further(further, "--text")
 
     def check_enough(self, model: ModelSection) -> None:
-        """Checks, before any weights are loaded, that the blocks fit the model, and that local text yields enough of them.
-        Loads only the tokenizer.
+        """Checks, before any weights are loaded, that local text yields enough blocks. Loads only the tokenizer.
 
         `blocks` goes on packing where this check stopped; nothing is read again.
 
         Raises:
-            DataError: too few blocks to train on and to hold out; see `check_model`. NPTError: no tokenizer.
+            DataError: too few blocks to train on and to hold out, or a token that the model lacks. NPTError: no tokenizer.
         """
         data = self.data
-        local = data.dataset_name == "text" and not data.streaming
-        own = self.own if local else ()  # a bad file is named before a bad model
-        self.check_model(model)
-        if not local:
+        if data.dataset_name != "text" or data.streaming:
             return
+        own = self.own  # a bad file is named before a bad model
+        self.vocabulary = vocabulary_of(base_config(model, self.cache_dir))
         self._packer = self.pack(own, load_tokenizer(model, self.cache_dir))
         enough = (data.num_eval_samples or 0) + 3
         self._packer.read(enough)

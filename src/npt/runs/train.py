@@ -86,12 +86,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     set_seed(config.training.seed)
     same = continued(output, trackers(config)) if resume else nullcontext()
     with StopSignals() as signals, same:
-        # Before the base's weights are read, wherever the base does not write the text itself.
-        corpus = (
-            None
-            if config.data.dataset_name == "self"
-            else load_corpus(texts, None, load_tokenizer(config.model, config.paths.cache_dir))
-        )
+        corpus = given_corpus(config, texts)
         model, tokenizer = convert_base(config)
         if last is not None:
             first_does(lambda: check_adapter(last, adapter_config(model)))
@@ -116,6 +111,18 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
                     f"after step {step}; {checkpoints}/checkpoint-{step} is saved: go on with --resume"
                 )
             return report_best(config, trainer, tokenizer, corpus, notes)
+
+
+def given_corpus(config: RunConfig, texts: RunTexts) -> Corpus | None:
+    """The blocks of a run, before the base's weights are read; None where the base writes the text itself.
+
+    Raises:
+        DataError: see `RunTexts.check_model` and `load_corpus`.
+    """
+    if config.data.dataset_name == "self":
+        return None
+    texts.check_model(config.model)
+    return load_corpus(texts, None, load_tokenizer(config.model, config.paths.cache_dir))
 
 
 def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:

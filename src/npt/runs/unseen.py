@@ -62,7 +62,9 @@ class Unseen:
             DataError: every block was seen.
         """
         while True:
-            fresh = start + np.flatnonzero(self._fresh(blocks.select(range(start, len(blocks)))))
+            # The text before `start` too: the document that is cut there began in it.
+            fresh = np.flatnonzero(self._fresh(blocks))
+            fresh = fresh[fresh >= start]
             more = 2 * len(blocks)
             if len(fresh) >= count or packer is None:
                 break
