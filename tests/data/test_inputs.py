@@ -224,3 +224,15 @@ def test_added_tokens_are_found_before_the_base_is_loaded(
         capsys.readouterr()
         assert main(["--quiet", "train", *settings(base, tmp_path, **more)]) == 2
         assert "token 259 ('<new>') has no row in the model's embedding of 259" in capsys.readouterr().err, more
+
+
+def test_the_harness_asks_for_the_limits(local_model: Path, tmp_path: Path, model: tuple[Any, Any]) -> None:
+    pytest.importorskip("lm_eval")
+    from npt.integrations.lm_eval import NPTLM
+
+    with pytest.raises(DataError, match="--model_args max_length=129 is above the model's context of 128"):
+        NPTLM(pretrained=str(local_model), max_length=129, device="cpu")
+    harness = NPTLM(pretrained=str(local_model), device="cpu")
+    assert harness._model_call(torch.tensor([[3, 4]])).shape == (1, 2, 259)
+    with pytest.raises(DataError, match="a task's text: token 259 .* has no row in the model's embedding"):
+        harness._model_call(torch.tensor([[3, 259]]))

@@ -173,6 +173,7 @@ def test_a_stream_keeps_its_record_over_a_stop(local_model: Path, tmp_path: Path
     own = json.loads((tmp_path / "outputs" / "evaluation_report.json").read_text())
     report = evaluated(tmp_path, *arguments, *steps)
     assert report["evaluations"]["divergence"] == own["evaluations"]["divergence"]
-    other = settings(local_model, tmp_path, data__num_eval_samples=500, data__num_train_samples=2)
+    own_text = {"data__dataset_name": "self", "data__data_files": "null", "data__streaming": "false"}
+    other = settings(local_model, tmp_path, **own_text, data__num_eval_samples=500, data__num_train_samples=2)
     (note,) = notes(evaluated(tmp_path, "--text", str(tmp_path / "a.jsonl"), *other))
     assert int(note.split()[0]) >= 2 * sum(covered)
