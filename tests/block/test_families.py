@@ -131,10 +131,10 @@ def test_block_equals_explicit_formula_for_every_option(case: Case) -> None:
         targets = ["gate", "up"] if options["key"] == "tied" else ["gate", "up", "down"]
         config = NPTConfig(npt_layers=[1, 3], rank=3, target_projections=targets, **options)
         if model is None:
-            model = get_peft_model(case.build(), config, adapter_name="0").eval()
+            model = get_peft_model(case.build(), config, adapter_name="option-0").eval()
         else:
-            model.add_adapter(str(number), config)
-            model.set_adapter(str(number))
+            model.add_adapter(f"option-{number}", config)
+            model.set_adapter(f"option-{number}")
         randomize(model)
         seen = run_blocks(case, model)
         for layer in active_layers(model):

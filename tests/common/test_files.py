@@ -139,7 +139,7 @@ def test_no_checkpoint_holds_or_reads_a_pickle(tmp_path: Path, monkeypatch: pyte
     names = {p.name for p in (tmp_path / "checkpoints" / "checkpoint-4").iterdir()}
     assert names == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "complete.json", "optimizer.safetensors",
-        "rng_state_0.safetensors", "trainer_state.json",
+        "npt_training.json", "rng_state_0.safetensors", "seen_text.safetensors", "trainer_state.json",
     }  # fmt: skip
     trainer(tmp_path, steps=8).train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-4"))
     assert last_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-8"

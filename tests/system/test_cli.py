@@ -177,7 +177,10 @@ def test_generate_and_plot(run: Path, local_model: Path, capsys: pytest.CaptureF
 def test_check_and_memory(local_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check"]) == 0
     assert "FAIL" not in capsys.readouterr().out
-    assert main(["memory", "--set", f"model.base_model_name={local_model}"]) == 0
+    memory = ["memory", "--set", f"model.base_model_name={local_model}"]
+    assert main(memory) == 2
+    assert "data.max_length=256 is above the model's context of 128 tokens" in capsys.readouterr().err
+    assert main([*memory, "--set", "data.max_length=64"]) == 0
     assert "formed dW" in capsys.readouterr().out
 
 

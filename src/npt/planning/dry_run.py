@@ -11,7 +11,6 @@ from rich.console import Console
 
 from npt.common.display import human_bytes
 from npt.common.launch import local_world_size, world_size
-from npt.common.limits import check_length
 from npt.common.processes import env_flag
 from npt.config import DataSection, RunConfig, TrainingSection
 from npt.errors import NPTError
@@ -52,7 +51,6 @@ def dry_run(config: RunConfig, launch: Launch, limit: int | None, console: Conso
         )
     strategy = strategy_of(config.optimization.fsdp or env_flag("ACCELERATE_USE_FSDP"), launch.processes)
     hf_config = load_shapes(config)
-    check_length(hf_config, config.data.max_length, "data.max_length")
     dtype = dtype_of(config.model.dtype, hf_config)
     with console.status("running the run's code on shapes"):
         model = shapes_of(hf_config, config.model, dtype)

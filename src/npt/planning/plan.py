@@ -17,6 +17,7 @@ from torch import Tensor
 
 from npt.block.families import blocks_of
 from npt.block.modes import Mode
+from npt.common.limits import check_length
 from npt.config import DataSection, OptimizationSection, RunConfig, TrainingSection
 from npt.data.sampling import default_batch, draw, preallocated_cache
 from npt.equivalence.calibration import SLICE_TOKENS, calibrate, first_tokens
@@ -106,8 +107,13 @@ def plan_run(config: RunConfig, hf_config: Any = None, processes: int = 1, strat
 
 
 def plan_model(model: Any, config: RunConfig, processes: int, strategy: str) -> Plan:
-    """The plan of a run with a model of `shapes_of`, which is left with gradient checkpointing as the run has it."""
+    """The plan of a run with a model of `shapes_of`, which is left with gradient checkpointing as the run has it.
+
+    Raises:
+        DataError: blocks of `data.max_length` are longer than the model's context.
+    """
     training, data = config.training, config.data
+    check_length(model.config, data.max_length, "data.max_length")
     spread = spread_over(model, training, processes, weight_bytes(model, config.optimization), strategy)
     work = WorkCounter()
     phases = tuple(_phases(model, training, data, processes, work))
