@@ -68,6 +68,7 @@ def test_memory_stays_flat_over_100000_tokens() -> None:
     assert many <= 1.2 * few, f"{few} KiB for 10,000 tokens, {many} KiB for 100,000"
 
 
+@pytest.mark.slow
 def test_standard_errors_are_the_spread_over_independent_evaluation_sets() -> None:
     """30 sets of 32 blocks; every block is text the model itself draws, so the sets are independent."""
     base = AutoModelForCausalLM.from_pretrained(model_folder("builtin:tiny"), dtype=torch.float32).eval()

@@ -177,6 +177,7 @@ def test_one_process_can_not_shard() -> None:
     assert strategy_of(True, 4) == FSDP2
 
 
+@pytest.mark.slow
 def test_advice_of_several_processes_is_to_shard() -> None:
     plan = plan_run(config(), LLAMA, 4)
     changes, least = advice(config(), 0, LLAMA, plan)

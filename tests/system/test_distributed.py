@@ -225,9 +225,8 @@ def test_streamed_shards_are_read_once_also_after_a_stop(after: int, tmp_path: P
         assert resumed[step] == pytest.approx(loss, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "dtypes", [("float32",), pytest.param(("float64", "float32"), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtypes", [("float32",), ("float64", "float32")], ids=str)
 def test_real_checkpoint(dtypes: tuple[str, ...], stories: Path, tmp_path: Path) -> None:
     def cases(engine: str | None) -> list[dict[str, Any]]:
         folder = tmp_path / ("one" if engine is None else engine or "ddp")

@@ -115,6 +115,7 @@ def test_sliding_window_cache(name: str) -> None:
     assert torch.equal(generate(model), generate(model, use_cache=False))
 
 
+@pytest.mark.slow
 def test_quantised_cache() -> None:
     """A cache of 4 bits changes what any model writes; the exact adapter must write what its base does with it."""
     pytest.importorskip("optimum.quanto")
