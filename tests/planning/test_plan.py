@@ -24,7 +24,7 @@ SHAPE = LlamaConfig(
     hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=512, max_position_embeddings=64, dtype=torch.float32,
 )  # fmt: skip
-DEEP = LlamaConfig(**{**SHAPE.to_dict(), "num_hidden_layers": 10})
+DEEP = LlamaConfig(**{**SHAPE.to_dict(), "num_hidden_layers": 8})
 SMALL = ["data.max_length=64", "training.batch_size=4", "data.num_calibration_samples=12", "data.num_train_samples=8"]
 
 
@@ -63,7 +63,7 @@ def test_logits_of_one_batch_are_gone_when_the_next_one_comes() -> None:
 
 def test_the_plan_follows_the_options() -> None:
     plain, checkpointed, local, one, half = (
-        plan_run(config(*options), DEEP)
+        plan_run(config("training.calibrate=false", *options), DEEP)
         for options in (
             ["training.objective=logits"],
             ["training.objective=logits", "training.gradient_checkpointing=true"],
@@ -111,11 +111,12 @@ def test_weights_on_the_device() -> None:
 
 
 def test_advice_names_what_fits() -> None:
-    plain = plan_run(config(), SHAPE)
-    assert advice(config(), plain.peak, SHAPE, plain)[0] == []
-    changes, least = advice(config(), plain.peak - 1000, SHAPE, plain)
+    run = config("training.calibrate=false")
+    plain = plan_run(run, SHAPE)
+    assert advice(run, plain.peak, SHAPE, plain)[0] == []
+    changes, least = advice(run, plain.peak - 1000, SHAPE, plain)
     assert changes == ["model.dtype=bfloat16"] and least.peak < plain.peak
-    changes, least = advice(config(), 0, SHAPE, plain)
+    changes, least = advice(run, 0, SHAPE, plain)
     assert "training.objective=local" in changes and "optimization.use_cpu_offload=true" in changes
     assert "training.gradient_accumulation_steps=4" in changes
     assert with_overrides(config(), {"training.batch_size": 2}).training.batch_size == 2
@@ -136,7 +137,13 @@ def test_what_is_no_size_is_an_error() -> None:
 def test_the_command(tmp_path: Path, capsys: Any) -> None:
     from npt.cli import main
 
-    settings = [*SMALL, "model.base_model_name=builtin:tiny", "model.npt_layers=[5]", "training.objective=local"]
+    settings = [
+        *SMALL,
+        "model.base_model_name=builtin:tiny",
+        "model.npt_layers=[5]",
+        "training.objective=local",
+        "training.calibrate=false",
+    ]
     arguments = [part for setting in settings for part in ("--set", setting)]
     assert main(["memory", *arguments, "--limit", "1MiB"]) in (0, None)
     shown = capsys.readouterr().out

@@ -266,7 +266,8 @@ def short_run(local_model: Path, folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "name,first",
     [
-        ("train_npt_equivalence.py", ["--config", str(REPOSITORY / "config.yaml")]),
+        # test_distributed.py runs it under torchrun, and launch_training.sh starts it.
+        pytest.param("train_npt_equivalence.py", ["--config", str(REPOSITORY / "config.yaml")], marks=pytest.mark.slow),
         ("launch_training.sh", ["--config", str(REPOSITORY / "config.yaml")]),
         ("launch_optimized.sh", ["small"]),
         pytest.param("launch_optimized.sh", ["optimized"], marks=pytest.mark.slow),  # test_the_optimized_script_trains
