@@ -71,7 +71,7 @@ def specs(folder: Path, engine: str | None) -> Iterator[dict[str, Any]]:
                 "objective": objective,
                 "dtype": dtype,
                 "accumulation": accumulation,
-                "steps": 12 if dtype == "float64" else 6,
+                "steps": 20 if dtype == "float64" else 10,
             }
     weights = {"regularization_weight": 0.01, "regularizer": "factors"}
     more: dict[str, dict[str, Any]] = {
