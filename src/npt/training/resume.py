@@ -89,15 +89,19 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / RECORD
     if not path.is_file():
         return {}
+    found = _read_json(path)
+    if not isinstance(found, dict) or not all(isinstance(found.get(name, {}), dict) for name in ("settings", "text")):
+        raise CheckpointError(f"{path}: not a record of npt's; resume from an earlier checkpoint")
+    return found
+
+
+def _read_json(path: Path) -> Any:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not readable ({one_line(error, 80)}); resume from an earlier checkpoint"
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(found.get(name, {}), dict) for name in ("settings", "text")):
-        raise CheckpointError(f"{path}: not a record of npt's; resume from an earlier checkpoint")
-    return found
 
 
 def new_record(settings: Settings, text: Settings, **more: Any) -> dict[str, Any]:
@@ -141,12 +145,7 @@ def check_adapter(checkpoint: Path, config: NPTConfig) -> None:
 
 def _adapter(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / CONFIG
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: not readable ({one_line(error, 80)}); resume from an earlier checkpoint"
-        ) from error
+    found = _read_json(path)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: not a JSON object; resume from an earlier checkpoint")
     return found

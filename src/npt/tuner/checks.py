@@ -196,12 +196,6 @@ def renew_record(base: Any, config: NPTConfig) -> None:
     config.base_fingerprint = base_record(base) or config.base_fingerprint
 
 
-def vocabulary_of(base: Any) -> int | None:
-    """The vocabulary of a base's text part, by its configuration."""
-    size: int | None = getattr(base.config.get_text_config(), "vocab_size", None)
-    return size
-
-
 def refuse_rows(arguments: Mapping[str, Any]) -> None:
     """Refuses what PEFT lets a forward choose for every row of a batch.
 

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from npt.block.contract import check_contract
 from npt.block.families import blocks_of, family_of, resolve_layers
 from npt.block.layer import NPTLayer
+from npt.common.limits import vocabulary_of
 from npt.errors import ConversionError, NPTError
 from npt.tuner.before import Before, marks_of, set_marks
 from npt.tuner.checks import (
@@ -34,7 +35,6 @@ from npt.tuner.checks import (
     refuse_rows,
     refuse_unsupported,
     renew_record,
-    vocabulary_of,
 )
 from npt.tuner.config import LAYER_NAME, PEFT_TYPE, NPTConfig
 from npt.tuner.converted import base_of, npt_layers, take_off
@@ -232,7 +232,10 @@ class NPTModel(BaseTuner):
         """Returns the adapter's own entries of a model's state: the other adapters inside are the base's."""
         base = base_of(model)
         # PEFT saves the embeddings with the adapter where the vocabulary was resized.
-        if (config.base_fingerprint or {}).get("config", {}).get("vocab_size") not in (None, vocabulary_of(base)):
+        if (config.base_fingerprint or {}).get("config", {}).get("vocab_size") not in (
+            None,
+            vocabulary_of(base.config),
+        ):
             renew_record(base, config)
         return own_state(state_dict, adapter_name)
 
