@@ -64,13 +64,18 @@ def evaluate(
     """Compares a converted model with the model it was made from.
 
     Args:
-        model: a PEFT model with an active NPT adapter. tokenizer: its tokenizer.
+        model: a PEFT model with an active NPT adapter.
+        tokenizer: its tokenizer.
         texts: documents, blocks (`npt.data.inputs` lists what is taken for what), or {name: either}; with several corpora the
             first one's figures stand at the top level and `evaluations.corpora` holds each.
-        context_length: tokens per block, 256 or the model's context if that is shorter. stride: tokens scored per window,
-            None for context_length (no overlap). max_tokens: per corpus, at most (rounded down to whole blocks).
-        prompts: continued by both models, greedily and sampled. seed: of the sampled text.
-        begin_with_bos: put BOS before every block of documents. progress: shows bars.
+        context_length: tokens per block, 256 or the model's context if that is shorter.
+        stride: tokens scored per window, None for context_length (no overlap).
+        max_tokens: per corpus, at most (rounded down to whole blocks).
+        batch_size: blocks in a batch.
+        prompts: continued by both models, greedily and sampled.
+        begin_with_bos: put BOS before every block of documents.
+        seed: of the sampled text.
+        progress: shows bars.
 
     Returns:
         The report; its fields are listed in docs/report.md.

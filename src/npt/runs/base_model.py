@@ -47,8 +47,10 @@ def load_base(
 
     Args:
         model: the section of a configuration, or the base's name: a hub id, a local folder, or builtin:...
-        optimization: how to keep its weights. cache_dir: where those of a hub are kept.
-        dtype: beside a name, as `model.dtype`. revision: of a hub's base.
+        optimization: how to keep its weights.
+        cache_dir: where those of a hub are kept.
+        dtype: beside a name, as `model.dtype`.
+        revision: of a hub's base.
 
     Raises:
         NPTError: neither a local folder nor a reachable hub id; its files are damaged, incomplete or of a family that
