@@ -91,8 +91,8 @@ def calibrate(
         progress: shows a bar.
 
     Returns:
-        {"layer_<i>": {"error_before", "error_after", "tokens"}}: the error of the block's update y - h, relative
-        (root of summed squares), on real tokens, before and after.
+        For each block, under the key `layer_<i>`, a dict of `error_before`, `error_after` and `tokens`. An error is that of
+        the block's update y - h, relative (root of summed squares), on real tokens.
 
     Raises:
         NPTError: no text, text without a tokenizer or beyond the model's limits, or so degenerate that the fit is not finite.

@@ -85,28 +85,21 @@ def evaluate(
         ConversionError: the model has no active NPT adapter.
     """
     context_length, stride = _window(model, context_length, stride)
-    corpora = dict(texts) if isinstance(texts, Mapping) and "input_ids" not in texts else {"text": texts}
+    corpora = texts if isinstance(texts, Mapping) and "input_ids" not in texts else {"text": texts}
     window = context_length, stride, None if max_tokens is None else max_tokens // context_length, begin_with_bos
     blocks = {name: _blocks(name, corpus, tokenizer, model, window) for name, corpus in corpora.items()}
     layers, config, prompts = active_layers(model), adapter_config(model), listed_prompts(model, tokenizer, prompts)
     results = {name: _of_corpus(model, tokenizer, packed, batch_size, progress) for name, packed in blocks.items()}
-    first = next(iter(results.values()))
+    first, packed = next(iter(results.values())), next(iter(blocks.values()))
     evaluations: dict[str, Any] = {
         **{name: figures for name, figures in first.items() if name not in ("tokens", "unknown_tokens")},
-        **_in_detail(model, tokenizer, next(iter(blocks.values())), context_length, batch_size, prompts, seed),
+        **_in_detail(model, tokenizer, packed, context_length, batch_size, prompts, seed),
         "corpora": results,
     }
+    protocol = _windows(context_length, stride) | _texts(tokenizer, blocks, first["tokens"])
     return {
         "model_config": _model_config(model, config, layers),
-        "protocol": {
-            "context_length": context_length,
-            "stride": stride,
-            "scored": _scored(stride, context_length),
-            "tokens": first["tokens"],
-            "corpora": list(corpora),
-            **_beginnings(tokenizer, blocks),
-            **_surroundings(model, layers, next(iter(blocks.values())), seed),
-        },
+        "protocol": protocol | _surroundings(model, layers, packed, seed),
         "evaluations": evaluations,
         "expected_outcomes": expected_outcomes(evaluations),
         "grade": grade(evaluations["divergence"]["mean_kl"], first["unknown_tokens"]),
@@ -125,9 +118,10 @@ def _window(model: ConvertedModel, context_length: int | None, stride: int | Non
     return context_length, stride
 
 
-def _scored(stride: int, context_length: int) -> str:
-    """The positions of a window that are scored, in words."""
-    return f"the last {stride} tokens of each window" if stride < context_length else "all tokens but the first"
+def _windows(context_length: int, stride: int) -> dict[str, Any]:
+    """The part of the report's `protocol` that says which positions of a window are scored."""
+    scored = f"the last {stride} tokens of each window" if stride < context_length else "all tokens but the first"
+    return {"context_length": context_length, "stride": stride, "scored": scored}
 
 
 def _surroundings(
@@ -174,10 +168,12 @@ def _of_corpus(
     return {**summarize(figures), "worst_tokens": worst, "tokens": len(figures["kl"]), "unknown_tokens": share}
 
 
-def _beginnings(tokenizer: Any, corpora: Mapping[str, datasets.Dataset]) -> dict[str, dict[str, int]]:
-    """The part of the report's `protocol` that counts blocks, and those whose first token is BOS, per corpus."""
+def _texts(tokenizer: Any, corpora: Mapping[str, datasets.Dataset], tokens: int) -> dict[str, Any]:
+    """The part of the report's `protocol` that counts scored tokens, and per corpus blocks and those that begin with BOS."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return {
+        "tokens": tokens,
+        "corpora": list(corpora),
         "blocks": {name: len(blocks) for name, blocks in corpora.items()},
         "blocks_beginning_with_bos": {
             name: sum(row["input_ids"][0] == bos for row in blocks) if bos is not None else 0
