@@ -58,6 +58,7 @@ def evaluate(
     batch_size: int = 16,
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     begin_with_bos: bool = False,
+    detail_blocks: int = DETAIL_BLOCKS,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -71,6 +72,7 @@ def evaluate(
             None for context_length (no overlap). max_tokens: per corpus, at most (rounded down to whole blocks).
         prompts: continued by both models, greedily and sampled. seed: of the sampled text.
         begin_with_bos: put BOS before every block of documents. progress: shows bars.
+        detail_blocks: blocks of the first corpus that the figures per converted block and position are made of, at most.
 
     Returns:
         The report; its fields are listed in docs/report.md.
@@ -85,10 +87,13 @@ def evaluate(
     blocks = {name: _blocks(name, corpus, tokenizer, model, window) for name, corpus in corpora.items()}
     layers, config, prompts = active_layers(model), adapter_config(model), listed_prompts(model, tokenizer, prompts)
     results = {name: _of_corpus(model, tokenizer, packed, batch_size, progress) for name, packed in blocks.items()}
-    first = next(iter(results.values()))
+    first, detail = next(iter(results.values())), next(iter(blocks.values()))
+    detail = detail.select(range(min(detail_blocks, len(detail))))
+    samples = [side_by_side(model, tokenizer, prompts, seed=s) for s in (None, seed)]
     evaluations: dict[str, Any] = {
         **{name: figures for name, figures in first.items() if name not in ("tokens", "unknown_tokens")},
-        **_in_detail(model, tokenizer, next(iter(blocks.values())), context_length, batch_size, prompts, seed),
+        **detail_figures(model, tokenizer, detail, context_length, batch_size),
+        "generation_samples": generation_section(*samples),
         "corpora": results,
     }
     return {
@@ -181,26 +186,17 @@ def _beginnings(tokenizer: Any, corpora: Mapping[str, datasets.Dataset]) -> dict
     }
 
 
-def _in_detail(
-    model: ConvertedModel,
-    tokenizer: Any,
-    blocks: datasets.Dataset,
-    context_length: int,
-    batch_size: int,
-    prompts: Sequence[str],
-    seed: int,
+def detail_figures(
+    model: ConvertedModel, tokenizer: Any, blocks: Any, context_length: int, batch_size: int
 ) -> dict[str, Any]:
-    """The figures of the first `DETAIL_BLOCKS` blocks, per converted block or position, and the samples of text."""
-    detail = blocks.select(range(min(DETAIL_BLOCKS, len(blocks))))
-    batches = list(batches_of(detail, batch_size, device_of(model)))
-    samples = [side_by_side(model, tokenizer, prompts, seed=s) for s in (None, seed)]
+    """The figures per converted block and per position, of a few blocks of text: they cost more per token."""
+    batches = list(batches_of(blocks, batch_size, device_of(model)))
     with eval_mode(model):
         return {
             "layer_equivalence": layer_equivalence(model, batches),
             "residual_stream": residual_stream(model, batches),
             "weight_delta_stats": weight_delta_stats(model, batches, tokenizer),
-            "kl_by_position": _by_position(model, detail, context_length, batch_size),
-            "generation_samples": generation_section(*samples),
+            "kl_by_position": _by_position(model, blocks, context_length, batch_size),
         }
 
 
