@@ -15,7 +15,7 @@ from torch import Tensor
 
 from npt.common.display import quiet
 from npt.common.limits import vocabulary_of
-from npt.common.processes import first_does, world
+from npt.common.processes import any_process, first_does, world
 from npt.common.sharded import through
 from npt.config import RunConfig
 from npt.data.sampling import default_batch, seconds_per_draw
@@ -124,7 +124,7 @@ def _fit(model: Any, batch: Batch, forward: float, device: torch.device) -> tupl
     """Seconds that the calibration of all blocks takes for a batch above its forward, and once."""
     layers = active_layers(model)
     fit = partial(calibrate, model, blocks=[layers[-1].index])
-    once, twice = (_seconds(lambda n=n: fit([batch] * n), device) for n in (1, 2))
+    once, twice = (_seconds(partial(fit, [batch] * n), device) for n in (1, 2))
     per_batch = max(0.0, twice - once - forward)
     return len(layers) * per_batch, len(layers) * max(0.0, once - forward - per_batch)
 
@@ -157,7 +157,7 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found = time.perf_counter() - start
-        if first_does(lambda found=found: found > LONG_SECONDS):
+        if any_process(found > LONG_SECONDS):
             break
     return found
 

@@ -59,7 +59,7 @@ from npt.runs.resume import check_configuration, run_settings, text_settings
 from npt.runs.texts import RunTexts
 from npt.runs.timing import measure
 from npt.runs.tracker_runs import TRACKER_RUNS, RememberTrackers, continued
-from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback, SamplesCallback
+from npt.training.callbacks import BEST_METRIC, BestAdapterCallback, JsonLinesCallback, SamplesCallback
 from npt.training.checkpoints import step_of
 from npt.training.resume import check_adapter
 from npt.training.signals import StopSignals
@@ -256,11 +256,12 @@ def report_best(
     Returns:
         the evaluation report.
     """
-    if trainer.state.global_step % config.training.eval_steps:
-        with (
-            spent.timing(EVALUATION),
-            continued(Path(config.paths.output_dir), ()),
-        ):  # MLflow's run was ended with the training
+    step = trainer.state.global_step
+    # Newer versions of transformers evaluate the last step by themselves.
+    done = any(entry.get("step") == step and BEST_METRIC in entry for entry in trainer.state.log_history)
+    if step % config.training.eval_steps and not done:
+        # MLflow's run was ended with the training.
+        with spent.timing(EVALUATION), continued(Path(config.paths.output_dir), ()):
             trainer.evaluate()
     model, output, best = trainer.model, Path(config.paths.output_dir), Path(config.paths.checkpoint_dir) / "best_model"
     load_weights(model, best)
