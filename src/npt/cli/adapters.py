@@ -13,6 +13,7 @@ from rich.markup import escape
 from npt.cli.app import app, console, say
 from npt.cli.options import Checkpoint, OwnConfig, Set, place_of
 from npt.common.display import visible
+from npt.common.distribution import install_extra
 from npt.errors import NPTError
 
 logger = logging.getLogger("npt")
@@ -79,5 +80,5 @@ def lm_eval(context: typer.Context) -> None:
     try:
         from npt.integrations.lm_eval import run_harness
     except ImportError as error:
-        raise NPTError(f"npt lm-eval needs lm-evaluation-harness ({error}): pip install 'npt[lm-eval]'") from error
+        raise NPTError(f"npt lm-eval needs lm-evaluation-harness ({error}): {install_extra('lm-eval')}") from error
     run_harness(context.args)

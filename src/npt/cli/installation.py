@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from npt.cli.app import app, load, say
 from npt.cli.options import Config, Set
+from npt.common.distribution import DISTRIBUTION
 from npt.errors import NPTError
 
 
@@ -18,4 +19,7 @@ def check(config: Config = None, set_: Set = None) -> None:
         say(f"{'ok  ' if problem is None else 'FAIL'}  {name}{'' if problem is None else ': ' + problem}")
         failed += problem is not None
     if failed:
-        raise NPTError(f"{failed} check(s) failed; reinstall with: pip install -c constraints.txt -e .")
+        raise NPTError(
+            f"{failed} check(s) failed; reinstall with: pip install --force-reinstall {DISTRIBUTION}, or in a clone "
+            "pip install -c constraints.txt -e ."
+        )
