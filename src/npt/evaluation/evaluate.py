@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import datasets
@@ -12,6 +11,7 @@ import torch
 from npt.block.layer import NPTLayer
 from npt.block.modes import watching
 from npt.builtin import name_of
+from npt.common.distribution import versions
 from npt.common.limits import check_ids, check_length
 from npt.common.precision import matmul_precision
 from npt.data import pack
@@ -145,7 +145,7 @@ def _surroundings(
         "quantization": None if method is None else str(getattr(method, "value", method)),
         "seed": seed,
         "device": str(device_of(model)),
-        "versions": {name: version(name) for name in ("npt", "torch", "transformers", "peft")},
+        "versions": versions(),
     }
 
 
