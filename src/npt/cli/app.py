@@ -41,10 +41,21 @@ def _setup(quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings an
     # peft 0.21 still calls transformers by an older name; nothing a user could change.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     level = logging.ERROR if not TALKS else logging.WARNING if quiet else logging.INFO
-    handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
-    handler.setFormatter(_VisibleFormatter("%(message)s"))
+    handler = _log_handler()
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("npt").setLevel(level)
+
+
+def _log_handler() -> logging.Handler:
+    """Log lines in columns on a terminal; in a file, a line each, whole and with its date."""
+    errors = Console(stderr=True)
+    if errors.is_terminal:
+        handler: logging.Handler = RichHandler(console=errors, show_path=False, markup=False)
+        handler.setFormatter(_VisibleFormatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_VisibleFormatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    return handler
 
 
 def load(config: Path | None, overrides: Sequence[str] | None) -> Any:

@@ -1,7 +1,7 @@
 """The run configuration: its sections, and how a YAML file with overrides becomes one."""
 
 from npt.config.load import given_keys, load_config, option_problems, save_config, with_overrides
-from npt.config.quick import QUICK, left_out, quick_overrides
+from npt.config.quick import QUICK, left_out, shortened
 from npt.config.sections import (
     DataSection,
     ModelSection,
@@ -27,7 +27,7 @@ __all__ = [
     "left_out",
     "load_config",
     "option_problems",
-    "quick_overrides",
     "save_config",
+    "shortened",
     "with_overrides",
 ]

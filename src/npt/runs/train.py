@@ -19,7 +19,7 @@ from npt.common.files import append_json, only_run, write_json
 from npt.common.processes import any_process, first_does, is_first
 from npt.common.sharded import full_tensor, through
 from npt.common.stopwatch import Stopwatch
-from npt.config import QUICK, RunConfig, save_config, with_overrides
+from npt.config import RunConfig, save_config, shortened
 from npt.equivalence.calibration import calibrate
 from npt.equivalence.objectives import objective_class
 from npt.equivalence.teacher import check_teacher_cache
@@ -155,7 +155,7 @@ def plan(
     parts = parts_of(config, sizes, rates)
     quick = None
     if last is None and config.training.num_train_steps != 0:
-        little = with_overrides(config, QUICK)
+        little = shortened(config)
         sampled = [little.data.num_train_samples or 0, little.data.num_eval_samples or 0] if corpus is None else []
         quick = sum(part.seconds for part in parts_of(little, sizes_of(little, None, sampled), rates))
     say_plan(config, parts, rates, quick)
