@@ -11,7 +11,6 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
-from npt.builtin import source_of
 from npt.common.display import quiet
 from npt.config import RunConfig
 from npt.errors import ConversionError, NPTError
@@ -56,7 +55,7 @@ def load_shapes(config: RunConfig) -> Any:
     Raises:
         NPTError: it can't be loaded (see `npt.runs.base_model.base_config`).
     """
-    name = source_of(config.model.base_model_name)
+    name = config.model.base_model_name
     if name in KNOWN_SHAPES and not Path(name).is_dir():
         return LlamaConfig(**KNOWN_SHAPES[name])
     try:

@@ -17,13 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from npt.block.families import FAMILIES, blocks_of, family_of, resolve_layers
-from npt.builtin import source_of
 from npt.common.display import one_line
+from npt.common.gguf import config_of
+from npt.common.places import expanded
 from npt.common.processes import world
 from npt.config import ModelSection, OptimizationSection, RunConfig, with_overrides
 from npt.errors import ConversionError, NPTError
-from npt.runs.base_adapters import refuse_adapter, refuse_attached
-from npt.runs.base_problems import file_remedy, folder_remedy, hub_remedy, local_remedy
+from npt.runs.base_adapters import refuse_attached
+from npt.runs.base_places import config_place, gguf_named, weights_of
+from npt.runs.base_problems import gguf_remedy, hub_remedy, local_remedy
 from npt.runs.processes import shards_base
 from npt.tuner.converted import npt_layers
 
@@ -57,13 +59,13 @@ def load_base(
     if isinstance(model, str):
         model = with_overrides(RunConfig(), {"model.base_model_name": model, "model.dtype": dtype}).model
     optimization = optimization or OptimizationSection()
-    name = source_of(model.base_model_name)
     loading: dict[str, Any] = {"dtype": "auto" if model.dtype == "auto" else getattr(torch, model.dtype)}
     quantized = optimization.use_8bit or optimization.use_4bit
     if quantized:
         loading |= _bitsandbytes(4 if optimization.use_4bit else 8)
     tokenizer = load_tokenizer(model, cache_dir, revision)
     with _named(model), _quiet_libraries():
+        name = weights_of(model, cache_dir)
         # Weights of other shapes are let through to be named below, where the library only points to a log.
         base, found = AutoModelForCausalLM.from_pretrained(
             name, **_arguments(model, cache_dir, revision), **loading, use_safetensors=True, output_loading_info=True,
@@ -80,7 +82,7 @@ def load_tokenizer(model: ModelSection, cache_dir: str | None = None, revision: 
     """The base's tokenizer, once the base's configuration has been checked (see `base_config`)."""
     base_config(model, cache_dir, revision)
     with _named(model), _quiet_libraries():
-        return AutoTokenizer.from_pretrained(source_of(model.base_model_name), **_arguments(model, cache_dir, revision))
+        return AutoTokenizer.from_pretrained(weights_of(model, cache_dir), **_arguments(model, cache_dir, revision))
 
 
 def base_config(model: ModelSection, cache_dir: str | None = None, revision: str | None = None) -> Any:
@@ -90,15 +92,14 @@ def base_config(model: ModelSection, cache_dir: str | None = None, revision: str
         NPTError: missing or damaged; of a family that isn't supported; without the blocks or the size that the `model`
             section asks for.
     """
-    name = source_of(model.base_model_name)
     where = f"model.base_model_name={model.base_model_name}"
-    if Path(name).is_file():
-        raise NPTError(f"{where}: is a file; {file_remedy(Path(name))}")
-    refuse_adapter(where, Path(name))
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise NPTError(f"{where}: the folder has no config.json; {folder_remedy(Path(name))}")
     with _named(model), _quiet_libraries():
-        found = AutoConfig.from_pretrained(name, **_arguments(model, cache_dir, revision))
+        name, gguf = config_place(model.base_model_name, cache_dir, where)
+        found = (
+            AutoConfig.from_pretrained(name, **_arguments(model, cache_dir, revision))
+            if gguf is None
+            else config_of(gguf)
+        )
         text = found.get_text_config()
         blocks, width = (getattr(text, key, None) for key in ("num_hidden_layers", "hidden_size"))
     # Of a model of several parts the text part alone may be what is loaded.
@@ -124,7 +125,7 @@ def _arguments(model: ModelSection, cache_dir: str | None, revision: str | None)
 @contextmanager
 def _named(model: ModelSection) -> Iterator[None]:
     """Turns any error of the libraries about a damaged or absent model into one line (tokenizers raises plain Exception)."""
-    name = source_of(model.base_model_name)
+    name = expanded(model.base_model_name)
     try:
         yield
     except (NPTError, MemoryError, torch.OutOfMemoryError):
@@ -137,6 +138,11 @@ def _named(model: ModelSection) -> Iterator[None]:
             raise NPTError(
                 f"model.base_model_name={name!r} brings Python code of its own, which is not run; read that code and set "
                 "model.trust_remote_code=true, or name another model"
+            ) from error
+        if (gguf := gguf_named(name)) is not None:
+            raise NPTError(
+                f"model.base_model_name={name!r} can't be loaded ({type(error).__name__}: {reason}); "
+                f"{gguf_remedy(gguf, error)}"
             ) from error
         if Path(name).is_dir():
             raise NPTError(
