@@ -39,6 +39,10 @@ _HALF = ("float16", "bfloat16")
 _LLAMA3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
+class GGUFError(NPTError):
+    """A GGUF file that can't be read as the model it is."""
+
+
 @dataclass(frozen=True)
 class Header:
     """The facts of a GGUF file that decide how it is read.
@@ -72,7 +76,7 @@ def header_of(path: Path) -> Header:
     """The header of a GGUF file.
 
     Raises:
-        NPTError: it is damaged, or scales its rotary embedding in a way that transformers does not read.
+        GGUFError: it is damaged, or scales its rotary embedding in a way that transformers does not read.
     """
     found = path.stat()
     return _header(str(path), found.st_size, found.st_mtime_ns)
@@ -87,14 +91,14 @@ def _header(name: str, size: int, changed: int) -> Header:
         architecture = str(_value(reader, "general.architecture"))
         types = {tensor.tensor_type.name for tensor in reader.tensors}
     except (ValueError, KeyError, IndexError, TypeError, OSError, OverflowError) as error:
-        raise NPTError(
+        raise GGUFError(
             f"{name}: is no whole GGUF file ({type(error).__name__}: {one_line(error, 120)}); fetch it again"
         ) from error
     named = {tensor.name: tensor for tensor in reader.tensors}
     scaling = _value(reader, f"{architecture}.rope.scaling.type")
     unread = sorted(key for key in named if key.startswith("rope_factors"))
     if unread or scaling not in (None, "none"):
-        raise NPTError(
+        raise GGUFError(
             f"{name}: scales its rotary embedding ({unread[0] if unread else scaling}), which transformers does not read from "
             "a GGUF file; name the Hugging Face model that it was made from"
         )
@@ -122,7 +126,7 @@ def config_of(path: Path) -> Any:
     """The transformers configuration that a GGUF file describes; no weights are read.
 
     Raises:
-        NPTError: see `header_of`. ValueError: transformers does not know the architecture.
+        GGUFError: see `header_of`. ValueError: transformers does not know the architecture.
     """
     from transformers import AutoConfig
 
@@ -132,8 +136,10 @@ def config_of(path: Path) -> Any:
 
 def _completed(config: Any, header: Header, path: Path) -> Any:
     """A copy of the configuration with what transformers leaves out of it, and without what it says about the file."""
+    import torch
+
     config = copy.deepcopy(config)
-    config.name_or_path, config.dtype = "", header.dtype
+    config.name_or_path, config.dtype = "", getattr(torch, header.dtype)
     for name in ("quantization_config", "_model_name_or_path"):
         if hasattr(config, name):
             delattr(config, name)
@@ -146,13 +152,18 @@ def _llama3_rope(config: Any, factors: tuple[float, ...], path: Path) -> dict[st
     """The rope_parameters whose frequencies are the plain ones divided by `factors`.
 
     Raises:
-        NPTError: Llama 3's rule gives none such.
+        GGUFError: Llama 3's rule gives none such.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     plain = dict(config.rope_parameters)
     for original in (8192, 4096, 16384, 32768):
-        scaled = {**plain, **_LLAMA3_ROPE, "factor": float(max(factors)), "original_max_position_embeddings": original}
+        scaled = {
+            **plain,
+            **_LLAMA3_ROPE,
+            "factor": round(float(max(factors)), 3),
+            "original_max_position_embeddings": original,
+        }
         tried = copy.deepcopy(config)
         tried.rope_parameters = scaled
         frequencies = ROPE_INIT_FUNCTIONS["llama3"](tried, "cpu")[0].double().numpy()
@@ -160,7 +171,7 @@ def _llama3_rope(config: Any, factors: tuple[float, ...], path: Path) -> dict[st
         expected = plain["rope_theta"] ** -steps / frequencies
         if len(factors) == len(expected) and np.allclose(expected, factors, rtol=1e-3):
             return scaled
-    raise NPTError(
+    raise GGUFError(
         f"{path}: scales its rotary embedding by factors (rope_freqs.weight) that are not those of Llama 3; name the Hugging "
         "Face model that it was made from"
     )
@@ -173,7 +184,7 @@ def kept_gguf(path: Path, cache_dir: str | Path | None = None, dtype: str = "aut
         dtype: bfloat16 or float16 keeps a file of float32 or of quantised weights in that; it takes half the disk.
 
     Raises:
-        NPTError: see `header_of` and `npt.common.kept.keep`. ValueError: transformers does not know the architecture.
+        GGUFError: see `header_of`. NPTError: see `npt.common.kept.keep`. ValueError: see `config_of`.
     """
     if (found := find_gguf(path, cache_dir, dtype)) is not None:
         return found
@@ -207,7 +218,7 @@ def write_model(path: Path, folder: Path, dtype: str) -> None:
     """Writes the model of a GGUF file into a folder: config.json, generation_config.json, safetensors and tokenizer.
 
     Raises:
-        NPTError: see `header_of`; or tensors are missing. ValueError: transformers does not know the architecture.
+        GGUFError: see `header_of`; or tensors are missing. ValueError: transformers does not know the architecture.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -218,12 +229,12 @@ def write_model(path: Path, folder: Path, dtype: str) -> None:
             path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), output_loading_info=True
         )
     if found["missing_keys"]:
-        raise NPTError(
+        raise GGUFError(
             f"{path}: {len(found['missing_keys'])} of the model's weights are missing, first {min(found['missing_keys'])}; "
             "fetch the file again, or name the Hugging Face model that it was made from"
         )
     config = _completed(loaded.config, header, path)
-    config.dtype = dtype
+    config.dtype = getattr(torch, dtype)
     # A model that was loaded from a GGUF file refuses to be saved, so its weights move to one that was not.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

@@ -13,7 +13,7 @@ from npt.runs.base_adapters import refuse_adapter
 from npt.runs.base_problems import file_remedy, folder_remedy
 
 
-def config_place(name: str, cache_dir: str | None, where: str) -> tuple[str, Path | None]:
+def config_place(model: ModelSection, cache_dir: str | None, where: str) -> tuple[str, Path | None]:
     """(argument of `from_pretrained` for a base's configuration, the GGUF file to read it from instead); nothing is fetched.
 
     Args:
@@ -22,11 +22,12 @@ def config_place(name: str, cache_dir: str | None, where: str) -> tuple[str, Pat
     Raises:
         NPTError: a file or folder that is no base.
     """
+    name = model.base_model_name
     if name.startswith(PREFIX):
         return str(config_folder(name)), None
     source = expanded(name)
     if (gguf := gguf_named(source)) is not None:
-        kept = find_gguf(gguf, cache_dir)
+        kept = find_gguf(gguf, cache_dir, model.dtype)
         return str(kept or gguf), None if kept else gguf
     if Path(source).is_file():
         raise NPTError(f"{where}: is a file; {file_remedy(Path(source))}")
