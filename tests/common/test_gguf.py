@@ -7,7 +7,6 @@ import os
 import shutil
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -19,7 +18,7 @@ from npt import builtin
 from npt.common import gguf as ours
 from npt.common.kept import RECORD, SOURCE
 from npt.errors import NPTError
-from tests.gguf_files import TEMPLATE, random_llama, write_gguf
+from tests.gguf_files import TEMPLATE, random_llama, vocabulary, write_gguf
 
 IDS = torch.arange(2, 66)[None]
 
@@ -95,6 +94,7 @@ def test_numbers_are_split_into_digits_where_the_file_says_so(tmp_path: Path, ca
         caplog.clear()
         tokenizer = ours.tokenizer_of(path, ours.header_of(path), 128)
         assert tokenizer.tokenize(" 12") == tokens
+        assert len(tokenizer) == len(vocabulary()) and tokenizer.chat_template == TEMPLATE
         assert ("token ids may differ" in caplog.text) == (splitting == "odd")
         again = AutoTokenizer.from_pretrained(_saved(tokenizer, tmp_path / splitting))
         for text in (" 12 the", "the\n\n\tcafé ½ 日本", "<|bos|>the<|eos|>"):
@@ -143,4 +143,3 @@ def test_files_that_are_refused(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(NPTError, match="no whole GGUF file.*fetch it again"):
         npt.load_base(str(path))
     assert not cache.exists() or not [p for p in cache.iterdir() if p.is_dir()], "nothing half-made is left"
-    assert gguf.GGUF_MAGIC == 0x46554747

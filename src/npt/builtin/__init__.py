@@ -69,9 +69,10 @@ def name_of(source: str | None) -> str | None:
     """The inverse of `source_of`, for reports: a builtin model's name, a GGUF file's path, else the source itself."""
     if source is None:
         return None
-    record = record_of(source)
-    kept = None if record is None else str(record[SOURCE])
-    return kept or next((name for name, folder in MODELS.items() if str(folder) == source), source)
+    kept = str((record_of(source) or {SOURCE: ""})[SOURCE])
+    if kept in FETCHED or (is_gguf(kept) and Path(kept).is_absolute()):
+        return kept
+    return next((name for name, folder in MODELS.items() if str(folder) == source), source)
 
 
 def recorded_name(source: str | None) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import json
 import logging
 import re
 import sys
@@ -49,6 +50,7 @@ class Header:
 
     architecture: general.architecture. parameters: numbers in all tensors. dtype: what the weights are kept in, float32 for
     quantised ones: dequantised values have more digits than a half-precision format. splitting: tokenizer.ggml.pre.
+    vocabulary: tokens of the file.
     rope_factors: divisors of the rotary frequencies (Llama 3.1 and later), none for most.
     """
 
@@ -56,6 +58,7 @@ class Header:
     parameters: int
     dtype: str
     splitting: str | None
+    vocabulary: int
     rope_factors: tuple[float, ...]
 
 
@@ -103,6 +106,7 @@ def _header(name: str, size: int, changed: int) -> Header:
             "a GGUF file; name the Hugging Face model that it was made from"
         )
     factors = named.get("rope_freqs.weight")
+    tokens = reader.get_field("tokenizer.ggml.tokens")
     half = (
         {"F16": "float16", "BF16": "bfloat16"}.get(next(iter(types - {"F32"}), ""))
         if len(types - {"F32"}) == 1
@@ -113,6 +117,7 @@ def _header(name: str, size: int, changed: int) -> Header:
         parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
         dtype=half or "float32",
         splitting=_value(reader, "tokenizer.ggml.pre"),
+        vocabulary=0 if tokens is None else len(tokens.data),
         rope_factors=() if factors is None else tuple(np.asarray(factors.data, dtype=np.float32).tolist()),
     )
 
@@ -261,7 +266,7 @@ def tokenizer_of(path: Path, header: Header, positions: int | None) -> Any:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = _without_surplus(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), header.vocabulary)
     tokenizer.model_max_length = positions or tokenizer.model_max_length
     backend = tokenizer.backend_tokenizer
     if isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
@@ -275,3 +280,24 @@ def tokenizer_of(path: Path, header: Header, positions: int | None) -> Any:
                 path, one_line(header.splitting or "it does not say", 40),
             )  # fmt: skip
     return tokenizer
+
+
+def _without_surplus(tokenizer: Any, vocabulary: int) -> Any:
+    """The tokenizer without tokens past those of the file, which have no row in the embedding.
+
+    transformers gives every byte-level tokenizer GPT-2's own token for what is unknown.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if len(tokenizer) <= vocabulary:
+        return tokenizer
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocabulary]
+    backend = Tokenizer.from_str(json.dumps(state))
+    known = {key: token for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=tokenizer.chat_template,
+        **{key: token for key, token in known.items() if backend.token_to_id(token) is not None},
+    )
