@@ -145,13 +145,14 @@ def test_the_files_of_a_folder(name: str, tmp_path: Path) -> None:
 
 
 def test_gguf(base: Path) -> None:
-    """The file, its folder, and a folder that has a config.json beside it: one answer, and no circle."""
+    """A folder that has a config.json beside a damaged file, the file, and its folder alone: no circle."""
     (base / "F.gguf").write_bytes(b"GGUF")
-    for change in (lambda: base / "F.gguf", lambda: (base / "model.safetensors").unlink() or base,
-                   lambda: (base / "config.json").unlink() or base):  # fmt: skip
-        message = said(NPTError, load_base, str(change()))
-        assert "GGUF files are not read" in message and "name the Hugging Face model that it was made from" in message
-        assert "restore" not in message
+    (base / "model.safetensors").unlink()
+    message = said(NPTError, load_base, str(base))
+    (named,) = re.findall("its weights are in GGUF: name the file, (.*)$", message)
+    for name in (named, str(base)):
+        assert "is no whole GGUF file" in said(NPTError, load_base, name)
+        (base / "config.json").unlink(missing_ok=True)
 
 
 def test_a_file_of_a_model_and_a_folder_around_one(base: Path, tmp_path: Path) -> None:

@@ -127,4 +127,4 @@ def memory(
     run = load(config, set_) if config or set_ or asked else None
     if run is not None:
         render_plan(run, size, console, launch)
-    render_memory(memory_table(run), console)
+    render_memory(memory_table(run, here=launch.device is None), console)

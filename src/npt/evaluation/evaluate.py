@@ -13,7 +13,7 @@ from npt.block.modes import watching
 from npt.builtin import name_of
 from npt.common.distribution import versions
 from npt.common.limits import check_ids, check_length
-from npt.common.precision import matmul_precision
+from npt.common.precision import DTYPE_REASON, matmul_precision
 from npt.data import pack
 from npt.data.batches import batches_of
 from npt.data.inputs import documents_or_blocks
@@ -139,6 +139,7 @@ def _surroundings(
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     return {
         "dtype": str(layers[0].weight.dtype).removeprefix("torch."),
+        "dtype_reason": getattr(model.get_base_model(), DTYPE_REASON, None),
         "computed_in": _computed_in(model, layers, blocks),
         "matmul_precision": matmul_precision(device_of(model)),
         "attention": settings._attn_implementation,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
 
-from npt.builtin import MODELS, recorded_name
+from npt.builtin import recorded_name, source_at_hand
 from npt.common.display import one_line
 from npt.common.distribution import DISTRIBUTION
 from npt.common.fingerprint import is_record
@@ -95,7 +95,7 @@ class NPTConfig(PeftConfig):
         self.task_type = self.task_type or "CAUSAL_LM"  # type: ignore[has-type]
         name = self.base_model_name_or_path  # type: ignore[has-type]
         # PEFT hands the name to `from_pretrained`, which knows no builtin model.
-        self.base_model_name_or_path = str(MODELS[name]) if isinstance(name, str) and name in MODELS else name
+        self.base_model_name_or_path = source_at_hand(name) if isinstance(name, str) else name
         problems = []
         if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
             raise ConversionError(
