@@ -70,12 +70,12 @@ def evaluate(
             first one's figures stand at the top level and `evaluations.corpora` holds each.
         context_length: tokens per block, 256 or the model's context if that is shorter. stride: tokens scored per window,
             None for context_length (no overlap). max_tokens: per corpus, at most (rounded down to whole blocks).
-        prompts: continued by both models, greedily and sampled. seed: of the sampled text.
-        begin_with_bos: put BOS before every block of documents. progress: shows bars.
-        detail_blocks: blocks of the first corpus that the figures per converted block and position are made of, at most.
+        prompts: continued by both models, greedily and sampled. seed: of the sampled text. progress: shows bars.
+        begin_with_bos: put BOS before every block of documents.
+        detail_blocks: most blocks, of the first corpus, for the figures per converted block and position.
 
     Returns:
-        The report; its fields are listed in docs/report.md.
+        The report; docs/report.md lists its fields.
 
     Raises:
         DataError: a corpus that is empty or no text, beyond the model's limits, or a stride not in 1 ... context_length.
@@ -87,23 +87,18 @@ def evaluate(
     blocks = {name: _blocks(name, corpus, tokenizer, model, window) for name, corpus in corpora.items()}
     layers, config, prompts = active_layers(model), adapter_config(model), listed_prompts(model, tokenizer, prompts)
     results = {name: _of_corpus(model, tokenizer, packed, batch_size, progress) for name, packed in blocks.items()}
-    first, detail = next(iter(results.values())), next(iter(blocks.values()))
-    detail = detail.select(range(min(detail_blocks, len(detail))))
-    samples = [side_by_side(model, tokenizer, prompts, seed=s) for s in (None, seed)]
+    first, detail = next(iter(results.values())), _first_rows(next(iter(blocks.values())), detail_blocks)
     evaluations: dict[str, Any] = {
         **{name: figures for name, figures in first.items() if name not in ("tokens", "unknown_tokens")},
         **detail_figures(model, tokenizer, detail, context_length, batch_size),
-        "generation_samples": generation_section(*samples),
+        "generation_samples": _samples(model, tokenizer, prompts, seed),
         "corpora": results,
     }
     return {
         "model_config": _model_config(model, config, layers),
         "protocol": {
-            "context_length": context_length,
-            "stride": stride,
-            "scored": _scored(stride, context_length),
+            **_scored(stride, context_length),
             "tokens": first["tokens"],
-            "corpora": list(corpora),
             **_beginnings(tokenizer, blocks),
             **_surroundings(model, layers, next(iter(blocks.values())), seed),
         },
@@ -112,6 +107,14 @@ def evaluate(
         "grade": grade(evaluations["divergence"]["mean_kl"], first["unknown_tokens"]),
         "notes": [*_notes(config.carry, evaluations), *seen_notes(config.text_record, blocks)],
     }
+
+
+def _samples(model: ConvertedModel, tokenizer: Any, prompts: Sequence[str], seed: int) -> dict[str, Any]:
+    return generation_section(*(side_by_side(model, tokenizer, prompts, seed=s) for s in (None, seed)))
+
+
+def _first_rows(blocks: datasets.Dataset, count: int) -> datasets.Dataset:
+    return blocks.select(range(min(count, len(blocks))))
 
 
 def _window(model: ConvertedModel, context_length: int | None, stride: int | None) -> tuple[int, int]:
@@ -125,9 +128,14 @@ def _window(model: ConvertedModel, context_length: int | None, stride: int | Non
     return context_length, stride
 
 
-def _scored(stride: int, context_length: int) -> str:
-    """The positions of a window that are scored, in words."""
-    return f"the last {stride} tokens of each window" if stride < context_length else "all tokens but the first"
+def _scored(stride: int, context_length: int) -> dict[str, Any]:
+    """The part of the report's `protocol` that says which positions are scored."""
+    last = f"the last {stride} tokens of each window"
+    return {
+        "context_length": context_length,
+        "stride": stride,
+        "scored": last if stride < context_length else "all tokens but the first",
+    }
 
 
 def _surroundings(
@@ -175,10 +183,11 @@ def _of_corpus(
     return {**summarize(figures), "worst_tokens": worst, "tokens": len(figures["kl"]), "unknown_tokens": share}
 
 
-def _beginnings(tokenizer: Any, corpora: Mapping[str, datasets.Dataset]) -> dict[str, dict[str, int]]:
-    """The part of the report's `protocol` that counts blocks, and those whose first token is BOS, per corpus."""
+def _beginnings(tokenizer: Any, corpora: Mapping[str, datasets.Dataset]) -> dict[str, Any]:
+    """The part of the report's `protocol` that names the corpora and counts their blocks, and those that begin with BOS."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return {
+        "corpora": list(corpora),
         "blocks": {name: len(blocks) for name, blocks in corpora.items()},
         "blocks_beginning_with_bos": {
             name: sum(row["input_ids"][0] == bos for row in blocks) if bos is not None else 0
@@ -270,7 +279,7 @@ def _blocks(
     limit = None if most is None else max(1, most)
     found = documents_or_blocks(corpus, f"evaluate: corpus {name!r}")
     if isinstance(found, datasets.Dataset):
-        blocks = found if limit is None else found.select(range(min(limit, len(found))))
+        blocks = found if limit is None else _first_rows(found, limit)
     else:
         blocks = pack(found, tokenizer, context_length, max_blocks=limit, begin_with_bos=bos)
     if not len(blocks):

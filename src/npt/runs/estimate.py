@@ -98,10 +98,10 @@ def parts_of(config: RunConfig, sizes: Sizes, rates: Rates) -> list[Part]:
 
 def _parts(config: RunConfig, sizes: Sizes, rates: Rates) -> Iterator[Part]:
     t, length, processes = config.training, config.data.max_length, world()[1]
-    batches = [blocks / max(1, min(blocks, rates.draw_rows)) for blocks in sizes.sampled]
-    draws = sum(math.ceil(n) * min(1, n) for n in batches)
     tokens = length * sum(sizes.sampled)
-    yield Part(SAMPLING, f"{tokens:,} tokens", draws * (length - 1) * rates.draw / processes)
+    yield Part(
+        SAMPLING, f"{tokens:,} tokens", sum(rates.writing(blocks, length) for blocks in sizes.sampled) / processes
+    )
     tokens = length * sizes.calibration
     fitting = tokens * (rates.forward / processes + rates.fit / processes) + rates.fit_once if tokens else 0.0
     yield Part(CALIBRATION, f"{tokens:,} tokens", fitting)
@@ -113,11 +113,11 @@ def _parts(config: RunConfig, sizes: Sizes, rates: Rates) -> Iterator[Part]:
     per_step = length * t.batch_size * t.gradient_accumulation_steps
     of_step = sum(rates.step.values()) / max(1, len(rates.step))
     samples = steps // t.prediction_logging_steps * len(DEFAULT_PROMPTS) * rates.sample
-    training = steps * per_step * of_step + steps // t.eval_steps * evaluation + samples
+    training = steps * per_step * of_step + math.ceil(steps / t.eval_steps) * evaluation + samples
     yield Part(TRAINING, f"{steps:,} steps of {per_step * processes:,} tokens", training)
     tokens = length * sizes.scored
     report = tokens * rates.compare / processes + length * sizes.detailed * rates.detail
-    yield Part(EVALUATION, f"{tokens:,} tokens", 2 * evaluation + report + 2 * len(DEFAULT_PROMPTS) * rates.sample)
+    yield Part(EVALUATION, f"{tokens:,} tokens", evaluation + report + 2 * len(DEFAULT_PROMPTS) * rates.sample)
     yield Part(PAGE, "", PAGE_SECONDS)
 
 

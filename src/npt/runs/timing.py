@@ -24,7 +24,7 @@ from npt.equivalence.objectives import Objective
 from npt.evaluation.divergence import token_divergences
 from npt.evaluation.evaluate import detail_figures
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
-from npt.tuner.converted import active_layers, device_of, eval_mode, run_backbone
+from npt.tuner.converted import active_layers, adapter_config, device_of, eval_mode, run_backbone
 
 #: Seconds that a timed call should last, so that what is done once in it does not count; the text is chosen for that.
 TIMED_SECONDS = 0.1
@@ -46,7 +46,8 @@ Batch = dict[str, Tensor]
 class Rates:
     """Seconds of a run's parts on this machine.
 
-    timed_tokens: of the text that was timed. draw: a token of each of `draw_rows` texts that the model writes. forward: a
+    timed_tokens: of the text that was timed. draw: a token of each of `draw_rows` texts that the model writes, draw_one: of
+    a single one. forward: a
     token through the original's blocks. fit: a token of calibration, and fit_once once, for all blocks, above the forward.
     compare: a token through both models. step: {objective: a token through a training step}. detail: a token of the report's
     figures by block. sample: a prompt continued by both models.
@@ -54,6 +55,7 @@ class Rates:
 
     timed_tokens: int
     draw: float
+    draw_one: float
     draw_rows: int
     forward: float
     fit: float
@@ -62,6 +64,14 @@ class Rates:
     step: dict[str, float]
     detail: float
     sample: float
+
+    def writing(self, blocks: int, length: int) -> float:
+        """Seconds in which the model writes so many blocks of `length` tokens, `draw_rows` at once."""
+        if not blocks:
+            return 0.0
+        per_row = (self.draw - self.draw_one) / max(1, self.draw_rows - 1)
+        batches = -(-blocks // self.draw_rows)
+        return (length - 1) * (batches * (self.draw_one - per_row) + blocks * per_row)
 
 
 def measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool = True) -> Rates:
@@ -89,13 +99,14 @@ def _measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool) -> Rat
     some = blocks.select(range(min(DETAIL_ROWS, rows)))
     detail = _seconds(lambda: detail_figures(model, tokenizer, some, length, len(some)), device)
     sample = _seconds(lambda: side_by_side(model, tokenizer, DEFAULT_PROMPTS[:1], TIMED_TOKENS), device)
-    draw_rows, draw = 0, 0.0
+    draw_rows, draws = 0, (0.0, 0.0)
     if config.data.dataset_name == "self":
         draw_rows = min(config.data.num_train_samples or 1, default_batch(base, length))
-        draw = seconds_per_draw(base, draw_rows, length)
+        draws = seconds_per_draw(base, 1, length), seconds_per_draw(base, draw_rows, length)
     return Rates(
         timed_tokens=tokens,
-        draw=draw,
+        draw=draws[1],
+        draw_one=draws[0],
         draw_rows=draw_rows,
         forward=forward / tokens,
         fit=fit / tokens,
@@ -165,9 +176,11 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
     """Puts back the trained values, their gradients, the modes and the random state."""
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in own.items()}
+    adapter, record = adapter_config(model), adapter_config(model).text_record
+    adapter.text_record = None  # the text is none that the run is about
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
     with torch.random.fork_rng(devices), quiet("npt.equivalence.calibration"):
         try:
@@ -177,4 +190,6 @@ def _undisturbed(model: Any) -> Iterator[None]:
                 for name, p in own.items():
                     p.copy_(before[name])
                     p.grad = None
-            model.train(training)
+            adapter.text_record = record
+            for module, training in modes.items():
+                module.training = training
