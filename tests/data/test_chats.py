@@ -221,6 +221,20 @@ def test_calls_of_tools_go_to_the_template(tokenizer: Any, tmp_path: Path) -> No
         assert tokenizer.decode(blocks["input_ids"][0]) == "[f]a?(f)"
 
 
+def test_chats_whose_messages_differ_in_their_keys(tokenizer: Any, tmp_path: Path) -> None:
+    """`datasets` keeps them as JSON, or with a null for every key of another message."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    rows = [{"messages": chat()}, {"messages": [*chat(1), call]}]
+    path = file(tmp_path / "set" / "train.jsonl", *rows)
+    found = load_documents(str(path.parent), cache_dir=str(tmp_path / "cache"))
+    datasets.load_dataset(str(path.parent), split="train", cache_dir=str(tmp_path / "cache")).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    expected = [document.messages for document in TextFiles([path])]  # type: ignore[union-attr]
+    for documents in (found, TextFiles([tmp_path / "a.parquet"]), TextFiles([tmp_path / "a.parquet"], "messages")):
+        assert [document.messages for document in documents] == expected  # type: ignore[union-attr]
+
+
 @pytest.fixture
 def model(local_model: Path) -> Any:
     return get_peft_model(AutoModelForCausalLM.from_pretrained(local_model), NPTConfig(npt_layers=[2], rank=2))
@@ -273,8 +287,9 @@ def test_a_run_on_chats(streaming: bool, local_model: Path, tmp_path: Path, caps
     rng = np.random.default_rng(0)
     rows = [{"messages": chat(int(n))} for n in rng.integers(0, 2**60, 120)]
     path, other = file(tmp_path / "a.jsonl", *rows), file(tmp_path / "b.jsonl", *rows[:3], {"messages": chat(5)})
+    (tmp_path / "prose.txt").write_text("Prose to calibrate on beside the chats. " * 20)
     keys = {
-        "data__dataset_name": "text", "data__data_files": f"[{path}]", "data__eval_texts": f"[{other}]",
+        "data__calibration_files": f"[{tmp_path / 'prose.txt'}]", "data__dataset_name": "text", "data__data_files": f"[{path}]", "data__eval_texts": f"[{other}]",
         "data__score": "replies", "data__streaming": str(streaming).lower(), "training__num_train_steps": 2,
     }  # fmt: skip
     assert main(["--quiet", "train", *settings(base, tmp_path, **keys)]) == 0

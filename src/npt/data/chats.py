@@ -31,6 +31,7 @@ _ROLES = {name: name for name in ("system", "developer", "user", "assistant", "t
 }
 #: As transformers looks for it.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_HALVES = re.compile("[\ud800-\udfff]")
 #: Errors of a template and of what it calls.
 _FAILURES = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 #: The form of a chat, for messages.
@@ -106,9 +107,18 @@ def _text(content: Any, key: str, place: str) -> str:
         return "\n".join(_text(part.get("text"), "text", place) for part in content)
     if not isinstance(content, str):
         raise DataError(f"{place}: its {key} is {type(content).__name__}, not text; write it as text, or take it out")
-    if any("\ud800" <= character <= "\udfff" for character in content):
-        raise DataError(f"{place}: its {key} holds half a surrogate pair; write the text as UTF-8")
-    return content
+    return without_halves(content, f"{place}: its {key}")
+
+
+def without_halves(text: str, named: str) -> str:
+    """The text, which can be written as UTF-8.
+
+    Raises:
+        DataError: it holds half a surrogate pair, which JSON can name and UTF-8 can't.
+    """
+    if _HALVES.search(text):
+        raise DataError(f"{named} holds half a surrogate pair; write the text as UTF-8")
+    return text
 
 
 def _tools(tools: Any, place: str) -> list[Any] | None:

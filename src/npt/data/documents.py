@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow
 
 from npt.common.display import one_line
-from npt.data.chats import CHAT_COLUMNS, CHAT_FORM, FORMS, Chat, chat_of, is_message
+from npt.data.chats import CHAT_COLUMNS, CHAT_FORM, FORMS, Chat, chat_of, is_message, without_halves
 from npt.errors import DataError
 
 #: Text, blank where a row has none, or a chat.
@@ -17,6 +17,8 @@ Document = str | Chat
 TEXT = "text"
 #: Kinds of column that hold text, by the names of pyarrow, and the kind of those that hold chats.
 TEXT_TYPES, CHATS = ("string", "large_string"), "chats"
+#: The kind of columns of values of several forms, of which `datasets` keeps the JSON; the rows say what they hold.
+JSON = "arrow.json"
 _MISSING = object()
 
 
@@ -26,10 +28,14 @@ def columns_to_read(names: Collection[str], column: str, kinds: Mapping[str, str
     Args:
         names: of the table. column: `data.text_column`. kinds: as `kinds_of_schema` gives them, None: not known.
     """
-    found = [name for name in _candidates(column) if kinds is None or kinds.get(name) in (*TEXT_TYPES, CHATS)]
-    tops = [next((top for top in _tops(name) if top in names), None) for name in found]
-    chats = any(kinds is None or kinds[name] == CHATS for name in found)
-    return list(dict.fromkeys([*filter(None, tops), *(["tools"] if chats and "tools" in names else [])]))
+    found, tools = [], False
+    for name in _candidates(column):
+        top = next((top for top in _tops(name) if top in names), None)
+        kind = JSON if kinds is None else kinds.get(name, "") if JSON not in kinds.get(top or "", "") else JSON
+        if top is not None and (kind in (*TEXT_TYPES, CHATS) or JSON in kind):
+            found.append(top)
+            tools = tools or ("tools" in names and kind not in TEXT_TYPES)
+    return list(dict.fromkeys([*found, *(["tools"] if tools else [])]))
 
 
 def document_of(row: Mapping[str, Any], column: str, place: str, *, chats_only: bool = False) -> Document:
@@ -43,6 +49,8 @@ def document_of(row: Mapping[str, Any], column: str, place: str, *, chats_only: 
     Raises:
         DataError: no such column, or it holds neither text nor a chat.
     """
+    if isinstance(value := row.get(column), str):
+        return without_plain(without_halves(value, f"{place}: column '{column}'"), place, chats_only)
     values = {name: looked_up(row, name) for name in _candidates(column)}
     there = {name: value for name, value in values.items() if value is not _MISSING and value is not None}
     chats = [name for name in there if name != column]
@@ -55,9 +63,7 @@ def document_of(row: Mapping[str, Any], column: str, place: str, *, chats_only: 
     name = next(iter(there))
     value = there[name]
     if isinstance(value, str) and name == column:
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise DataError(f"{place}: column '{name}' holds half a surrogate pair; write the text as UTF-8")
-        return without_plain(value, place, chats_only)
+        return without_plain(without_halves(value, f"{place}: column '{name}'"), place, chats_only)
     is_list = isinstance(value, list | tuple) and (not value or any(isinstance(item, Mapping) for item in value))
     if is_list or is_message(value):
         return chat_of(value, f"{place}, column '{name}'", row.get("tools")) or ""

@@ -14,11 +14,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 
 from npt.common.display import one_line
-from npt.data.documents import Document, column_problem, columns_to_read, document_of, kinds_of_schema, without_plain
+from npt.data.documents import (
+    JSON,
+    Document,
+    column_problem,
+    columns_to_read,
+    document_of,
+    kinds_of_schema,
+    without_plain,
+)
 from npt.errors import DataError
 
 #: (path, its bytes unpacked, data.text_column) -> its documents.
@@ -185,7 +194,11 @@ def _read_parquet(path: Path, file: BinaryIO, text_column: str) -> Iterator[Docu
             if twice := next((name for name in columns if names.count(name) > 1), None):
                 raise DataError(f"{path}: column '{twice}' stands there twice; write it again with one")
             batches = table.iter_batches(batch_size=_ROWS, columns=columns)
-            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+            rows: Iterator[Any] = (row for batch in batches for row in batch.to_pylist())
+            if any(JSON in kind for kind in kinds.values()):
+                features = datasets.Features.from_arrow_schema(table.schema_arrow)
+                rows = map(datasets.Features({name: features[name] for name in columns}).decode_example, rows)
+            for number, row in enumerate(rows, start=1):
                 yield document_of(row, text_column, f"{path}, row {number}")
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         why = one_line(error, 200)

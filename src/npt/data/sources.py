@@ -143,8 +143,8 @@ def where_of(name: str, config: str | None) -> str:
 def hub_remedy(error: Exception) -> str:
     """The remedy where `datasets` can't load a data set."""
     text = str(error)
-    if isinstance(error, ImportError):
-        return f"install that, or use {_LOCAL}, which reads .gz and .zst as it is"
+    if isinstance(error, ImportError) or "Compression type" in text:
+        return f"install what datasets needs for it (zstandard, for .zst), or use {_LOCAL}, which reads .gz and .zst as it is"
     if "Config name is missing" in text or ("BuilderConfig" in text and "not found" in text):
         return "name one of these in data.dataset_config"
     if "split" in text and ("Unknown" in text or "Bad" in text):
