@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from npt import NPTConfig, Objective, calibrate, evaluate
 from npt.cli import main
 from npt.data import load_documents, pack
+from npt.data.batches import batches_of, with_mask
 from npt.data.chats import Chat, chat_ids
 from npt.data.inputs import as_batches, documents_or_blocks
-from npt.data.seen import Seen
+from npt.data.seen import Seen, TextRecord
 from npt.data.sources import TextFiles
 from npt.data.streaming import BlockStream, DocumentStream, hub_source, local_source
 from npt.errors import DataError
@@ -136,6 +137,10 @@ def test_text_is_known_by_its_content_whatever_is_scored(tokenizer: Any) -> None
         assert seen.hashes.tolist() == Seen().add(replies).hashes.tolist()
         assert seen.hashes.tolist() != Seen().add(replies.remove_columns("starts")).hashes.tolist()
         assert seen.covers(replies).all()
+        record = TextRecord()
+        for batch in batches_of(replies, len(replies), torch.device("cpu")):
+            record.add_batch(with_mask(batch))
+        assert record.trained.hashes.tolist() == seen.hashes.tolist()
 
 
 def test_blocks_without_a_reply_are_left_out(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -289,7 +294,8 @@ def test_a_run_on_chats(streaming: bool, local_model: Path, tmp_path: Path, caps
     path, other = file(tmp_path / "a.jsonl", *rows), file(tmp_path / "b.jsonl", *rows[:3], {"messages": chat(5)})
     (tmp_path / "prose.txt").write_text("Prose to calibrate on beside the chats. " * 20)
     keys = {
-        "data__calibration_files": f"[{tmp_path / 'prose.txt'}]", "data__dataset_name": "text", "data__data_files": f"[{path}]", "data__eval_texts": f"[{other}]",
+        "data__calibration_files": f"[{tmp_path / 'prose.txt'}]",
+        "data__dataset_name": "text", "data__data_files": f"[{path}]", "data__eval_texts": f"[{other}]",
         "data__score": "replies", "data__streaming": str(streaming).lower(), "training__num_train_steps": 2,
     }  # fmt: skip
     assert main(["--quiet", "train", *settings(base, tmp_path, **keys)]) == 0

@@ -7,8 +7,8 @@
     streaming   streaming    documents without an end -> blocks one by one, with a place to go on from (StreamedBlocks)
     batches     batches      blocks -> batches on a device (dict[str, Tensor], each (rows, tokens))
 
-All text is opened in `sources`. `readers` has the table of the kinds of file, and a new kind is a reader there; `documents` finds
-text or a chat in a row, and `chats` turns a chat into tokens. `npt.runs.texts` decides what a run opens.
+All text is opened in `sources`. `readers` has the table of the kinds of file, and a new kind is a reader there; `documents`
+finds text or a chat in a row, and `chats` turns a chat into tokens. `npt.runs.texts` decides what a run opens.
 """
 
 from __future__ import annotations
