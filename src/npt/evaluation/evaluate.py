@@ -59,6 +59,7 @@ def evaluate(
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     begin_with_bos: bool = False,
     detail_blocks: int = DETAIL_BLOCKS,
+    score: str = "all",
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def evaluate(
         context_length: tokens per block, 256 or the model's context if that is shorter. stride: tokens scored per window,
             None for context_length (no overlap). max_tokens: per corpus, at most (rounded down to whole blocks).
         prompts: continued by both models, greedily and sampled. seed: of the sampled text. progress: shows bars.
-        begin_with_bos: put BOS before every block of documents.
+        begin_with_bos, score: of blocks made here, as `npt.data.pack` takes them.
         detail_blocks: most blocks, of the first corpus, for the figures per converted block and position.
 
     Returns:
@@ -84,7 +85,7 @@ def evaluate(
     context_length, stride = _window(model, context_length, stride)
     corpora = dict(texts) if isinstance(texts, Mapping) and "input_ids" not in texts else {"text": texts}
     window = context_length, stride, None if max_tokens is None else max_tokens // context_length, begin_with_bos
-    blocks = {name: _blocks(name, corpus, tokenizer, model, window) for name, corpus in corpora.items()}
+    blocks = {name: _blocks(name, corpus, tokenizer, model, window, score) for name, corpus in corpora.items()}
     layers, config, prompts = active_layers(model), adapter_config(model), listed_prompts(model, tokenizer, prompts)
     results = {name: _of_corpus(model, tokenizer, packed, batch_size, progress) for name, packed in blocks.items()}
     first, detail = next(iter(results.values())), _first_rows(next(iter(blocks.values())), detail_blocks)
@@ -97,7 +98,7 @@ def evaluate(
     return {
         "model_config": _model_config(model, config, layers),
         "protocol": {
-            **_scored(stride, context_length),
+            **_positions(context_length, stride, score),
             "tokens": first["tokens"],
             **_beginnings(tokenizer, blocks),
             **_surroundings(model, layers, next(iter(blocks.values())), seed),
@@ -128,14 +129,11 @@ def _window(model: ConvertedModel, context_length: int | None, stride: int | Non
     return context_length, stride
 
 
-def _scored(stride: int, context_length: int) -> dict[str, Any]:
-    """The part of the report's `protocol` that says which positions are scored."""
-    last = f"the last {stride} tokens of each window"
-    return {
-        "context_length": context_length,
-        "stride": stride,
-        "scored": last if stride < context_length else "all tokens but the first",
-    }
+def _positions(context_length: int, stride: int, score: str) -> dict[str, Any]:
+    """The part of the report's `protocol` that says which positions of a window are scored."""
+    scored = f"the last {stride} tokens of each window" if stride < context_length else "all tokens but the first"
+    scored += ", of chats the assistant's replies alone" if score == "replies" else ""
+    return {"context_length": context_length, "stride": stride, "scored": scored}
 
 
 def _surroundings(
@@ -268,12 +266,18 @@ def _by_position(model: ConvertedModel, blocks: Any, context_length: int, batch_
 
 
 def _blocks(
-    name: str, corpus: Corpus, tokenizer: Any, model: ConvertedModel, window: tuple[int, int, int | None, bool]
+    name: str,
+    corpus: Corpus,
+    tokenizer: Any,
+    model: ConvertedModel,
+    window: tuple[int, int, int | None, bool],
+    score: str,
 ) -> datasets.Dataset:
     """The blocks of a corpus to score.
 
     Args:
         window: tokens per block, tokens scored of each, the most blocks before they overlap, whether all begin with BOS.
+        score: as of `evaluate`.
     """
     context_length, stride, most, bos = window
     limit = None if most is None else max(1, most)
@@ -281,7 +285,7 @@ def _blocks(
     if isinstance(found, datasets.Dataset):
         blocks = found if limit is None else _first_rows(found, limit)
     else:
-        blocks = pack(found, tokenizer, context_length, max_blocks=limit, begin_with_bos=bos)
+        blocks = pack(found, tokenizer, context_length, max_blocks=limit, begin_with_bos=bos, score=score)
     if not len(blocks):
         raise DataError(f"corpus {name!r} is empty: give it at least one document")
     for batch in blocks.select_columns(["input_ids"]).iter(1024):
@@ -293,7 +297,8 @@ def _blocks(
 
 def overlapping(blocks: datasets.Dataset, context_length: int, stride: int) -> datasets.Dataset:
     """Windows of context_length that advance by `stride`; after the first, only the last `stride` tokens count."""
-    flat = {name: torch.as_tensor(blocks[name][:]).flatten() for name in ("input_ids", "attention_mask", "labels")}
+    names = ("input_ids", "attention_mask", "labels", *(["starts"] if "starts" in blocks.column_names else []))
+    flat = {name: torch.as_tensor(blocks[name][:]).flatten() for name in names}
     starts = range(0, max(1, len(flat["input_ids"]) - context_length + 1), stride)
     windows = {name: [values[s : s + context_length].tolist() for s in starts] for name, values in flat.items()}
     for labels in windows["labels"][1:]:

@@ -17,7 +17,8 @@ from npt.common.processes import is_first, world
 from npt.config import DataSection, load_config
 from npt.data import sample_blocks, split_blocks
 from npt.data.batches import batches_of
-from npt.data.packing import Packer, first_of_blocks, token_ids
+from npt.data.packing import Packer, first_of_blocks, tokenised
+from npt.data.readers import short_name
 from npt.data.sampling import kept_blocks
 from npt.data.seen import Seen, TextRecord
 from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, held_out_documents
@@ -119,8 +120,9 @@ def streamed_blocks(
     def make(place: tuple[int, int]) -> BlockStream:
         stream = DocumentStream(source, place, seed=texts.seed, window=data.shuffle_window, left_out=left_out)
         return BlockStream(
-            stream, tokenizer, data.max_length, record.trained, bos_token_id=bos, vocabulary=texts.vocabulary
-        )
+            stream, tokenizer, data.max_length, record.trained,
+            bos_token_id=bos, vocabulary=texts.vocabulary, score=data.score,
+        )  # fmt: skip
 
     return StreamedBlocks(make, world()), chosen_by, calibration, held_out.select(range(last))
 
@@ -144,7 +146,8 @@ class HeldOutText:
         data = self.texts.data
         # One document at a time: any tokenised ahead would count as seen and never be trained on.
         read = held_out_documents(self._documents, self.digests)
-        one_by_one = (ids for text in read for ids in token_ids([text], self.tokenizer, self.texts.vocabulary))
+        given = self.tokenizer, self.texts.vocabulary, data.score
+        one_by_one = (pair for document in read for pair in tokenised([document], *given))
         bos = first_of_blocks(self.tokenizer, data.begin_with_bos)
         packer = Packer(one_by_one, data.max_length, pad_token_id=0, bos_token_id=bos)
         found = (unseen or Unseen(None)).first(self.texts.label, packer, count, has_end=False)
@@ -215,7 +218,7 @@ def further_corpora(
     """
     data, unseen = texts.data, unseen or Unseen(None)
     names = dict.fromkeys(str(name) for name in (*data.eval_texts, *more) if name != data.dataset_name)
-    short = {name: name if name.startswith(PREFIX) else Path(name).stem for name in names}
+    short = {name: name if name.startswith(PREFIX) else short_name(Path(name)) for name in names}
     taken = [data.dataset_name, *short.values()]
     found = {}
     for name in names:
@@ -244,6 +247,7 @@ def calibration_batches(
     if prose is None:
         return list(batches_of(own.select(range(min(count, len(own)))), batch_size, device))
     own = own.select(range(min(count - len(prose), len(own))))
+    own, prose = (part.select_columns(["input_ids", "attention_mask", "labels"]) for part in (own, prose))
     mixed = datasets.concatenate_datasets([own, prose.cast(own.features)]).shuffle(seed=texts.seed)
     return list(batches_of(mixed, batch_size, device))
 

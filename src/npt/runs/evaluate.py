@@ -115,17 +115,11 @@ def evaluate_corpora(
     model: Any, tokenizer: Any, corpora: dict[str, datasets.Dataset], config: RunConfig
 ) -> dict[str, Any]:
     """The report on {name: blocks}, by all processes together."""
-    size, t = config.data.max_length, config.training
+    data, t = config.data, config.training
     return through(
         model,
         lambda: evaluate(
-            model,
-            tokenizer,
-            corpora,
-            context_length=size,
-            batch_size=t.batch_size,
-            detail_blocks=config.data.num_detail_samples,
-            seed=t.seed,
-            progress=is_first(),
+            model, tokenizer, corpora, context_length=data.max_length, batch_size=t.batch_size, score=data.score,
+            detail_blocks=data.num_detail_samples, seed=t.seed, progress=is_first(),
         ),
-    )
+    )  # fmt: skip
