@@ -49,7 +49,20 @@ def pack(
 ) -> datasets.Dataset:
     """Tokenises documents and packs them into blocks; reads little further than `max_blocks` needs.
 
-    Args, Returns, Raises: as `text_packer` and `pack_token_ids`.
+    Args:
+        documents: texts; blank ones are skipped.
+        tokenizer: the model's. Every document gets its special tokens, then its EOS unless it ends with one already.
+        max_length: tokens in a block.
+        max_blocks: stop there; None packs everything.
+        keep_remainder: keep what is left at the end, shorter than a block, padded (attention_mask 0, labels -100).
+        begin_with_bos: begin every block with BOS, not only those that begin with a document's own.
+        progress: show a progress bar.
+
+    Returns:
+        rows of input_ids, attention_mask and labels, each `max_length` ints.
+
+    Raises:
+        DataError: as `text_packer` and `pack_token_ids`.
     """
     packer = text_packer(documents, tokenizer, max_length, begin_with_bos=begin_with_bos, score=score)
     packer.read(max_blocks, progress=progress)

@@ -74,7 +74,8 @@ def sample_blocks(
         tokenizer: the model's.
         num_blocks: blocks to sample.
         max_length: tokens in a block, BOS included.
-        seed, label: choose the random stream; give training and evaluation text different labels.
+        seed: chooses the random stream, with the label.
+        label: give training and evaluation text different ones.
         batch_size: blocks sampled at once; None is 256, or less where that would take more than 4 GiB.
         cache_dir: keep blocks there (safetensors), found again by weights, configuration and all arguments.
         progress: show a progress bar.

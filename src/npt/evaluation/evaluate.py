@@ -66,14 +66,20 @@ def evaluate(
     """Compares a converted model with the model it was made from.
 
     Args:
-        model: a PEFT model with an active NPT adapter. tokenizer: its tokenizer.
+        model: a PEFT model with an active NPT adapter.
+        tokenizer: its tokenizer.
         texts: documents, blocks (`npt.data.inputs` lists what is taken for what), or {name: either}; with several corpora the
             first one's figures stand at the top level and `evaluations.corpora` holds each.
-        context_length: tokens per block, 256 or the model's context if that is shorter. stride: tokens scored per window,
-            None for context_length (no overlap). max_tokens: per corpus, at most (rounded down to whole blocks).
-        prompts: continued by both models, greedily and sampled. seed: of the sampled text. progress: shows bars.
-        begin_with_bos, score: of blocks made here, as `npt.data.pack` takes them.
+        context_length: tokens per block, 256 or the model's context if that is shorter.
+        stride: tokens scored per window, None for context_length (no overlap).
+        max_tokens: per corpus, at most (rounded down to whole blocks).
+        batch_size: blocks in a batch.
+        prompts: continued by both models, greedily and sampled.
+        begin_with_bos: of blocks made here, as `npt.data.pack` takes it.
+        score: the same, "all" or "replies".
         detail_blocks: most blocks, of the first corpus, for the figures per converted block and position.
+        seed: of the sampled text.
+        progress: shows bars.
 
     Returns:
         The report; docs/report.md lists its fields.
@@ -86,19 +92,33 @@ def evaluate(
     corpora = dict(texts) if isinstance(texts, Mapping) and "input_ids" not in texts else {"text": texts}
     window = context_length, stride, None if max_tokens is None else max_tokens // context_length, begin_with_bos
     blocks = {name: _blocks(name, corpus, tokenizer, model, window, score) for name, corpus in corpora.items()}
-    layers, config, prompts = active_layers(model), adapter_config(model), listed_prompts(model, tokenizer, prompts)
+    prompts = listed_prompts(model, tokenizer, prompts)
     results = {name: _of_corpus(model, tokenizer, packed, batch_size, progress) for name, packed in blocks.items()}
-    first, detail = next(iter(results.values())), _first_rows(next(iter(blocks.values())), detail_blocks)
+    detail = _first_rows(next(iter(blocks.values())), detail_blocks)
     evaluations: dict[str, Any] = {
-        **{name: figures for name, figures in first.items() if name not in ("tokens", "unknown_tokens")},
+        **{name: x for name, x in next(iter(results.values())).items() if name not in ("tokens", "unknown_tokens")},
         **detail_figures(model, tokenizer, detail, context_length, batch_size),
         "generation_samples": _samples(model, tokenizer, prompts, seed),
         "corpora": results,
     }
+    return _report(model, tokenizer, blocks, evaluations, _positions(context_length, stride, score), seed)
+
+
+def _report(
+    model: ConvertedModel,
+    tokenizer: Any,
+    blocks: Mapping[str, datasets.Dataset],
+    evaluations: dict[str, Any],
+    positions: dict[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """The whole report, once its figures are there."""
+    layers, config = active_layers(model), adapter_config(model)
+    first = next(iter(evaluations["corpora"].values()))
     return {
         "model_config": _model_config(model, config, layers),
         "protocol": {
-            **_positions(context_length, stride, score),
+            **positions,
             "tokens": first["tokens"],
             **_beginnings(tokenizer, blocks),
             **_surroundings(model, layers, next(iter(blocks.values())), seed),

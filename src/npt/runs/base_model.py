@@ -51,9 +51,11 @@ def load_base(
 
     Args:
         model: the section of a configuration, or the base's name: a hub id, a local folder, a GGUF file, or builtin:...
-        optimization: how to keep its weights. cache_dir: where fetched or converted ones are kept.
+        optimization: how to keep its weights.
+        cache_dir: where fetched or converted ones are kept.
         dtype: beside a name, as `model.dtype`: "auto" is the checkpoint's own, or float32 on a CPU without units for that
-            (see `npt.common.precision.choose_dtype`). revision: of a hub's base.
+            (see `npt.common.precision.choose_dtype`).
+        revision: of a hub's base.
 
     Raises:
         NPTError: neither a local folder nor a reachable hub id; its files are damaged, incomplete or of a family that

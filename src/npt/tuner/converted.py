@@ -122,7 +122,11 @@ def weight_delta(
     """Forms dW of one token in one converted block, for inspection and permanent updates: {projection: (out, in)}.
 
     Args:
-        input_ids: (batch, tokens). layer: the block's index. token: (row, position), negatives from the end.
+        model: a PEFT model with an active NPT adapter.
+        input_ids: (batch, tokens).
+        layer: the block's index.
+        token: (row, position), negatives from the end.
+        attention_mask: (batch, tokens), 0 for padding; None for none.
 
     Raises:
         ConversionError: the block is not converted.
