@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
 
-from npt.builtin import MODELS, recorded_name
+from npt.builtin import recorded_name, source_at_hand
 from npt.common.display import one_line
+from npt.common.distribution import DISTRIBUTION
 from npt.common.fingerprint import is_record
 from npt.common.options import ALLOWED, DEFAULTS, OPTIONS, PROJECTIONS, tied_targets_down
 from npt.errors import ConversionError
@@ -39,8 +40,11 @@ LAYER_NAME = "neuroplastic"
 
 #: Of an adapter's files. An adapter of an older format is read for ever (tests/fixtures/adapters).
 FORMAT_VERSION = 1
-#: The remedy for a newer format. npt is installed from its repository; a package index may have another npt.
-UPGRADE = "install the npt that wrote it, or a newer one, from its repository (git pull, pip install -e .)"
+#: The remedy for a newer format.
+UPGRADE = (
+    f"install the npt that wrote it, or a newer one: pip install -U {DISTRIBUTION}, or in a clone git pull && "
+    "pip install -e ."
+)
 
 
 @dataclass
@@ -93,7 +97,7 @@ class NPTConfig(PeftConfig):
         self.task_type = self.task_type or "CAUSAL_LM"  # type: ignore[has-type]
         name = self.base_model_name_or_path  # type: ignore[has-type]
         # PEFT hands the name to `from_pretrained`, which knows no builtin model.
-        self.base_model_name_or_path = str(MODELS[name]) if isinstance(name, str) and name in MODELS else name
+        self.base_model_name_or_path = source_at_hand(name) if isinstance(name, str) else name
         problems = []
         if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
             raise ConversionError(
