@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from npt import NPTConfig
 from npt.cli import main
 from npt.common import progress
+from npt.common.precision import DTYPE_REASON
 from npt.common.stopwatch import Stopwatch
 from npt.config import load_config
 from npt.runs import estimate
@@ -70,9 +72,10 @@ def test_what_a_run_does_not_do_is_no_part_of_its_plan() -> None:
 
 def test_a_long_run_is_told_what_to_turn(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "npt")
-    config = load_config()
-    estimate.say_plan(config, [Part(SAMPLING, "9 tokens", 900.0), Part(EVALUATION, "", 10.0)], RATES, quick=60.0)
-    estimate.say_plan(config, [Part(SAMPLING, "9 tokens", 90.0)], RATES, quick=60.0)
+    config, base = load_config(), SimpleNamespace(dtype=torch.float32, **{DTYPE_REASON: "no units"})
+    estimate.say_plan(config, base, [Part(SAMPLING, "9 tokens", 900.0), Part(EVALUATION, "", 10.0)], RATES, quick=60.0)
+    estimate.say_plan(config, base, [Part(SAMPLING, "9 tokens", 90.0)], RATES, quick=60.0)
+    assert caplog.messages[0].startswith("plan for builtin:tiny in float32 (no units); times from timing 256 tokens")
     told = [message for message in caplog.messages if message.startswith("shorter")]
     assert len(told) == 1 and "--quick (60 s" in told[0] and "data.num_train_samples=1632" in told[0]
     assert "num_calibration_samples" not in told[0] and "evaluation:" not in told[0]
@@ -106,7 +109,7 @@ def test_a_run_tells_its_plan_then_each_phase_then_its_times(
     assert main(["train", *options]) == 0
     log = capsys.readouterr().err
     marks = (
-        "plan, its times", "Sampling train text:", "Sampling eval text:", "Teacher targets", "Calibrating:", "Evaluating:",
+        "plan for", "Sampling train text:", "Sampling eval text:", "Teacher targets", "Calibrating:", "Evaluating:",
         "Training: 1 of 2 steps", "step 2: perplexity ratio", "times, estimated and taken",
     )  # fmt: skip
     places = [log.find(mark) for mark in marks]
@@ -117,7 +120,7 @@ def test_a_run_tells_its_plan_then_each_phase_then_its_times(
     assert times["together"]["seconds"] == pytest.approx(sum(times[name]["seconds"] for name in parts))
     assert main(["evaluate", "--checkpoint", "checkpoints/best_model", "--output", "again.json"]) == 0
     log = capsys.readouterr().err
-    assert "plan, its times" in log and "times, estimated and taken" in log
+    assert "plan for" in log and "times, estimated and taken" in log
     assert json.loads((tmp_path / "outputs" / estimate.TIMING).read_text()) == times
 
 

@@ -7,9 +7,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from npt.common.display import duration
 from npt.common.files import write_json
+from npt.common.precision import DTYPE_REASON
 from npt.common.processes import world
 from npt.common.stopwatch import Stopwatch
 from npt.config import RunConfig
@@ -121,20 +123,22 @@ def _parts(config: RunConfig, sizes: Sizes, rates: Rates) -> Iterator[Part]:
     yield Part(PAGE, "", PAGE_SECONDS)
 
 
-def say_plan(config: RunConfig, parts: Sequence[Part], rates: Rates, quick: float | None = None) -> None:
+def say_plan(config: RunConfig, base: Any, parts: Sequence[Part], rates: Rates, quick: float | None = None) -> None:
     """Logs a run's parts with their estimated times and, where they are long, the settings that would shorten it.
 
     Args:
+        base: the model that is converted.
         quick: estimated seconds of the same run with `--quick`; None where that is no choice.
     """
-    whole = sum(part.seconds for part in parts)
+    whole, reason = sum(part.seconds for part in parts), getattr(base, DTYPE_REASON, None)
     wide = max(len(part.work) for part in parts)
     lines = [f"{part.name:<16}{part.work:<{wide}}  {duration(part.seconds):>8}" for part in parts]
     logger.info(
-        "plan, its times from timing %s tokens of text on this machine:\n%s",
+        "plan for %s in %s%s; times from timing %s tokens of text on this machine:\n%s",
+        config.model.base_model_name, str(base.dtype).removeprefix("torch."), "" if reason is None else f" ({reason})",
         f"{rates.timed_tokens:,}",
         "\n".join([*(f"  {line}" for line in lines), f"  {'together':<16}{'':<{wide}}  {duration(whole):>8}"]),
-    )
+    )  # fmt: skip
     if whole > LONG and (advice := list(_shorter(config, parts, whole, quick))):
         logger.info("shorter: %s", "; ".join(advice))
 

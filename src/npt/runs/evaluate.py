@@ -97,7 +97,7 @@ def plan(
         detailed=min(config.data.num_detail_samples, held_out),
     )
     parts = parts_of(config, sizes, rates)
-    say_plan(config, parts, rates)
+    say_plan(config, model.get_base_model(), parts, rates)
     return parts
 
 

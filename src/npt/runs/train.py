@@ -158,7 +158,7 @@ def plan(
         little = shortened(config)
         sampled = [little.data.num_train_samples or 0, little.data.num_eval_samples or 0] if corpus is None else []
         quick = sum(part.seconds for part in parts_of(little, sizes_of(little, None, sampled), rates))
-    say_plan(config, parts, rates, quick)
+    say_plan(config, model.get_base_model(), parts, rates, quick)
     return parts
 
 
