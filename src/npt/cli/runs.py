@@ -26,7 +26,10 @@ def train(
     device: DeviceName = None,
     limit: Limit = None,
 ) -> None:
-    """Phase 1: convert, calibrate, train, evaluate; writes best_model/ and evaluation_report.json."""
+    """Phase 1: convert, calibrate, train and evaluate.
+
+    Writes the adapter, best_model/, and the report: evaluation_report.json and report.html.
+    """
     planned = {"--processes": processes, "--nodes": nodes, "--device": device, "--limit": limit}
     if dry_run:
         return _dry_run(config, set_, resume, **{name.removeprefix("--"): value for name, value in planned.items()})
@@ -43,7 +46,7 @@ def train(
     from npt.runs.train import run_training
 
     found = run_training(run, resume=resume)
-    render_report(found, console)
+    render_report(found, console())
     say(f"adapter: {Path(run.paths.checkpoint_dir) / 'best_model'}")
     say(f"report:  {Path(run.paths.output_dir) / 'report.html'}, figures in evaluation_report.json beside it")
 
@@ -58,7 +61,7 @@ def _dry_run(config: Path | None, set_: list[str] | None, resume: bool, **planne
     size = None if limit is None else parse_bytes(limit)
     launch, run = launch_here(**planned), load(config, set_)
     if is_first_launched():
-        dry_run(run, launch, size, console)
+        dry_run(run, launch, size, console())
 
 
 @app.command()
@@ -81,7 +84,7 @@ def evaluate(
 
     check_file("--output", output, ".json")
     run = load_settings(checkpoint, config, set_ or ())
-    render_report(run_evaluation(run, checkpoint, output, more_text=text or ()), console)
+    render_report(run_evaluation(run, checkpoint, output, more_text=text or ()), console())
     say(f"report: {output.with_suffix('.html')}, figures in {output}")
 
 
@@ -94,7 +97,10 @@ def memory(
     nodes: Nodes = None,
     device: DeviceName = None,
 ) -> None:
-    """Predicts what a run will need, phase by phase, and what formed weight deltas would cost."""
+    """Predicts what a run will need, phase by phase.
+
+    Also says what formed weight deltas would cost.
+    """
     from npt.planning.devices import parse_bytes, planned_launch
     from npt.planning.formed_deltas import memory_table
     from npt.planning.tables import render_memory, render_plan
@@ -104,5 +110,5 @@ def memory(
     asked = (limit, processes, nodes, device) != (None,) * 4
     run = load(config, set_) if config or set_ or asked else None
     if run is not None:
-        render_plan(run, size, console, launch)
-    render_memory(memory_table(run), console)
+        render_plan(run, size, console(), launch)
+    render_memory(memory_table(run), console())
