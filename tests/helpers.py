@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
+import beartype  # noqa: F401  imported before `checked_copy` sets TYPE_CHECKING, not within
 import torch
 from jaxtyping import install_import_hook
 from peft import get_peft_model
@@ -209,7 +211,7 @@ def checked_copy(name: str, *others: str) -> ModuleType:
     names = [*others, name]
     before = {each: sys.modules.pop(each) for each in names if each in sys.modules}
     try:
-        with install_import_hook(names, "beartype.beartype"):
+        with install_import_hook(names, "beartype.beartype"), mock.patch("typing.TYPE_CHECKING", True):
             return importlib.import_module(name)
     finally:
         for each, module in before.items():
