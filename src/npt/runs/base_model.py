@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from npt.block.families import FAMILIES, blocks_of, family_of, resolve_layers
 from npt.common.display import one_line
+from npt.common.distribution import install_extra
 from npt.common.gguf import GGUFError, config_of
 from npt.common.places import expanded
 from npt.common.precision import DTYPE_REASON, choose_dtype
@@ -50,9 +51,11 @@ def load_base(
 
     Args:
         model: the section of a configuration, or the base's name: a hub id, a local folder, a GGUF file, or builtin:...
-        optimization: how to keep its weights. cache_dir: where fetched or converted ones are kept.
+        optimization: how to keep its weights.
+        cache_dir: where fetched or converted ones are kept.
         dtype: beside a name, as `model.dtype`: "auto" is the checkpoint's own, or float32 on a CPU without units for that
-            (see `npt.common.precision.choose_dtype`). revision: of a hub's base.
+            (see `npt.common.precision.choose_dtype`).
+        revision: of a hub's base.
 
     Raises:
         NPTError: neither a local folder nor a reachable hub id; its files are damaged, incomplete or of a family that
@@ -267,7 +270,7 @@ def _bitsandbytes(bits: int) -> dict[str, Any]:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise NPTError(
-            f"optimization.use_{bits}bit=true needs bitsandbytes: pip install 'npt[quantization]', or set it to false"
+            f"optimization.use_{bits}bit=true needs bitsandbytes: {install_extra('quantization')}, or set it to false"
         ) from error
     from transformers import BitsAndBytesConfig
 

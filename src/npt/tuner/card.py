@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from npt.builtin import MODELS, recorded_name
 from npt.builtin.fetched import FETCHED
 from npt.common.display import one_line
+from npt.common.distribution import DISTRIBUTION
 from npt.common.gguf import is_gguf
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ In blocks {layers} of {base} the attention output no longer joins the residual s
 transient low-rank weight delta for the block's MLP (the Neuro-Plastic Transformer). The base's own weights are unchanged.
 
 ```python
-import npt  # makes peft know the method
+import npt  # pip install {distribution}; makes peft know the method
 from peft import PeftModel
 {base_code}
 model = PeftModel.from_pretrained(base, "path or hub name of this adapter")
@@ -95,6 +96,7 @@ def write_model_card(
     names = ("rank", "key", "carry", "gain", "low_rank_at", "modulation_scale", "target_projections")
     body = _TEXT.format(
         mark=MARK,
+        distribution=DISTRIBUTION,
         title="NPT adapter" + (f" for {Path(base).name}" if base else ""),
         layers=config.npt_layers,
         base=as_code(Path(base).name) if base else "the base model",
@@ -143,7 +145,7 @@ def _remark(base: str) -> str:
             "dequantises them. To other libraries its name says nothing, and the adapter fits no other copy's weights."
         )
     if base in MODELS:
-        return "The base comes with the package `npt`; to other libraries its name says nothing."
+        return f"The base comes with the package `{DISTRIBUTION}`; to other libraries its name says nothing."
     return (
         "The base was a GGUF file of the machine that made this adapter, which npt dequantises once. Elsewhere, write the "
         "file's own place there; libraries that read no GGUF need npt for it."
