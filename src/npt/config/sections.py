@@ -192,6 +192,7 @@ class DataSection(Section):
     num_train_samples: Annotated[int, Field(ge=2, le=MOST)] | None = 1632
     num_eval_samples: Positive | None = 400
     num_calibration_samples: Positive = 384
+    num_detail_samples: Positive = 32
     begin_with_bos: bool = False
     score_seen_text: bool = False
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import datasets
@@ -12,6 +11,7 @@ import torch
 from npt.block.layer import NPTLayer
 from npt.block.modes import watching
 from npt.builtin import name_of
+from npt.common.distribution import versions
 from npt.common.limits import check_ids, check_length
 from npt.common.precision import matmul_precision
 from npt.data import pack
@@ -45,6 +45,8 @@ POSITION_BINS = 8
 
 #: Documents, or a dataset of packed blocks.
 Corpus = Any
+#: Tokens per block, tokens scored of each, the most tokens of a corpus, whether all blocks begin with BOS, and `score`.
+Window = tuple[int, int, int | None, bool, str]
 
 
 def evaluate(
@@ -59,6 +61,7 @@ def evaluate(
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     begin_with_bos: bool = False,
     score: str = "all",
+    detail_blocks: int = DETAIL_BLOCKS,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -70,8 +73,9 @@ def evaluate(
             first one's figures stand at the top level and `evaluations.corpora` holds each.
         context_length: tokens per block, 256 or the model's context if that is shorter. stride: tokens scored per window,
             None for context_length (no overlap). max_tokens: per corpus, at most (rounded down to whole blocks).
-        prompts: continued by both models, greedily and sampled. seed: of the sampled text.
         begin_with_bos, score: of blocks made here, as `npt.data.pack` takes them. progress: shows bars.
+        prompts: continued by both models, greedily and sampled. seed: of the sampled text.
+        detail_blocks: blocks of the first corpus that the figures per converted block and position are made of, at most.
 
     Returns:
         The report; its fields are listed in docs/report.md.
@@ -81,25 +85,24 @@ def evaluate(
         ConversionError: the model has no active NPT adapter.
     """
     context_length, stride = _window(model, context_length, stride)
-    corpora = dict(texts) if isinstance(texts, Mapping) and "input_ids" not in texts else {"text": texts}
-    window = context_length, stride, None if max_tokens is None else max_tokens // context_length, begin_with_bos
-    blocks = {name: _blocks(name, corpus, tokenizer, model, window, score) for name, corpus in corpora.items()}
+    blocks = _corpora(texts, tokenizer, model, (context_length, stride, max_tokens, begin_with_bos, score))
     layers, config, prompts = active_layers(model), adapter_config(model), listed_prompts(model, tokenizer, prompts)
     results = {name: _of_corpus(model, tokenizer, packed, batch_size, progress) for name, packed in blocks.items()}
-    first = next(iter(results.values()))
+    first, detail = next(iter(results.values())), next(iter(blocks.values()))
+    detail = detail.select(range(min(detail_blocks, len(detail))))
+    samples = [side_by_side(model, tokenizer, prompts, seed=s) for s in (None, seed)]
     evaluations: dict[str, Any] = {
         **{name: figures for name, figures in first.items() if name not in ("tokens", "unknown_tokens")},
-        **_in_detail(model, tokenizer, next(iter(blocks.values())), context_length, batch_size, prompts, seed),
+        **detail_figures(model, tokenizer, detail, context_length, batch_size),
+        "generation_samples": generation_section(*samples),
         "corpora": results,
     }
     return {
         "model_config": _model_config(model, config, layers),
         "protocol": {
-            **_positions(context_length, stride, score),
-            "tokens": first["tokens"],
-            "corpora": list(corpora),
+            **_positions(context_length, stride, score, first["tokens"]),
             **_beginnings(tokenizer, blocks),
-            **_surroundings(model, layers, next(iter(blocks.values())), seed),
+            **_surroundings(model, layers, detail, seed),
         },
         "evaluations": evaluations,
         "expected_outcomes": expected_outcomes(evaluations),
@@ -119,11 +122,11 @@ def _window(model: ConvertedModel, context_length: int | None, stride: int | Non
     return context_length, stride
 
 
-def _positions(context_length: int, stride: int, score: str) -> dict[str, Any]:
-    """The part of the report's `protocol` that says which positions of a window are scored."""
+def _positions(context_length: int, stride: int, score: str, tokens: int) -> dict[str, Any]:
+    """The part of the report's `protocol` that says which positions of a window are scored, and how many of all."""
     scored = f"the last {stride} tokens of each window" if stride < context_length else "all tokens but the first"
     scored += ", of chats the assistant's replies alone" if score == "replies" else ""
-    return {"context_length": context_length, "stride": stride, "scored": scored}
+    return {"context_length": context_length, "stride": stride, "scored": scored, "tokens": tokens}
 
 
 def _surroundings(
@@ -141,7 +144,7 @@ def _surroundings(
         "quantization": None if method is None else str(getattr(method, "value", method)),
         "seed": seed,
         "device": str(device_of(model)),
-        "versions": {name: version(name) for name in ("npt", "torch", "transformers", "peft")},
+        "versions": versions(),
     }
 
 
@@ -170,10 +173,11 @@ def _of_corpus(
     return {**summarize(figures), "worst_tokens": worst, "tokens": len(figures["kl"]), "unknown_tokens": share}
 
 
-def _beginnings(tokenizer: Any, corpora: Mapping[str, datasets.Dataset]) -> dict[str, dict[str, int]]:
-    """The part of the report's `protocol` that counts blocks, and those whose first token is BOS, per corpus."""
+def _beginnings(tokenizer: Any, corpora: Mapping[str, datasets.Dataset]) -> dict[str, Any]:
+    """The part of the report's `protocol` that names the corpora and counts blocks, and those that begin with BOS."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return {
+        "corpora": list(corpora),
         "blocks": {name: len(blocks) for name, blocks in corpora.items()},
         "blocks_beginning_with_bos": {
             name: sum(row["input_ids"][0] == bos for row in blocks) if bos is not None else 0
@@ -182,26 +186,17 @@ def _beginnings(tokenizer: Any, corpora: Mapping[str, datasets.Dataset]) -> dict
     }
 
 
-def _in_detail(
-    model: ConvertedModel,
-    tokenizer: Any,
-    blocks: datasets.Dataset,
-    context_length: int,
-    batch_size: int,
-    prompts: Sequence[str],
-    seed: int,
+def detail_figures(
+    model: ConvertedModel, tokenizer: Any, blocks: Any, context_length: int, batch_size: int
 ) -> dict[str, Any]:
-    """The figures of the first `DETAIL_BLOCKS` blocks, per converted block or position, and the samples of text."""
-    detail = blocks.select(range(min(DETAIL_BLOCKS, len(blocks))))
-    batches = list(batches_of(detail, batch_size, device_of(model)))
-    samples = [side_by_side(model, tokenizer, prompts, seed=s) for s in (None, seed)]
+    """The figures per converted block and per position, of a few blocks of text: they cost more per token."""
+    batches = list(batches_of(blocks, batch_size, device_of(model)))
     with eval_mode(model):
         return {
             "layer_equivalence": layer_equivalence(model, batches),
             "residual_stream": residual_stream(model, batches),
             "weight_delta_stats": weight_delta_stats(model, batches, tokenizer),
-            "kl_by_position": _by_position(model, detail, context_length, batch_size),
-            "generation_samples": generation_section(*samples),
+            "kl_by_position": _by_position(model, blocks, context_length, batch_size),
         }
 
 
@@ -262,22 +257,16 @@ def _by_position(model: ConvertedModel, blocks: Any, context_length: int, batch_
     return {"context_length": length, "calibration_length": context_length, **bins}
 
 
-def _blocks(
-    name: str,
-    corpus: Corpus,
-    tokenizer: Any,
-    model: ConvertedModel,
-    window: tuple[int, int, int | None, bool],
-    score: str,
-) -> datasets.Dataset:
-    """The blocks of a corpus to score.
+def _corpora(texts: Any, tokenizer: Any, model: ConvertedModel, window: Window) -> dict[str, datasets.Dataset]:
+    """{name: the blocks of a corpus to score}."""
+    corpora = dict(texts) if isinstance(texts, Mapping) and "input_ids" not in texts else {"text": texts}
+    return {name: _blocks(name, corpus, tokenizer, model, window) for name, corpus in corpora.items()}
 
-    Args:
-        window: tokens per block, tokens scored of each, the most blocks before they overlap, whether all begin with BOS.
-        score: as of `evaluate`.
-    """
-    context_length, stride, most, bos = window
-    limit = None if most is None else max(1, most)
+
+def _blocks(name: str, corpus: Corpus, tokenizer: Any, model: ConvertedModel, window: Window) -> datasets.Dataset:
+    """The blocks of a corpus to score."""
+    context_length, stride, most, bos, score = window
+    limit = None if most is None else max(1, most // context_length)
     found = documents_or_blocks(corpus, f"evaluate: corpus {name!r}")
     if isinstance(found, datasets.Dataset):
         blocks = found if limit is None else found.select(range(min(limit, len(found))))

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from npt.block.families import FAMILIES, blocks_of, family_of, resolve_layers
 from npt.builtin import source_of
 from npt.common.display import one_line
+from npt.common.distribution import install_extra
 from npt.common.processes import world
 from npt.config import ModelSection, OptimizationSection, RunConfig, with_overrides
 from npt.errors import ConversionError, NPTError
@@ -226,7 +227,7 @@ def _bitsandbytes(bits: int) -> dict[str, Any]:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise NPTError(
-            f"optimization.use_{bits}bit=true needs bitsandbytes: pip install 'npt[quantization]', or set it to false"
+            f"optimization.use_{bits}bit=true needs bitsandbytes: {install_extra('quantization')}, or set it to false"
         ) from error
     from transformers import BitsAndBytesConfig
 

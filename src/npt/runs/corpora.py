@@ -19,6 +19,7 @@ from npt.data import sample_blocks, split_blocks
 from npt.data.batches import batches_of
 from npt.data.packing import Packer, first_of_blocks, tokenised
 from npt.data.readers import short_name
+from npt.data.sampling import kept_blocks
 from npt.data.seen import Seen, TextRecord
 from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, held_out_documents
 from npt.errors import DataError
@@ -181,11 +182,28 @@ def own_text(texts: RunTexts, model: Any, tokenizer: Any, count: int | None, lab
     Args:
         count: blocks; the configuration does not let it be None here. label: "train" or "eval", chooses the random stream.
     """
-    cache_dir = None if texts.cache_dir is None else Path(texts.cache_dir) / "npt_samples"
     return sample_blocks(
         model, tokenizer, count or 0, texts.data.max_length,
-        seed=texts.seed, label=label, cache_dir=cache_dir, progress=is_first(),
+        seed=texts.seed, label=label, cache_dir=samples_folder(texts), progress=is_first(),
     )  # fmt: skip
+
+
+def samples_folder(texts: RunTexts) -> Path | None:
+    """The folder in which sampled text is kept; None without a `paths.cache_dir`."""
+    return None if texts.cache_dir is None else Path(texts.cache_dir) / "npt_samples"
+
+
+def still_to_write(texts: RunTexts, model: Any, tokenizer: Any, labels: Sequence[str]) -> list[int]:
+    """Numbers of blocks of the texts ("train", "eval") that the model has not written yet; none for other text."""
+    data, folder = texts.data, samples_folder(texts)
+    if data.dataset_name != "self":
+        return []
+    counts = {"train": data.num_train_samples or 0, "eval": data.num_eval_samples or 0}
+    kept = {
+        label: kept_blocks(model, tokenizer, counts[label], data.max_length, texts.seed, label, cache_dir=folder)
+        for label in labels
+    }
+    return [counts[label] for label, path in kept.items() if path is None or not path.exists()]
 
 
 def further_corpora(

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from npt.builtin import MODELS, recorded_name
 from npt.common.display import one_line
+from npt.common.distribution import DISTRIBUTION
 
 if TYPE_CHECKING:
     from npt.tuner.config import NPTConfig
@@ -31,7 +32,7 @@ In blocks {layers} of {base} the attention output no longer joins the residual s
 transient low-rank weight delta for the block's MLP (the Neuro-Plastic Transformer). The base's own weights are unchanged.
 
 ```python
-import npt  # makes peft know the method
+import npt  # pip install {distribution}; makes peft know the method
 from peft import PeftModel
 {base_code}
 model = PeftModel.from_pretrained(base, "path or hub name of this adapter")
@@ -93,6 +94,7 @@ def write_model_card(
     names = ("rank", "key", "carry", "gain", "low_rank_at", "modulation_scale", "target_projections")
     body = _TEXT.format(
         mark=MARK,
+        distribution=DISTRIBUTION,
         title="NPT adapter" + (f" for {Path(base).name}" if base else ""),
         layers=config.npt_layers,
         base=as_code(Path(base).name) if base else "the base model",
@@ -119,7 +121,7 @@ def _loading(base: str) -> tuple[str, str]:
     if base in MODELS:
         return (
             f"\nbase, tokenizer = npt.load_base({base!r})",
-            "\nThe base comes with the package `npt`; to other libraries its name says nothing.\n",
+            f"\nThe base comes with the package `{DISTRIBUTION}`; to other libraries its name says nothing.\n",
         )
     if not base:
         return (

@@ -12,6 +12,7 @@ from peft.config import PeftConfig
 
 from npt.builtin import MODELS, recorded_name
 from npt.common.display import one_line
+from npt.common.distribution import DISTRIBUTION
 from npt.common.fingerprint import is_record
 from npt.common.options import ALLOWED, DEFAULTS, OPTIONS, PROJECTIONS, tied_targets_down
 from npt.errors import ConversionError
@@ -39,8 +40,11 @@ LAYER_NAME = "neuroplastic"
 
 #: Of an adapter's files. An adapter of an older format is read for ever (tests/fixtures/adapters).
 FORMAT_VERSION = 1
-#: The remedy for a newer format. npt is installed from its repository; a package index may have another npt.
-UPGRADE = "install the npt that wrote it, or a newer one, from its repository (git pull, pip install -e .)"
+#: The remedy for a newer format.
+UPGRADE = (
+    f"install the npt that wrote it, or a newer one: pip install -U {DISTRIBUTION}, or in a clone git pull && "
+    "pip install -e ."
+)
 
 
 @dataclass

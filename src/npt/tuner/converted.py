@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,21 @@ def active_layers(model: nn.Module) -> list[NPTLayer]:
             f"{type(model).__name__} has no active NPT adapter; convert it first: get_peft_model(model, NPTConfig(...))"
         )
     return layers
+
+
+def chosen_layers(model: ConvertedModel, blocks: Collection[int] | None) -> list[NPTLayer]:
+    """The active layers of some blocks, in the model's order; all of them for None.
+
+    Raises:
+        ConversionError: a block that is not converted.
+    """
+    layers = active_layers(model)
+    if blocks is None:
+        return layers
+    converted = [layer.index for layer in layers]
+    if missing := sorted(set(blocks) - set(converted)):
+        raise ConversionError(f"blocks={list(blocks)}: {missing} are not converted; choose from {converted}")
+    return [layer for layer in layers if layer.index in blocks]
 
 
 def adapter_config(model: ConvertedModel) -> NPTConfig:

@@ -1,0 +1,5 @@
+"""The `npt` command: parse, call, print. A file for each group of commands."""
+
+from npt.cli.entry import console_main, main
+
+__all__ = ["console_main", "main"]
