@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from npt import EquivalenceTrainer, NPTConfig, Objective
+from npt.adapters.folder import load_adapter
 from npt.data import pack_token_ids
 from npt.evaluation import generation
 from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback
@@ -218,3 +219,10 @@ def checked_copy(name: str, *others: str) -> ModuleType:
             sys.modules[each] = module
             parent, _, child = each.rpartition(".")
             setattr(importlib.import_module(parent), child, module)
+
+
+def logits_of(base: Any, adapter: Path, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of a base with the adapter in a folder."""
+    with torch.no_grad():
+        found: torch.Tensor = load_adapter(base, adapter)(input_ids=ids).logits
+    return found

@@ -45,7 +45,7 @@ class _VisibleFormatter(logging.Formatter):
 
 
 class _Log(logging.Handler):
-    """A log on stderr: by rich on a terminal, a line each, whole and dated, in a file. rich is imported with the first line."""
+    """A log on stderr: by rich on a terminal; in a file, a line each, whole and dated. rich comes with the first line."""
 
     @cached_property
     def _handler(self) -> logging.Handler:
