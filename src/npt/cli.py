@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from npt.common.display import one_line, visible
+from npt.common.display import blocks_text, one_line, visible
 from npt.common.files import AGAIN, DISK_ERRORS
 from npt.common.launch import is_first_launched, process_label
 from npt.common.places import place
@@ -183,9 +183,9 @@ def merge_adapters(
 
     parts = join(adapters, output)
     for part in parts:
-        _say(f"blocks {part.blocks} of {part.folder}: {part.parameters:,} parameters")
+        _say(f"{blocks_text(part.blocks)} of {part.folder}: {part.parameters:,} parameters")
     blocks = sorted(block for part in parts for block in part.blocks)
-    _say(f"adapter: {output}, blocks {blocks}: {sum(part.parameters for part in parts):,} parameters")
+    _say(f"adapter: {output}, {blocks_text(blocks)}: {sum(part.parameters for part in parts):,} parameters")
 
 
 @app.command()
@@ -257,15 +257,16 @@ def compare(
 ) -> None:
     """Runs side by side: one table, and one plot of perplexity ratio and KL over steps."""
     from npt.common.writable import check_file
-    from npt.report.compare import PLOT_KINDS, comparison_table, plot_comparison, read_runs
+    from npt.report.compare import PLOT_KINDS, comparison_tables, plot_comparison, read_runs
     from npt.report.run_files import malformed
 
     found = read_runs(runs)
     check_file("--output", output, *PLOT_KINDS)
     with malformed(", ".join(map(str, runs))):
-        table, path = comparison_table(found), plot_comparison(found, output)
-    console.print(table)
-    _say(f"plot: {path}" if path else "plot: none of the runs has an evaluation over steps to draw")
+        tables, path = list(comparison_tables(found, console.width)), plot_comparison(found, output)
+    for table in tables:
+        console.print(table)
+    _say(f"plot: {path}" if path else "plot: none of the runs has two evaluations over steps to draw")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from npt.builtin import MODELS, recorded_name
-from npt.common.display import one_line
+from npt.common.display import blocks_text, one_line
 
 if TYPE_CHECKING:
     from npt.tuner.config import NPTConfig
@@ -27,7 +27,7 @@ _TEXT = """\
 
 # {title}
 
-In blocks {layers} of {base} the attention output no longer joins the residual stream: for each token it generates a
+In {layers} of {base} the attention output no longer joins the residual stream: for each token it generates a
 transient low-rank weight delta for the block's MLP (the Neuro-Plastic Transformer). The base's own weights are unchanged.
 
 ```python
@@ -94,7 +94,7 @@ def write_model_card(
     body = _TEXT.format(
         mark=MARK,
         title="NPT adapter" + (f" for {Path(base).name}" if base else ""),
-        layers=config.npt_layers,
+        layers=blocks_text(config.npt_layers),
         base=as_code(Path(base).name) if base else "the base model",
         base_code=base_code,
         remark=remark,
@@ -136,7 +136,7 @@ def _loading(base: str) -> tuple[str, str]:
 
 
 def _part_lines(parts: Sequence[tuple[str, Sequence[int]]]) -> str:
-    return "\n".join(f"- blocks {list(blocks)}: {as_code(name)}" for name, blocks in parts)
+    return "\n".join(f"- {blocks_text(list(blocks))}: {as_code(name)}" for name, blocks in parts)
 
 
 def as_code(text: str) -> str:
