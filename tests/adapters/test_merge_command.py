@@ -60,9 +60,9 @@ def test_the_command_joins_what_it_trained(
     out, err = capsys.readouterr()
     numbers = [sum(t.numel() for t in load_file(Path(folder) / WEIGHTS).values()) for folder in command[:2]]
     assert out.splitlines() == [
-        f"blocks [1] of {command[0]}: {numbers[0]:,} parameters",
-        f"blocks [2, 3] of {command[1]}: {numbers[1]:,} parameters",
-        f"adapter: {joined}, blocks [1, 2, 3]: {sum(numbers):,} parameters",
+        f"block 1 of {command[0]}: {numbers[0]:,} parameters",
+        f"blocks 2 and 3 of {command[1]}: {numbers[1]:,} parameters",
+        f"adapter: {joined}, blocks 1 to 3: {sum(numbers):,} parameters",
     ]
     assert "has no npt_run.yaml that can be read" in " ".join(err.split())
     base = AutoModelForCausalLM.from_pretrained(local_model)
@@ -98,9 +98,9 @@ def test_the_card_says_where_blocks_came_from(runs: Path, tmp_path: Path) -> Non
     joined = merge_adapters([odd, of(runs, "high")], tmp_path / "joined")
     text = (joined / "README.md").read_text()
     assert MARK in text and "My own words" not in text
-    assert f"- blocks [1]: `` {tmp_path.name}/a`b # <b>loud/best_model ``\n" in text
-    assert "- blocks [2, 3]: `high/checkpoints/best_model`\n" in text
-    assert "In blocks [1, 2, 3] of" in text
+    assert f"- block 1: `` {tmp_path.name}/a`b # <b>loud/best_model ``\n" in text
+    assert "- blocks 2 and 3: `high/checkpoints/best_model`\n" in text
+    assert "In blocks 1 to 3 of" in text
     assert ModelCard.load(joined / "README.md").data.library_name == "peft"
 
 
@@ -192,9 +192,9 @@ UNFIT: dict[str, tuple[Change, list[str]]] = {
         ),
         ["its blocks are h, those of a model.layers", "one base"],
     ),
-    "a weight too many": (tensors(WEIGHTS, renamed), ["lora_A", "no weight of its blocks [2, 3]", "npt wrote"]),
+    "a weight too many": (tensors(WEIGHTS, renamed), ["lora_A", "no weight of its blocks 2 and 3", "npt wrote"]),
     "a weight too few": (tensors(WEIGHTS, drop), ["lacks", "layers.3.neuroplastic.npt_components.c", "npt wrote"]),
-    "no weights": (tensors(WEIGHTS, dict.clear), ["holds nothing for its blocks [2, 3]", "npt wrote"]),
+    "no weights": (tensors(WEIGHTS, dict.clear), ["holds nothing for its blocks 2 and 3", "npt wrote"]),
     "another dtype": (tensors(WEIGHTS, halved), ["its weights are bfloat16", "a float32", "model.dtype"]),
     "NaN": (tensors(WEIGHTS, lambda v: v[min(v)].fill_(float("nan"))), ["NaN", "take an earlier checkpoint"]),
     "cut short": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:99]), ["is damaged", "backup"]),
@@ -221,9 +221,9 @@ def test_too_few_and_the_same_folder(pair: Path, capsys: pytest.CaptureFixture[s
 
 def test_overlapping_blocks_are_named(pair: Path, runs: Path) -> None:
     shutil.copytree(of(runs, "whole"), "c")
-    fails(["checkpoint c: its blocks [1, 2, 3] and those of b, [2, 3], overlap in [2, 3]", "leave one"], "b", "c")
+    fails(["checkpoint c: its blocks 1 to 3 and those of b, 2 and 3, overlap in 2 and 3", "leave one"], "b", "c")
     shutil.copytree("a", "d")
-    fails(["checkpoint d: its blocks [1] and those of a, [1], overlap in [1]"], "b", "a", "d")
+    fails(["checkpoint d: its block 1 and those of a, 1, overlap in 1"], "b", "a", "d")
 
 
 def test_the_output_is_a_place_of_its_own(pair: Path) -> None:
@@ -263,7 +263,7 @@ def test_an_adapter_of_another_method_and_one_with_lora_beside(pair: Path, local
     npt.save_pretrained("both")
     weights = load_file("both/" + WEIGHTS) | load_file("lora/" + WEIGHTS)
     save_file(weights, "both/" + WEIGHTS, {"format": "pt"})
-    fails(["checkpoint both:", "lora_A", "no weight of its blocks [2, 3]"], "a", "both")
+    fails(["checkpoint both:", "lora_A", "no weight of its blocks 2 and 3"], "a", "both")
 
 
 # -- what is told, and joined all the same ---------------------------------------------------------------------------------
