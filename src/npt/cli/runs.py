@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +13,17 @@ from npt.cli.options import Checkpoint, Config, DeviceName, Limit, Nodes, OwnCon
 from npt.common.launch import is_first_launched
 from npt.errors import NPTError
 
+logger = logging.getLogger("npt")
+
 
 @app.command()
 def train(
     config: Config = None,
     set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Calibration only, on little text, with a short report; --set wins over it.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the run would do and need; read no weights, write nothing.")
     ] = False,
@@ -32,7 +38,9 @@ def train(
     """
     planned = {"--processes": processes, "--nodes": nodes, "--device": device, "--limit": limit}
     if dry_run:
-        return _dry_run(config, set_, resume, **{name.removeprefix("--"): value for name, value in planned.items()})
+        return _dry_run(
+            config, set_, quick, resume, **{name.removeprefix("--"): value for name, value in planned.items()}
+        )
     for name, value in planned.items():
         if value is not None:
             raise NPTError(
@@ -40,7 +48,7 @@ def train(
             )
     from npt.common.writable import check_folders
 
-    run = load(config, set_)
+    run = _run_config(config, set_, quick)
     check_folders({f"paths.{name}": folder for name, folder in run.paths if folder is not None})
     from npt.report.terminal import render_report  # these two import what training needs
     from npt.runs.train import run_training
@@ -51,7 +59,21 @@ def train(
     say(f"report:  {Path(run.paths.output_dir) / 'report.html'}, figures in evaluation_report.json beside it")
 
 
-def _dry_run(config: Path | None, set_: list[str] | None, resume: bool, **planned: Any) -> None:
+def _run_config(config: Path | None, set_: list[str] | None, quick: bool) -> Any:
+    """The configuration of a run; what `--quick` changes in it is logged."""
+    from npt.config import given_keys, left_out, shortened
+
+    whole = load(config, set_)
+    if not quick:
+        return whole
+    short = shortened(whole, kept=given_keys(None, set_ or ()))
+    logger.info(
+        "--quick: %s; run without it for the whole", ", ".join(left_out(short, whole)) or "changes nothing here"
+    )
+    return short
+
+
+def _dry_run(config: Path | None, set_: list[str] | None, quick: bool, resume: bool, **planned: Any) -> None:
     from npt.planning.devices import parse_bytes
     from npt.planning.dry_run import dry_run, launch_here
 
@@ -59,7 +81,7 @@ def _dry_run(config: Path | None, set_: list[str] | None, resume: bool, **planne
         raise NPTError("--dry-run --resume: a dry run starts no run to go on with; leave one of the two out")
     limit = planned.pop("limit")
     size = None if limit is None else parse_bytes(limit)
-    launch, run = launch_here(**planned), load(config, set_)
+    launch, run = launch_here(**planned), _run_config(config, set_, quick)
     if is_first_launched():
         dry_run(run, launch, size, console())
 
@@ -111,4 +133,4 @@ def memory(
     run = load(config, set_) if config or set_ or asked else None
     if run is not None:
         render_plan(run, size, console(), launch)
-    render_memory(memory_table(run), console())
+    render_memory(memory_table(run, here=launch.device is None), console())

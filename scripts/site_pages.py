@@ -1,0 +1,71 @@
+"""Hooks of mkdocs.yml: every page has its repository path on the site too, so that a link works here and on the code host.
+
+The pages are README.md and all that its links lead to, inside docs/ or not; nothing is copied within the repository. The
+navigation is docs/README.md: its headings are the sections, its links the pages. A notebook becomes a page of its cells.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parents[1]
+FIRST, INDEX = "README.md", "docs/README.md"
+LINK = re.compile(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)")
+
+
+def links_in(text: str, path: str) -> list[str]:
+    """The repository paths that a document at `path` links to, in its order."""
+    return [posixpath.normpath(posixpath.join(posixpath.dirname(path), link)) for link in LINK.findall(text)]
+
+
+def linked_files() -> list[str]:
+    """README.md and the files that links lead to from it on, from page to page."""
+    found = [FIRST]
+    for path in found:
+        if path.endswith(".md") and (ROOT / path).is_file():
+            found += dict.fromkeys(
+                name for name in links_in((ROOT / path).read_text(encoding="utf-8"), path) if name not in found
+            )
+    return [path for path in found if (ROOT / path).is_file()]
+
+
+def as_page(name: str) -> str:
+    """The page that shows a file: a notebook's is Markdown."""
+    return re.sub(r"\.ipynb$", ".md", name)
+
+
+def on_config(config: Any) -> Any:
+    """Sets the navigation."""
+    text = (ROOT / INDEX).read_text(encoding="utf-8")
+    sections = [part.split("\n", 1) for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]]
+    pages = [{title: [as_page(path) for path in links_in(body, INDEX)]} for title, body in sections]
+    config.nav = [{"Home": FIRST}, {"All pages": INDEX}, *pages]
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Gives every file its path in the repository, and adds those outside docs/."""
+    for file in list(files):
+        if not file.generated_by and file.inclusion.is_included():
+            files.remove(file)
+            files.append(File.generated(config, f"docs/{file.src_uri}", abs_src_path=file.abs_src_path))
+    for path in linked_files():
+        if path.endswith(".ipynb"):
+            body, resources = MarkdownExporter().from_filename(str(ROOT / path))
+            files.append(File.generated(config, as_page(path), content=body))
+            for name, data in resources["outputs"].items():
+                files.append(File.generated(config, posixpath.join(posixpath.dirname(path), name), content=data))
+        elif files.get_file_from_path(path) is None:
+            files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Lets links to a notebook lead to its page."""
+    return LINK.sub(lambda link: link.group().replace(".ipynb", ".md"), markdown)
