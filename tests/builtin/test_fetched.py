@@ -139,7 +139,7 @@ def test_what_goes_wrong_is_one_line_and_leaves_nothing(
 def test_a_process_that_was_killed_leaves_nothing_that_counts(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_pip(served, monkeypatch)
     with monkeypatch.context() as patched:
-        patched.setattr(fetched, "write_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("npt.common.gguf.write_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         # As after SIGKILL: nothing is cleaned up.
         patched.setattr("npt.common.files.shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
@@ -150,7 +150,7 @@ def test_a_process_that_was_killed_leaves_nothing_that_counts(served: Path, monk
 
 
 def test_its_shapes_need_no_weights(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetched, "keep", None)
+    monkeypatch.setattr("npt.common.kept.keep", None)
     config = load_shapes(with_overrides(RunConfig(), {"model.base_model_name": NAME}))
     with torch.device("meta"):
         assert sum(p.numel() for p in LlamaForCausalLM(config).parameters()) == 134_515_008
