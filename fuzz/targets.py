@@ -7,11 +7,12 @@ from pathlib import Path
 
 from npt.common.display import visible
 from npt.config import RunConfig, load_config, save_config
+from npt.data.chats import Chat
 from npt.data.sources import TextFiles
 from npt.errors import ConfigError, DataError
 
 #: By the first byte of an input, so that one corpus reaches every reader.
-KINDS = (".txt", ".jsonl", ".json", ".parquet")
+KINDS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv", ".jsonl.gz", ".csv.zst")
 _FOLDER = tempfile.TemporaryDirectory(prefix="npt-fuzz-")
 
 
@@ -47,9 +48,9 @@ def data(data: bytes) -> None:
     path.write_bytes(data[1:])
     try:
         for document in TextFiles([path]):
-            if not document.strip():
+            if isinstance(document, str) and not document.strip():
                 raise AssertionError("a blank document")
-            document.encode("utf-8")
+            _ = document.content() if isinstance(document, Chat) else document.encode("utf-8")
     except DataError as error:
         _one_line(error)
 

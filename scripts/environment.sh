@@ -18,6 +18,7 @@ prepare_environment() {
   wanted="$(cat "$root/pyproject.toml" "$root/constraints.txt" "$root/$file" | cksum) $root"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! python -c "$probe" 2>/dev/null; then
     require_space "$root"
+    remove_earlier_name
     install_torch "$root"
     say "installing the pinned dependencies of $file into $VIRTUAL_ENV (1 to 3 minutes)"
     # From the root: pip reads the requirements' -e . from where it runs.
@@ -58,6 +59,15 @@ require_space() {
   has_gpu && need=10
   free="$(df -Pk "$target" | awk 'NR == 2 { print int($4 / 1048576) }')"
   [ "$free" -ge "$need" ] || fail "the disk is too full: $free GB free at $target, and the dependencies need about $need GB; make room"
+}
+
+# This package was once installed under the name npt, and would own the command of that name beside neuroplastic.
+remove_earlier_name() {
+  local ours="import importlib.metadata as m, sys; sys.exit('npt.cli:console_main' not in [e.value for e in m.distribution('npt').entry_points])"
+  if python -c "$ours" 2>/dev/null; then
+    say "removing this package's installation under its earlier name, npt"
+    python -m pip uninstall --disable-pip-version-check -q -y npt || fail "pip uninstall npt failed, see above"
+  fi
 }
 
 # What pip does, without what is there already; its complaints are kept for `reason`.

@@ -58,6 +58,14 @@ def bad_data(name: str, content: bytes, *words: str, more: tuple[str, ...] = (),
     return Entry(f"data: {name}", ("train", *overrides), (name, *words), {name: content}, script=script)
 
 
+def bad_chat(name: str, value: Any, *words: str, more: tuple[str, ...] = ()) -> Entry:
+    """A chat to train on, `messages` of the second line of a file; the first is a good one."""
+    good = {"messages": [{"role": "user", "content": "hi"}]}
+    content = "".join(json.dumps(row) + "\n" for row in (good, {"messages": value}))
+    file = f"{name.replace(' ', '-')}.jsonl"
+    return bad_data(file, content.encode(), "line 2, column 'messages'", *words, more=more)
+
+
 def bad_base(name: str, change: Callable[[Path], None], *words: str, script: bool = False) -> Entry:
     """A copy of the working base model with something wrong."""
 

@@ -99,13 +99,17 @@ BASES = [
     bad_base(
         "a pointer of Git LFS", write(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), "run `git lfs pull`"
     ),
-    bad_base("GGUF beside config.json", both(remove(WEIGHTS), write("F.gguf", b"GGUF")), "GGUF files are not read"),
-    bad_base("GGUF alone", both(remove(CONFIG), write("F.gguf", b"GGUF")), "GGUF files are not read", "name the Hugging"),
+    bad_base("GGUF beside config.json", both(remove(WEIGHTS), write("F.gguf", b"GGUF")), "name the file, "),
+    bad_base("a cut GGUF alone", both(remove(CONFIG), write("F.gguf", b"GGUF")), "no whole GGUF file", "fetch it again"),
+    bad_base(
+        "two GGUF files", both(remove(CONFIG), both(write("F.gguf", b""), write("G.gguf", b""))), "it has 2 GGUF files",
+        "name the one that is meant, such as",
+    ),
     Entry(
-        "base: a GGUF file",
+        "base: a text that is named as GGUF",
         ("train", *sets("model.base_model_name=m/F.gguf")),
-        ("model.base_model_name=m/F.gguf: is a file", "GGUF files are not read", "by its hub id or its folder"),
-        {"m/F.gguf": b"GGUF"},
+        ("m/F.gguf: is no whole GGUF file", "fetch it again"),
+        {"m/F.gguf": b"a page that says: not found"},
     ),
     Entry(
         "base: the hub's cache of one",
@@ -188,7 +192,7 @@ ADAPTERS = [
     Entry(
         "adapter: decoding in an unknown way",
         ("generate", "hello", "--decoding", "wild"),
-        ("--decoding", "greedy", "see npt --help"),
+        ("--decoding", "greedy", "see npt generate --help"),
     ),
     bad_adapter("no weights", remove(ADAPTER), f"{ADAPTER} is missing", "name a folder that save_pretrained wrote"),
     bad_adapter("no config", remove(OPTIONS), f"{OPTIONS} is missing", "name a folder"),

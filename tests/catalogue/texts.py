@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from typing import Any
+
 import pyarrow
 
-from tests.catalogue.entries import Entry, bad_data, parquet, sets
+from tests.catalogue.entries import Entry, bad_chat, bad_data, parquet, sets
 
-CHAT = b'{"messages": [{"role": "user", "content": "hi"}]}\n'
+
+def lines(**row: Any) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
+HELLO = {"role": "user", "content": "hi"}
+MANY = lines(messages=[HELLO]) * 99
+ZSTD = pyarrow.compress(b"text\n" + b"words\n" * 99, "zstd", asbytes=True)
+
 LINES = b'{"text": "one"}\n'
 DATA = [
     Entry(
@@ -64,15 +76,64 @@ DATA = [
     bad_data("list.jsonl", b'{"text": ["a"]}\n', "line 1: column 'text' holds list"),
     bad_data("column.jsonl", b'{"body": "a"}\n', "line 1: no column 'text' (there are: body)", "data.text_column"),
     bad_data("column2.jsonl", b'{"body": "a", "n": 1}\n', "name one with text in data.text_column: body"),
-    bad_data("chat.jsonl", CHAT, "there are: messages", "chats and lists are not read yet", "apply_chat_template"),
     bad_data(
-        "chat2.jsonl",
-        CHAT,
-        "column 'messages' holds list",
-        "chats and lists are not read yet",
-        more=("data.text_column=messages",),
+        "chat.parquet", parquet(messages=[["a"]]), "no column 'text' (there are: messages)", "a chat is a list of"
     ),
-    bad_data("chat.parquet", parquet(messages=[["a"]]), "chats and lists are not read yet", "apply_chat_template"),
+    bad_data(
+        "torn.txt.gz", gzip.compress(b"some text " * 99)[:-9], "not a whole gzip file (Truncated", "pack it again"
+    ),
+    bad_data("torn.csv.zst", ZSTD[:-9], "not a whole zstd file (Truncated compressed stream)", "pack it again"),
+    bad_data(
+        "plain.jsonl.gz", LINES, "not a whole gzip file", "unpack it and name the file that comes out", script=True
+    ),
+    bad_data("plain.txt.zst", b"text", "not a whole zstd file", "pack it again"),
+    bad_data("blank.txt.gz", gzip.compress(b""), "holds only white space"),
+    bad_data(
+        "torn.parquet.gz", gzip.compress(parquet(text=["a"])[:60]), "not a readable parquet file", "write it again"
+    ),
+    bad_data("note.docx.gz", b"x", "unknown kind of file '.docx.gz'", "use .txt, .jsonl, .json, .csv, .tsv, .parquet"),
+    bad_data(
+        "header.csv", b"some text,more\n1,2\n", "line 1, which names the columns: no column 'text' (there are: some"
+    ),
+    bad_data(
+        "ragged.csv", b'text,n\n"a, b",1\na, b,1\n', "line 3: 3 fields where the first line names 2", "double quotes"
+    ),
+    bad_data("short.csv", b"n,text\n1\n", "line 2: 1 fields where the first line names 2 columns"),
+    bad_data("twice.csv", b"text,text\na,b\n", "column 'text' stands there twice"),
+    bad_data("quote.csv", b'text\n"a"b\n', "line 2: not a table of text", "double quotes"),
+    bad_data("open.csv", b'text\n"a\n\nb\n', "line 4: not a table of text (unexpected end of data)", script=True),
+    bad_data("mac.csv", b"text\ra\rb\r", "line 1: not a table of text"),
+    bad_data("nul.tsv", b"text\na\0b\n", "line 2: binary, not text (a NUL at offset 1)"),
+    bad_data("latin.csv", b"text\ncaf\xe9\n", "line 2: not UTF-8 (byte 0xe9 at offset 3)", "save it as UTF-8"),
+    bad_data("utf16.tsv", "text\nx".encode("utf-16"), "line 1: not UTF-8 (byte 0xff at offset 0)"),
+    bad_data("names.csv", b"text\n", "holds only white space"),
+    bad_data("semicolon.csv", b"n;text\n1;a\n", "no column 'text' (there are: n;text)"),
+    bad_data(
+        "inside.jsonl",
+        b'{"a": {"b": {"c": "x"}}, "n": 1}\n',
+        "no column 'a.c' (there are: a.b.c, n)",
+        "data.text_column: a.b.c",
+        more=("data.text_column=a.c",),
+    ),
+    bad_data("inside.parquet", parquet(a=[{"b": 1, "c": "x"}]), "there are: a.b, a.c", "data.text_column: a.c"),
+    bad_chat(
+        "role", [{"role": "narrator", "content": "x"}], "message 1: unknown role 'narrator'", "rename it to one of"
+    ),
+    bad_chat("from", [{"from": "bot", "value": "x"}], "message 1: unknown role 'bot'"),
+    bad_chat(
+        "keys", [{"speaker": "user", "text": "x"}], "message 1: has the keys speaker, text", "a chat is a list of"
+    ),
+    bad_chat("null", [{"role": "user", "content": None}], "message 1: its content is NoneType, not text"),
+    bad_chat("whole number", [{"from": "gpt", "value": 3}], "message 1: its value is int, not text"),
+    bad_chat("picture", [{"role": "user", "content": [{"type": "image_url"}]}], "a part of kind 'image_url'", "take"),
+    bad_chat("mixed", [{"role": "user", "content": "x"}, "y"], "message 2: str 'y' is no message"),
+    bad_data("both.jsonl", lines(messages=[HELLO], conversations=[HELLO]), "chats in messages and in conversations"),
+    bad_data("string.jsonl", lines(messages="[]"), "no column 'text' (there are: messages)"),
+    bad_data("tools.jsonl", lines(messages=[HELLO], tools="{"), "line 1, column 'messages': 'tools' is not JSON"),
+    bad_data(
+        "chat.jsonl", MANY, "chat.jsonl, line 1", "no chat template", "put a chat_template.jinja into", script=True
+    ),
+    bad_data("plain.jsonl", LINES, "is text, and data.score=replies is for chats", more=("data.score=replies",)),
     bad_data("numbers.jsonl", b'{"n": 1}\n', "none holds text", "write each row's text into a column"),
     bad_data("escape.jsonl", b'{"\\u001b[31m": "a"}\n', "no column 'text' (there are: \\x1b[31m)"),
     bad_data("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "line 1: not JSON"),

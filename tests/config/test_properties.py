@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from hypothesis import strategies as st
 from npt.common.display import visible
 from npt.config import RunConfig, known_keys, load_config, save_config
 from npt.data import pack_token_ids
+from npt.data.chats import Chat
 from npt.data.packing import IGNORED
+from npt.data.readers import PACKED, READERS
 from npt.data.sources import TextFiles
 from npt.errors import ConfigError, DataError
 
@@ -121,7 +124,15 @@ def _parquet(texts: list[str | None]) -> bytes:
 rows = st.lists(
     st.dictionaries(st.sampled_from(["text", "body"]), st.none() | st.text(max_size=20) | st.integers(), max_size=2)
 )
+parts = st.none() | st.text(max_size=8) | st.integers() | st.lists(st.just({"type": "text", "text": "x"}) | st.none())
+messages = st.dictionaries(st.sampled_from(["role", "content", "from", "value", "name"]), parts | st.just("user"))
+chats = st.lists(st.dictionaries(st.sampled_from(["text", "messages", "conversations"]), st.lists(messages) | parts))
 contents = st.one_of(
+    chats.map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
+    chats.map(lambda rows: gzip.compress("\n".join(map(json.dumps, rows)).encode())),
+    st.lists(st.lists(st.sampled_from(["text", "a", '"', '"b"', "\n", " "]))).map(
+        lambda x: "\n".join(map(",".join, x)).encode()
+    ),
     st.binary(max_size=200),
     st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")),
     rows.map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
@@ -130,7 +141,12 @@ contents = st.one_of(
 
 
 @FEW
-@given(contents, st.sampled_from([".txt", ".jsonl", ".json", ".parquet"]), st.integers(0, 400), st.integers(0, 255))
+@given(
+    contents,
+    st.sampled_from([*READERS, *(f".jsonl{ending}" for ending in PACKED)]),
+    st.integers(0, 400),
+    st.integers(0, 255),
+)
 def test_any_file_holds_documents_or_is_refused_in_one_line(data: bytes, kind: str, at: int, byte: int) -> None:
     broken = bytearray(data)
     if at < len(broken):
@@ -145,7 +161,7 @@ def test_any_file_holds_documents_or_is_refused_in_one_line(data: bytes, kind: s
                 assert one_line(error), error
                 continue
             assert len(documents) == len(found) > 0
-            assert all(document.strip() and document.encode("utf-8") for document in documents)
+            assert all(d.content() if isinstance(d, Chat) else d.strip() and d.encode("utf-8") for d in documents)
 
 
 @FEW

@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from npt.data import load_documents, pack, pack_token_ids, split_blocks
+from npt.data.streaming import hub_source
 from npt.errors import DataError
 
 
@@ -224,6 +225,19 @@ def test_a_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Excep
     ) as caught:
         load_documents("no/such", dataset_config="c")
     assert "\n" not in str(caught.value)
+
+
+def test_a_package_that_datasets_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (ValueError("Compression type zstd not supported"), ImportError("install x")):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, error=error, **options: next(_raised(error)))
+        for read in (load_documents, lambda name: hub_source(name, None, "text")):
+            with pytest.raises(DataError, match=r"install what .*zstandard.*which reads .gz and .zst as it is"):
+                read("some/set")
+
+
+def _raised(error: Exception) -> Iterator[Any]:
+    raise error
+    yield
 
 
 def test_a_hub_data_set_is_checked_and_read(monkeypatch: pytest.MonkeyPatch) -> None:

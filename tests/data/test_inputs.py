@@ -76,7 +76,7 @@ def test_token_ids_in_every_form_are_the_same_blocks() -> None:
         ([TEXT, 3], "text and 3; give text alone"),
         (["a.txt", TEXT], "both names of files and"),
         ([TEXT, "a.txt"], "both names of files|text beside the name 'a.txt'"),
-        ([{"body": TEXT}], "neither input_ids nor a column 'text' .there are: body."),
+        ([{"body": TEXT}], "neither input_ids nor a column .text. or .messages. .there are: body."),
         (datasets.Dataset.from_dict({"a": ["x"], "b": ["y"]}), "there are: a, b.*rename"),
         (torch.rand(2, 3), "Tensor .* is neither text nor token ids"),
     ],

@@ -18,6 +18,8 @@ case "$*" in
   --version) echo "Python $VERSION" ;;
   *version_info*) [ "$VERSION" != 3.8.1 ] ;;
   "-c import torch") exit 1 ;;
+  *"m.distribution('npt')"*) [ -f "$CALLS.earlier" ] ;;
+  "-m pip uninstall "*) rm "$CALLS.earlier" ;;
   "-c import npt"*) [ -f "$CALLS.installed" ] ;;
   "-m venv "*)
     mkdir -p "$3/bin"
@@ -105,6 +107,15 @@ def test_the_tests_need_more_than_training(machine: Path) -> None:
     assert "pip install" in (calls := (machine / "calls").read_text()) and "-r requirements-test.txt" in calls
     for requirements in ("", "requirements-test.txt"):
         assert prepare(machine, requirements).stdout == "ready\n", "each is installed once"
+
+
+def test_an_installation_under_the_earlier_name_is_removed(machine: Path) -> None:
+    (machine / "calls.earlier").touch()
+    result = prepare(machine)
+    assert result.returncode == 0 and "earlier name, npt" in result.stdout, result.stderr
+    calls = (machine / "calls").read_text()
+    assert calls.index("pip uninstall") < calls.index("pip install") and calls.count("pip uninstall") == 1
+    assert "uninstall" not in prepare(machine, "requirements-test.txt").stdout
 
 
 def test_a_gpu_takes_the_cuda_build(machine: Path) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from npt.cli import main
-from npt.data import sources
+from npt.data import readers
+from npt.data.documents import Document
+from npt.data.readers import Reader
 
 NAMES = [
     "river",
@@ -43,15 +46,15 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """{file name: how often it was opened for its text}; no other code of the package reads documents."""
     found: Counter[str] = Counter()
 
-    def counting(reader: Callable[[Path, str], Iterator[str]]) -> Callable[[Path, str], Iterator[str]]:
-        def read(path: Path, text_column: str) -> Iterator[str]:
+    def counting(reader: Reader) -> Reader:
+        def read(path: Path, file: BinaryIO, text_column: str) -> Iterator[Document]:
             found[path.name] += 1
-            yield from reader(path, text_column)
+            yield from reader(path, file, text_column)
 
         return read
 
-    for suffix, reader in sources._READERS.items():
-        monkeypatch.setitem(sources._READERS, suffix, counting(reader))
+    for suffix, reader in readers.READERS.items():
+        monkeypatch.setitem(readers.READERS, suffix, counting(reader))
     return found
 
 

@@ -20,7 +20,7 @@ from npt import NPTConfig, load_base
 from npt.adapters.folder import find_adapter
 from npt.cli import main
 from npt.config import load_config
-from npt.data import load_documents, sample_blocks
+from npt.data import load_documents, pack, sample_blocks
 from npt.data.sources import TextFiles
 from npt.data.streaming import hub_source
 from npt.errors import CheckpointError, DataError, NPTError
@@ -62,30 +62,33 @@ def changed(file: Path, **changes: Any) -> None:
 # -- text ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("column", ["text", "messages"])
-def test_chats_are_written_as_text(column: str, tmp_path: Path, local_model: Path) -> None:
-    """Whatever column is named, the message does not send to another one in a circle."""
-    chats = rows(tmp_path / "c.jsonl", {"messages": CHAT})
-    message = said(DataError, TextFiles, [chats], column)
-    assert "chats and lists are not read yet" in message and "apply_chat_template(messages, tokenize=False)" in message
-    assert "name another" not in message
-    tokenizer = AutoTokenizer.from_pretrained(local_model, chat_template=TEMPLATE)
-    text = tokenizer.apply_chat_template(CHAT, tokenize=False)
-    assert list(TextFiles([rows(tmp_path / "d.jsonl", {"text": text})])) == ["user: Hello\nassistant: Good day\n"]
+def test_a_chat_template_is_put_beside_the_tokenizer(tmp_path: Path, base: Path) -> None:
+    chats = TextFiles([rows(tmp_path / "c.jsonl", {"messages": CHAT})])
+    assert "put a chat_template.jinja into the model's folder" in said(
+        DataError, pack, chats, AutoTokenizer.from_pretrained(base), 16
+    )
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    text = "user: Hello\nassistant: Good day\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert pack(chats, tokenizer, len(ids))["input_ids"][:] == [ids]
 
 
 @pytest.mark.usefixtures("offline")
-def test_chats_in_parquet_and_in_data_sets(tmp_path: Path) -> None:
+def test_another_column_than_the_chats(tmp_path: Path) -> None:
+    """Whatever kind of data set names it, the message names the column of chats."""
     pyarrow.parquet.write_table(pyarrow.table({"messages": [CHAT], "n": [1]}), tmp_path / "c.parquet")
     rows(tmp_path / "set" / "train.jsonl", {"messages": CHAT, "n": 1})
-    for column in ("text", "messages", "n"):
+    for column in ("body", "n"):
         options = {"text_column": column, "cache_dir": str(tmp_path / "cache")}
         for message in (
             said(DataError, TextFiles, [tmp_path / "c.parquet"], column),
             said(DataError, load_documents, str(tmp_path / "set"), **options),
             said(DataError, hub_source, str(tmp_path / "set"), None, column),
         ):
-            assert "chats and lists are not read yet" in message and "there are: messages, n" in message
+            assert (
+                "name one with a chat in data.text_column: messages" in message and "there are: messages, n" in message
+            )
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "set", "stream"])
@@ -145,13 +148,14 @@ def test_the_files_of_a_folder(name: str, tmp_path: Path) -> None:
 
 
 def test_gguf(base: Path) -> None:
-    """The file, its folder, and a folder that has a config.json beside it: one answer, and no circle."""
+    """A folder that has a config.json beside a damaged file, the file, and its folder alone: no circle."""
     (base / "F.gguf").write_bytes(b"GGUF")
-    for change in (lambda: base / "F.gguf", lambda: (base / "model.safetensors").unlink() or base,
-                   lambda: (base / "config.json").unlink() or base):  # fmt: skip
-        message = said(NPTError, load_base, str(change()))
-        assert "GGUF files are not read" in message and "name the Hugging Face model that it was made from" in message
-        assert "restore" not in message
+    (base / "model.safetensors").unlink()
+    message = said(NPTError, load_base, str(base))
+    (named,) = re.findall("its weights are in GGUF: name the file, (.*)$", message)
+    for name in (named, str(base)):
+        assert "is no whole GGUF file" in said(NPTError, load_base, name)
+        (base / "config.json").unlink(missing_ok=True)
 
 
 def test_a_file_of_a_model_and_a_folder_around_one(base: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ SECTIONS = ("model", "data", "training", "optimization")
 NOT_TAKEN = ("model.trust_remote_code", "model.allow_other_base", "optimization.fsdp", "training.report_to")
 #: Keys that name text. Whoever gives one of the first four names other text, and the record's names no longer hold.
 TEXT_KEYS = ("data.dataset_name", "data.dataset_config", "data.data_files", "data.streaming")
-TEXT_BESIDE = (*TEXT_KEYS, "data.calibration_files", "data.eval_texts", "data.text_column")
+TEXT_BESIDE = (*TEXT_KEYS, "data.calibration_files", "data.eval_texts", "data.text_column", "data.score")
 
 
 def load_settings(

@@ -21,15 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from npt.block.spec import ComponentSpec
 from npt.block.weight_delta import Factors, WeightDelta
 from npt.common.precision import cast, wide_dtype
+
+if TYPE_CHECKING:  # and in tests, which check the shapes
+    from jaxtyping import Float
 
 #: Keeps the division by the norm's weight finite where a weight is (close to) zero.
 NORM_WEIGHT_EPSILON = 1e-6
@@ -101,8 +103,10 @@ class NPComponent(nn.Module):
 
     Args:
         spec: the options and sizes.
-        norm_weight: (d,) weight of Norm2, None for one without. norm_bias: (d,) its bias or None.
-        like: gives dtype and device where there is no norm_weight. seed: of the random start; None for torch's own state.
+        norm_weight: (d,) weight of Norm2, None for one without.
+        norm_bias: (d,) its bias or None.
+        like: gives dtype and device where there is no norm_weight.
+        seed: of the random start; None for torch's own state.
     """
 
     def __init__(
@@ -174,7 +178,9 @@ class NPComponent(nn.Module):
         """The values of gate and up.
 
         Args:
-            attention: a. z: the MLP's input. exact_input: Norm2(h + a), which carry "exact" needs.
+            attention: a.
+            z: the MLP's input.
+            exact_input: Norm2(h + a), which carry "exact" needs.
 
         Raises:
             ValueError: carry "exact" without `exact_input`.
@@ -191,7 +197,9 @@ class NPComponent(nn.Module):
         """v_down, or None where down receives no delta.
 
         Args:
-            attention: a. inner: i, the input of down. modulation: m of `input_values` on the same tokens, to save a product.
+            attention: a.
+            inner: i, the input of down.
+            modulation: m of `input_values` on the same tokens, to save a product.
         """
         value: Tensor | None = self(self._down_value, attention, inner, modulation)
         return value

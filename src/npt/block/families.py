@@ -20,17 +20,21 @@ from npt.errors import ConversionError
 class Family:
     """Paths of modules, relative to the causal LM (`blocks`) or to one block (the others).
 
-    tap: the last module whose output attention adds to the residual stream, a norm after attention included; where
-        blocks of one model differ (attention here, a linear recurrence there), a tuple of paths: each block uses the
-        first that it has.
-    norm: Norm2, which the MLP's input comes from; None where the MLP reads the residual stream itself.
-    mlp: the module from Norm2's output to the update; None where a block holds the projections itself.
-    up, down, gate: the MLP's projections (Linear or Conv1D); gate is None where there is none. gate == up is one
-        projection of both, the gate's rows first.
-    out: the norm after the MLP, where there is one; `down`'s value joins its output (docs/maths.md, section 5).
-    parallel: the MLP reads Norm2(h), not Norm2(h + a): attention changes nothing but the residual stream.
-    multiplier: the block's attribute that scales both attention and MLP on their way into the residual stream.
-    run: (block, z) -> the MLP's update y - h, where it isn't out(mlp(z)) times the multiplier.
+    Args:
+        blocks: the list of decoder blocks.
+        tap: the last module whose output attention adds to the residual stream, a norm after attention included; where
+            blocks of one model differ (attention here, a linear recurrence there), a tuple of paths: each block uses
+            the first that it has.
+        norm: Norm2, which the MLP's input comes from; None where the MLP reads the residual stream itself.
+        mlp: the module from Norm2's output to the update; None where a block holds the projections itself.
+        up: the MLP's projection (Linear or Conv1D) to its width.
+        down: the one back.
+        gate: the gate's projection, None where there is none; the same as `up` where one projection holds both, the
+            gate's rows first.
+        out: the norm after the MLP, where there is one; `down`'s value joins its output (docs/maths.md, section 5).
+        parallel: the MLP reads Norm2(h), not Norm2(h + a): attention changes nothing but the residual stream.
+        multiplier: the block's attribute that scales both attention and MLP on their way into the residual stream.
+        run: (block, z) -> the MLP's update y - h, where it isn't out(mlp(z)) times the multiplier.
     """
 
     blocks: str
@@ -189,7 +193,8 @@ def register_family(model_type: str, family: Family | Callable[[Any], Family]) -
     """Adds a model family to the table.
 
     Args:
-        model_type: as in the model's config.json. family: its line, or a function of the config that returns one.
+        model_type: as in the model's config.json.
+        family: its line, or a function of the config that returns one.
     """
     FAMILIES[model_type] = family
 

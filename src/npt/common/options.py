@@ -15,6 +15,8 @@ Carry = Literal["none", "diagonal", "exact"]
 Gain = Literal["none", "norm", "overlap", "state"]
 LowRankSite = Literal["input", "projection"]
 Projection = Literal["gate", "up", "down"]
+#: The tokens of a chat whose prediction counts, `data.score`; no option of a block.
+Score = Literal["all", "replies"]
 
 KEYS: tuple[str, ...] = get_args(Key)
 CARRIES: tuple[str, ...] = get_args(Carry)

@@ -1,12 +1,58 @@
-"""Number formats: float32 where a half-precision model's own has too few digits, and checks for NaN and infinity."""
+"""Number formats: float32 where half precision has too few digits or the processor no units, checks for NaN and infinity."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import platform
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
+
+from npt.common.display import human_bytes
+
+_HALF = (torch.bfloat16, torch.float16)
+#: The share of free memory that weights may take which were half as large.
+SHARE = 0.5
+#: The attribute of a loaded base that says why its weights have their dtype.
+DTYPE_REASON = "npt_dtype_reason"
+
+
+def has_units(dtype: torch.dtype, device: torch.device) -> bool:
+    """False for a CPU that computes a half-precision format by way of float32, which takes about twice float32's time."""
+    if device.type != "cpu" or dtype not in _HALF:
+        return True
+    if dtype == torch.bfloat16 and platform.machine().lower() in ("x86_64", "amd64", "x86", "i686"):
+        # oneDNN's own answer is yes on every AVX-512, units or not.
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
+    if not torch.backends.mkldnn.is_available():
+        return False
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return bool(getattr(torch.ops.mkldnn, name)())
+
+
+def choose_dtype(own: torch.dtype, device: torch.device, parameters: Callable[[], int]) -> tuple[torch.dtype, str]:
+    """(dtype of the weights, why in a few words) where nobody named one.
+
+    Args:
+        own: the checkpoint's. parameters: counts the model's numbers; called only where that decides.
+
+    Returns:
+        the checkpoint's own dtype; float32 on a CPU without units for it, if the weights then fit half of the free memory.
+    """
+    name, free = str(own).removeprefix("torch."), int(psutil.virtual_memory().available)
+    if has_units(own, device):
+        return own, "as the checkpoint"
+    size = 4 * parameters()
+    taken, given = human_bytes(size), human_bytes(free)
+    if size <= SHARE * free:
+        return torch.float32, f"this CPU has no {name} units, and {taken} of weights fit the {given} of free memory"
+    return (
+        own,
+        f"as the checkpoint: this CPU has no {name} units, but float32 would take {taken} of {given} of free memory",
+    )
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,7 @@
 """The run configuration: its sections, and how a YAML file with overrides becomes one."""
 
 from npt.config.load import given_keys, load_config, option_problems, save_config, with_overrides
+from npt.config.quick import QUICK, left_out, shortened
 from npt.config.sections import (
     DataSection,
     ModelSection,
@@ -13,6 +14,7 @@ from npt.config.sections import (
 )
 
 __all__ = [
+    "QUICK",
     "DataSection",
     "ModelSection",
     "OptimizationSection",
@@ -22,8 +24,10 @@ __all__ = [
     "WandbSection",
     "given_keys",
     "known_keys",
+    "left_out",
     "load_config",
     "option_problems",
     "save_config",
+    "shortened",
     "with_overrides",
 ]

@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from npt.builtin import MODELS, PREFIX, TEXTS
-from npt.common.options import DEFAULTS, Carry, Gain, Key, LowRankSite, Projection, tied_targets_down
+from npt.common.options import DEFAULTS, Carry, Gain, Key, LowRankSite, Projection, Score, tied_targets_down
 from npt.common.places import expanded
 from npt.errors import NPTError
 
@@ -102,7 +102,7 @@ Conflict = tuple[tuple[str, ...], str]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, defer_build=True)
 
     def conflicts(self) -> Iterator[Conflict]:
         """Combinations of valid keys that contradict each other; the error names the first key."""
@@ -173,7 +173,8 @@ class TrainingSection(Section):
 class DataSection(Section):
     """Text: `self` (the frozen model's own), `text` with data_files, a builtin name, or a hub id.
 
-    A sample is a block of max_length. `streaming` reads the text as it trains, all of it, whatever `num_train_samples` says,
+    A sample is a block of max_length. `text_column` is of text or of chats; of chats, `score` says which tokens' predictions
+    count. `streaming` reads the text as it trains, all of it, whatever `num_train_samples` says,
     and shuffles `shuffle_window` documents at once. `eval_texts` (files or builtin names) are reported beside the held-out
     text. Blocks that repeat text that was trained on are left out of every evaluation, unless `score_seen_text`.
     """
@@ -184,12 +185,14 @@ class DataSection(Section):
     calibration_files: Files | None = None
     eval_texts: TextNames = [f"{PREFIX}python-docs"]
     text_column: Text = "text"
+    score: Score = "all"
     streaming: bool = False
     shuffle_window: Positive = 1000
     max_length: Annotated[int, Field(ge=2, le=MOST)] = 256
     num_train_samples: Annotated[int, Field(ge=2, le=MOST)] | None = 1632
     num_eval_samples: Positive | None = 400
     num_calibration_samples: Positive = 384
+    num_detail_samples: Positive = 32
     begin_with_bos: bool = False
     score_seen_text: bool = False
 

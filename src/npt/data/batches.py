@@ -29,7 +29,7 @@ def batches_of(blocks: Any, batch_size: int, device: torch.device) -> Iterator[d
                 f"rows {start} to {start + len(rows) - 1} have {min(lengths)} to {max(lengths)} tokens, and a batch needs one "
                 "length; pack the text (npt.data.pack), or give EquivalenceTrainer a data_collator that pads"
             )
-        names = ("input_ids", "attention_mask", "labels")
+        names = ("input_ids", "attention_mask", "labels", "starts")
         columns = {n: torch.as_tensor([row[n] for row in rows]).to(device) for n in names if n in rows[0]}
         yield complete_batch(columns)
 
@@ -71,7 +71,8 @@ def block_lengths(blocks: datasets.Dataset) -> tuple[int, int]:
 
 def with_mask(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The columns of a batch that are of text, as tensors, with an attention_mask of ones where there is none."""
-    found = {n: torch.as_tensor(batch[n]) for n in ("input_ids", "attention_mask", "labels") if n in batch}
+    names = ("input_ids", "attention_mask", "labels", "starts")
+    found = {n: torch.as_tensor(batch[n]) for n in names if n in batch}
     return {"attention_mask": torch.ones_like(found["input_ids"]), **found}
 
 

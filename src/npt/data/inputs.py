@@ -3,8 +3,9 @@
 given                                                 read as
 a Path, or text that is the name of a text file       the documents of the file
 other text                                            one document
-a list of text, or of rows with a column of text      documents; a list of file names, the files' documents
-a data set with a column of text                      documents
+a list of text, or of rows with text or a chat        documents; a list of file names, the files' documents
+a list of messages, or of such lists                  a chat, or chats
+a data set with a column of text or of chats          documents
 a data set with input_ids, rows or batches of ids     blocks
 """
 
@@ -22,18 +23,19 @@ from torch import Tensor
 from npt.builtin import PREFIX
 from npt.common.display import one_line
 from npt.data.batches import batches_of
+from npt.data.chats import CHAT_COLUMNS, chat_of, is_message
+from npt.data.documents import TEXT, TEXT_TYPES, Document, document_of, kinds_of_row
 from npt.data.packing import pack
+from npt.data.readers import is_text_name
 from npt.data.sources import TextFiles, load_documents
 from npt.errors import DataError
 
-#: The kinds of file that a name stands for.
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 #: Rows of a batch that is made here.
 BATCH_ROWS = 16
 
 
-def documents_or_blocks(source: Any, named: str) -> Iterable[str] | datasets.Dataset:
-    """Documents of text, or a data set of blocks with a column input_ids.
+def documents_or_blocks(source: Any, named: str) -> Iterable[Document] | datasets.Dataset:
+    """Documents, or a data set of blocks with a column input_ids.
 
     Args:
         source: see the table above. named: the argument, for errors.
@@ -46,11 +48,12 @@ def documents_or_blocks(source: Any, named: str) -> Iterable[str] | datasets.Dat
     if isinstance(source, datasets.Dataset | datasets.IterableDataset):
         columns = source.column_names or list(next(iter(source), {}))
         if "input_ids" not in columns:
-            column = _text_column(columns, source.features, named)
-            return (row[column] or "" for row in source)
+            return _documents(source, _text_column(columns, source.features, named), named)
         return (
             source if isinstance(source, datasets.Dataset) else datasets.Dataset.from_list(list(_rows(source, named)))
         )
+    if isinstance(source, Mapping) and not source.keys().isdisjoint((TEXT, *CHAT_COLUMNS)):
+        source = [source]
     if isinstance(source, Mapping | Tensor) or not isinstance(source, Iterable):
         return datasets.Dataset.from_list(list(_rows(source, named)))
     items = iter(source)
@@ -59,9 +62,13 @@ def documents_or_blocks(source: Any, named: str) -> Iterable[str] | datasets.Dat
         return TextFiles([_file_name(item, named) for item in chain([first], items)], named_by=named)
     if first is None or isinstance(first, str):
         return _texts(chain([] if first is None else [first], items), named)
+    if is_message(first) and first.keys().isdisjoint((TEXT, *CHAT_COLUMNS)):
+        return [found] if (found := chat_of([first, *items], named)) else []
+    if isinstance(first, list | tuple) and first and isinstance(first[0], Mapping):
+        chats = enumerate(chain([first], items), start=1)
+        return (chat_of(chat, f"{named}, chat {number}") or "" for number, chat in chats)
     if isinstance(first, Mapping) and "input_ids" not in first:
-        column = _text_column(list(first), None, named)
-        return _texts((row.get(column) for row in chain([first], items)), named)
+        return _documents(chain([first], items), _text_column(list(first), None, named), named)
     return datasets.Dataset.from_list(list(_rows(chain([first], items), named)))
 
 
@@ -95,7 +102,7 @@ def as_batches(source: Any, tokenizer: Any, length: int, named: str) -> Iterable
     return batches_of(found, BATCH_ROWS, torch.device("cpu"))
 
 
-def _named_or_text(source: str | Path, named: str) -> Iterable[str]:
+def _named_or_text(source: str | Path, named: str) -> Iterable[Document]:
     text = str(source)
     if text.startswith(PREFIX):
         return load_documents(text)
@@ -111,7 +118,7 @@ def _named_or_text(source: str | Path, named: str) -> Iterable[str]:
 
 def _is_file_name(text: str) -> bool:
     """True for one line that ends as a text file's name does and begins with no sentence: a file there, or a bare name."""
-    if len(text) > 4096 or "\n" in text or not text.lower().endswith(SUFFIXES):
+    if len(text) > 4096 or "\n" in text or not is_text_name(text):
         return False
     return " " not in text or Path(text).is_file()
 
@@ -131,19 +138,32 @@ def _texts(items: Iterable[Any], named: str) -> Iterator[str]:
         yield item or ""
 
 
+def _documents(rows: Iterable[Any], column: str, named: str) -> Iterator[Document]:
+    for number, row in enumerate(rows, start=1):
+        place = f"{named}, row {number}"
+        if not isinstance(row, Mapping):
+            raise DataError(f"{place}: is {one_line(repr(row), 60)} among rows of columns; give rows or text, not both")
+        if row.keys().isdisjoint((column, *CHAT_COLUMNS)):
+            raise _no_text(place, kinds_of_row(row))
+        yield document_of(row, column, place)
+
+
 def _text_column(columns: Iterable[str], features: Any, named: str) -> str:
-    """The column of text: "text", or the only one that holds strings."""
+    """The column of text: "text", which stands for those of chats too, or the only one that holds strings."""
     names = list(columns)
-    if "text" in names:
-        return "text"
-    strings = [
-        name for name in names if getattr((features or {}).get(name), "dtype", None) in ("string", "large_string")
-    ]
+    if not {TEXT, *CHAT_COLUMNS}.isdisjoint(names):
+        return TEXT
+    strings = [name for name in names if getattr((features or {}).get(name), "dtype", None) in TEXT_TYPES]
     if len(strings) == 1:
         return strings[0]
-    raise DataError(
-        f"{named}: rows have neither input_ids nor a column 'text' (there are: {one_line(', '.join(map(str, names)), 120)}); "
-        "rename the column of text to 'text', or give text alone"
+    raise _no_text(named, names)
+
+
+def _no_text(named: str, names: Iterable[str]) -> DataError:
+    return DataError(
+        f"{named}: rows have neither input_ids nor a column 'text' or 'messages' (there are: "
+        f"{one_line(', '.join(map(str, names)), 120)}); rename the column of text to 'text', that of chats to 'messages', or "
+        "give text alone"
     )
 
 

@@ -4,7 +4,9 @@
     blocks      [<s> A A A </s> <s> B B] [B B B </s> ...]
     labels      [ .  A A A </s>  .  B B] [B B B </s> ...]      "." is -100, never scored
 
-Nothing is padded but a kept remainder. A document's first token is a join: no earlier document predicts it.
+Nothing is padded but a kept remainder. A document's first token is a join: no earlier document predicts it. Of chats, where
+only replies are scored, the other tokens are not either; blocks then say in a column `starts` where documents begin, and a
+block in which nothing is scored is left out.
 """
 
 from __future__ import annotations
@@ -19,32 +21,50 @@ import pyarrow as pa
 
 from npt.common.limits import check_ids
 from npt.common.progress import progress_bar
+from npt.data.chats import Chat, chat_ids, checked_score
+from npt.data.documents import Document
 from npt.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 #: The label of a position that is never scored, as in transformers.
 IGNORED = -100
+#: While blocks are made, the label of a token that is not scored and begins no document.
+UNSCORED = -101
 
 # Characters (or one document) that a call of the tokenizer gets: bounds memory, and what an early stop wastes.
 _BATCH_CHARACTERS = 1 << 18
 
 
 def pack(
-    documents: Iterable[str],
+    documents: Iterable[Document] | str,
     tokenizer: Any,
     max_length: int,
     *,
     max_blocks: int | None = None,
     keep_remainder: bool = False,
     begin_with_bos: bool = False,
+    score: str = "all",
     progress: bool = False,
 ) -> datasets.Dataset:
-    """Tokenises text documents and packs them into blocks; reads little further than `max_blocks` needs.
+    """Tokenises documents and packs them into blocks; reads little further than `max_blocks` needs.
 
-    Args, Returns, Raises: as `text_packer` and `pack_token_ids`.
+    Args:
+        documents: texts; blank ones are skipped.
+        tokenizer: the model's. Every document gets its special tokens, then its EOS unless it ends with one already.
+        max_length: tokens in a block.
+        max_blocks: stop there; None packs everything.
+        keep_remainder: keep what is left at the end, shorter than a block, padded (attention_mask 0, labels -100).
+        begin_with_bos: begin every block with BOS, not only those that begin with a document's own.
+        progress: show a progress bar.
+
+    Returns:
+        rows of input_ids, attention_mask and labels, each `max_length` ints.
+
+    Raises:
+        DataError: as `text_packer` and `pack_token_ids`.
     """
-    packer = text_packer(documents, tokenizer, max_length, begin_with_bos=begin_with_bos)
+    packer = text_packer(documents, tokenizer, max_length, begin_with_bos=begin_with_bos, score=score)
     packer.read(max_blocks, progress=progress)
     return packer.blocks(max_blocks, keep_remainder=keep_remainder)
 
@@ -73,34 +93,39 @@ def pack_token_ids(
     Raises:
         DataError: `max_length` < 2, `max_blocks` < 1, or no document holds a token.
     """
-    packer = Packer(documents, max_length, pad_token_id=pad_token_id)
+    packer = Packer(map(labelled, documents), max_length, pad_token_id=pad_token_id)
     packer.read(max_blocks, progress=progress)
     return packer.blocks(max_blocks, keep_remainder=keep_remainder)
 
 
 def text_packer(
-    documents: Iterable[str],
+    documents: Iterable[Document] | str,
     tokenizer: Any,
     max_length: int,
     *,
     begin_with_bos: bool = False,
     vocabulary: int | None = None,
+    score: str = "all",
 ) -> Packer:
-    """A packer of text documents.
+    """A packer of text and chats.
 
-    Every document gets the tokenizer's own special tokens, then its EOS unless it ends with one already. Padding, where
-    there is any, uses the pad id, else EOS, else 0. Blank documents are skipped.
+    Every text gets the tokenizer's own special tokens, then its EOS unless it ends with one already; a chat has the tokens
+    that the chat template writes, and no others. Padding, where there is any, uses the pad id, else EOS, else 0. Blank
+    documents are skipped.
 
     Args:
         begin_with_bos: begin every block with BOS, not only those that begin with a document's own.
         vocabulary: rows of the model's embedding, None where they are not known.
+        score: `all` tokens, or of chats only the assistant's `replies`; text is scored whole.
 
     Raises:
-        DataError: the tokenizer has no BOS to begin with. From reading: a token that the model does not have.
+        DataError: the tokenizer has no BOS to begin with, or there is no such `score`. From reading: a token that the model
+            does not have, or a chat that the tokenizer's template does not take.
     """
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     bos = first_of_blocks(tokenizer, begin_with_bos)
-    return Packer(token_ids(documents, tokenizer, vocabulary), max_length, pad_token_id=pad, bos_token_id=bos)
+    found = tokenised(documents, tokenizer, vocabulary, checked_score(score))
+    return Packer(found, max_length, pad_token_id=pad, bos_token_id=bos)
 
 
 def first_of_blocks(tokenizer: Any, begin_with_bos: bool) -> int | None:
@@ -122,7 +147,7 @@ class Packer:
     """Packs documents of token ids into blocks, as many as are asked for; a later call goes on where the last one stopped.
 
     Args:
-        documents: token ids, separators included; empty ones are skipped.
+        documents: (2, tokens) ids and labels each, as `labelled` and `tokenised` give them; empty ones are skipped.
         max_length: tokens in a block.
         pad_token_id: fills a kept remainder.
         bos_token_id: begins every block, before text that does not begin with it; None: blocks begin as the text comes.
@@ -132,7 +157,7 @@ class Packer:
     """
 
     def __init__(
-        self, documents: Iterable[Sequence[int]], max_length: int, *, pad_token_id: int, bos_token_id: int | None = None
+        self, documents: Iterable[np.ndarray], max_length: int, *, pad_token_id: int, bos_token_id: int | None = None
     ):
         if max_length < 2:
             raise DataError(f"data.max_length={max_length}: a block needs at least 2 tokens to predict one; raise it")
@@ -140,6 +165,7 @@ class Packer:
         #: Whole blocks so far.
         self.count = 0
         self._documents = iter(documents)
+        self._unscored = 0  # blocks that were left out
         self._full: list[np.ndarray] = []  # each (2, n, max_length): ids and labels of n blocks
         self._rest: np.ndarray = np.empty((2, 0), dtype=np.int32)
 
@@ -157,13 +183,16 @@ class Packer:
                 document = next(self._documents, None)
                 if document is None:
                     return
-                if len(document):
+                if document.shape[1]:
                     advance(self._add(document))
 
-    def _add(self, document: Sequence[int]) -> int:
+    def _add(self, document: np.ndarray) -> int:
         """Appends a document; returns the number of blocks it completes."""
-        rest = np.concatenate((self._rest, labelled(document)), axis=1)
+        rest = np.concatenate((self._rest, document), axis=1)
         new, self._rest = cut(rest, self.max_length, self.bos_token_id)
+        counts = has_scored(new[1])
+        self._unscored += int((~counts).sum())
+        new = new[:, counts]
         if new.shape[1]:
             self._full.append(new)
         self.count += new.shape[1]
@@ -173,27 +202,40 @@ class Packer:
         """The blocks that were read, at most `max_blocks` (see `pack_token_ids`).
 
         Raises:
-            DataError: no document held a token.
+            DataError: no document held a token, or none that is scored.
         """
+        left = self._rest.shape[1]
+        if self.count == 0 and (self._unscored or left) and not (left and has_scored(self._rest[None, 1])[0]):
+            raise DataError(
+                "the chats hold no reply, and data.score=replies scores nothing else; give other chats, or use data.score=all"
+            )
         full, lengths = list(self._full), [self.max_length] * self.count
-        if self.count == 0 and self._rest.shape[1] == 0:
+        if self.count == 0 and not left:
             raise DataError("no text to pack: every document is empty; check the data source")
-        if self._rest.shape[1] and (keep_remainder or self.count == 0):
+        if left and (keep_remainder or self.count == 0):
             rest = _begun(self._rest, self.bos_token_id)
             full.append(_padded(rest, self.max_length, self.pad_token_id)[:, None])
             lengths.append(rest.shape[1])
-        pair = np.concatenate(full, axis=1)[:, :max_blocks]
+        ids, labels = np.concatenate(full, axis=1)[:, :max_blocks]
         mask = np.arange(self.max_length) < np.array(lengths[:max_blocks])[:, None]
-        return as_blocks(pair[0], mask, pair[1])
+        return as_blocks(ids, mask, labels)
 
 
 def as_blocks(input_ids: np.ndarray, attention_mask: np.ndarray, labels: np.ndarray) -> datasets.Dataset:
-    """A data set of blocks from three (blocks, max_length) arrays of numbers; 9 bytes a token, in memory."""
+    """A data set of blocks from three (blocks, max_length) arrays of numbers; 9 bytes a token, in memory.
+
+    Where the labels leave out more than first tokens of documents, a column `starts` has 1 for these, a byte a token more.
+    """
     arrays: dict[str, np.ndarray] = {
         "input_ids": input_ids.astype(np.int32),
         "attention_mask": attention_mask.astype(np.int8),
-        "labels": labels.astype(np.int32),
+        "labels": public_labels(labels).astype(np.int32),
     }
+    if (labels == UNSCORED).any():
+        starts = (labels == IGNORED) & attention_mask.astype(bool)
+        # After a BOS that was put before a block the text goes on.
+        starts[:, 1:] &= labels[:, :-1] != IGNORED
+        arrays["starts"] = starts.astype(np.int8)
     columns = {k: pa.FixedSizeListArray.from_arrays(pa.array(v.reshape(-1)), v.shape[1]) for k, v in arrays.items()}
     return datasets.Dataset(pa.table(columns))
 
@@ -239,31 +281,42 @@ def split_blocks(
     return blocks.select(range(train)), blocks.select(tail)
 
 
-def token_ids(documents: Iterable[str], tokenizer: Any, vocabulary: int | None = None) -> Iterator[Sequence[int]]:
-    """Each document's ids with the tokenizer's own special tokens, and EOS at its end.
-
-    Args:
-        vocabulary: rows of the model's embedding, None where they are not known.
+def tokenised(
+    documents: Iterable[Document] | str, tokenizer: Any, vocabulary: int | None = None, score: str = "all"
+) -> Iterator[np.ndarray]:
+    """Each document's (2, tokens) ids and labels: see `text_packer`.
 
     Raises:
-        DataError: a token that the model does not have.
+        DataError: a token that the model does not have, or a chat that can't be written.
     """
     eos = tokenizer.eos_token_id
     for batch in _batches(documents):
+        if isinstance(batch, Chat):
+            ids, scored = chat_ids(batch, tokenizer, score)
+            check_ids(ids, vocabulary, batch.place, tokenizer)
+            yield labelled(ids, scored)
+            continue
         # verbose=False: a document longer than the context isn't worth a warning, it is cut into blocks.
         encoded = tokenizer(batch, truncation=False, padding=False, return_attention_mask=False, verbose=False)
         for ids in encoded["input_ids"]:
             if eos is not None and ids and ids[-1] != eos:
                 ids.append(eos)
             check_ids(ids, vocabulary, "the text", tokenizer)
-            yield ids
+            yield labelled(ids)
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[Document] | str) -> Iterator[list[str] | Chat]:
+    """Chats one by one, and the texts between them in lists."""
     batch: list[str] = []
     size = 0
     # A text alone would be taken for as many documents as it has characters.
     for document in [documents] if isinstance(documents, str) else documents:
+        if isinstance(document, Chat):
+            if batch:
+                yield batch
+                batch, size = [], 0
+            yield document
+            continue
         if not document or document.isspace():
             continue
         batch.append(document)
@@ -275,11 +328,24 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def labelled(ids: Sequence[int]) -> np.ndarray:
-    """(2, tokens): a document's ids and labels."""
+def labelled(ids: Sequence[int], scored: np.ndarray | None = None) -> np.ndarray:
+    """(2, tokens): a document's ids and labels. scored: (tokens,) bool, None: all tokens."""
     pair = np.tile(np.asarray(ids, dtype=np.int32), (2, 1))
-    pair[1, 0] = IGNORED
+    if scored is not None:
+        pair[1, ~scored] = UNSCORED
+    pair[1, :1] = IGNORED
     return pair
+
+
+def public_labels(labels: np.ndarray) -> np.ndarray:
+    """Labels as other libraries know them, with `IGNORED` for all tokens that are not scored."""
+    return np.where(labels == UNSCORED, IGNORED, labels)
+
+
+def has_scored(labels: np.ndarray) -> np.ndarray:
+    """(blocks,) bool of labels (blocks, tokens): False for a block of chats in which nothing is scored."""
+    found: np.ndarray = (labels[:, 1:] >= 0).any(axis=1) | ~(labels == UNSCORED).any(axis=1)
+    return found
 
 
 def cut(pair: np.ndarray, max_length: int, bos_token_id: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def sample_blocks(
         tokenizer: the model's.
         num_blocks: blocks to sample.
         max_length: tokens in a block, BOS included.
-        seed, label: choose the random stream; give training and evaluation text different labels.
+        seed: chooses the random stream, with the label.
+        label: give training and evaluation text different ones.
         batch_size: blocks sampled at once; None is 256, or less where that would take more than 4 GiB.
         cache_dir: keep blocks there (safetensors), found again by weights, configuration and all arguments.
         progress: show a progress bar.
@@ -88,8 +90,7 @@ def sample_blocks(
     _check_sizes(base.config, num_blocks, max_length, batch_size)
     bos = _first_token(tokenizer, base.config)
     batch_size = min(num_blocks, batch_size or default_batch(base, max_length))
-    request: list[Any] = [num_blocks, max_length, seed, label, batch_size, bos]
-    path = None if cache_dir is None else _cache_path(place(cache_dir), model, request)
+    path = kept_blocks(model, tokenizer, num_blocks, max_length, seed, label, batch_size, cache_dir)
     ids = None if path is None else first_does(lambda: _read_cache(path, (num_blocks, max_length)))
     if ids is None:
         uniforms = _uniforms(num_blocks, max_length - 1, seed, label)
@@ -100,6 +101,26 @@ def sample_blocks(
             first_does(lambda: _write_cache(path, ids))
     separators = {bos, tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
     return _with_labels(ids.numpy(), sorted(separators))
+
+
+def kept_blocks(
+    model: nn.Module,
+    tokenizer: Any,
+    num_blocks: int,
+    max_length: int,
+    seed: int,
+    label: str,
+    batch_size: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path | None:
+    """The file in which `sample_blocks` keeps the blocks of these arguments, written or not; None without a cache_dir."""
+    if cache_dir is None:
+        return None
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    batch_size = min(num_blocks, batch_size or default_batch(base, max_length))
+    request = [num_blocks, max_length, seed, label, batch_size, _first_token(tokenizer, base.config)]
+    key = json.dumps([_FORMAT, request, base_fingerprint(model)])
+    return place(cache_dir) / f"self-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 
 def _check_sizes(config: Any, num_blocks: int, max_length: int, batch_size: int | None) -> None:
@@ -174,6 +195,31 @@ def _sample(
     return total(ids)  # each row was filled by one process
 
 
+@torch.inference_mode()
+def seconds_per_draw(base: Any, rows: int, length: int) -> float:
+    """Seconds in which the model writes one token in each of `rows` texts, on average over texts of `length` tokens.
+
+    Timed on the first tokens and, where the cache can be filled up without writing them, on the last.
+    """
+    cache, tokens = preallocated_cache(base, length), torch.zeros(rows, 1, dtype=torch.long, device=base.device)
+    uniforms, found = torch.full((rows,), 0.5, dtype=torch.float64), []
+
+    def write(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            # On the CPU, and so complete.
+            draw(base(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1], uniforms).cpu()
+        return (time.perf_counter() - start) / count
+
+    write(1)  # what libraries do at a first call
+    found.append(write(min(2, length - 1)))
+    if length > 8 and all(type(layer) is _PreallocatedLayer for layer in cache.layers):
+        for layer in cache.layers:
+            layer.skip(length - 4)
+        found.append(write(2))
+    return sum(found) / len(found)
+
+
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """(batch,) ids, one from each row of (batch, vocabulary) logits: the inverse of the distribution function."""
     # float64: summed over a large vocabulary, float32 would lose the rare tokens. MPS has no float64.
@@ -203,6 +249,12 @@ class _PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (store[:, :, :end] for store in self._stores)
         return self.keys, self.values
 
+    def skip(self, length: int) -> None:
+        """Makes as if `length` tokens had been appended, their keys and values zero."""
+        for store in self._stores:
+            store[:, :, self.get_seq_length() : length] = 0
+        self.keys, self.values = (store[:, :, :length] for store in self._stores)
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._stores = [store[indices] for store in self._stores]
         self.keys, self.values = (store[:, :, : self.get_seq_length()] for store in self._stores)
@@ -221,11 +273,6 @@ def _with_labels(ids: np.ndarray, separators: list[int]) -> datasets.Dataset:
     # From 2 on: the first token predicted, at 1, follows the block's own BOS and counts.
     labels[:, 2:][np.isin(ids[:, 1:-1], separators)] = IGNORED
     return as_blocks(ids, np.ones_like(ids), labels)
-
-
-def _cache_path(folder: Path, model: nn.Module, request: list[Any]) -> Path:
-    key = json.dumps([_FORMAT, request, base_fingerprint(model)])
-    return folder / f"self-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 
 def _read_cache(path: Path, shape: tuple[int, int]) -> torch.Tensor | None:

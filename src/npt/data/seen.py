@@ -8,7 +8,6 @@ are (a bottom-k sketch), so that a record never outgrows 512 KiB and shares stay
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,11 +118,6 @@ class Seen:
     def __bool__(self) -> bool:
         return bool(len(self.hashes))
 
-    def digest(self) -> str:
-        """A short digest of the text, in hex; of the same windows in any order and any block length it is the same."""
-        kept = self.hashes.astype("<u8").tobytes()
-        return hashlib.sha256(f"{self.level} ".encode() + kept).hexdigest()[:32]
-
     def covers(self, blocks: Any) -> np.ndarray:
         """(blocks,) bool: the blocks of which at least half of the windows are in this text.
 
@@ -150,15 +144,6 @@ class Seen:
         kept, hits = (np.bincount(groups, weights=x)[groups] for x in (kept, hits))
         found: np.ndarray = (kept > 0) & (hits >= SEEN_SHARE * kept)
         return found
-
-
-def text_digest(blocks: Any) -> str:
-    """A short digest of a dataset of blocks, in hex: of its tokens in their order, whatever the length of a block."""
-    digest = hashlib.sha256()
-    for first in range(0, len(blocks), 1024):
-        ids, _, _ = _tokens(blocks, first, min(first + 1024, len(blocks)))
-        digest.update(ids.astype("<i4").tobytes())
-    return digest.hexdigest()[:32]
 
 
 def window_hashes(ids: np.ndarray, starts: np.ndarray, window: int = WINDOW) -> tuple[np.ndarray, np.ndarray, Hashes]:
@@ -211,8 +196,12 @@ def _tokens(blocks: Any, first: int, end: int) -> tuple[np.ndarray, np.ndarray, 
         real = np.concatenate([np.asarray(row) for row in columns["attention_mask"]]).astype(bool)
     if "labels" in columns:
         unscored = np.concatenate([np.asarray(row) for row in columns["labels"]]) == IGNORED
-    # Of several unscored tokens in a row the first one begins a document; what follows padding does too.
-    starts = unscored & ~np.concatenate(([False], unscored[:-1])) | ~np.concatenate(([True], real[:-1]))
+    if "starts" in columns:
+        starts = np.concatenate([np.asarray(row) for row in columns["starts"]]).astype(bool)
+        starts[:1] = True
+    else:  # of several unscored tokens in a row the first one begins a document
+        starts = unscored & ~np.concatenate(([False], unscored[:-1]))
+    starts |= ~np.concatenate(([True], real[:-1]))  # what follows padding does too
     return ids[real], starts[real], rows[real]
 
 
@@ -252,7 +241,7 @@ class TextRecord:
         """
         ids = batch["input_ids"]
         if not self.complete and not ids.is_meta:
-            names = [name for name in ("input_ids", "attention_mask", "labels") if name in batch]
+            names = [name for name in ("input_ids", "attention_mask", "labels", "starts") if name in batch]
             columns = {name: torch.as_tensor(batch[name]).detach().cpu().numpy() for name in names}
             self.trained.add([dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)])
 

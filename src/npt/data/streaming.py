@@ -21,19 +21,27 @@ from torch.utils.data import IterableDataset
 
 from npt.common.display import one_line
 from npt.common.places import expanded
-from npt.data.packing import IGNORED, cut, labelled, token_ids
+from npt.data.chats import Chat
+from npt.data.documents import TEXT, Document, columns_to_read, document_of
+from npt.data.packing import IGNORED, UNSCORED, cut, has_scored, public_labels, tokenised
+from npt.data.readers import read_documents
 from npt.data.seen import Seen
-from npt.data.sources import column_problem, expand_files, hub_remedy, read_documents
+from npt.data.sources import HUB_ERRORS, expand_files, hub_remedy, where_of
 from npt.errors import DataError, NPTError
 
 #: At most this many files, evenly spaced, have their first document read before a run.
 CHECKED_FILES = 256
-#: (seed of an epoch) -> a streaming data set with a column "text", its files in an order of that seed.
+#: Blocks in a row without a token that is scored, after which a text counts as one that has none.
+MOST_UNSCORED = 10_000
+#: (seed of an epoch) -> a streaming data set whose column "text" holds documents, its files in an order of that seed.
 Source = Callable[[list[int]], datasets.IterableDataset]
 
 
-def local_source(data_files: Sequence[str | Path], text_column: str) -> Source:
-    """Local .txt, .jsonl, .json and .parquet files; a file is the unit that is dealt out and shuffled.
+def local_source(data_files: Sequence[str | Path], text_column: str, *, chats_only: bool = False) -> Source:
+    """Local files of the kinds in `npt.data.readers`; a file is the unit that is dealt out and shuffled.
+
+    Args:
+        text_column, chats_only: as of `npt.data.documents.document_of`.
 
     Raises:
         DataError: a file is missing, empty or of an unknown kind, or its first document can't be read.
@@ -41,7 +49,7 @@ def local_source(data_files: Sequence[str | Path], text_column: str) -> Source:
     paths, problems = expand_files(data_files, "data.data_files")
     for path in paths[:: max(1, -(-len(paths) // CHECKED_FILES))]:
         try:
-            next(read_documents(path, text_column))
+            next(read_documents(path, text_column, chats_only=chats_only))
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -50,36 +58,43 @@ def local_source(data_files: Sequence[str | Path], text_column: str) -> Source:
 
     def source(seed: list[int]) -> datasets.IterableDataset:
         order = np.random.default_rng(seed).permutation(len(names))
-        arguments = {"paths": [names[i] for i in order], "text_column": text_column}
+        arguments = {"paths": [names[i] for i in order], "text_column": text_column, "chats_only": chats_only}
         return datasets.IterableDataset.from_generator(_read, gen_kwargs=arguments)
 
     return source
 
 
-def _read(paths: list[str], text_column: str) -> Iterator[dict[str, str]]:
+def _read(paths: list[str], text_column: str, chats_only: bool) -> Iterator[dict[str, Document]]:
     for path in paths:
-        for document in read_documents(Path(path), text_column):
+        for document in read_documents(Path(path), text_column, chats_only=chats_only):
             yield {"text": document}
 
 
-def hub_source(name: str, config: str | None, text_column: str, split: str = "train") -> Source:
+def hub_source(
+    name: str, config: str | None, text_column: str, split: str = "train", *, chats_only: bool = False
+) -> Source:
     """A hub data set, or a folder that `datasets.load_dataset` can read, in streaming mode.
+
+    Args:
+        text_column, chats_only: as of `npt.data.documents.document_of`.
 
     Raises:
         DataError: the hub can't be reached, or the name or the column is unknown.
     """
-    where = f"data.dataset_name='{name}'" + (f", data.dataset_config='{config}'" if config else "")
+    where = where_of(name, config)
     try:
         found = datasets.load_dataset(expanded(name), config, split=split, streaming=True)
         first: dict[str, Any] = next(iter(found), {})
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except HUB_ERRORS as error:
         why = one_line(error, 300) or type(error).__name__
         raise DataError(f"{where}: can't be streamed, split '{split}' ({why}); {hub_remedy(error)}") from error
-    if not isinstance(first.get(text_column), str):
-        kinds = {name: "string" if isinstance(value, str) else type(value).__name__ for name, value in first.items()}
-        raise DataError(f"{where}: {column_problem(text_column, kinds)}")
-    texts = found.select_columns([text_column])
-    texts = texts if text_column == "text" else texts.rename_column(text_column, "text")
+
+    def document(row: dict[str, Any]) -> dict[str, Document]:
+        return {TEXT: document_of(row, text_column, f"{where}, a row", chats_only=chats_only)}
+
+    document(first)
+    columns = columns_to_read(first, text_column)
+    texts = found.select_columns(columns).map(document, remove_columns=[name for name in columns if name != TEXT])
     # A buffer of one document: the order of the files is all that is to be shuffled here.
     return lambda seed: texts.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]), buffer_size=1)
 
@@ -106,9 +121,9 @@ class DocumentStream:
         self._start: dict[str, Any] | None = None  # the library's place where the window begins
         self._epoch_data: Any = None
         self._documents: Iterator[Any] = iter(())
-        self._held: list[str] | None = None
+        self._held: list[Document] | None = None
 
-    def upcoming(self) -> list[str]:
+    def upcoming(self) -> list[Document]:
         """The rest of the current window, in its order; never empty.
 
         Raises:
@@ -129,7 +144,7 @@ class DocumentStream:
             held = self._read_window()
         return held[self.position :]
 
-    def take(self) -> str:
+    def take(self) -> Document:
         """The next document."""
         document = self.upcoming()[0]
         self.advance()
@@ -140,7 +155,7 @@ class DocumentStream:
         self.position += 1
         self.count += 1
 
-    def _read_window(self) -> list[str]:
+    def _read_window(self) -> list[Document]:
         if self._epoch_data is None:
             data = self.source([self.seed, self.epoch])
             self._epoch_data = split_dataset_by_node(data, *self.place)
@@ -149,7 +164,8 @@ class DocumentStream:
             self._documents = iter(self._epoch_data)
         if self._start is None:
             self._start = self._epoch_data.state_dict()
-        wanted = (row["text"] for row in self._documents if row["text"] and not row["text"].isspace())
+        documents = (row[TEXT] for row in self._documents)
+        wanted = (text for text in documents if isinstance(text, Chat) or (text and not text.isspace()))
         held = list(islice((text for text in wanted if digest(text) not in self.left_out), self.window))
         rng = np.random.default_rng([self.seed, self.epoch, self.place[0], self.window_number])
         self._held = [held[i] for i in rng.permutation(len(held))]
@@ -172,16 +188,16 @@ class DocumentStream:
         self._epoch_data, self._held = None, None
 
 
-def digest(document: str) -> bytes:
+def digest(document: Document) -> bytes:
     """The digest by which a document is recognised."""
-    return hashlib.sha256(document.encode()).digest()
+    return hashlib.sha256(document.content() if isinstance(document, Chat) else document.encode()).digest()
 
 
 class BlockStream:
     """One stream's documents packed into blocks, what is left of a document going into the next block.
 
     Args:
-        seen: takes the tokens of each document that goes into a block. bos_token_id, vocabulary: as of
+        seen: takes the tokens of each document that goes into a block. bos_token_id, vocabulary, score: as of
             `npt.data.packing.text_packer`.
     """
 
@@ -194,40 +210,59 @@ class BlockStream:
         *,
         bos_token_id: int | None = None,
         vocabulary: int | None = None,
+        score: str = "all",
     ):
+        self.score = score
         self.documents, self.tokenizer, self.max_length = documents, tokenizer, max_length
         self.seen, self.bos_token_id, self.vocabulary = Seen() if seen is None else seen, bos_token_id, vocabulary
         self.served = 0
         self._rest: np.ndarray = np.empty((2, 0), dtype=np.int32)  # ids and labels
-        self._ids: Iterator[Sequence[int]] = iter(())  # of the window's documents
+        self._ids: Iterator[np.ndarray] = iter(())  # ids and labels of the window's documents
 
     def take(self) -> dict[str, torch.Tensor]:
-        """The next block: input_ids, attention_mask and labels, (max_length,) each."""
+        """The next block in which a token is scored: input_ids, attention_mask and labels, (max_length,) each.
+
+        Raises:
+            DataError: none of so many has one.
+        """
+        found = next(
+            (pair for pair in (self._next() for _ in range(MOST_UNSCORED)) if has_scored(pair[None, 1])[0]), None
+        )
+        if found is None:
+            raise DataError(
+                f"{MOST_UNSCORED} blocks in a row of the streamed chats hold no reply, and data.score=replies scores nothing "
+                "else; give other chats, or use data.score=all"
+            )
+        self.served += 1
+        ids, labels = (torch.from_numpy(part.astype(np.int64)) for part in (found[0], public_labels(found[1])))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    def _next(self) -> np.ndarray:
+        """(2, max_length): ids and labels of the next block."""
         while not (found := cut(self._rest[:, : self.max_length], self.max_length, self.bos_token_id))[0].size:
             document = next(self._ids, None)
             if document is None:
-                self._ids = token_ids(self.documents.upcoming(), self.tokenizer, self.vocabulary)
+                self._ids = tokenised(self.documents.upcoming(), self.tokenizer, self.vocabulary, self.score)
                 continue
             self.documents.advance()
-            if len(document):
-                self.seen.add_document(document)
-                self._rest = np.concatenate((self._rest, labelled(document)), axis=1)
+            if document.shape[1]:
+                self.seen.add_document(document[0])
+                self._rest = np.concatenate((self._rest, document), axis=1)
         blocks, rest = found
         self._rest = np.concatenate((rest, self._rest[:, self.max_length :]), axis=1)
-        self.served += 1
-        ids, labels = (torch.from_numpy(part.astype(np.int64)) for part in blocks[:, 0])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        first: np.ndarray = blocks[:, 0]
+        return first
 
     def state_dict(self) -> dict[str, Any]:
         """The place of the next block, as plain JSON values."""
         ids, labels = self._rest
-        unscored = np.flatnonzero(ids != labels).tolist()
+        unscored, prompts = (np.flatnonzero(labels == value).tolist() for value in (IGNORED, UNSCORED))
         return {
             **self.documents.state_dict(),
             "served": self.served,
             "rest": " ".join(map(str, ids)),
             "rest_unscored": unscored,
-        }
+        } | ({"rest_prompts": prompts} if prompts else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a place."""
@@ -235,6 +270,7 @@ class BlockStream:
         self.served, self._ids = state["served"], iter(())
         self._rest = np.tile(np.array(state["rest"].split(), dtype=np.int32), (2, 1))
         self._rest[1, state["rest_unscored"]] = IGNORED
+        self._rest[1, state.get("rest_prompts", [])] = UNSCORED
 
 
 class StreamedBlocks(IterableDataset):  # type: ignore[type-arg]
@@ -276,7 +312,7 @@ class StreamedBlocks(IterableDataset):  # type: ignore[type-arg]
             stream.load_state_dict(states[number])
 
 
-def held_out_documents(documents: DocumentStream, seen: set[bytes]) -> Iterable[str]:
+def held_out_documents(documents: DocumentStream, seen: set[bytes]) -> Iterable[Document]:
     """One epoch of a stream's documents; the digest of each that is read goes into `seen`."""
     while documents.upcoming() and documents.epoch == 0:
         document = documents.take()

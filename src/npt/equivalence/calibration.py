@@ -13,7 +13,7 @@ formulas are in `npt.equivalence.closed_form`; this module passes the text and p
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -50,6 +50,7 @@ from npt.tuner.converted import (
     adapter_config,
     base_of,
     check_batch,
+    chosen_layers,
     context_length_of,
     device_of,
     eval_mode,
@@ -74,31 +75,31 @@ def calibrate(
     batches: Any,
     *,
     tokenizer: Any = None,
+    blocks: Collection[int] | None = None,
     chunk_tokens: int | None = None,
     progress: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Fits the active adapter of a converted model to the model it was made from, in place.
 
     Several processes share the batches, and their sums are added: the fit is that of one process. All call it with the
-    same batches; a sharded model's inside `npt.common.processes.through`.
+    same batches; a sharded model's inside `npt.common.sharded.through`.
 
     Args:
         model: a PEFT model with an active NPT adapter; its base is not changed.
         batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}; padding is left out. Or what
-            `npt.data.inputs` lists: text with its tokenizer, in blocks of 256 tokens or of the model's context.
-        chunk_tokens: how many tokens per block are kept in memory for gain and carry; the rest only passes through.
-            None: 8,192, or 4 d where that is more.
+            `npt.data.inputs` lists: text, with its `tokenizer`, in blocks of 256 tokens or of the model's context.
+        blocks: those to fit; None for all that are converted.
+        chunk_tokens: tokens per block kept in memory for gain and carry; None for 8,192, or 4 d where that is more.
         progress: shows a bar.
 
     Returns:
-        {"layer_<i>": {"error_before", "error_after", "tokens"}}: the error of the block's update y - h, relative
-        (root of summed squares), on real tokens, before and after.
+        For each block, as `layer_<i>`, its error_before, error_after (of y - h, relative, root of summed squares) and tokens.
 
     Raises:
         NPTError: no text, text without a tokenizer or beyond the model's limits, or so degenerate that the fit is not finite.
         RunError: the model's own hidden states are not finite.
     """
-    layers = [layer for layer in active_layers(model) if layer.own.spec.carry != "exact"]
+    layers = [layer for layer in chosen_layers(model, blocks) if layer.own.spec.carry != "exact"]
     batches = as_batches(batches, tokenizer, min(256, context_length_of(model) or 256), "calibrate(batches=...)")
     with _whole_components(layers):
         fits = {layer.index: _BlockFit(layer, chunk_tokens or first_tokens(layer.shape("up")[0])) for layer in layers}

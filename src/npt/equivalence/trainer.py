@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from npt.common.precision import all_finite
@@ -27,7 +27,7 @@ from npt.errors import DataError, NPTError
 from npt.evaluation.divergence import summarize, token_divergences
 from npt.evaluation.weight_deltas import delta_records
 from npt.training.bad_batch import raise_nonfinite
-from npt.training.callbacks import BestAdapterCallback
+from npt.training.callbacks import BestAdapterCallback, ProgressBarCallback, close_bars
 from npt.training.checkpoints import DurableTrainer, finished_checkpoint
 from npt.training.resume import (
     argument_settings,
@@ -94,6 +94,7 @@ class EquivalenceTrainer(DurableTrainer):
         settings: further settings that decide the result, by name. They are kept in every checkpoint, beside those that the
             arguments and objectives decide, and compared when training goes on from one.
         text_settings: settings that chose the text; named where the text is another one.
+        progress: shows training and evaluations by `npt.common.progress`, in the place of HF's bar.
         kwargs: as `transformers.Trainer`.
     """
 
@@ -107,6 +108,7 @@ class EquivalenceTrainer(DurableTrainer):
         teacher_top_k: int = 64,
         settings: Mapping[str, Any] | None = None,
         text_settings: Mapping[str, Any] | None = None,
+        progress: bool = False,
         **kwargs: Any,
     ):
         active_layers(model)  # a readable error before any long work
@@ -122,6 +124,11 @@ class EquivalenceTrainer(DurableTrainer):
             logger.warning("one of the %d GPUs is used; start a process for each with torchrun", args.n_gpu)
             args._n_gpu = 1
         super().__init__(model=model, args=args, **kwargs)
+        if progress:
+            for theirs in (ProgressCallback, PrinterCallback):
+                self.remove_callback(theirs)
+            self.add_callback(ProgressBarCallback())
+        self.progress = progress
         objective = objective or Objective()
         self.schedule = [(0, objective)] if isinstance(objective, Objective) else sorted(objective, key=lambda x: x[0])
         if self.schedule[0][0] != 0:
@@ -163,10 +170,7 @@ class EquivalenceTrainer(DurableTrainer):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            for callback in self.callback_handler.callbacks:
-                # Left open by an error, the bar would share its line with the message.
-                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                    callback.training_bar.close()
+            close_bars(self.callback_handler.callbacks)
 
     def read_teacher(self) -> None:
         """Makes the teacher targets that are missing, if a folder for them was named, and gives them to the objectives.
@@ -374,10 +378,12 @@ class EquivalenceTrainer(DurableTrainer):
         """Perplexity of both models, their ratio and the mean KL on the evaluation blocks."""
         blocks = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model)
-        size, collate = self.args.per_device_eval_batch_size, self.data_collator
-        figures = summarize(
-            through(self.model, lambda: token_divergences(model, blocks, batch_size=size, collate=collate))
-        )
+        compare = partial(
+            token_divergences, model, blocks,
+            batch_size=self.args.per_device_eval_batch_size, collate=self.data_collator,
+            progress=self.progress and self.is_world_process_zero(),
+        )  # fmt: skip
+        figures = summarize(through(self.model, compare))
         values = {
             "npt_perplexity": figures["perplexity"]["npt_perplexity"],
             "original_perplexity": figures["perplexity"]["original_perplexity"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import datasets
@@ -12,8 +11,9 @@ import torch
 from npt.block.layer import NPTLayer
 from npt.block.modes import watching
 from npt.builtin import name_of
+from npt.common.distribution import versions
 from npt.common.limits import check_ids, check_length
-from npt.common.precision import matmul_precision
+from npt.common.precision import DTYPE_REASON, matmul_precision
 from npt.data import pack
 from npt.data.batches import batches_of
 from npt.data.inputs import documents_or_blocks
@@ -58,22 +58,31 @@ def evaluate(
     batch_size: int = 16,
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     begin_with_bos: bool = False,
+    detail_blocks: int = DETAIL_BLOCKS,
+    score: str = "all",
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Compares a converted model with the model it was made from.
 
     Args:
-        model: a PEFT model with an active NPT adapter. tokenizer: its tokenizer.
+        model: a PEFT model with an active NPT adapter.
+        tokenizer: its tokenizer.
         texts: documents, blocks (`npt.data.inputs` lists what is taken for what), or {name: either}; with several corpora the
             first one's figures stand at the top level and `evaluations.corpora` holds each.
-        context_length: tokens per block, 256 or the model's context if that is shorter. stride: tokens scored per window,
-            None for context_length (no overlap). max_tokens: per corpus, at most (rounded down to whole blocks).
-        prompts: continued by both models, greedily and sampled. seed: of the sampled text.
-        begin_with_bos: put BOS before every block of documents. progress: shows bars.
+        context_length: tokens per block, 256 or the model's context if that is shorter.
+        stride: tokens scored per window, None for context_length (no overlap).
+        max_tokens: per corpus, at most (rounded down to whole blocks).
+        batch_size: blocks in a batch.
+        prompts: continued by both models, greedily and sampled.
+        begin_with_bos: of blocks made here, as `npt.data.pack` takes it.
+        score: the same, "all" or "replies".
+        detail_blocks: most blocks, of the first corpus, for the figures per converted block and position.
+        seed: of the sampled text.
+        progress: shows bars.
 
     Returns:
-        The report; its fields are listed in docs/report.md.
+        The report; docs/report.md lists its fields.
 
     Raises:
         DataError: a corpus that is empty or no text, beyond the model's limits, or a stride not in 1 ... context_length.
@@ -82,23 +91,35 @@ def evaluate(
     context_length, stride = _window(model, context_length, stride)
     corpora = dict(texts) if isinstance(texts, Mapping) and "input_ids" not in texts else {"text": texts}
     window = context_length, stride, None if max_tokens is None else max_tokens // context_length, begin_with_bos
-    blocks = {name: _blocks(name, corpus, tokenizer, model, window) for name, corpus in corpora.items()}
-    layers, config, prompts = active_layers(model), adapter_config(model), listed_prompts(model, tokenizer, prompts)
+    blocks = {name: _blocks(name, corpus, tokenizer, model, window, score) for name, corpus in corpora.items()}
+    prompts = listed_prompts(model, tokenizer, prompts)
     results = {name: _of_corpus(model, tokenizer, packed, batch_size, progress) for name, packed in blocks.items()}
-    first = next(iter(results.values()))
+    detail = _first_rows(next(iter(blocks.values())), detail_blocks)
     evaluations: dict[str, Any] = {
-        **{name: figures for name, figures in first.items() if name not in ("tokens", "unknown_tokens")},
-        **_in_detail(model, tokenizer, next(iter(blocks.values())), context_length, batch_size, prompts, seed),
+        **{name: x for name, x in next(iter(results.values())).items() if name not in ("tokens", "unknown_tokens")},
+        **detail_figures(model, tokenizer, detail, context_length, batch_size),
+        "generation_samples": _samples(model, tokenizer, prompts, seed),
         "corpora": results,
     }
+    return _report(model, tokenizer, blocks, evaluations, _positions(context_length, stride, score), seed)
+
+
+def _report(
+    model: ConvertedModel,
+    tokenizer: Any,
+    blocks: Mapping[str, datasets.Dataset],
+    evaluations: dict[str, Any],
+    positions: dict[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """The whole report, once its figures are there."""
+    layers, config = active_layers(model), adapter_config(model)
+    first = next(iter(evaluations["corpora"].values()))
     return {
         "model_config": _model_config(model, config, layers),
         "protocol": {
-            "context_length": context_length,
-            "stride": stride,
-            "scored": _scored(stride, context_length),
+            **positions,
             "tokens": first["tokens"],
-            "corpora": list(corpora),
             **_beginnings(tokenizer, blocks),
             **_surroundings(model, layers, next(iter(blocks.values())), seed),
         },
@@ -107,6 +128,14 @@ def evaluate(
         "grade": grade(evaluations["divergence"]["mean_kl"], first["unknown_tokens"]),
         "notes": [*_notes(config.carry, evaluations), *seen_notes(config.text_record, blocks)],
     }
+
+
+def _samples(model: ConvertedModel, tokenizer: Any, prompts: Sequence[str], seed: int) -> dict[str, Any]:
+    return generation_section(*(side_by_side(model, tokenizer, prompts, seed=s) for s in (None, seed)))
+
+
+def _first_rows(blocks: datasets.Dataset, count: int) -> datasets.Dataset:
+    return blocks.select(range(min(count, len(blocks))))
 
 
 def _window(model: ConvertedModel, context_length: int | None, stride: int | None) -> tuple[int, int]:
@@ -120,9 +149,11 @@ def _window(model: ConvertedModel, context_length: int | None, stride: int | Non
     return context_length, stride
 
 
-def _scored(stride: int, context_length: int) -> str:
-    """The positions of a window that are scored, in words."""
-    return f"the last {stride} tokens of each window" if stride < context_length else "all tokens but the first"
+def _positions(context_length: int, stride: int, score: str) -> dict[str, Any]:
+    """The part of the report's `protocol` that says which positions of a window are scored."""
+    scored = f"the last {stride} tokens of each window" if stride < context_length else "all tokens but the first"
+    scored += ", of chats the assistant's replies alone" if score == "replies" else ""
+    return {"context_length": context_length, "stride": stride, "scored": scored}
 
 
 def _surroundings(
@@ -134,13 +165,14 @@ def _surroundings(
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     return {
         "dtype": str(layers[0].weight.dtype).removeprefix("torch."),
+        "dtype_reason": getattr(model.get_base_model(), DTYPE_REASON, None),
         "computed_in": _computed_in(model, layers, blocks),
         "matmul_precision": matmul_precision(device_of(model)),
         "attention": settings._attn_implementation,
         "quantization": None if method is None else str(getattr(method, "value", method)),
         "seed": seed,
         "device": str(device_of(model)),
-        "versions": {name: version(name) for name in ("npt", "torch", "transformers", "peft")},
+        "versions": versions(),
     }
 
 
@@ -169,10 +201,11 @@ def _of_corpus(
     return {**summarize(figures), "worst_tokens": worst, "tokens": len(figures["kl"]), "unknown_tokens": share}
 
 
-def _beginnings(tokenizer: Any, corpora: Mapping[str, datasets.Dataset]) -> dict[str, dict[str, int]]:
-    """The part of the report's `protocol` that counts blocks, and those whose first token is BOS, per corpus."""
+def _beginnings(tokenizer: Any, corpora: Mapping[str, datasets.Dataset]) -> dict[str, Any]:
+    """The part of the report's `protocol` that names the corpora and counts their blocks, and those that begin with BOS."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return {
+        "corpora": list(corpora),
         "blocks": {name: len(blocks) for name, blocks in corpora.items()},
         "blocks_beginning_with_bos": {
             name: sum(row["input_ids"][0] == bos for row in blocks) if bos is not None else 0
@@ -181,26 +214,17 @@ def _beginnings(tokenizer: Any, corpora: Mapping[str, datasets.Dataset]) -> dict
     }
 
 
-def _in_detail(
-    model: ConvertedModel,
-    tokenizer: Any,
-    blocks: datasets.Dataset,
-    context_length: int,
-    batch_size: int,
-    prompts: Sequence[str],
-    seed: int,
+def detail_figures(
+    model: ConvertedModel, tokenizer: Any, blocks: Any, context_length: int, batch_size: int
 ) -> dict[str, Any]:
-    """The figures of the first `DETAIL_BLOCKS` blocks, per converted block or position, and the samples of text."""
-    detail = blocks.select(range(min(DETAIL_BLOCKS, len(blocks))))
-    batches = list(batches_of(detail, batch_size, device_of(model)))
-    samples = [side_by_side(model, tokenizer, prompts, seed=s) for s in (None, seed)]
+    """The figures per converted block and per position, of a few blocks of text: they cost more per token."""
+    batches = list(batches_of(blocks, batch_size, device_of(model)))
     with eval_mode(model):
         return {
             "layer_equivalence": layer_equivalence(model, batches),
             "residual_stream": residual_stream(model, batches),
             "weight_delta_stats": weight_delta_stats(model, batches, tokenizer),
-            "kl_by_position": _by_position(model, detail, context_length, batch_size),
-            "generation_samples": generation_section(*samples),
+            "kl_by_position": _by_position(model, blocks, context_length, batch_size),
         }
 
 
@@ -262,20 +286,26 @@ def _by_position(model: ConvertedModel, blocks: Any, context_length: int, batch_
 
 
 def _blocks(
-    name: str, corpus: Corpus, tokenizer: Any, model: ConvertedModel, window: tuple[int, int, int | None, bool]
+    name: str,
+    corpus: Corpus,
+    tokenizer: Any,
+    model: ConvertedModel,
+    window: tuple[int, int, int | None, bool],
+    score: str,
 ) -> datasets.Dataset:
     """The blocks of a corpus to score.
 
     Args:
         window: tokens per block, tokens scored of each, the most blocks before they overlap, whether all begin with BOS.
+        score: as of `evaluate`.
     """
     context_length, stride, most, bos = window
     limit = None if most is None else max(1, most)
     found = documents_or_blocks(corpus, f"evaluate: corpus {name!r}")
     if isinstance(found, datasets.Dataset):
-        blocks = found if limit is None else found.select(range(min(limit, len(found))))
+        blocks = found if limit is None else _first_rows(found, limit)
     else:
-        blocks = pack(found, tokenizer, context_length, max_blocks=limit, begin_with_bos=bos)
+        blocks = pack(found, tokenizer, context_length, max_blocks=limit, begin_with_bos=bos, score=score)
     if not len(blocks):
         raise DataError(f"corpus {name!r} is empty: give it at least one document")
     for batch in blocks.select_columns(["input_ids"]).iter(1024):
@@ -287,7 +317,8 @@ def _blocks(
 
 def overlapping(blocks: datasets.Dataset, context_length: int, stride: int) -> datasets.Dataset:
     """Windows of context_length that advance by `stride`; after the first, only the last `stride` tokens count."""
-    flat = {name: torch.as_tensor(blocks[name][:]).flatten() for name in ("input_ids", "attention_mask", "labels")}
+    names = ("input_ids", "attention_mask", "labels", *(["starts"] if "starts" in blocks.column_names else []))
+    flat = {name: torch.as_tensor(blocks[name][:]).flatten() for name in names}
     starts = range(0, max(1, len(flat["input_ids"]) - context_length + 1), stride)
     windows = {name: [values[s : s + context_length].tolist() for s in starts] for name, values in flat.items()}
     for labels in windows["labels"][1:]:

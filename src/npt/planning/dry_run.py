@@ -16,7 +16,7 @@ from npt.config import DataSection, RunConfig, TrainingSection
 from npt.errors import NPTError
 from npt.planning.devices import Launch, planned_launch
 from npt.planning.plan import Plan, plan_model
-from npt.planning.shapes import OWN_BYTES, dtype_of, load_shapes, shapes_of
+from npt.planning.shapes import OWN_BYTES, dtype_of, load_shapes, shapes_of, with_own_dtype
 from npt.planning.shards import strategy_of
 from npt.planning.tables import plan_table, print_line, spread_lines, unit_table
 from npt.planning.timing import memory_limit, time_lines
@@ -51,6 +51,8 @@ def dry_run(config: RunConfig, launch: Launch, limit: int | None, console: Conso
         )
     strategy = strategy_of(config.optimization.fsdp or env_flag("ACCELERATE_USE_FSDP"), launch.processes)
     hf_config = load_shapes(config)
+    if launch.device is None:
+        config = with_own_dtype(config, hf_config)
     dtype = dtype_of(config.model.dtype, hf_config)
     with console.status("running the run's code on shapes"):
         model = shapes_of(hf_config, config.model, dtype)

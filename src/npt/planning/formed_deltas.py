@@ -25,6 +25,7 @@ from npt.planning.shapes import (
     enable_checkpointing,
     load_shapes,
     shapes_of,
+    with_own_dtype,
 )
 from npt.tuner.converted import active_layers, parameter_counts
 
@@ -193,13 +194,18 @@ def _step_peak(model: Any, objective: str, batch: int, tokens: int) -> int:
     return training_step_peak(model, objective, lambda: inputs, batch * tokens)
 
 
-def memory_table(config: RunConfig | None = None) -> list[MemoryRow]:
+def memory_table(config: RunConfig | None = None, here: bool = False) -> list[MemoryRow]:
     """The rows of `npt memory`, for the model of a run configuration, or for 7B shapes without one.
+
+    Args:
+        here: the run is to be on this machine, which decides what `model.dtype: auto` is.
 
     Raises:
         NPTError: the model's configuration can't be loaded, or the model can't be converted.
     """
     hf_config = LlamaConfig(**LLAMA_7B) if config is None else load_shapes(config)
+    if config is not None and here:
+        config = with_own_dtype(config, hf_config)
     batch, tokens = (BATCH, TOKENS) if config is None else (config.training.batch_size, config.data.max_length)
     dtype = torch.bfloat16 if config is None else dtype_of(config.model.dtype, hf_config)
     found = estimate(hf_config, None if config is None else config.model, batch, tokens, dtype)

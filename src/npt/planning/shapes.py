@@ -11,11 +11,10 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
-from npt.builtin import source_of
 from npt.common.display import quiet
-from npt.config import RunConfig
+from npt.config import RunConfig, with_overrides
 from npt.errors import ConversionError, NPTError
-from npt.runs.base_model import base_config
+from npt.runs.base_model import base_config, base_dtype
 from npt.tuner.config import NPTConfig
 
 #: Shapes of Llama-2-7b, so that 7B can be planned for without the hub.
@@ -56,7 +55,7 @@ def load_shapes(config: RunConfig) -> Any:
     Raises:
         NPTError: it can't be loaded (see `npt.runs.base_model.base_config`).
     """
-    name = source_of(config.model.base_model_name)
+    name = config.model.base_model_name
     if name in KNOWN_SHAPES and not Path(name).is_dir():
         return LlamaConfig(**KNOWN_SHAPES[name])
     try:
@@ -67,6 +66,14 @@ def load_shapes(config: RunConfig) -> Any:
         raise NPTError(
             f"{error}. Without any model, for its shapes alone: model.base_model_name=NAME with {', '.join(KNOWN_SHAPES)}"
         ) from error
+
+
+def with_own_dtype(config: RunConfig, hf_config: Any) -> RunConfig:
+    """The configuration with the dtype that `model.dtype: auto` means on this machine, where `npt train` may take float32."""
+    dtype, _ = base_dtype(config.model, config.optimization, hf_config)
+    return (
+        config if isinstance(dtype, str) else with_overrides(config, {"model.dtype": str(dtype).removeprefix("torch.")})
+    )
 
 
 def dtype_of(name: str, hf_config: Any) -> torch.dtype:

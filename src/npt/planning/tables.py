@@ -19,7 +19,7 @@ from npt.planning.advice import advice
 from npt.planning.devices import Launch, machine_speed
 from npt.planning.formed_deltas import MemoryRow
 from npt.planning.plan import OVERHEAD, Plan, plan_run
-from npt.planning.shapes import dtype_of, load_shapes
+from npt.planning.shapes import dtype_of, load_shapes, with_own_dtype
 from npt.planning.shards import ALONE, FSDP2, ShardUnit
 from npt.planning.timing import memory_limit, time_lines
 from npt.runs.base_model import default_device
@@ -90,6 +90,8 @@ def render_plan(config: RunConfig, limit: int | None, console: Console, launch: 
     """
     device = default_device()
     hf_config = load_shapes(config)
+    if launch.device is None:
+        config = with_own_dtype(config, hf_config)
     with console.status("running the run's code on shapes"):
         plan = plan_run(config, hf_config, launch.processes)
     console.print(plan_table(plan, f"what `npt train` needs for {config.model.base_model_name}"))

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from npt.common.distribution import install_extra
 from npt.common.launch import check_launch
 from npt.common.processes import env_flag, world
 from npt.config import OptimizationSection, RunConfig, TrainingSection, with_overrides
@@ -144,7 +145,7 @@ def prepare_wandb(config: RunConfig) -> None:
         import wandb
     except ImportError as error:
         raise ConfigError(
-            "wandb.enabled=true needs the package: pip install 'npt[wandb]', or set it to false"
+            f"wandb.enabled=true needs the package: {install_extra('wandb')}, or set it to false"
         ) from error
     own = {"project": w.project, "entity": w.entity, "tags": list(w.tags or ()), "config": config.model_dump()}
     theirs = {"project": os.environ.get("WANDB_PROJECT", "huggingface")}

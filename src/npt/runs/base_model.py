@@ -17,13 +17,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from npt.block.families import FAMILIES, blocks_of, family_of, resolve_layers
-from npt.builtin import source_of
 from npt.common.display import one_line
+from npt.common.distribution import install_extra
+from npt.common.gguf import GGUFError, config_of
+from npt.common.places import expanded
+from npt.common.precision import DTYPE_REASON, choose_dtype
 from npt.common.processes import world
 from npt.config import ModelSection, OptimizationSection, RunConfig, with_overrides
 from npt.errors import ConversionError, NPTError
-from npt.runs.base_adapters import refuse_adapter, refuse_attached
-from npt.runs.base_problems import file_remedy, folder_remedy, hub_remedy, local_remedy
+from npt.runs.base_adapters import refuse_attached
+from npt.runs.base_places import config_place, gguf_named, weights_of
+from npt.runs.base_problems import gguf_remedy, hub_remedy, local_remedy
 from npt.runs.processes import shards_base
 from npt.tuner.converted import npt_layers
 
@@ -46,9 +50,12 @@ def load_base(
     """(causal LM in eval mode on its device, tokenizer) of a base; weights from safetensors only.
 
     Args:
-        model: the section of a configuration, or the base's name: a hub id, a local folder, or builtin:...
-        optimization: how to keep its weights. cache_dir: where those of a hub are kept.
-        dtype: beside a name, as `model.dtype`. revision: of a hub's base.
+        model: the section of a configuration, or the base's name: a hub id, a local folder, a GGUF file, or builtin:...
+        optimization: how to keep its weights.
+        cache_dir: where fetched or converted ones are kept.
+        dtype: beside a name, as `model.dtype`: "auto" is the checkpoint's own, or float32 on a CPU without units for that
+            (see `npt.common.precision.choose_dtype`).
+        revision: of a hub's base.
 
     Raises:
         NPTError: neither a local folder nor a reachable hub id; its files are damaged, incomplete or of a family that
@@ -57,18 +64,18 @@ def load_base(
     if isinstance(model, str):
         model = with_overrides(RunConfig(), {"model.base_model_name": model, "model.dtype": dtype}).model
     optimization = optimization or OptimizationSection()
-    name = source_of(model.base_model_name)
-    loading: dict[str, Any] = {"dtype": "auto" if model.dtype == "auto" else getattr(torch, model.dtype)}
     quantized = optimization.use_8bit or optimization.use_4bit
-    if quantized:
-        loading |= _bitsandbytes(4 if optimization.use_4bit else 8)
-    tokenizer = load_tokenizer(model, cache_dir, revision)
+    bits: dict[str, Any] = _bitsandbytes(4 if optimization.use_4bit else 8) if quantized else {}
+    weights_dtype, reason = base_dtype(model, optimization, base_config(model, cache_dir, revision))
+    tokenizer = _tokenizer(model, cache_dir, revision)
     with _named(model), _quiet_libraries():
+        name = weights_of(model, cache_dir)
         # Weights of other shapes are let through to be named below, where the library only points to a log.
         base, found = AutoModelForCausalLM.from_pretrained(
-            name, **_arguments(model, cache_dir, revision), **loading, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            name, **_arguments(model, cache_dir, revision), dtype=weights_dtype, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True, **bits,
         )  # fmt: skip
+    setattr(base, DTYPE_REASON, reason)
     refuse_attached(f"model.base_model_name={model.base_model_name}", base)
     _check_complete(model.base_model_name, found)
     if not (quantized or optimization.use_cpu_offload or shards_base(optimization.fsdp)):
@@ -79,8 +86,12 @@ def load_base(
 def load_tokenizer(model: ModelSection, cache_dir: str | None = None, revision: str | None = None) -> Any:
     """The base's tokenizer, once the base's configuration has been checked (see `base_config`)."""
     base_config(model, cache_dir, revision)
+    return _tokenizer(model, cache_dir, revision)
+
+
+def _tokenizer(model: ModelSection, cache_dir: str | None, revision: str | None) -> Any:
     with _named(model), _quiet_libraries():
-        return AutoTokenizer.from_pretrained(source_of(model.base_model_name), **_arguments(model, cache_dir, revision))
+        return AutoTokenizer.from_pretrained(weights_of(model, cache_dir), **_arguments(model, cache_dir, revision))
 
 
 def base_config(model: ModelSection, cache_dir: str | None = None, revision: str | None = None) -> Any:
@@ -90,15 +101,14 @@ def base_config(model: ModelSection, cache_dir: str | None = None, revision: str
         NPTError: missing or damaged; of a family that isn't supported; without the blocks or the size that the `model`
             section asks for.
     """
-    name = source_of(model.base_model_name)
     where = f"model.base_model_name={model.base_model_name}"
-    if Path(name).is_file():
-        raise NPTError(f"{where}: is a file; {file_remedy(Path(name))}")
-    refuse_adapter(where, Path(name))
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise NPTError(f"{where}: the folder has no config.json; {folder_remedy(Path(name))}")
     with _named(model), _quiet_libraries():
-        found = AutoConfig.from_pretrained(name, **_arguments(model, cache_dir, revision))
+        name, gguf = config_place(model, cache_dir, where)
+        found = (
+            AutoConfig.from_pretrained(name, **_arguments(model, cache_dir, revision))
+            if gguf is None
+            else config_of(gguf)
+        )
         text = found.get_text_config()
         blocks, width = (getattr(text, key, None) for key in ("num_hidden_layers", "hidden_size"))
     # Of a model of several parts the text part alone may be what is loaded.
@@ -116,6 +126,33 @@ def base_config(model: ModelSection, cache_dir: str | None = None, revision: str
     return found
 
 
+def base_dtype(
+    model: ModelSection, optimization: OptimizationSection, hf_config: Any, device: torch.device | None = None
+) -> tuple[torch.dtype | str, str]:
+    """(dtype that `load_base` loads a base's weights in, why in a few words).
+
+    Args:
+        hf_config: the base's (see `base_config`). device: default: `default_device()`.
+
+    Returns:
+        "auto" for the dtype where the base's configuration names none and its weights decide.
+    """
+    if model.dtype != "auto":
+        return getattr(torch, model.dtype), "model.dtype"
+    own = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
+    if own is None or optimization.use_8bit or optimization.use_4bit:
+        return "auto", "as the checkpoint"
+    own = getattr(torch, own) if isinstance(own, str) else own
+    return choose_dtype(own, device or default_device(), lambda: _count(model, hf_config))
+
+
+def _count(model: ModelSection, hf_config: Any) -> int:
+    """The number of parameters of a base, from its configuration."""
+    with _named(model), torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model.trust_remote_code)
+        return sum(p.numel() for p in base.parameters())
+
+
 def _arguments(model: ModelSection, cache_dir: str | None, revision: str | None) -> dict[str, Any]:
     place = {} if revision is None else {"revision": revision}
     return {"cache_dir": cache_dir, "trust_remote_code": model.trust_remote_code, **place}
@@ -124,9 +161,11 @@ def _arguments(model: ModelSection, cache_dir: str | None, revision: str | None)
 @contextmanager
 def _named(model: ModelSection) -> Iterator[None]:
     """Turns any error of the libraries about a damaged or absent model into one line (tokenizers raises plain Exception)."""
-    name = source_of(model.base_model_name)
+    name = expanded(model.base_model_name)
     try:
         yield
+    except GGUFError as error:
+        raise NPTError(f"model.base_model_name={model.base_model_name}: {error}") from error
     except (NPTError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -137,6 +176,11 @@ def _named(model: ModelSection) -> Iterator[None]:
             raise NPTError(
                 f"model.base_model_name={name!r} brings Python code of its own, which is not run; read that code and set "
                 "model.trust_remote_code=true, or name another model"
+            ) from error
+        if (gguf := gguf_named(name)) is not None:
+            raise NPTError(
+                f"model.base_model_name={name!r} can't be loaded ({type(error).__name__}: {reason}); "
+                f"{gguf_remedy(gguf, error)}"
             ) from error
         if Path(name).is_dir():
             raise NPTError(
@@ -226,7 +270,7 @@ def _bitsandbytes(bits: int) -> dict[str, Any]:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise NPTError(
-            f"optimization.use_{bits}bit=true needs bitsandbytes: pip install 'npt[quantization]', or set it to false"
+            f"optimization.use_{bits}bit=true needs bitsandbytes: {install_extra('quantization')}, or set it to false"
         ) from error
     from transformers import BitsAndBytesConfig
 

@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 
 from npt.common.display import one_line
+from npt.common.gguf import is_gguf
 
 #: What a base has to be.
 MODEL_FOLDER = "a Hugging Face model folder: config.json, tokenizer and *.safetensors together"
@@ -16,20 +17,15 @@ MODEL_FOLDER = "a Hugging Face model folder: config.json, tokenizer and *.safete
 ATTENTION_KEYS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
 #: The first bytes of the text that stands for a file which Git LFS has not fetched.
 LFS = b"version https://git-lfs"
+_ORIGINAL = "name the Hugging Face model that it was made from"
 _VERSION = f"version {transformers.__version__}"
-_GGUF = (
-    "GGUF files are not read, and npt can't turn one into a model that is; name the Hugging Face model that it was made from, "
-    "by its hub id or its folder"
-)
 
 
 def file_remedy(path: Path) -> str:
     """The remedy where the base is named by a file."""
-    if path.suffix.lower() == ".gguf":
-        return _GGUF
     if (path.parent / "config.json").is_file():
         return f"name the Hugging Face model folder it lies in: {path.absolute().parent}"
-    return f"name {MODEL_FOLDER}"
+    return f"name {MODEL_FOLDER}, or a GGUF file"
 
 
 def folder_remedy(folder: Path) -> str:
@@ -37,9 +33,9 @@ def folder_remedy(folder: Path) -> str:
     inside = sorted({path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/config.json")})
     if inside:
         return f"name the folder in it that has one: {one_line(', '.join(map(str, inside[:3])), 300)}"
-    if any(folder.glob("*.gguf")):
-        return _GGUF
-    return f"name {MODEL_FOLDER}"
+    if files := sorted(path.name for path in folder.iterdir() if is_gguf(path)):
+        return f"it has {len(files)} GGUF files: name the one that is meant, such as {folder / files[0]}"
+    return f"name {MODEL_FOLDER}, or a GGUF file"
 
 
 def local_remedy(folder: Path, error: Exception) -> str:
@@ -68,9 +64,19 @@ def local_remedy(folder: Path, error: Exception) -> str:
                 f"its weights are a pickle ({one_line(pickles[0], 80)}), which npt never reads. Where you trust the file, "
                 "write safetensors beside it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
-        if any(folder.glob("*.gguf")):
-            return _GGUF
+        if files := sorted(path for path in folder.iterdir() if is_gguf(path)):
+            return f"its weights are in GGUF: name the file, {files[0]}"
     return "restore its config.json, tokenizer and *.safetensors, or name another folder (builtin:tiny needs nothing)"
+
+
+def gguf_remedy(path: Path, error: Exception) -> str:
+    """The remedy where a library fails on a GGUF file."""
+    text = str(error)
+    if isinstance(error, ImportError):
+        return "install the package that is missing"
+    if "is not supported" in text or "Unknown gguf" in text:
+        return f"transformers {transformers.__version__} reads no GGUF of this architecture: {_ORIGINAL}"
+    return f"fetch {path.name} again, or {_ORIGINAL}"
 
 
 def hub_remedy(error: Exception) -> str:

@@ -17,7 +17,9 @@ from npt.common.processes import is_first, world
 from npt.config import DataSection, load_config
 from npt.data import sample_blocks, split_blocks
 from npt.data.batches import batches_of
-from npt.data.packing import Packer, first_of_blocks, token_ids
+from npt.data.packing import Packer, first_of_blocks, tokenised
+from npt.data.readers import short_name
+from npt.data.sampling import kept_blocks
 from npt.data.seen import Seen, TextRecord
 from npt.data.streaming import BlockStream, DocumentStream, StreamedBlocks, held_out_documents
 from npt.errors import DataError
@@ -118,8 +120,9 @@ def streamed_blocks(
     def make(place: tuple[int, int]) -> BlockStream:
         stream = DocumentStream(source, place, seed=texts.seed, window=data.shuffle_window, left_out=left_out)
         return BlockStream(
-            stream, tokenizer, data.max_length, record.trained, bos_token_id=bos, vocabulary=texts.vocabulary
-        )
+            stream, tokenizer, data.max_length, record.trained,
+            bos_token_id=bos, vocabulary=texts.vocabulary, score=data.score,
+        )  # fmt: skip
 
     return StreamedBlocks(make, world()), chosen_by, calibration, held_out.select(range(last))
 
@@ -143,7 +146,8 @@ class HeldOutText:
         data = self.texts.data
         # One document at a time: any tokenised ahead would count as seen and never be trained on.
         read = held_out_documents(self._documents, self.digests)
-        one_by_one = (ids for text in read for ids in token_ids([text], self.tokenizer, self.texts.vocabulary))
+        given = self.tokenizer, self.texts.vocabulary, data.score
+        one_by_one = (pair for document in read for pair in tokenised([document], *given))
         bos = first_of_blocks(self.tokenizer, data.begin_with_bos)
         packer = Packer(one_by_one, data.max_length, pad_token_id=0, bos_token_id=bos)
         found = (unseen or Unseen(None)).first(self.texts.label, packer, count, has_end=False)
@@ -178,11 +182,28 @@ def own_text(texts: RunTexts, model: Any, tokenizer: Any, count: int | None, lab
     Args:
         count: blocks; the configuration does not let it be None here. label: "train" or "eval", chooses the random stream.
     """
-    cache_dir = None if texts.cache_dir is None else Path(texts.cache_dir) / "npt_samples"
     return sample_blocks(
         model, tokenizer, count or 0, texts.data.max_length,
-        seed=texts.seed, label=label, cache_dir=cache_dir, progress=is_first(),
+        seed=texts.seed, label=label, cache_dir=samples_folder(texts), progress=is_first(),
     )  # fmt: skip
+
+
+def samples_folder(texts: RunTexts) -> Path | None:
+    """The folder in which sampled text is kept; None without a `paths.cache_dir`."""
+    return None if texts.cache_dir is None else Path(texts.cache_dir) / "npt_samples"
+
+
+def still_to_write(texts: RunTexts, model: Any, tokenizer: Any, labels: Sequence[str]) -> list[int]:
+    """Numbers of blocks of the texts ("train", "eval") that the model has not written yet; none for other text."""
+    data, folder = texts.data, samples_folder(texts)
+    if data.dataset_name != "self":
+        return []
+    counts = {"train": data.num_train_samples or 0, "eval": data.num_eval_samples or 0}
+    kept = {
+        label: kept_blocks(model, tokenizer, counts[label], data.max_length, texts.seed, label, cache_dir=folder)
+        for label in labels
+    }
+    return [counts[label] for label, path in kept.items() if path is None or not path.exists()]
 
 
 def further_corpora(
@@ -197,7 +218,7 @@ def further_corpora(
     """
     data, unseen = texts.data, unseen or Unseen(None)
     names = dict.fromkeys(str(name) for name in (*data.eval_texts, *more) if name != data.dataset_name)
-    short = {name: name if name.startswith(PREFIX) else Path(name).stem for name in names}
+    short = {name: name if name.startswith(PREFIX) else short_name(Path(name)) for name in names}
     taken = [data.dataset_name, *short.values()]
     found = {}
     for name in names:
@@ -226,6 +247,7 @@ def calibration_batches(
     if prose is None:
         return list(batches_of(own.select(range(min(count, len(own)))), batch_size, device))
     own = own.select(range(min(count - len(prose), len(own))))
+    own, prose = (part.select_columns(["input_ids", "attention_mask", "labels"]) for part in (own, prose))
     mixed = datasets.concatenate_datasets([own, prose.cast(own.features)]).shuffle(seed=texts.seed)
     return list(batches_of(mixed, batch_size, device))
 

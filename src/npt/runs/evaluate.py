@@ -14,15 +14,18 @@ from npt.common.files import write_json
 from npt.common.places import place
 from npt.common.processes import first_does, is_first
 from npt.common.sharded import through
+from npt.common.stopwatch import Stopwatch
 from npt.config import RunConfig
 from npt.data.seen import TextRecord
 from npt.evaluation import evaluate
 from npt.report.page import write_page
 from npt.runs.arguments import start
 from npt.runs.base_model import default_device, load_base, load_tokenizer, offload_frozen
-from npt.runs.corpora import evaluation_blocks, further_corpora
+from npt.runs.corpora import evaluation_blocks, further_corpora, still_to_write
+from npt.runs.estimate import EVALUATION, PAGE, SAMPLING, Part, Sizes, parts_of, say_plan, say_times
 from npt.runs.processes import shard_base, shards_base
 from npt.runs.texts import RunTexts
+from npt.runs.timing import measure
 from npt.runs.unseen import Unseen
 
 
@@ -38,7 +41,7 @@ def run_evaluation(
         DataError: a text of which nothing is left; before the base is loaded, unless the base writes the text itself.
     """
     output, arguments = place(output), start(config)
-    texts = RunTexts.of(config)
+    texts, spent = RunTexts.of(config), Stopwatch()
     texts.check(more_text)
     texts.check_model(config.model)
     record = TextRecord.read(resolve_checkpoint(checkpoint))
@@ -51,9 +54,12 @@ def run_evaluation(
     model, tokenizer = load_npt(config, checkpoint)
     if shards_base(config.optimization.fsdp):
         shard_base(model, arguments)
+    parts = plan(config, texts, model, tokenizer, own, further, spent)
     if own is None:
-        own = through(model, lambda: evaluation_blocks(texts, checkpoint, model, tokenizer, record, unseen))
-    report = evaluate_corpora(model, tokenizer, {name: own} | further, config)
+        with spent.timing(SAMPLING):
+            own = through(model, lambda: evaluation_blocks(texts, checkpoint, model, tokenizer, record, unseen))
+    with spent.timing(EVALUATION):
+        report = evaluate_corpora(model, tokenizer, {name: own} | further, config)
     report["notes"] = [*unseen.notes, *report["notes"]]
 
     def write() -> None:
@@ -61,8 +67,38 @@ def run_evaluation(
         # The curves of training belong to the page when the report lies with them.
         write_page(output.parent, output, output.with_suffix(".html"))
 
-    first_does(write)
+    with spent.timing(PAGE):
+        first_does(write)
+    say_times(parts, spent)
     return report
+
+
+def plan(
+    config: RunConfig,
+    texts: RunTexts,
+    model: Any,
+    tokenizer: Any,
+    own: datasets.Dataset | None,
+    further: dict[str, datasets.Dataset],
+    spent: Stopwatch,
+) -> list[Part]:
+    """Logs the parts of an evaluation with the time that each will take, from timing a little text; returns them.
+
+    Args:
+        own: blocks of `data.dataset_name`; None where the base writes them. further: of the other texts.
+    """
+    with spent.timing("timing"):
+        rates = measure(model, tokenizer, config, trains=False)
+        to_write = through(model, lambda: still_to_write(texts, model, tokenizer, ("eval",)))
+    held_out = (config.data.num_eval_samples or 0) if own is None else len(own)
+    sizes = Sizes(
+        sampled=tuple(to_write),
+        scored=held_out + sum(map(len, further.values())),
+        detailed=min(config.data.num_detail_samples, held_out),
+    )
+    parts = parts_of(config, sizes, rates)
+    say_plan(config, model.get_base_model(), parts, rates)
+    return parts
 
 
 def load_npt(config: RunConfig, checkpoint: str | Path) -> tuple[PeftModel, Any]:
@@ -79,10 +115,11 @@ def evaluate_corpora(
     model: Any, tokenizer: Any, corpora: dict[str, datasets.Dataset], config: RunConfig
 ) -> dict[str, Any]:
     """The report on {name: blocks}, by all processes together."""
-    size, t = config.data.max_length, config.training
+    data, t = config.data, config.training
     return through(
         model,
         lambda: evaluate(
-            model, tokenizer, corpora, context_length=size, batch_size=t.batch_size, seed=t.seed, progress=is_first()
+            model, tokenizer, corpora, context_length=data.max_length, batch_size=t.batch_size, score=data.score,
+            detail_blocks=data.num_detail_samples, seed=t.seed, progress=is_first(),
         ),
-    )
+    )  # fmt: skip

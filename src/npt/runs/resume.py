@@ -37,7 +37,7 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
         found["data.num_calibration_samples"] = data.num_calibration_samples
         found["data.calibration_files (their content)"] = content_of(data.calibration_files or ())
     if data.streaming:  # the text itself is not read before it is trained on
-        for name in ("dataset_config", "text_column", "shuffle_window"):
+        for name in ("dataset_config", "text_column", "score", "shuffle_window"):
             found[f"data.{name}"] = getattr(data, name)
         found["data.data_files (their sizes)"] = sizes_of(data.data_files or ())
     return found

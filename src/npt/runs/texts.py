@@ -19,6 +19,7 @@ from npt.common.limits import check_length, vocabulary_of
 from npt.common.processes import is_first
 from npt.config import DataSection, ModelSection, RunConfig
 from npt.data import load_documents, split_blocks
+from npt.data.documents import Document
 from npt.data.packing import Packer, text_packer
 from npt.data.sources import TextFiles, expand_files
 from npt.data.streaming import Source, hub_source, local_source
@@ -37,7 +38,7 @@ class RunTexts:
 
     def __init__(self, data: DataSection, *, seed: int = 0, cache_dir: str | None = None):
         self.data, self.seed, self.cache_dir = data, seed, cache_dir
-        self._further: dict[str, Iterable[str]] = {}
+        self._further: dict[str, Iterable[Document]] = {}
         self._packer: Packer | None = None
         self.vocabulary: int | None = None
 
@@ -52,7 +53,7 @@ class RunTexts:
         return one_line(", ".join(self.data.data_files or [self.data.dataset_name]), 80)
 
     @cached_property
-    def own(self) -> Iterable[str]:
+    def own(self) -> Iterable[Document]:
         """The documents of `data.dataset_name`, which is not `self` and not streamed."""
         data = self.data
         return load_documents(
@@ -61,6 +62,7 @@ class RunTexts:
             data_files=data.data_files or (),
             text_column=data.text_column,
             cache_dir=self.cache_dir,
+            chats_only=self._chats_only,
         )
 
     @cached_property
@@ -68,8 +70,12 @@ class RunTexts:
         """The documents of `data.dataset_name`, streamed."""
         data = self.data
         if data.dataset_name == "text":
-            return local_source(data.data_files or (), data.text_column)
-        return hub_source(data.dataset_name, data.dataset_config, data.text_column)
+            return local_source(data.data_files or (), data.text_column, chats_only=self._chats_only)
+        return hub_source(data.dataset_name, data.dataset_config, data.text_column, chats_only=self._chats_only)
+
+    @property
+    def _chats_only(self) -> bool:
+        return self.data.score == "replies"
 
     @cached_property
     def prose(self) -> TextFiles | None:
@@ -77,7 +83,7 @@ class RunTexts:
         files = self.data.calibration_files
         return TextFiles(files, self.data.text_column, "data.calibration_files") if files else None
 
-    def further(self, name: str | Path, named_by: str = "data.eval_texts") -> Iterable[str]:
+    def further(self, name: str | Path, named_by: str = "data.eval_texts") -> Iterable[Document]:
         """The documents of a builtin text or of a file that is evaluated on. named_by: the key or option, for errors."""
         name = str(name)
         if name not in self._further:
@@ -147,10 +153,11 @@ class RunTexts:
         check_length(config, self.data.max_length, "data.max_length")
         self.vocabulary = vocabulary_of(config)
 
-    def pack(self, documents: Iterable[str], tokenizer: Any) -> Packer:
+    def pack(self, documents: Iterable[Document], tokenizer: Any) -> Packer:
         """A packer of documents into the blocks of the `data` section."""
-        options: dict[str, Any] = {"begin_with_bos": self.data.begin_with_bos, "vocabulary": self.vocabulary}
-        return text_packer(documents, tokenizer, self.data.max_length, **options)
+        data = self.data
+        options: dict[str, Any] = {"begin_with_bos": data.begin_with_bos, "vocabulary": self.vocabulary}
+        return text_packer(documents, tokenizer, data.max_length, score=data.score, **options)
 
     def blocks(self, tokenizer: Any) -> tuple[datasets.Dataset, Packer | None]:
         """(the blocks of `own`, what reads on where there are more).
@@ -182,6 +189,6 @@ class RunTexts:
         return train, held_out
 
 
-def _files_of(documents: Iterable[str]) -> list[Path]:
+def _files_of(documents: Iterable[Document]) -> list[Path]:
     """The files of documents, with links and `..` followed; none for other documents."""
     return [path.resolve() for path in documents.paths] if isinstance(documents, TextFiles) else []

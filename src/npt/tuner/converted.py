@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,21 @@ def active_layers(model: nn.Module) -> list[NPTLayer]:
     return layers
 
 
+def chosen_layers(model: ConvertedModel, blocks: Collection[int] | None) -> list[NPTLayer]:
+    """The active layers of some blocks, in the model's order; all of them for None.
+
+    Raises:
+        ConversionError: a block that is not converted.
+    """
+    layers = active_layers(model)
+    if blocks is None:
+        return layers
+    converted = [layer.index for layer in layers]
+    if missing := sorted(set(blocks) - set(converted)):
+        raise ConversionError(f"blocks={list(blocks)}: {missing} are not converted; choose from {converted}")
+    return [layer for layer in layers if layer.index in blocks]
+
+
 def adapter_config(model: ConvertedModel) -> NPTConfig:
     """The active adapter's config."""
     return model.peft_config[active_layers(model)[0].active_name or ""]
@@ -107,7 +122,11 @@ def weight_delta(
     """Forms dW of one token in one converted block, for inspection and permanent updates: {projection: (out, in)}.
 
     Args:
-        input_ids: (batch, tokens). layer: the block's index. token: (row, position), negatives from the end.
+        model: a PEFT model with an active NPT adapter.
+        input_ids: (batch, tokens).
+        layer: the block's index.
+        token: (row, position), negatives from the end.
+        attention_mask: (batch, tokens), 0 for padding; None for none.
 
     Raises:
         ConversionError: the block is not converted.

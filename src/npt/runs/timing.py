@@ -1,0 +1,195 @@
+"""The run's own code timed on a little text, on the machine and with the model that the run is for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+
+from npt.common.display import quiet
+from npt.common.limits import vocabulary_of
+from npt.common.processes import any_process, first_does, world
+from npt.common.sharded import through
+from npt.config import RunConfig
+from npt.data.sampling import default_batch, seconds_per_draw
+from npt.equivalence.calibration import calibrate
+from npt.equivalence.objectives import Objective
+from npt.evaluation.divergence import token_divergences
+from npt.evaluation.evaluate import detail_figures
+from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
+from npt.tuner.converted import active_layers, adapter_config, device_of, eval_mode, run_backbone
+
+#: Seconds that a timed call should last, so that what is done once in it does not count; the text is chosen for that.
+TIMED_SECONDS = 0.1
+#: A call that took longer is not repeated.
+LONG_SECONDS = 0.5
+#: Blocks on which the figures by block are timed.
+DETAIL_ROWS = 4
+#: Tokens that each model writes in the timing of a sample, and in a sample.
+TIMED_TOKENS, SAMPLE_TOKENS = 4, 48
+#: Backward passes cost about two forward passes where they can't be timed alone (several processes).
+STEP_FORWARDS = 3.0
+#: A checkpointed backward pass runs each block's forward once more.
+CHECKPOINTING = 4 / 3
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of a run's parts on this machine.
+
+    timed_tokens: of the text that was timed. draw: a token of each of `draw_rows` texts that the model writes, draw_one: of
+    a single one. forward: a
+    token through the original's blocks. fit: a token of calibration, and fit_once once, for all blocks, above the forward.
+    compare: a token through both models. step: {objective: a token through a training step}. detail: a token of the report's
+    figures by block. sample: a prompt continued by both models.
+    """
+
+    timed_tokens: int
+    draw: float
+    draw_one: float
+    draw_rows: int
+    forward: float
+    fit: float
+    fit_once: float
+    compare: float
+    step: dict[str, float]
+    detail: float
+    sample: float
+
+    def writing(self, blocks: int, length: int) -> float:
+        """Seconds in which the model writes so many blocks of `length` tokens, `draw_rows` at once."""
+        if not blocks:
+            return 0.0
+        per_row = (self.draw - self.draw_one) / max(1, self.draw_rows - 1)
+        batches = -(-blocks // self.draw_rows)
+        return (length - 1) * (batches * (self.draw_one - per_row) + blocks * per_row)
+
+
+def measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool = True) -> Rates:
+    """Times a converted model; leaves weights, modes and random numbers as they were. All processes call it.
+
+    Args:
+        trains: False where nothing is calibrated or trained.
+    """
+    with _undisturbed(model):
+        return through(model, lambda: _measure(model, tokenizer, config, trains and config.model.carry != "exact"))
+
+
+def _measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool) -> Rates:
+    device, base, length = device_of(model), model.get_base_model(), config.data.max_length
+    batch = _text(base, 1, length, device)
+    one = _seconds(lambda: _forward(model, batch), device)
+    rows = first_does(lambda: max(1, min(config.training.batch_size, round(TIMED_SECONDS / max(one, 1e-9)))))
+    batch = _text(base, rows, length, device)
+    blocks = datasets.Dataset.from_dict({name: x.tolist() for name, x in batch.items()})
+    tokens = rows * length
+    forward = one if rows == 1 else _seconds(lambda: _forward(model, batch), device)
+    fit, fit_once = _fit(model, batch, forward, device) if trains and config.training.calibrate else (0.0, 0.0)
+    objectives = config.training.objectives() if trains and config.training.num_train_steps != 0 else []
+    compare = _seconds(lambda: token_divergences(model, blocks, batch_size=rows), device)
+    some = blocks.select(range(min(DETAIL_ROWS, rows)))
+    detail = _seconds(lambda: detail_figures(model, tokenizer, some, length, len(some)), device)
+    sample = _seconds(lambda: side_by_side(model, tokenizer, DEFAULT_PROMPTS[:1], TIMED_TOKENS), device)
+    draw_rows, draws = 0, (0.0, 0.0)
+    if config.data.dataset_name == "self":
+        draw_rows = min(config.data.num_train_samples or 1, default_batch(base, length))
+        draws = seconds_per_draw(base, 1, length), seconds_per_draw(base, draw_rows, length)
+    return Rates(
+        timed_tokens=tokens,
+        draw=draws[1],
+        draw_one=draws[0],
+        draw_rows=draw_rows,
+        forward=forward / tokens,
+        fit=fit / tokens,
+        fit_once=fit_once,
+        compare=compare / tokens,
+        step={name: _step(model, name, batch, forward, config) / tokens for name in objectives},
+        detail=detail / (len(some) * length),
+        sample=sample / TIMED_TOKENS * SAMPLE_TOKENS,
+    )
+
+
+def _text(base: Any, rows: int, length: int, device: torch.device) -> Batch:
+    """Blocks of random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    most = vocabulary_of(base.config) or 1
+    ids = torch.randint(0, most, (rows, length), generator=generator).to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def _forward(model: Any, batch: Batch) -> None:
+    with eval_mode(model), torch.no_grad():
+        run_backbone(model, {name: x for name, x in batch.items() if name != "labels"})
+
+
+def _fit(model: Any, batch: Batch, forward: float, device: torch.device) -> tuple[float, float]:
+    """Seconds that the calibration of all blocks takes for a batch above its forward, and once."""
+    layers = active_layers(model)
+    fit = partial(calibrate, model, blocks=[layers[-1].index])
+    once, twice = (_seconds(partial(fit, [batch] * n), device) for n in (1, 2))
+    per_batch = max(0.0, twice - once - forward)
+    return len(layers) * per_batch, len(layers) * max(0.0, once - forward - per_batch)
+
+
+def _step(model: Any, name: str, batch: Batch, forward: float, config: RunConfig) -> float:
+    """Seconds of a training step's forward and backward on a batch."""
+    if world()[1] > 1:
+        return STEP_FORWARDS * forward
+    t, device = config.training, device_of(model)
+    objective = Objective(name, regularization_weight=t.regularization_weight, regularizer=t.regularizer)
+    objective.prepare(model, batch)
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.optimization.mixed_precision)
+
+    def step() -> None:
+        with nullcontext() if kind is None else torch.autocast(device.type, kind):
+            loss = objective(model, batch, float(batch["input_ids"].numel())).total
+        if loss.requires_grad:
+            loss.backward()
+
+    model.train()
+    return _seconds(step, device) * (CHECKPOINTING if t.gradient_checkpointing else 1)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call; of the second one where the first was short, since libraries do much at a first call."""
+    found = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found = time.perf_counter() - start
+        if any_process(found > LONG_SECONDS):
+            break
+    return found
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Puts back the trained values, their gradients, the modes and the random state."""
+    modes = {module: module.training for module in model.modules()}
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in own.items()}
+    adapter, record = adapter_config(model), adapter_config(model).text_record
+    adapter.text_record = None  # the text is none that the run is about
+    devices = [device_of(model)] if device_of(model).type == "cuda" else []
+    with torch.random.fork_rng(devices), quiet("npt.equivalence.calibration"):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in own.items():
+                    p.copy_(before[name])
+                    p.grad = None
+            adapter.text_record = record
+            for module, training in modes.items():
+                module.training = training
