@@ -102,7 +102,7 @@ def test_watch_shows_a_few_blocks_one_by_one(report: dict[str, Any], tmp_path: P
 def test_compare_of_80_blocks_in_80_columns(
     report: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("npt.cli.console.width", 80)
+    monkeypatch.setenv("COLUMNS", "80")
     runs = [
         write(tmp_path / name, *with_blocks(report, blocks, base))
         for name, blocks, base in (
