@@ -280,7 +280,7 @@ def report_best(
         write_model_card(best, adapter_config(model), report)
         write_page(output)
         if names := trackers(config):
-            pictures, _ = draw_run(read_json_lines(output / "metrics.jsonl"), report)
+            pictures = draw_run(read_json_lines(output / "metrics.jsonl"), report)
             log_evaluation(report, pictures, trainer.state.global_step, output / TENSORBOARD, names)
 
     with spent.timing(PAGE):
