@@ -13,11 +13,14 @@ from typing import Any
 from unittest import mock
 
 import beartype  # noqa: F401  imported before `checked_copy` sets TYPE_CHECKING, not within
+import pytest
 import torch
 from jaxtyping import install_import_hook
 from peft import get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
 
 from npt import EquivalenceTrainer, NPTConfig, Objective
 from npt.adapters.folder import load_adapter
@@ -27,6 +30,19 @@ from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback
 from npt.tuner.converted import active_layers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def _refused_peft() -> str:
+    """Why transformers refuses the installed PEFT in add_adapter and its siblings; empty where it takes it."""
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:
+        return f"transformers' own adapters: {error}"
+    return ""
+
+
+#: Marks tests of transformers' own add_adapter and its siblings, which some of its versions keep for a newer PEFT.
+transformers_own_adapters = pytest.mark.skipif(bool(_refused_peft()), reason=_refused_peft())
 
 #: Configuration keys of a whole run that takes seconds; it generates no samples during training and reports on its own text.
 SMALL = {

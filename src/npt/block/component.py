@@ -260,8 +260,7 @@ class NPComponent(nn.Module):
 
         phi holds |a|^2/d and, but for gain `norm`, <zhat, a>/d; it is empty without a gain.
         """
-        own = next(iter(self._parameters.values()), None)
-        dtype = wide_dtype((attention if own is None else own).dtype)
+        dtype = wide_dtype((*self._parameters.values(), attention)[0].dtype)
         a, z = self.centered(cast(attention, dtype)), cast(z, dtype)
         z = z if self.norm_bias is None else z - self.norm_bias
         if not self.has_gain:
@@ -375,7 +374,9 @@ def _sums(terms: Sequence[Term], own_key: bool = True) -> dict[str, Tensor]:
 
 def _own_key(terms: Sequence[Term], place: str) -> Factors | None:
     """(m, C, B) of the term at a place that has a key of its own."""
-    return next((term.factors for term in terms if term.place == place and term.factors is not None), None)
+    # No next(..., None) in what torch.compile follows: torch 2.8 knows next without a default alone.
+    found = [term.factors for term in terms if term.place == place and term.factors is not None]
+    return found[0] if found else None
 
 
 def _has_key(x: Tensor, like: Tensor) -> Tensor:
