@@ -13,6 +13,7 @@ import yaml
 
 from benchmarks.tables import (
     RESULTS,
+    command_table,
     equivalence_table,
     kept_equivalence,
     linear_table,
@@ -204,6 +205,7 @@ def test_tables_are_those_of_the_kept_figures() -> None:
         ("docs/speed.md", "speed"): speed_table(speed),
         ("docs/speed.md", "materialized"): materialized_table(speed),
         ("docs/speed.md", "linear"): linear_table(speed),
+        ("docs/speed.md", "command"): command_table(json.loads(text_of(RESULTS / "command.json"))),
         **{("docs/results.md", f"equivalence {name}"): equivalence_table(kept[name]) for name in kept},
     }
     for (file, name), table in expected.items():

@@ -21,15 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from npt.block.spec import ComponentSpec
 from npt.block.weight_delta import Factors, WeightDelta
 from npt.common.precision import cast, wide_dtype
+
+if TYPE_CHECKING:  # and in tests, which check the shapes
+    from jaxtyping import Float
 
 #: Keeps the division by the norm's weight finite where a weight is (close to) zero.
 NORM_WEIGHT_EPSILON = 1e-6
