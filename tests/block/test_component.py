@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from npt import NPTConfig
-from npt.block.component import ComponentSpec, NPComponent, WeightDelta, _has_key
+from npt.block.component import ComponentSpec, NPComponent, WeightDelta
 
 D, F, R = 12, 20, 3
 
