@@ -11,6 +11,8 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 #: {label of a row: its figures} of one model, as `benchmarks.equivalence` keeps them.
 Equivalence = Mapping[str, dict[str, Any]]
+#: What the CPU time of the command's quick answers is compared with.
+REFERENCE = "import typer, rich, pydantic"
 TINY, STORIES = "builtin-tiny", "stories260k"
 #: Rows of the README's table: (model, its name and size, other text, its name, label of the row, label shown).
 _TINY = (TINY, "`builtin:tiny`, 3.05 million", "builtin:python-docs", "Python docs")
@@ -187,3 +189,12 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table."""
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
+
+
+def command_table(kept: Mapping[str, Mapping[str, float]]) -> str:
+    """CPU seconds of the command's quick answers, and how many times the reference of the same run that is."""
+    rows = []
+    for name in kept["now"]:
+        cells = (f"{f[name]:.2f} s ({f[name] / f[REFERENCE]:.1f})" if name in f else "none" for f in kept.values())
+        rows.append([f"`{name}`", *cells])
+    return markdown(["CPU time (times the first row)", *kept], rows)

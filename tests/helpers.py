@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
+import beartype  # noqa: F401  imported before `checked_copy` sets TYPE_CHECKING, not within
 import torch
 from jaxtyping import install_import_hook
 from peft import get_peft_model
@@ -18,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from npt import EquivalenceTrainer, NPTConfig, Objective
+from npt.adapters.folder import load_adapter
 from npt.data import pack_token_ids
 from npt.evaluation import generation
 from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback
@@ -209,10 +212,17 @@ def checked_copy(name: str, *others: str) -> ModuleType:
     names = [*others, name]
     before = {each: sys.modules.pop(each) for each in names if each in sys.modules}
     try:
-        with install_import_hook(names, "beartype.beartype"):
+        with install_import_hook(names, "beartype.beartype"), mock.patch("typing.TYPE_CHECKING", True):
             return importlib.import_module(name)
     finally:
         for each, module in before.items():
             sys.modules[each] = module
             parent, _, child = each.rpartition(".")
             setattr(importlib.import_module(parent), child, module)
+
+
+def logits_of(base: Any, adapter: Path, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of a base with the adapter in a folder."""
+    with torch.no_grad():
+        found: torch.Tensor = load_adapter(base, adapter)(input_ids=ids).logits
+    return found

@@ -21,19 +21,35 @@ ARGUMENTS = [
         ("generate", "a", "--max-new-tokens", "128", *PROMPT),
         ("--max-new-tokens 128", "more than the model's context of 128", "shorten"),
     ),
-    Entry("prompt: none", ("generate",), ("Missing argument", "see npt --help")),
-    Entry("tokens: none", ("generate", "a", "--max-new-tokens", "0"), ("--max-new-tokens", "1", "see npt --help")),
+    Entry("prompt: none", ("generate",), ("Missing argument", "see npt generate --help")),
     Entry(
-        "tokens: text", ("generate", "a", "--max-new-tokens", "few"), ("--max-new-tokens", "integer", "see npt --help")
+        "tokens: none", ("generate", "a", "--max-new-tokens", "0"), ("--max-new-tokens", "1", "see npt generate --help")
     ),
     Entry(
-        "tokens: a line break", ("generate", "a", "--max-new-tokens", "1\n2"), ("--max-new-tokens", "see npt --help")
+        "tokens: text",
+        ("generate", "a", "--max-new-tokens", "few"),
+        ("--max-new-tokens", "integer", "see npt generate --help"),
+    ),
+    Entry(
+        "tokens: a line break",
+        ("generate", "a", "--max-new-tokens", "1\n2"),
+        ("--max-new-tokens", "see npt generate --help"),
     ),
     Entry("command: unknown", ("fly",), ("No such command 'fly'", "see npt --help"), script=True),
     Entry("command: an escape", ("\x1b[31mfly",), ("No such command", "x1b[31mfly", "see npt --help")),
-    Entry("option: unknown", ("train", "--fast"), ("--fast", "see npt --help")),
+    Entry("option: unknown", ("train", "--fast"), ("--fast", "see npt train --help")),
+    Entry("option: misspelt", ("train", "--confg", "x"), ("--confg", "did you mean --config?", "see npt train --help")),
+    Entry(
+        "option: misspelt before the command",
+        ("--quite", "train"),
+        ("--quite", "did you mean --quiet?", "see npt --help"),
+    ),
+    Entry(
+        "option: after the command", ("train", "--quiet"), ("--quiet", "goes before the command", "npt --quiet train")
+    ),
+    Entry("command: misspelt", ("trian",), ("No such command 'trian'", "Did you mean 'train'?")),
     Entry("option: without its value", ("train", "--config"), ("--config", "see npt --help")),
-    Entry("option: missing", ("evaluate",), ("Missing option '--checkpoint'", "see npt --help")),
+    Entry("option: missing", ("evaluate",), ("Missing option '--checkpoint'", "see npt evaluate --help")),
     Entry(
         "limit: no size",
         ("memory", "--limit", "12parsecs"),
@@ -91,8 +107,12 @@ ARGUMENTS = [
         ("train", *sets(f"paths.output_dir={'a' * 300}")),
         ("paths.output_dir=aaa", "can't be made (File name too long)", "name another folder"),
     ),
-    Entry("merge: none", ("merge-adapters", "-o", "m"), ("Missing argument", "see npt --help")),
-    Entry("merge: without an output", ("merge-adapters", "{adapter}", "{adapter}"), ("'--output'", "see npt --help")),
+    Entry("merge: none", ("merge-adapters", "-o", "m"), ("Missing argument", "see npt merge-adapters --help")),
+    Entry(
+        "merge: without an output",
+        ("merge-adapters", "{adapter}", "{adapter}"),
+        ("'--output'", "see npt merge-adapters --help"),
+    ),
     Entry("merge: one", ("merge-adapters", "{adapter}", "-o", "m"), ("nothing to join", "two adapter folders or more")),
     Entry(
         "merge: one twice",
@@ -138,7 +158,7 @@ RUNS = [
     bad_run("missing folder", "report nothing", {}, "nothing: neither evaluation_report.json nor metrics.jsonl", "run"),
     bad_run("a file", "report run/f", {"f": b"x"}, "run/f: neither evaluation_report.json nor", "run"),
     bad_run("missing folder", "compare nothing", {}, "nothing: neither evaluation_report.json nor metrics", "name a run"),
-    bad_run("no run", "compare", {}, "Missing argument", "see npt --help"),
+    bad_run("no run", "compare", {}, "Missing argument", "see npt compare --help"),
     bad_run(
         "deep", "compare run", {"evaluation_report.json": b"[" * 100_000}, "evaluation_report.json: not JSON",
         "write it again",
@@ -158,6 +178,6 @@ RUNS = [
     bad_run("missing folder", "watch nothing --once", {}, "nothing: no metrics.jsonl there", "name the output folder"),
     bad_run("a file", "watch run/f --once", {"f": b"x"}, "run/f: no metrics.jsonl", "name the output folder"),
     bad_run("text for a step", "watch run --once", {"metrics.jsonl": b'{"step": 1, "loss": "x"}\n'}, "run", "malformed"),
-    bad_run("no time", "watch run --interval 0", {"metrics.jsonl": GOOD_ROW}, "--interval", "0.1", "see npt --help"),
+    bad_run("no time", "watch run --interval 0", {"metrics.jsonl": GOOD_ROW}, "--interval", "0.1", "see npt watch --help"),
     bad_run("NaN seconds", "watch run --once --interval nan", {"metrics.jsonl": GOOD_ROW}, "--interval", "3600"),
 ]  # fmt: skip

@@ -192,7 +192,7 @@ ADAPTERS = [
     Entry(
         "adapter: decoding in an unknown way",
         ("generate", "hello", "--decoding", "wild"),
-        ("--decoding", "greedy", "see npt --help"),
+        ("--decoding", "greedy", "see npt generate --help"),
     ),
     bad_adapter("no weights", remove(ADAPTER), f"{ADAPTER} is missing", "name a folder that save_pretrained wrote"),
     bad_adapter("no config", remove(OPTIONS), f"{OPTIONS} is missing", "name a folder"),

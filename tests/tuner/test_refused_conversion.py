@@ -139,7 +139,7 @@ def test_a_second_conversion_is_refused_until_the_first_is_taken_off(way: str, n
     randomize(model)
     found, before = logits(model), state(base)
     with pytest.raises(
-        ConversionError, match=r"blocks \[1\] of this model are NPT blocks already.*unload\(\).*add_adapter"
+        ConversionError, match=r"this model has NPT blocks already, block 1 \(adapter.*unload\(\).*add_adapter"
     ):
         WAYS[way](base, NPTConfig(npt_layers=[2], rank=2), name)
     assert state(base) == before

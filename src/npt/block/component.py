@@ -20,16 +20,18 @@ W_t (...) is added to z, and reaches gate and up through their own weights (`MLP
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from npt.block.spec import ComponentSpec
 from npt.block.terms import MLP_INPUT, InputValues, Term, has_key, own_key, sums
 from npt.block.weight_delta import WeightDelta
 from npt.common.precision import cast, wide_dtype
+
+if TYPE_CHECKING:  # and in tests, which check the shapes
+    from jaxtyping import Float
 
 #: Keeps the division by the norm's weight finite where a weight is (close to) zero.
 NORM_WEIGHT_EPSILON = 1e-6

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
+
+if TYPE_CHECKING:  # and in tests, which check the shapes
+    from jaxtyping import Bool, Float
 
 #: m (..., r), C (in, r) and B (r, out) of a low-rank part that has a key of its own: dW = B^T diag(m) C^T.
 Factors = tuple[Tensor, Tensor, Tensor]

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from npt.cli.app import app, console, say
 from npt.cli.options import Checkpoint, OwnConfig, Set, place_of
-from npt.common.display import visible
+from npt.common.display import blocks_text, visible
 from npt.common.distribution import install_extra
 from npt.errors import NPTError
 
@@ -38,7 +37,9 @@ def generate(
         Decoding, typer.Option("--decoding", help="base: by the settings of the base's own generation_config.json.")
     ] = Decoding.GREEDY,
 ) -> None:
-    """Continues prompts with the NPT model and with the original, side by side."""
+    """Continues prompts with the NPT model and the original."""
+    from rich.markup import escape
+
     from npt.adapters.settings import load_settings
     from npt.evaluation.generation import check_context, check_prompts, own_settings, side_by_side
     from npt.runs.evaluate import load_npt
@@ -52,7 +53,7 @@ def generate(
         logger.info("decoding by the base's own settings: %s", own_settings(model) or "none beside the defaults")
     for sample in side_by_side(model, tokenizer, prompts, max_new_tokens, seed, own):
         for name in ("npt", "original"):
-            console.print(f"[bold]{name:>8}[/bold]  {escape(visible(sample[name]))}")
+            console().print(f"[bold]{name:>8}[/bold]  {escape(visible(sample[name]))}")
 
 
 @app.command("merge-adapters")
@@ -60,14 +61,17 @@ def merge_adapters(
     adapters: Annotated[list[Path], typer.Argument(help="Two adapter folders or more.", callback=place_of)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The new adapter's folder.", callback=place_of)],
 ) -> None:
-    """Joins adapters of disjoint blocks of one base, trained by separate jobs, into one."""
+    """Joins adapters of disjoint blocks of one base.
+
+    They come from jobs that trained other blocks each.
+    """
     from npt.adapters.join import join
 
     parts = join(adapters, output)
     for part in parts:
-        say(f"blocks {part.blocks} of {part.folder}: {part.parameters:,} parameters")
+        say(f"{blocks_text(part.blocks)} of {part.folder}: {part.parameters:,} parameters")
     blocks = sorted(block for part in parts for block in part.blocks)
-    say(f"adapter: {output}, blocks {blocks}: {sum(part.parameters for part in parts):,} parameters")
+    say(f"adapter: {output}, {blocks_text(blocks)}: {sum(part.parameters for part in parts):,} parameters")
 
 
 @app.command(
@@ -76,7 +80,10 @@ def merge_adapters(
     options_metavar="--model_args peft=FOLDER --tasks NAMES [options of the harness]",
 )
 def lm_eval(context: typer.Context) -> None:
-    """lm-evaluation-harness on an NPT model: its own command and options, with the model type npt."""
+    """Runs lm-evaluation-harness on an NPT model.
+
+    Its own command and options, with the model type npt.
+    """
     try:
         from npt.integrations.lm_eval import run_harness
     except ImportError as error:

@@ -10,7 +10,10 @@ from npt.errors import NPTError
 
 @app.command()
 def check(config: Config = None, set_: Set = None) -> None:
-    """Checks the installation: converts a small random model and tests what the conversion promises."""
+    """Checks the installation on a small random model.
+
+    Converts it and tests what the conversion promises.
+    """
     load(config, set_)
     from npt.selfcheck import run_checks
 

@@ -18,7 +18,10 @@ def plot(
         "outputs"
     ),
 ) -> None:
-    """Draws the plots of a run from metrics.jsonl and, if there is one, its report, as PNG and SVG."""
+    """Draws the plots of a run, as PNG and SVG.
+
+    They show metrics.jsonl and, if there is one, the report.
+    """
     from npt.common.writable import check_folders
     from npt.report.plots import plot_run
 
@@ -31,7 +34,7 @@ def plot(
 
 @app.command()
 def report(run: Run = Path("outputs")) -> None:
-    """Writes report.html, one self-contained page, from what a run's output folder holds."""
+    """Writes report.html from what a run's output folder holds."""
     from npt.common.writable import check_folders
     from npt.report.page import write_page
 
@@ -47,17 +50,21 @@ def compare(
         "comparison.png"
     ),
 ) -> None:
-    """Runs side by side: one table, and one plot of perplexity ratio and KL over steps."""
+    """Sets runs side by side, in a table and a plot.
+
+    The plot shows perplexity ratio and KL over steps.
+    """
     from npt.common.writable import check_file
-    from npt.report.compare import PLOT_KINDS, comparison_table, plot_comparison, read_runs
+    from npt.report.compare import PLOT_KINDS, comparison_tables, plot_comparison, read_runs
     from npt.report.run_files import malformed
 
     found = read_runs(runs)
     check_file("--output", output, *PLOT_KINDS)
     with malformed(", ".join(map(str, runs))):
-        table, path = comparison_table(found), plot_comparison(found, output)
-    console.print(table)
-    say(f"plot: {path}" if path else "plot: none of the runs has an evaluation over steps to draw")
+        tables, path = list(comparison_tables(found, console().width)), plot_comparison(found, output)
+    for table in tables:
+        console().print(table)
+    say(f"plot: {path}" if path else "plot: none of the runs has two evaluations over steps to draw")
 
 
 @app.command()
@@ -66,7 +73,10 @@ def watch(
     interval: Annotated[float, typer.Option("--interval", min=0.1, max=3600, help="Seconds between two looks.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Show it once and leave.")] = False,
 ) -> None:
-    """Shows a live run: step, loss, perplexity ratio, KL, calibration; leaves when the report is written."""
+    """Shows a live run until its report is written.
+
+    Step, loss, perplexity ratio, KL and calibration.
+    """
     from npt.report.watch import watch_run
 
-    watch_run(run, console, interval=interval, once=once)
+    watch_run(run, console(), interval=interval, once=once)

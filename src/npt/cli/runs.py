@@ -32,7 +32,10 @@ def train(
     device: DeviceName = None,
     limit: Limit = None,
 ) -> None:
-    """Phase 1: convert, calibrate, train, evaluate; writes best_model/ and evaluation_report.json."""
+    """Phase 1: convert, calibrate, train and evaluate.
+
+    Writes the adapter, best_model/, and the report: evaluation_report.json and report.html.
+    """
     planned = {"--processes": processes, "--nodes": nodes, "--device": device, "--limit": limit}
     if dry_run:
         return _dry_run(
@@ -51,7 +54,7 @@ def train(
     from npt.runs.train import run_training
 
     found = run_training(run, resume=resume)
-    render_report(found, console)
+    render_report(found, console())
     say(f"adapter: {Path(run.paths.checkpoint_dir) / 'best_model'}")
     say(f"report:  {Path(run.paths.output_dir) / 'report.html'}, figures in evaluation_report.json beside it")
 
@@ -80,7 +83,7 @@ def _dry_run(config: Path | None, set_: list[str] | None, quick: bool, resume: b
     size = None if limit is None else parse_bytes(limit)
     launch, run = launch_here(**planned), _run_config(config, set_, quick)
     if is_first_launched():
-        dry_run(run, launch, size, console)
+        dry_run(run, launch, size, console())
 
 
 @app.command()
@@ -103,7 +106,7 @@ def evaluate(
 
     check_file("--output", output, ".json")
     run = load_settings(checkpoint, config, set_ or ())
-    render_report(run_evaluation(run, checkpoint, output, more_text=text or ()), console)
+    render_report(run_evaluation(run, checkpoint, output, more_text=text or ()), console())
     say(f"report: {output.with_suffix('.html')}, figures in {output}")
 
 
@@ -116,7 +119,10 @@ def memory(
     nodes: Nodes = None,
     device: DeviceName = None,
 ) -> None:
-    """Predicts what a run will need, phase by phase, and what formed weight deltas would cost."""
+    """Predicts what a run will need, phase by phase.
+
+    Also says what formed weight deltas would cost.
+    """
     from npt.planning.devices import parse_bytes, planned_launch
     from npt.planning.formed_deltas import memory_table
     from npt.planning.tables import render_memory, render_plan
@@ -126,5 +132,5 @@ def memory(
     asked = (limit, processes, nodes, device) != (None,) * 4
     run = load(config, set_) if config or set_ or asked else None
     if run is not None:
-        render_plan(run, size, console, launch)
-    render_memory(memory_table(run, here=launch.device is None), console)
+        render_plan(run, size, console(), launch)
+    render_memory(memory_table(run, here=launch.device is None), console())

@@ -6,10 +6,14 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # importlib.abc imports a quarter as much as npt --help does
+    from importlib.abc import Loader, MetaPathFinder
+else:
+    Loader = MetaPathFinder = object
 
 
 def exports_of(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:

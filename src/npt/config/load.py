@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from npt.common.display import one_line
-from npt.common.files import write_text
 from npt.common.places import place
 from npt.config.sections import SECTIONS, RunConfig, known_keys
 from npt.config.strict_yaml import MAX_BYTES, parse_yaml
@@ -70,6 +69,8 @@ def _together(problems: Iterable[str]) -> str:
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Writes a configuration as YAML, every key."""
+    from npt.common.files import write_text  # a refused configuration needs no locks and no safetensors
+
     write_text(place(path), yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
 
 
@@ -182,7 +183,8 @@ def _validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
 
 def _attempt(values: dict[str, Any]) -> tuple[RunConfig | None, list[ErrorDetails]]:
     try:
-        return RunConfig.model_validate(values), []
+        # A section that is named is validated as part of the whole; a default would need a validator of its own.
+        return RunConfig.model_validate({**{name: {} for name in SECTIONS}, **values}), []
     except ValidationError as error:
         return None, error.errors(include_url=False)
 

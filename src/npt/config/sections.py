@@ -102,7 +102,7 @@ Conflict = tuple[tuple[str, ...], str]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, defer_build=True)
 
     def conflicts(self) -> Iterator[Conflict]:
         """Combinations of valid keys that contradict each other; the error names the first key."""

@@ -87,13 +87,13 @@ def calibrate(
     Args:
         model: a PEFT model with an active NPT adapter; its base is not changed.
         batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}; padding is left out. Or what
-            `npt.data.inputs` lists: text with its tokenizer, in blocks of 256 tokens or of the model's context.
-        blocks: those to fit; None for all that are converted. progress: shows a bar.
-        chunk_tokens: how many tokens per block are kept in memory for gain and carry; the rest only passes through.
-            None: 8,192, or 4 d where that is more.
+            `npt.data.inputs` lists: text, with its `tokenizer`, in blocks of 256 tokens or of the model's context.
+        blocks: those to fit; None for all that are converted.
+        chunk_tokens: tokens per block kept in memory for gain and carry; None for 8,192, or 4 d where that is more.
+        progress: shows a bar.
 
     Returns:
-        {"layer_<i>": {"error_before", "error_after", "tokens"}}: the relative error (root of summed squares) of y - h.
+        For each block, as `layer_<i>`, its error_before, error_after (of y - h, relative, root of summed squares) and tokens.
 
     Raises:
         NPTError: no text, text without a tokenizer or beyond the model's limits, or so degenerate that the fit is not finite.

@@ -15,11 +15,14 @@ Sums over tokens are in float64.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
+
+if TYPE_CHECKING:  # and in tests, which check the shapes
+    from jaxtyping import Float
 
 #: A token counts as extreme when its |D|^2 or |a|^2 is this many times the median.
 OUTLIER_FACTOR = 10.0

@@ -15,6 +15,7 @@ from transformers.integrations import TensorBoardCallback
 from npt.adapters.folder import RUN_CONFIG
 from npt.adapters.settings import as_recorded
 from npt.adapters.weights import load_weights, share_record
+from npt.common.display import blocks_text
 from npt.common.files import append_json, only_run, write_json
 from npt.common.options import is_calibrated
 from npt.common.processes import any_process, first_does, is_first
@@ -186,8 +187,8 @@ def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
         offload_frozen(model, default_device())
     own, frozen = parameter_counts(model)
     logger.info(
-        "blocks %s are now neuro-plastic: %s new parameters (%.3g %% of %s)",
-        adapter_config(model).npt_layers, f"{own:,}", 100 * own / frozen, f"{frozen:,}",
+        "%s now neuro-plastic: %s new parameters (%.3g %% of %s)",
+        blocks_text(adapter_config(model).npt_layers, verb=True), f"{own:,}", 100 * own / frozen, f"{frozen:,}",
     )  # fmt: skip
     if config.data.num_train_samples is not None:
         check_targets(config, model, config.data.num_train_samples)
@@ -280,7 +281,7 @@ def report_best(
         write_model_card(best, adapter_config(model), report)
         write_page(output)
         if names := trackers(config):
-            pictures = draw_run(read_json_lines(output / "metrics.jsonl"), report)
+            pictures, _ = draw_run(read_json_lines(output / "metrics.jsonl"), report)
             log_evaluation(report, pictures, trainer.state.global_step, output / TENSORBOARD, names)
 
     with spent.timing(PAGE):
