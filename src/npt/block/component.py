@@ -269,7 +269,8 @@ class NPComponent(nn.Module):
         phi holds |a|^2/d and, but for gain `norm`, <zhat, a>/d, and for `denominator` sigma, which is `scale`; it is empty
         without a gain.
         """
-        dtype = wide_dtype((*self._parameters.values(), attention)[0].dtype)
+        own: Any = (*self._parameters.values(), attention)[0]
+        dtype = wide_dtype(own.dtype)
         a, z = self.centered(cast(attention, dtype)), cast(z, dtype)
         z = z if self.norm_bias is None else z - self.norm_bias
         if not self.has_gain:
