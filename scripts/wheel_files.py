@@ -14,4 +14,4 @@ class Configurations(BuildHookInterface):  # type: ignore[type-arg]
         """Called before a wheel is built; `version` is "standard" or "editable"."""
         if version == "standard":
             for name in ("config.yaml", "config_small.yaml", "config_optimized.yaml"):
-                build_data["force_include"][name] = f"npt/config/presets/{name}"
+                build_data["force_include"][name] = f"npt/config/preset_files/{name}"

@@ -42,10 +42,10 @@ ARGUMENTS = [
     Entry("init: no YAML", ("init", "small"), ("npt init small", "end the name in .yaml")),
     Entry("init: unknown base", ("init", "--model", "builtin:huge"), ("builtin:huge", "no such name in the package")),
     Entry(
-        "init: a file is there", ("init", "c.yaml"), ("c.yaml: is there already", "--force"), {"c.yaml": "model: {}\n"}
+        "init: a file is there", ("init", "c.yaml"), ("c.yaml: is there already", "--force"), {"c.yaml": b"model: {}\n"}
     ),
     Entry(
-        "init: a folder that can't be", ("init", "c.yaml/d.yaml"), ("c.yaml is a file", "name another"), {"c.yaml": ""}
+        "init: a folder that can't be", ("init", "c.yaml/d.yaml"), ("c.yaml is a file", "name another"), {"c.yaml": b""}
     ),
     Entry("option: misspelt", ("train", "--confg", "x"), ("--confg", "did you mean --config?", "see npt train --help")),
     Entry(

@@ -16,7 +16,7 @@ from npt.errors import NPTError
 
 _HERE = Path(__file__).resolve()
 #: Where the files are: in an installed wheel, in a clone.
-_FOLDERS = (_HERE.parent / "presets", _HERE.parents[3])
+_FOLDERS = (_HERE.parent / "preset_files", _HERE.parents[3])
 #: {preset: its file}. `quick` is the full one with the settings of `npt train --quick`.
 PRESETS = {
     "full": "config.yaml",
