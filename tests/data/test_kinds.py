@@ -60,7 +60,7 @@ def compressed(data: bytes, ending: str) -> bytes:
 #: {kind: (the documents in such a file, data.text_column)}
 KINDS: dict[str, tuple[bytes, str]] = {
     ".jsonl": (lines(*({"text": text} for text in DOCUMENTS)), "text"),
-    ".json": (lines(*({"n": 1, "text": text} for text in DOCUMENTS)), "text"),
+    ".json": (json.dumps([{"text": text} for text in DOCUMENTS], indent=1).encode(), "text"),
     ".csv": (table(",", [["n", "text"], *([str(n), text] for n, text in enumerate(DOCUMENTS))]), "text"),
     ".tsv": (table("\t", [["body", "n"], *([text, "NA"] for text in DOCUMENTS)], quoting=csv.QUOTE_ALL), "body"),
     ".parquet": (parquet([{"text": text, "n": n} for n, text in enumerate(DOCUMENTS)]), "text"),
