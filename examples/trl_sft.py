@@ -24,15 +24,12 @@ def answer():
 
 
 before = answer()
-SFTTrainer(
-    model,
-    SFTConfig(
-        "outputs/trl", max_steps=20, per_device_train_batch_size=8, learning_rate=1e-2, max_length=64,
-        logging_steps=10, save_strategy="no", report_to=[], bf16=False, disable_tqdm=True,
-    ),  # fmt: skip
-    train_dataset=datasets.Dataset.from_list(ROWS),
-    processing_class=tokenizer,
-).train()
+arguments = SFTConfig(
+    "outputs/trl", max_steps=20, per_device_train_batch_size=8, learning_rate=1e-2, max_length=64, logging_steps=10,
+    save_strategy="no", report_to=[], bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+)  # fmt: skip
+data = datasets.Dataset.from_list(ROWS)
+SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer).train()
 model.eval()
 
 print("before:  ", before)

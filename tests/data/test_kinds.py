@@ -148,6 +148,8 @@ def test_columns_inside_others(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines({"a.b": "own", "a": {"b": "inside"}}, {"a": {"b": None}}, {"a": None}, {"a": {"b": "x"}}))
     assert list(TextFiles([path], "a.b")) == ["own", "x"]
+    path.write_bytes(lines({"x": {"a": {"b": "inside"}, "a.b": "own"}}))
+    assert list(TextFiles([path], "x.a.b")) == ["own"]
     for rows, there in (
         (
             [{"a": {"b": "x"}}, {"a": {"c": "y", "d": {"e": 1}}}],

@@ -28,7 +28,11 @@ from scripts.marked import ROOT, section, with_section
 
 SOURCE = ROOT / "src" / "npt"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES, ROOT / "recipes" / "README.md", ROOT / "fuzz" / "README.md"]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *PAGES,
+    *(ROOT / name / "README.md" for name in ("examples", "recipes", "fuzz")),
+]
 EACH = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 #: The page that names files of the original layout; those that are gone stand in its first column.
 ORIGINAL = ROOT / "docs" / "original_layout.md"
@@ -60,7 +64,7 @@ def test_the_file_map_names_every_package() -> None:
     named = {name.rstrip("/") for name in re.findall(r"^\| `([\w./]+)` \|", readme, re.MULTILINE)}
     assert {f"src/npt/{name}" for name in packages()} - named == set()
     assert all((ROOT / name).exists() for name in named)
-    assert {"tests", "docs", "benchmarks", "recipes", "scripts", "fuzz"} <= named
+    assert {"tests", "docs", "examples", "benchmarks", "recipes", "scripts", "fuzz"} <= named
     for path in (*ROOT.glob("*.py"), *ROOT.glob("*.sh")):
         assert f"`{path.name}`" in readme, path.name
 
@@ -106,7 +110,7 @@ def test_files_exist(path: Path) -> None:
     text = text_of(path)
     if path == ORIGINAL:
         text = "\n".join(line.split(" | ", 1)[-1] for line in text.splitlines())
-    paths = re.findall(r"(?:src|tests|docs|benchmarks|recipes|scripts|fuzz)/[\w./-]*\w", text)
+    paths = re.findall(r"(?:src|tests|docs|benchmarks|examples|recipes|scripts|fuzz)/[\w./-]*\w", text)
     missing = [name for name in paths if not (ROOT / name).exists() and not (path.parent / name).exists()]
     assert not missing, f"{path.name}: {missing}"
     assert not re.findall(r"(?<!src/)\bnpt/\w+[\w/]*\.py", text), "write the path from the root: src/npt/..."

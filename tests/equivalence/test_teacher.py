@@ -147,7 +147,7 @@ def test_targets_for_more_blocks_serve_fewer(tmp_path: Path) -> None:
     narrow = converted("llama", npt_layers=[1, 3])
     cache, batch = teacher_cache(tmp_path, narrow, text, "hidden"), rows_of(text, [2, 1])
     assert losses(narrow, "local", batch, cache)[0] == pytest.approx(losses(narrow, "local", batch, None)[0], rel=1e-6)
-    with pytest.raises(DataError, match=r"blocks \[1, 3\], and this run converts \[2\]"):
+    with pytest.raises(DataError, match=r"blocks 1 and 3, and this run converts block 2"):
         other = tmp_path / "narrow"
         teacher_cache(other, narrow, text, "hidden")
         teacher_cache(other, converted("llama", npt_layers=[2]), text, "hidden")

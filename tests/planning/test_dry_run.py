@@ -16,7 +16,7 @@ from npt.common.display import human_bytes
 from npt.config import load_config
 from npt.errors import NPTError
 from npt.planning.devices import planned_launch
-from npt.planning.dry_run import data_lines, launch_here, ranges
+from npt.planning.dry_run import data_lines, launch_here
 from npt.planning.plan import plan_run
 from tests.helpers import REPOSITORY
 
@@ -57,7 +57,7 @@ def test_it_prints_the_figures_of_the_plan(shapes: Path, capsys: Any) -> None:
     shown = capsys.readouterr().out
     plan = plan_run(load_config(None, settings(shapes, *more)), None, 4)
     for text in (
-        "converted blocks: 2-3 (2 of 4)",
+        "converted blocks: 2 and 3 (2 of 4)",
         "new parameters: 6,532",
         "strategy: FSDP2, world size 4 on 2 nodes",
         f"base {human_bytes(plan.spread.base)}, adapter {human_bytes(4 * plan.spread.own)}",
@@ -148,7 +148,6 @@ def test_npt_memory_plans_the_same(shapes: Path, capsys: Any) -> None:
 
 
 def test_names_of_what_is_done() -> None:
-    assert ranges([2, 3, 4, 7, 9, 10]) == "2-4, 7, 9-10"
     config = load_config(None, ["training.calibrate=false", "data.num_train_samples=8"])
     lines = list(data_lines(config.data, config.training, 2))
     assert lines[0] == "data: self, 8 blocks of 256 tokens"

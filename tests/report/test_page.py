@@ -10,49 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from npt import NPTConfig, evaluate
 from npt.cli import main
-from npt.common.display import visible
 from npt.errors import NPTError
 from npt.report.page import PARTS, write_page
 from npt.report.watch import sparkline, watch_run
-from tests.helpers import randomize, visit
+from tests.helpers import visit
+from tests.report.runs import ROWS, write
 
-TEXT = ["The cat sat on the mat and looked at the moon.", "A second document, a little longer than the first one."] * 6
-ROWS: list[dict[str, Any]] = [
-    {"step": 0, "calibration": {"layer_2": {"error_before": 0.3, "error_after": 0.03}}},
-    {"step": 0, "eval_perplexity_ratio": 1.01, "eval_mean_kl": 0.02},
-    {"step": 2, "loss": 0.5, "equivalence_loss": 0.4, "learning_rate": 0.1, "mean_delta_norm": 0.5},
-    {"step": 4, "loss": 0.4, "equivalence_loss": 0.3, "learning_rate": 0.05, "mean_delta_norm": 0.6},
-    {"step": 4, "eval_perplexity_ratio": 1.004, "eval_mean_kl": 0.01},
-]
 SECTIONS = ("verdict", "divergence", "plots", "layers", "weight-delta", "worst-tokens", "generation", "protocol")
 PICTURES = (
     "perplexity_ratio", "loss", "kl_histogram", "kl_by_position", "layer_error", "residual_stream", "weight_delta",
     "delta_distribution", "learning_rate",
 )  # fmt: skip
 HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31mred\u202eevil {{ 7 * 7 }} $\\frac{"
-
-
-@pytest.fixture(scope="module")
-def report(local_model: Path) -> dict[str, Any]:
-    base = AutoModelForCausalLM.from_pretrained(local_model, dtype=torch.float32).eval()
-    model = get_peft_model(base, NPTConfig(rank=3))
-    randomize(model, 0.05)
-    tokenizer = AutoTokenizer.from_pretrained(local_model)
-    return evaluate(model, tokenizer, {"home": TEXT, "away": TEXT[1:4]}, context_length=32, prompts=["The", "A"])
-
-
-def write(folder: Path, report: Any, rows: list[dict[str, Any]] = ROWS) -> Path:
-    folder.mkdir(exist_ok=True, parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "evaluation_report.json").write_text(json.dumps(report))  # last, as a run does
-    return folder
 
 
 def test_the_page_holds_every_section_picture_and_figure(report: dict[str, Any], tmp_path: Path) -> None:
@@ -62,8 +34,8 @@ def test_the_page_holds_every_section_picture_and_figure(report: dict[str, Any],
     assert 'id="missing"' not in text and "not measured" not in text
     assert [name for name in PICTURES if f'id="plot-{name}"' not in text] == []
     figures = report["evaluations"]["divergence"]
-    assert f"{figures['mean_kl']:.5f} ± {figures['mean_kl_standard_error']:.5f}" in text
-    assert text.count('<th scope="col">home</th>') == 1 and text.count('<th scope="col">away</th>') == 1
+    assert f"{figures['mean_kl']:.5f} ±\N{NO-BREAK SPACE}{figures['mean_kl_standard_error']:.5f}" in text
+    assert text.count('<th scope="col">home</th>') == text.count('<th scope="col">away</th>') == 3
     assert html.escape(report["grade"]["text"]) in text
     assert "<script" not in text and 'http-equiv="Content-Security-Policy" content="default-src \'none\'' in text
     assert text.count("<img") == text.count("alt=") == len(PICTURES)
@@ -113,7 +85,7 @@ def test_text_of_models_and_data_stays_text(report: dict[str, Any], tmp_path: Pa
     page, said, asked = visit(browser, page_path, 1280)
     assert said == [] and asked == []
     assert page.evaluate("document.scripts.length") == 0
-    assert "<script>alert(1)</script>" in page.locator("h1").inner_text(), "shown as it is"
+    assert "<img src=x onerror=alert(2)>" in page.locator("h1").inner_text(), "shown as it is"
 
 
 def test_hostile_text_does_not_reach_the_terminal(report: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
@@ -236,14 +208,10 @@ def test_watch_follows_a_run_until_its_report(report: dict[str, Any], tmp_path: 
     assert looks == [0.5, 0.5]
     watch_run(folder, console, once=True)
     text = console.export_text()
-    assert "step 4 of 4, finished" in text and "1.004" in text and "calibration, layer_2" in text
+    assert "step 4 of 4, finished" in text and "1.004" in text and "calibration, block 2" in text
     with pytest.raises(NPTError, match="no metrics.jsonl"):
         watch_run(tmp_path / "nowhere", console)
 
 
 def test_sparkline() -> None:
     assert sparkline([1, 2, 3]) == "▁▄█" and sparkline([2, 2]) == "▁▁" and len(sparkline(list(range(100)))) == 32
-
-
-def test_visible() -> None:
-    assert visible("a\x1b[31m\u202e\x00\ud800b\n\té") == "a\\x1b[31m\\u202e\\x00\\ud800b\n\té"

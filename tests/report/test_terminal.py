@@ -55,7 +55,8 @@ def shown(report: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize(
     "words",
-    ["[2, 3] of some/base", "9,798 new parameters (3.77 %)", "102,000", "3.6123", "1.00342", "0.00123", "0.00040",
+    ["Blocks 2 and 3 of some/base are neuro-plastic",
+     "9,798 new parameters (3.77 %)", "102,000", "3.6123", "1.00342", "0.00123", "0.00040",
      "0.0135", "98.40 %", "0.4412 (exact reference 0.4311), 3.21 %", "entry 0.0042", "context 256, stride 128",
      "grimm", "1.02500", "0.07770"],
 )  # fmt: skip
@@ -64,7 +65,7 @@ def test_every_figure_is_there(words: str) -> None:
 
 
 def test_each_outcome_has_its_verdict() -> None:
-    lines = {line.split()[0]: line for line in shown(REPORT).splitlines() if "target" in line}
+    lines = {line.split()[0]: line.rstrip() for line in shown(REPORT).splitlines() if "target" in line}
     assert list(lines) == list(REPORT["expected_outcomes"])
     assert lines["functional_fidelity"].endswith("mean KL <= 0.01: met")
     assert lines["perplexity_ratio"].endswith("1.0 +/- 0.05: not met") and "1.0034" in lines["perplexity_ratio"]

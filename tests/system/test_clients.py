@@ -281,7 +281,7 @@ def test_hub_layout_and_model_card(local_model: Path, tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation" and "npt" in card.data.tags
     assert card.data.base_model is None, "a folder is no name on a hub"
-    assert "blocks [1, 2]" in card.text and "| rank | 16 |" in card.text and "PeftModel.from_pretrained" in card.text
+    assert "blocks 1 and 2" in card.text and "| rank | 16 |" in card.text and "PeftModel.from_pretrained" in card.text
     assert "More Information Needed" not in card.text
     model.save_pretrained(str(tmp_path))
     assert ModelCard.load(tmp_path / "README.md").text.count(MARK) == 1

@@ -17,7 +17,7 @@ from npt import NPTConfig
 from npt.errors import ConversionError
 from npt.tuner.converted import active_layers, npt_layers
 from tests.families import CASES, Case
-from tests.helpers import randomize
+from tests.helpers import randomize, transformers_own_adapters
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 BY_NAME = {case.name: case for case in CASES}
@@ -225,9 +225,17 @@ def test_transformers_own_load_adapter(tmp_path: Path) -> None:
     model = convert("llama", npt_layers=[1, 3])
     model.save_pretrained(str(tmp_path / "adapter"))
     base = BY_NAME["llama"].build(torch.float32)
-    before = base(IDS).logits
     base.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(base(IDS).logits, model(IDS).logits)
+
+
+@transformers_own_adapters
+@torch.no_grad()
+def test_transformers_own_disable_adapters() -> None:
+    base = BY_NAME["llama"].build(torch.float32)
+    before = base(IDS).logits
+    base.add_adapter(NPTConfig(npt_layers=[1, 3]))
+    assert not torch.equal(base(IDS).logits, before)
     base.disable_adapters()
     assert torch.equal(base(IDS).logits, before)
 

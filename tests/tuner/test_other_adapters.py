@@ -19,7 +19,7 @@ from npt.data.sampling import sample_blocks
 from npt.errors import ConversionError, NPTError
 from npt.evaluation.divergence import token_divergences
 from npt.tuner.converted import npt_layers
-from tests.helpers import blocks, random_base, randomize, trainer
+from tests.helpers import blocks, random_base, randomize, trainer, transformers_own_adapters
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 
@@ -163,6 +163,7 @@ def test_lora_on_an_npt_model_leaves_it_what_it_is(tmp_path: Path) -> None:
     assert torch.equal(logits(model), before)
 
 
+@transformers_own_adapters
 def test_transformers_own_adapters_on_an_npt_model_leave_it_what_it_is() -> None:
     model = get_peft_model(random_base("llama", torch.float32), NPTConfig(npt_layers=[1, 2], rank=2))
     randomize(model)
@@ -178,6 +179,7 @@ def test_transformers_own_adapters_on_an_npt_model_leave_it_what_it_is() -> None
     assert torch.equal(logits(model), before)
 
 
+@transformers_own_adapters
 def test_an_adapter_that_would_be_switched_off_by_its_own_way_in_is_refused() -> None:
     base = random_base("llama", torch.float32)
     base.add_adapter(copy.deepcopy(OTHERS["lora"]), "other")

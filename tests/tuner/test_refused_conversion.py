@@ -15,7 +15,7 @@ from npt.block.hooks import BlockHooks
 from npt.block.layer import NPTLayer
 from npt.errors import ConversionError, NPTError
 from npt.tuner.converted import npt_layers
-from tests.helpers import random_base, randomize
+from tests.helpers import random_base, randomize, transformers_own_adapters
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 
@@ -39,6 +39,7 @@ WAYS: dict[str, Callable[[Any, NPTConfig, str], Any]] = {
     "injected": lambda base, config, name: inject_adapter_in_model(config, base, name),
     "transformers": lambda base, config, name: base.add_adapter(config, name),
 }
+EVERY_WAY = ["peft", "injected", pytest.param("transformers", marks=transformers_own_adapters)]
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "a dot": ({}, "v1.0", r"adapter name 'v1\.0': use letters, digits"),
     "a slash": ({}, "a/b", "adapter name 'a/b': use letters"),
@@ -52,7 +53,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_refusal_changes_nothing(wrong: str, way: str) -> None:
     base, (options, name, words) = random_base("llama", torch.float32).train(), WRONG[wrong]
@@ -130,7 +131,7 @@ def test_an_error_while_an_adapter_is_added_changes_nothing(place: str, error: B
     assert torch.equal(logits(model), found)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_a_second_conversion_is_refused_until_the_first_is_taken_off(way: str, name: str) -> None:
     base = random_base("llama", torch.float32)
@@ -139,7 +140,7 @@ def test_a_second_conversion_is_refused_until_the_first_is_taken_off(way: str, n
     randomize(model)
     found, before = logits(model), state(base)
     with pytest.raises(
-        ConversionError, match=r"blocks \[1\] of this model are NPT blocks already.*unload\(\).*add_adapter"
+        ConversionError, match=r"this model has NPT blocks already, block 1 \(adapter.*unload\(\).*add_adapter"
     ):
         WAYS[way](base, NPTConfig(npt_layers=[2], rank=2), name)
     assert state(base) == before

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from npt.adapters.folder import RUN_CONFIG, WEIGHTS, resolve_checkpoint
 from npt.builtin import name_of
-from npt.common.display import one_line
+from npt.common.display import blocks_text, one_line, ranges
 from npt.common.files import new_folder, temporary_name
 from npt.common.fingerprint import difference
 from npt.common.places import place
@@ -148,7 +148,7 @@ def _check_weights(part: Part) -> None:
         block = next((block for block in own if key.startswith(block)), None)
         if block is None:
             raise part.error(
-                f"{WEIGHTS} holds {one_line(key, 200)}, which is no weight of its blocks {part.blocks}; {remedy}"
+                f"{WEIGHTS} holds {one_line(key, 200)}, which is no weight of its {blocks_text(part.blocks)}; {remedy}"
             )
         own[block][key.removeprefix(block)] = tensor
     names = set().union(*own.values())
@@ -156,7 +156,7 @@ def _check_weights(part: Part) -> None:
         if missing := sorted(names - set(found)):
             raise part.error(f"{WEIGHTS} lacks {one_line(block + missing[0], 200)}; {remedy}")
     if not names and part.config.carry != "exact":
-        raise part.error(f"{WEIGHTS} holds nothing for its blocks {part.blocks}; {remedy}")
+        raise part.error(f"{WEIGHTS} holds nothing for its {blocks_text(part.blocks)}; {remedy}")
     rows = {tuple(found["A"].shape) for found in own.values() if "A" in found}
     wrong = [shape for shape in rows if len(shape) != 2 or shape[1] != part.config.rank]
     if wrong:
@@ -178,8 +178,8 @@ def _check_disjoint(one: Part, other: Part) -> None:
         raise other.error(f"is named twice, also as {one.folder}; name each adapter once")
     if both := sorted(set(one.blocks) & set(other.blocks)):
         raise other.error(
-            f"its blocks {other.blocks} and those of {one.folder}, {one.blocks}, overlap in {both}; leave one of the two "
-            "out, or train disjoint blocks with model.npt_layers"
+            f"its {blocks_text(other.blocks)} and those of {one.folder}, {ranges(one.blocks)}, overlap in {ranges(both)}; "
+            "leave one of the two out, or train disjoint blocks with model.npt_layers"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from npt.common.display import one_line, ranges
 from npt.errors import ConversionError
 
 
@@ -245,12 +246,12 @@ def resolve_layers(choice: str | list[int], num_blocks: int) -> list[int]:
         ]
         if wrong:
             raise ConversionError(
-                f"npt_layers={list(choice)} names {wrong}, but the model has {num_blocks} blocks: "
+                f"npt_layers={one_line(list(choice), 80)} names {ranges(wrong)}, but the model has {num_blocks} blocks: "
                 f"use {-num_blocks} to {num_blocks - 1}"
             )
         layers = sorted(i % num_blocks for i in choice)
         if len(set(layers)) != len(layers):
-            raise ConversionError(f"npt_layers={list(choice)} names a block twice; name each once")
+            raise ConversionError(f"npt_layers={one_line(list(choice), 80)} names a block twice; name each once")
     if not layers:
         raise ConversionError(f"npt_layers={choice!r} selects no block of {num_blocks}; name at least one")
     return layers

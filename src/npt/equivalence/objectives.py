@@ -54,8 +54,10 @@ class Objective:
     """An objective with its weights. `Objective(name)` makes a `BlockObjective` or a `LogitsObjective`.
 
     Args:
-        name: one of `OBJECTIVES`. equivalence_weight: alpha. regularization_weight: beta. regularizer: one of
-            `REGULARIZERS`: `factors` is |A|_F + |B|_F, `delta` the mean |dW|_F^2 over real tokens.
+        name: one of `OBJECTIVES`.
+        equivalence_weight: alpha.
+        regularization_weight: beta.
+        regularizer: one of `REGULARIZERS`: `factors` is |A|_F + |B|_F, `delta` the mean |dW|_F^2 over real tokens.
         scales: {block index: c_l}, needed by `local` (see `update_scales`).
         teacher: the original's side from disk, for batches that say which rows they are (`npt.equivalence.teacher`).
 

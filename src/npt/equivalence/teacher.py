@@ -26,7 +26,7 @@ from torch import Tensor
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import Mode, running_as, watching
 from npt.block.probing import logit_head
-from npt.common.display import human_bytes
+from npt.common.display import blocks_text, human_bytes
 from npt.common.files import replace_file
 from npt.common.fingerprint import base_fingerprint, text_fingerprint
 from npt.common.places import expanded
@@ -271,7 +271,7 @@ def _agree(place: Path, found: Manifest, wanted: Manifest, keys: tuple[str, ...]
     """Raises a DataError where the targets at `place` differ from the wanted ones in one of the keys."""
     differences = [_MEANINGS[key] for key in keys if getattr(found, key) != getattr(wanted, key)]
     if not set(wanted.layers) <= set(found.layers):
-        differences.append(f"blocks {found.layers}, and this run converts {wanted.layers}")
+        differences.append(f"{blocks_text(found.layers)}, and this run converts {blocks_text(wanted.layers)}")
     if differences:
         raise DataError(
             f"paths.teacher_cache={place.parent}: the targets in {place} were made with {'; '.join(differences)}. "

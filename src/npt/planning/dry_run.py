@@ -5,11 +5,11 @@ No weights are read, no text is tokenised and nothing is written. Only the base'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from rich.console import Console
 
-from npt.common.display import human_bytes
+from npt.common.display import human_bytes, ranges
 from npt.common.launch import local_world_size, world_size
 from npt.common.processes import env_flag
 from npt.config import DataSection, RunConfig, TrainingSection
@@ -104,14 +104,3 @@ def fit_line(plan: Plan, launch: Launch, limit: int | None) -> str:
     fits = "fits" if plan.peak <= size else "DOES NOT FIT"
     more = "" if plan.peak <= size else "; npt memory with the same options names what would help"
     return f"predicted peak {human_bytes(plan.peak)} {fits} {where}: {human_bytes(size)}{more}"
-
-
-def ranges(indices: Sequence[int]) -> str:
-    """Ascending indices, runs of them shortened: [2, 3, 4, 7] -> "2-4, 7"."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

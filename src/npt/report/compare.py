@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.markup import escape
 from rich.table import Table
 
-from npt.common.display import visible
+from npt.common.display import model_name, ranges, visible
 from npt.common.places import place
 from npt.errors import NPTError
 from npt.evaluation.verdict import UNKNOWN_SHARE, grade
 from npt.report.run_files import METRICS, REPORT_JSON, Report, Rows, curve, read_json_lines, read_report, section
-from npt.report.style import COLOURS, LINES, plain
-from npt.report.terminal import figure_with_error, number
+from npt.report.style import COLOURS, LINES, MARKERS, plain
+from npt.report.terminal import NOT_MEASURED, figure_with_error, in_groups, number
 
 #: Suffixes of the files that a plot can be written to.
 PLOT_KINDS = (".png", ".svg", ".pdf", ".jpg")
@@ -43,40 +44,64 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def comparison_table(runs: Sequence[Run]) -> Table:
-    """One row per figure and one column per run; of the options only those that differ."""
-    table = Table()
-    table.add_column("")
-    for name, _, _ in runs:
-        table.add_column(escape(visible(name)), justify="right", overflow="fold")
+def comparison_tables(runs: Sequence[Run], width: int) -> Iterator[Table]:
+    """One row per figure and one column per run; of the options only those that differ.
+
+    width: letters of the terminal. Runs that do not fit beside each other come in further tables.
+    """
+    rows = list(_rows(runs))
+    for columns in in_groups(list(range(len(runs))), width):
+        table = Table()
+        table.add_column("", overflow="fold")
+        for column in columns:
+            table.add_column(escape(visible(runs[column][0])), justify="right", overflow="fold")
+        for label, values in rows:
+            if values is None:
+                table.add_section()
+            if label:
+                table.add_row(label, *(values[column] for column in columns if values))
+        yield table
+
+
+def _rows(runs: Sequence[Run]) -> Iterator[tuple[str, Sequence[str] | None]]:
+    """(label, one text per run) of every row. A row without texts begins a section, with its label where it has one."""
     configs = [section(report, "model_config") for _, report, _ in runs]
     for option in _OPTIONS:
         values = [config.get(option) for config in configs]
         known = [value for value, config in zip(values, configs, strict=True) if config]
         if any(value != known[0] for value in known):
-            table.add_row(option, *(escape(visible(number(value))) for value in values))
-    table.add_row("new parameters", *(number(config.get("trainable_parameters")) for config in configs))
+            yield option, [escape(_option(option, value, known)) for value in values]
+    yield "new parameters", [number(config.get("trainable_parameters")) for config in configs]
     for corpus in dict.fromkeys(name for _, report, _ in runs for name in _corpora(report)):
         found = [section(_corpora(report), corpus) for _, report, _ in runs]
-        table.add_section()
-        table.add_row(f"[bold]{escape(visible(corpus))}[/bold]")
+        yield f"[bold]{escape(visible(corpus))}[/bold]", None
         for label, group, key, show in (
             ("perplexity ratio", "perplexity", "perplexity_ratio", "{:.5f}".format),
             ("mean KL", "divergence", "mean_kl", "{:.5f}".format),
             ("KL, 99.9 %", "divergence", "kl_p999", "{:.4f}".format),
             ("same top token", "divergence", "top1_agreement", "{:.2%}".format),
         ):
-            table.add_row(label, *(figure_with_error(section(figures, group), key, show) for figures in found))
-    table.add_section()
+            yield label, [figure_with_error(section(figures, group), key, show) for figures in found]
+    yield "", None
     stats = [section(report, "evaluations", "weight_delta_stats") for _, report, _ in runs]
     for label, key in (
         ("RMS entry of dW", "rms_entry"),
         ("norm of dW", "mean_frobenius"),
         ("exact", "exact_frobenius"),
     ):
-        table.add_row(label, *(number(s.get(key)) for s in stats))
-    table.add_row("as near as", *(_grade(report) for _, report, _ in runs))
-    return table
+        yield label, [number(s.get(key)) for s in stats]
+    yield "as near as", [_grade(report) for _, report, _ in runs]
+
+
+def _option(name: str, value: Any, values: Sequence[Any]) -> str:
+    """A run's option in a cell: blocks as ranges, and a base's short name where that tells the bases apart."""
+    if value is None:
+        return NOT_MEASURED
+    if name == "npt_layers":
+        return ranges(value)
+    if name == "base_model" and len(set(map(model_name, values))) == len(set(map(str, values))):
+        return model_name(value)
+    return visible(number(value))
 
 
 def _corpora(report: Report) -> Report:
@@ -98,25 +123,24 @@ def _grade(report: Report) -> str:
 
 
 def plot_comparison(runs: Sequence[Run], path: Path) -> Path | None:
-    """Writes perplexity ratio and mean KL over steps, one line per run; None where no run has an evaluation to draw."""
+    """Writes perplexity ratio and mean KL over steps, one line per run; None where no run has two evaluations to join."""
     panels = (("eval_perplexity_ratio", "perplexity ratio"), ("eval_mean_kl", "mean KL, nats"))
-    lines = [
-        (name, key, label, *curve(rows, key)) for key, label in panels for name, _, rows in runs if curve(rows, key)[0]
-    ]
-    if not lines:
+    curves = {(i, key): curve(rows, key) for i, (_, _, rows) in enumerate(runs) for key, _ in panels}
+    if all(len(steps) < 2 for steps, _ in curves.values()):
         return None
-    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.8 + 0.2 * len(runs)), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for i, (name, _, _) in enumerate(runs):
-            for line in lines:
-                if line[:2] == (name, key):
-                    style = {"color": COLOURS[i % 6], "linestyle": LINES[i % 4], "marker": ".", "label": plain(name)}
-                    axes.plot(line[3], line[4], **style)
+            steps, values = curves[i, key]
+            if steps:
+                look = {"color": COLOURS[i % 6], "linestyle": LINES[i % 4], "marker": MARKERS[i % 5], "markersize": 4}
+                axes.plot(steps, values, label=plain(name), **look)
         axes.set(xlabel="step", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(runs)), fontsize="small")
+    figure.legend(handles, labels, loc="outside lower center", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path

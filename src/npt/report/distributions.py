@@ -1,6 +1,7 @@
 """Plots of an evaluation report: how far apart the models are, where, and how large the weight deltas are.
 
-Each function draws into a figure and returns a description in words, or "" where there is nothing to draw.
+Each function draws into a figure and returns a description in words, "" where there is nothing to draw, or a single point's
+figures.
 """
 
 from __future__ import annotations
@@ -9,10 +10,26 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from npt.report.run_files import Report, Rows, section
-from npt.report.style import BLUE, COLOURS, GREEN, LINES, ORANGE, Series, bars, block_number, plain
+from npt.report.style import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    HEIGHT,
+    LINES,
+    ORANGE,
+    WIDTH,
+    Series,
+    Single,
+    block_number,
+    block_ticks,
+    legend_below,
+    logarithmic,
+    per_block,
+    plain,
+    spacing,
+)
 
 
 def kl_histogram(figure: Figure, rows: Rows, report: Report) -> str:
@@ -32,20 +49,25 @@ def kl_histogram(figure: Figure, rows: Rows, report: Report) -> str:
             share, edges, color=COLOURS[i % 6], linestyle=LINES[i % 4], label=f"{_short(name)}, mean {mean:.2g}"
         )
     axes.set(xscale="log", xlabel="KL divergence of a token, nats", ylabel="share of tokens", title="KL per token")
-    axes.legend()
+    legend_below(figure, axes)
     return f"Histogram of the KL divergence per token, logarithmic; means: {', '.join(means)}"
 
 
-def kl_by_position(figure: Figure, rows: Rows, report: Report) -> str:
+def kl_by_position(figure: Figure, rows: Rows, report: Report) -> str | Single:
     """Mean KL over the position in the context, marked where it exceeds the length used for calibration."""
     data = section(report, "evaluations", "kl_by_position")
     if not data.get("mean_kl"):
         return ""
-    axes, starts, length = figure.subplots(), data["from"], data["calibration_length"]
-    axes.plot(starts, data["mean_kl"], color=BLUE, marker="o")
+    starts, length = data["from"], data["calibration_length"]
+    if len(data["mean_kl"]) == 1:
+        return Single(
+            "Mean KL", {"": data["mean_kl"][0]}, f"over all {data['context_length']} positions of the context"
+        )
+    axes = figure.subplots()
+    axes.plot(starts, data["mean_kl"], color=BLUE, marker="o", markersize=4)
     if data["context_length"] > length:
         axes.axvline(length, color=ORANGE, linestyle="--", label="length of calibration and training")
-        axes.legend()
+        legend_below(figure, axes)
     axes.set(xlabel="position", ylabel="mean KL, nats", ylim=(0, None), title="KL by position in the context")
     return (
         f"Mean KL by position up to {data['context_length']} tokens; calibration used {length}; "
@@ -53,73 +75,89 @@ def kl_by_position(figure: Figure, rows: Rows, report: Report) -> str:
     )
 
 
-def layer_error(figure: Figure, rows: Rows, report: Report) -> str:
+def layer_error(figure: Figure, rows: Rows, report: Report) -> str | Single:
     """Relative error of each converted block's update: before and after calibration, and at the end."""
     calibration: Report = next((row["calibration"] for row in rows if "calibration" in row), {})
     layers: Report = report.get("evaluations", {}).get("layer_equivalence") or {}
     names = sorted({*calibration, *layers}, key=block_number)
     series: list[Series] = [
-        (label, [source.get(name, {}).get(key) for name in names], colour)
-        for label, source, key, colour in (
-            ("before calibration", calibration, "error_before", ORANGE),
-            ("after calibration", calibration, "error_after", GREEN),
-            ("at the end", layers, "relative_error", BLUE),
+        (label, [source.get(name, {}).get(key) for name in names], colour, marker)
+        for label, source, key, colour, marker in (
+            ("before calibration", calibration, "error_before", ORANGE, "D"),
+            ("after calibration", calibration, "error_after", GREEN, "s"),
+            ("at the end", layers, "relative_error", BLUE, "o"),
         )
     ]
-    series = [(label, values, colour) for label, values, colour in series if any(v is not None for v in values)]
+    series = [one for one in series if any(value is not None for value in one[1])]
     if not series:
         return ""
+    blocks = [block_number(name)[0] for name in names]
+    if len(blocks) == 1:
+        values = {label: value for label, (value,), *_ in series if value is not None}
+        return Single("Relative error of the update", values, f"of block {blocks[0]}")
     axes = figure.subplots()
-    bars(axes, names, series)
-    axes.set(xlabel="block", ylabel="error of the update", title="Error of each block's update, relative")
-    if any(value for _, values, _ in series for value in values):
-        axes.set_yscale("log")
+    per_block(axes, blocks, series)
+    axes.set(ylabel="error of the update", title="Error of each block's update, relative")
+    if any(value for _, values, *_ in series for value in values):
+        logarithmic(axes)
+    legend_below(figure, axes)
     return "Relative error of each converted block's update: " + ", ".join(label for label, *_ in series)
 
 
-def residual_stream(figure: Figure, rows: Rows, report: Report) -> str:
+def residual_stream(figure: Figure, rows: Rows, report: Report) -> str | Single:
     """Relative error of the residual stream after each block: how errors add up over the depth."""
     stream = section(report, "evaluations", "residual_stream")
     if not stream:
         return ""
     names = sorted(stream, key=block_number)
-    values = [stream[name]["relative_error"] for name in names]
+    blocks, values = [block_number(name)[0] for name in names], [stream[name]["relative_error"] for name in names]
+    if len(blocks) == 1:
+        return Single("Relative error of the residual stream", {"": values[0]}, f"after block {blocks[0]}")
     axes = figure.subplots()
-    axes.plot([block_number(name)[0] for name in names], values, color=BLUE, marker="o")
+    per_block(axes, blocks, [("NPT", values, BLUE, "o")])
     axes.set(xlabel="after block", ylabel="relative error", ylim=(0, None), title="Error of the residual stream")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return f"Relative error of the residual stream after each block, from {values[0]:.2g} to {values[-1]:.2g}"
 
 
 def delta_distribution(figure: Figure, rows: Rows, report: Report) -> str:
-    """Spread of |dW| over tokens, per block and projection, beside that of the exact value's dW."""
+    """Spread of |dW| over tokens, per block, beside that of the exact value's dW: one panel per projection."""
     per_layer = section(report, "evaluations", "weight_delta_stats", "per_layer")
-    entries: list[tuple[str, Report, Report | None]] = [
-        (f"{block_number(layer)[0]} {name}", f["distribution"], f.get("exact_distribution"))
-        for layer in sorted(per_layer, key=block_number)
-        for name, f in per_layer[layer].items()
-        if f.get("distribution")
-    ]
-    if not entries:
+    found: dict[str, list[tuple[int, Report, Report | None]]] = {}
+    for layer in sorted(per_layer, key=block_number):
+        for name, f in per_layer[layer].items():
+            if f.get("distribution"):
+                found.setdefault(name, []).append(
+                    (block_number(layer)[0], f["distribution"], f.get("exact_distribution"))
+                )
+    if not found:
         return ""
-    figure.set_size_inches(max(6.4, 0.45 * len(entries)), 3.6)
-    axes = figure.subplots()
-    _spreads(axes, [own for _, own, _ in entries], -0.16, BLUE, "o", "NPT")
-    _spreads(axes, [exact for _, _, exact in entries], 0.16, ORANGE, "D", "exact")
-    axes.set_xticks(range(len(entries)), [name for name, *_ in entries], rotation=60, fontsize="small")
-    axes.set(ylabel="norm of the weight delta", ylim=(0, None), title="Over tokens: median, 5 to 95 %")
-    axes.legend()
-    return "Spread of the weight delta's norm over tokens, per block and projection, NPT beside the exact reference"
+    blocks = sorted({block for entries in found.values() for block, *_ in entries})
+    figure.set_size_inches(WIDTH, HEIGHT * (0.45 + 0.45 * len(found)))
+    panels = figure.subplots(len(found), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, (name, entries) in zip(panels, found.items(), strict=True):
+        _spreads(axes, [(block, own) for block, own, _ in entries], -0.22, blocks, (BLUE, "o", "NPT"))
+        _spreads(axes, [(block, exact) for block, _, exact in entries], 0.22, blocks, (ORANGE, "D", "exact"))
+        axes.set(ylabel=plain(name), ylim=(0, None))
+    block_ticks(panels[-1], blocks)
+    panels[0].set_title("Norm of the weight delta over tokens: median, 5 to 95 %")
+    legend_below(figure, panels[0])
+    return f"Spread of the weight delta's norm over tokens, per block, for {', '.join(found)}, NPT beside the exact reference"
 
 
-def _spreads(axes: Axes, spreads: Sequence[Report | None], shift: float, colour: str, marker: str, label: str) -> None:
-    """One bar from the 5th to the 95th percentile and a marker at the median per entry, beside its tick by `shift`."""
-    for x, spread in enumerate(spreads):
-        if spread is None:
-            continue
-        ends, text = [spread["p5"], spread["p95"]], label if x == 0 else None
-        axes.plot([x + shift] * 2, ends, color=colour, linewidth=5, alpha=0.45, solid_capstyle="butt")
-        axes.plot(x + shift, spread["median"], color=colour, marker=marker, markersize=4, linestyle="none", label=text)
+def _spreads(
+    axes: Axes,
+    spreads: Sequence[tuple[int, Report | None]],
+    shift: float,
+    blocks: Sequence[int],
+    look: tuple[str, str, str],
+) -> None:
+    """Per block a bar from the 5th to the 95th percentile and a marker at the median, beside its tick by `shift`."""
+    known, (colour, marker, label) = [(block + shift, spread) for block, spread in spreads if spread], look
+    at, width = [x for x, _ in known], min(5.0, 0.38 * spacing(blocks))
+    low, high = ([spread[key] for _, spread in known] for key in ("p5", "p95"))
+    axes.vlines(at, low, high, color=colour, linewidth=width, alpha=0.45)
+    medians = [spread["median"] for _, spread in known]
+    axes.plot(at, medians, color=colour, marker=marker, markersize=max(1.6, width), linestyle="none", label=label)
 
 
 def _short(name: str) -> str:

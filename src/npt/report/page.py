@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, TypeGuard, TypeVar
 
 from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup, escape
 
-from npt.common.display import visible
+from npt.common.display import ranges, visible
 from npt.common.files import write_text
 from npt.common.places import place
 from npt.errors import NPTError
 from npt.evaluation.verdict import QUANTISATION_SCALE, SCALE_SOURCE
-from npt.report.plots import draw_run
-from npt.report.run_files import METRICS, PAGE, REPORT_JSON, Report, Rows, read_json_lines, read_report
-from npt.report.style import Picture
-from npt.report.terminal import NOT_MEASURED
+from npt.report.plots import draw_all
+from npt.report.run_files import METRICS, PAGE, REPORT_JSON, Report, Rows, read_json_lines, read_report, section
+from npt.report.style import Picture, Single
+from npt.report.terminal import NOT_MEASURED, headline
 
 T = TypeVar("T")
 
@@ -75,20 +76,25 @@ def render_page(report: Report, rows: Rows, missing: list[str]) -> str:
         loader=PackageLoader("npt.report"), autoescape=True, undefined=ChainableUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup | Undefined) else visible(value),
     )  # fmt: skip
-    environment.filters |= {"fig": _figure, "percent": _percent, "error": _error, "marked": _marked, "quoted": _quoted}
+    environment.filters |= {
+        "fig": _figure, "percent": _percent, "error": _error, "marked": _marked, "quoted": _quoted, "ranges": ranges,
+        "extremes": _extremes, "rows_of": _rows_of, "by_projection": _by_projection,
+    }  # fmt: skip
     pictures: list[Picture] = []
+    singles: list[Single] = []
     try:
-        pictures = draw_run(rows, report, png=False)
+        pictures, singles = draw_all(rows, report, png=False)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         missing = [*missing, f"plots: a figure in the run's files is malformed ({type(error).__name__}: {error})"]
     images = [
-        {"name": p.name, "wide": p.wide, "alt": p.alt, "data": base64.b64encode(p.svg.encode()).decode("ascii")}
-        for p in pictures
+        {"name": p.name, "alt": p.alt, "data": base64.b64encode(p.svg.encode()).decode("ascii")} for p in pictures
     ]
     template = environment.get_template("report.html.j2")
     return template.render(
         **{"model": {}, "evaluations": {}, **report},
+        headline=headline(section(report, "model_config")),
         images=images,
+        singles=singles,
         missing=missing,
         scale=QUANTISATION_SCALE,
         scale_source=SCALE_SOURCE,
@@ -126,7 +132,7 @@ def _figure(value: object, digits: int = 5) -> str:
 
 def _percent(value: object, digits: int = 2) -> str:
     """A share as per cent with so many decimals."""
-    return f"{100 * value:.{digits}f} %" if _is_number(value) else NOT_MEASURED
+    return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%" if _is_number(value) else NOT_MEASURED
 
 
 def _error(figures: object, key: str, digits: int = 5, percent: bool = False) -> str:
@@ -136,8 +142,12 @@ def _error(figures: object, key: str, digits: int = 5, percent: bool = False) ->
     error: Any = found.get(f"{key}_standard_error")
     if not _is_number(value):
         return NOT_MEASURED
-    scale, unit = (100, " %") if percent else (1, "")
-    return f"{scale * value:.{digits}f}" + (f" ± {scale * error:.{digits}f}" if _is_number(error) else "") + unit
+    scale, unit = (100, "\N{NO-BREAK SPACE}%") if percent else (1, "")
+    return (
+        f"{scale * value:.{digits}f}"
+        + (f" ±\N{NO-BREAK SPACE}{scale * error:.{digits}f}" if _is_number(error) else "")
+        + unit
+    )
 
 
 def _quoted(value: object) -> str:
@@ -151,3 +161,33 @@ def _marked(text: object, first_difference: object) -> Markup:
     at = first_difference if isinstance(first_difference, int) else len(whole)
     head, tail = (escape(visible(part)) for part in (whole[:at], whole[at:]))
     return head + (Markup("<mark>{}</mark>").format(tail) if tail else Markup(""))
+
+
+def _extremes(layers: Mapping[str, Any], key: str) -> str:
+    """The median and the largest of a share over the blocks, with the number of the worst block."""
+    found = {name: f[key] for name, f in layers.items() if isinstance(f, Mapping) and _is_number(f.get(key))}
+    if not found:
+        return NOT_MEASURED
+    worst = max(found, key=lambda name: found[name])
+    block = worst.removeprefix("layer_")
+    return f"median {_percent(median(found.values()))}, largest {_percent(found[worst])} in block {block}"
+
+
+def _rows_of(per_layer: object) -> list[tuple[str, str, Any]]:
+    """(block, projection, figures) of every block's projections."""
+    blocks = per_layer.items() if isinstance(per_layer, Mapping) else ()
+    return [(layer.removeprefix("layer_"), name, figures) for layer, found in blocks for name, figures in found.items()]
+
+
+def _by_projection(rows: Sequence[tuple[str, str, Any]]) -> list[dict[str, Any]]:
+    """Per projection the means over blocks, and (norm, block) of the smallest and the largest mean norm."""
+    table = []
+    for name in dict.fromkeys(name for _, name, _ in rows):
+        own = [(block, figures) for block, projection, figures in rows if projection == name]
+        means: dict[str, Any] = {"name": name}
+        for key in ("frobenius", "exact_frobenius", "relative"):
+            values = [figures[key] for _, figures in own if _is_number(figures.get(key))]
+            means[key] = fmean(values) if values else None
+        norms = [(f["frobenius"], block) for block, f in own if _is_number(f.get("frobenius"))] or [(None, "")]
+        table.append({**means, "smallest": min(norms), "largest": max(norms)})
+    return table

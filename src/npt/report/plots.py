@@ -18,7 +18,7 @@ from npt.report.run_files import (
     read_json_lines,
     read_report,
 )
-from npt.report.style import Draw, Picture, draw_picture
+from npt.report.style import Draw, Picture, Single, draw_picture
 
 #: {file name without suffix: the function that draws it}, in the order of the page.
 PLOTS: dict[str, Draw] = {
@@ -34,14 +34,20 @@ PLOTS: dict[str, Draw] = {
 }
 
 
-def draw_run(rows: Rows, report: Report, *, png: bool = True) -> list[Picture]:
+def draw_run(rows: Rows, report: Report) -> list[Picture]:
     """All plots that there are data for, in the order of `PLOTS`."""
-    drawn = (draw_picture(name, draw, rows, report, png) for name, draw in PLOTS.items())
-    return [picture for picture in drawn if picture is not None]
+    return draw_all(rows, report)[0]
+
+
+def draw_all(rows: Rows, report: Report, *, png: bool = True) -> tuple[list[Picture], list[Single]]:
+    """(the plots that there are data for, the figures of those that would have a single point), in the order of `PLOTS`."""
+    drawn = [draw_picture(name, draw, rows, report, png) for name, draw in PLOTS.items()]
+    return [one for one in drawn if isinstance(one, Picture)], [one for one in drawn if isinstance(one, Single)]
 
 
 def plot_run(output_dir: Path, destination: Path | None = None) -> list[Path]:
-    """Draws what a run's files hold into <output_dir>/plots, as PNG and SVG. A plot without data is skipped.
+    """Draws what a run's files hold into <output_dir>/plots, as PNG and SVG. A plot without data, or with a single point, is
+    skipped and logged; the log line of a single point holds its figures.
 
     Args:
         destination: another folder for the plots.
@@ -61,12 +67,13 @@ def plot_run(output_dir: Path, destination: Path | None = None) -> list[Path]:
     folder = output_dir / PLOTS_FOLDER if destination is None else place(destination)
     written = []
     with malformed(output_dir):
-        pictures = draw_run(rows, report)
+        pictures, singles = draw_all(rows, report)
     for picture in pictures:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{picture.name}.png").write_bytes(picture.png)
         (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
         written.append(folder / f"{picture.name}.png")
     if not written:
-        raise NPTError(f"{metrics}: no logged step to draw; lower training.logging_steps or train longer")
+        found = f"a single point each ({'; '.join(map(str, singles))})" if singles else "no logged step"
+        raise NPTError(f"{metrics}: {found} to draw; lower training.logging_steps or train longer")
     return written

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice, zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from npt.common.display import visible
+from npt.common.display import blocks_text, model_name, visible
 from npt.report.run_files import Report, section
+
+T = TypeVar("T")
 
 #: Stands for a figure that a report lacks.
 NOT_MEASURED = "not measured"
@@ -23,15 +25,19 @@ def render_report(report: Report, console: Console, prompts: int = 2) -> None:
     A figure that the report lacks is shown as "not measured". prompts: how many prompts' texts are shown.
     """
     evaluations = section(report, "evaluations")
-    console.print(_headline(section(report, "model_config")))
-    console.print(_corpora_table(section(report, "protocol"), evaluations))
+    for line in _model_lines(section(report, "model_config")):
+        console.print(line)
+    for table in _corpora_tables(section(report, "protocol"), evaluations, console.width):
+        console.print(table)
     console.print(_delta_line(section(evaluations, "weight_delta_stats")))
     if grade := section(report, "grade").get("text"):
         console.print(f"The converted model is {_text(grade)}.")
     for note in report.get("notes") or []:
         console.print(f"[bold]note[/bold]  {_text(note)}")
+    verdicts = Table.grid(padding=(0, 2))
     for name, outcome in section(report, "expected_outcomes").items():
-        console.print(_verdict(name, outcome))
+        verdicts.add_row(f"  {escape(name)}", *_verdict(outcome))
+    console.print(verdicts)
     samples = section(evaluations, "generation_samples")
     columns = (samples.get(key) or [] for key in ("npt_generations", "original_generations"))
     for npt, original in islice(zip_longest(*columns, fillvalue=NOT_MEASURED), prompts):
@@ -39,28 +45,52 @@ def render_report(report: Report, console: Console, prompts: int = 2) -> None:
         console.print(f"\n[bold]NPT[/bold]       {_text(npt)}\n[bold]original[/bold]  {_text(original)}\n({same})")
 
 
-def _headline(model: Report) -> str:
-    """The converted blocks, the base, and the number of new parameters."""
+def headline(model: Report) -> str:
+    """The converted blocks and their base in one sentence, from a report's model_config; empty where it names no blocks."""
+    layers = model.get("npt_layers")
+    base = model_name(model.get("base_model") or "the base model")
+    text = blocks_text(layers, of=base, verb=True, most=8)
+    return f"{text[0].upper()}{text[1:]} neuro-plastic" if layers else ""
+
+
+def _model_lines(model: Report) -> Iterator[str]:
+    """The converted blocks, the number of new parameters, and the base's whole name where the first line shortens it."""
     own, base = model.get("trainable_parameters"), model.get("base_parameters")
     share = f"{100 * own / base:.3g} %" if own is not None and base else f"share {NOT_MEASURED}"
     count = NOT_MEASURED if own is None else f"{own:,}"
-    return (
-        f"\nBlocks [bold]{_text(model.get('npt_layers'))}[/bold] of {_text(model.get('base_model'))} are neuro-plastic: "
-        f"{count} new parameters ({share}), rank {_text(model.get('rank'))}"
-    )
+    said = _text(headline(model) or f"converted blocks {NOT_MEASURED}")
+    yield f"\n[bold]{said}[/bold]: {count} new parameters ({share}), rank {_text(model.get('rank'))}"
+    name = model.get("base_model")
+    if name and model_name(name) != name:
+        yield f"base model: {_text(name)}"
 
 
-def _corpora_table(protocol: Report, evaluations: Report) -> Table:
-    """One row per figure and one column per corpus, so that it fits a narrow terminal."""
+def _corpora_tables(protocol: Report, evaluations: Report, width: int) -> Iterator[Table]:
+    """One row per figure and one column per corpus; several tables where one would be wider than the terminal."""
     corpora = evaluations.get("corpora") or {"": {**evaluations, "tokens": protocol.get("tokens")}}
     context, stride, dtype, seed = (_text(protocol.get(k)) for k in ("context_length", "stride", "dtype", "seed"))
-    table = Table(
-        caption=f"context {context}, stride {stride}, {dtype}, seed {seed}; ± one standard error over blocks",
-        caption_justify="left",
-    )
+    groups = in_groups(list(corpora), width)
+    for names in groups:
+        table = _corpora_table({name: corpora[name] for name in names})
+        if names is groups[-1]:
+            table.caption = (
+                f"context {context}, stride {stride}, {dtype}, seed {seed}; ± one standard error over blocks"
+            )
+            table.caption_justify = "left"
+        yield table
+
+
+def in_groups(columns: list[T], width: int) -> list[list[T]]:
+    """The columns of figures in groups that fit a terminal of so many letters, beside a first column of labels."""
+    size = max(1, (width - 24) // 23)
+    return [columns[at : at + size] for at in range(0, len(columns), size)]
+
+
+def _corpora_table(corpora: Report) -> Table:
+    table = Table()
     table.add_column("")
     for name in corpora:
-        table.add_column(escape(visible(name)), justify="right")
+        table.add_column(escape(visible(name)), justify="right", overflow="fold")
     rows: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
         ("perplexity, original", "perplexity", "original_perplexity", "{:.4f}".format),
         ("perplexity, NPT", "perplexity", "npt_perplexity", "{:.4f}".format),
@@ -97,14 +127,13 @@ def _delta_line(stats: Report) -> str:
     )
 
 
-def _verdict(name: str, outcome: Report) -> str:
-    """One expected outcome: its value, its target, and whether it was met."""
+def _verdict(outcome: Report) -> tuple[str, str]:
+    """(value, target and whether it was met) of an expected outcome."""
     met = outcome.get("met")
     mark = NOT_MEASURED if met is None else "[green]met[/green]" if met else "[red]not met[/red]"
     value, target = escape(number(outcome.get("value"))), _text(outcome.get("target"))
     error = outcome.get("standard_error")
-    value += "" if error is None else f" ± {error:.1g}"
-    return f"  {escape(name):<22} {value:>18}  target {target}: {mark}"
+    return value + ("" if error is None else f" ± {error:.1g}"), f"target {target}: {mark}"
 
 
 def _text(value: Any) -> str:

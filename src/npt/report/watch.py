@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 
 import yaml
 from rich.console import Console, Group, RenderableType
@@ -19,10 +20,13 @@ from npt.common.places import place
 from npt.config.strict_yaml import MAX_BYTES, parse_yaml
 from npt.errors import NPTError
 from npt.report.run_files import CONFIG, METRICS, REPORT_JSON, Report, Rows, curve, malformed, read_json_lines
+from npt.report.style import block_number
 from npt.report.terminal import number
 
 #: Eighths of a line's height, from low to high.
 _LEVELS = "▁▂▃▄▅▆▇█"
+#: Blocks that are shown one by one.
+MOST_BLOCKS = 8
 #: (key in metrics.jsonl, label) of the figures that are shown.
 _SHOWN = (
     ("loss", "loss"),
@@ -94,12 +98,35 @@ def _figures(rows: Rows) -> Table:
     for key, label in _SHOWN:
         _, values = curve(rows, key)
         if values:
-            table.add_row(label, number(float(values[0])), number(float(values[-1])), sparkline(values))
-    for name, figures in _calibration(rows).items():
-        table.add_row(
-            f"calibration, {name}", number(figures.get("error_before")), number(figures.get("error_after")), ""
-        )
+            table.add_row(
+                label, number(float(values[0])), number(float(values[-1])), sparkline(values) if len(values) > 1 else ""
+            )
+    for row in _block_rows(_calibration(rows)):
+        table.add_row(*row)
     return table
+
+
+def _block_rows(calibration: Report) -> Iterator[tuple[str, ...]]:
+    """The blocks' errors before and after calibration; of more than `MOST_BLOCKS` the median, its course and the largest."""
+    errors = {
+        block_number(name)[0]: (figures.get("error_before"), figures.get("error_after"))
+        for name, figures in sorted(calibration.items(), key=lambda item: block_number(item[0]))
+    }
+    known = {block: pair for block, pair in errors.items() if None not in pair}
+    if len(errors) <= MOST_BLOCKS or not known:
+        for block, pair in errors.items():
+            yield f"calibration, block {block}", *map(number, pair), ""
+        return
+    before, after = zip(*known.values(), strict=True)
+    yield "calibration, median", number(median(before)), number(median(after)), sparkline(_thinned(after))
+    worst = max(known, key=lambda block: known[block][1])
+    yield f"calibration, block {worst}", *map(number, known[worst]), f"the largest of {len(known)} blocks"
+
+
+def _thinned(values: Sequence[float], width: int = 32) -> list[float]:
+    """At most `width` values: each the largest of its neighbours."""
+    size = math.ceil(len(values) / width)
+    return [max(values[at : at + size]) for at in range(0, len(values), size)]
 
 
 def _calibration(rows: Rows) -> Report:

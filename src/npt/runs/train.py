@@ -15,7 +15,9 @@ from transformers.integrations import TensorBoardCallback
 from npt.adapters.folder import RUN_CONFIG
 from npt.adapters.settings import as_recorded
 from npt.adapters.weights import load_weights, share_record
+from npt.common.display import blocks_text
 from npt.common.files import append_json, only_run, write_json
+from npt.common.options import is_calibrated
 from npt.common.processes import any_process, first_does, is_first
 from npt.common.sharded import full_tensor, through
 from npt.common.stopwatch import Stopwatch
@@ -185,8 +187,8 @@ def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
         offload_frozen(model, default_device())
     own, frozen = parameter_counts(model)
     logger.info(
-        "blocks %s are now neuro-plastic: %s new parameters (%.3g %% of %s)",
-        adapter_config(model).npt_layers, f"{own:,}", 100 * own / frozen, f"{frozen:,}",
+        "%s now neuro-plastic: %s new parameters (%.3g %% of %s)",
+        blocks_text(adapter_config(model).npt_layers, verb=True), f"{own:,}", 100 * own / frozen, f"{frozen:,}",
     )  # fmt: skip
     if config.data.num_train_samples is not None:
         check_targets(config, model, config.data.num_train_samples)
@@ -211,7 +213,7 @@ def fit(
     if trains:
         with spent.timing(TARGETS):
             trainer.read_teacher()
-    if last is None and config.training.calibrate and config.model.carry != "exact":
+    if last is None and config.training.calibrate and is_calibrated(config.model.carry, config.model.gain):
         text = calibration_batches(texts, corpus, config.training.batch_size, device_of(model))
         with spent.timing(CALIBRATION):
             errors = through(model, lambda: calibrate(model, text, progress=is_first()))

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from npt.builtin import MODELS, recorded_name
 from npt.builtin.fetched import FETCHED
-from npt.common.display import one_line
+from npt.common.display import blocks_text, one_line
 from npt.common.distribution import DISTRIBUTION
 from npt.common.gguf import is_gguf
 
@@ -30,7 +30,7 @@ _TEXT = """\
 
 # {title}
 
-In blocks {layers} of {base} the attention output no longer joins the residual stream: for each token it generates a
+In {layers} of {base} the attention output no longer joins the residual stream: for each token it generates a
 transient low-rank weight delta for the block's MLP (the Neuro-Plastic Transformer). The base's own weights are unchanged.
 
 ```python
@@ -98,7 +98,7 @@ def write_model_card(
         mark=MARK,
         distribution=DISTRIBUTION,
         title="NPT adapter" + (f" for {Path(base).name}" if base else ""),
-        layers=config.npt_layers,
+        layers=blocks_text(config.npt_layers),
         base=as_code(Path(base).name) if base else "the base model",
         base_code=base_code,
         remark=remark,
@@ -153,7 +153,7 @@ def _remark(base: str) -> str:
 
 
 def _part_lines(parts: Sequence[tuple[str, Sequence[int]]]) -> str:
-    return "\n".join(f"- blocks {list(blocks)}: {as_code(name)}" for name, blocks in parts)
+    return "\n".join(f"- {blocks_text(list(blocks))}: {as_code(name)}" for name, blocks in parts)
 
 
 def as_code(text: str) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from npt.block.families import blocks_of, family_of
 from npt.block.probing import projection_shape
 from npt.builtin import name_of
+from npt.common.display import blocks_text
 from npt.common.fingerprint import base_record, difference
 from npt.common.inside import adapter_layers, parts_of
 from npt.common.sharded import is_sharded
@@ -63,9 +64,9 @@ def check_new(model: nn.Module, config: Any, name: str, *, in_peft_model: bool) 
     if layers and (in_peft_model or any(layer.is_owned for layer in layers)):
         names = sorted({adapter for layer in layers for adapter in layer.npt_components})
         raise ConversionError(
-            f"blocks {[layer.index for layer in layers]} of this model are NPT blocks already (adapter {', '.join(names)}); "
-            "take them off with unload() of their PeftModel, add the new adapter there with add_adapter(name, config), or "
-            "load the base anew"
+            f"this model has NPT blocks already, {blocks_text([layer.index for layer in layers])} (adapter "
+            f"{', '.join(names)}); take them off with unload() of their PeftModel, add the new adapter there with "
+            "add_adapter(name, config), or load the base anew"
         )
     if any(name in layer.npt_components for layer in layers):
         raise ConversionError(f"the model has an adapter {name!r} already; give the new one another name")

@@ -58,8 +58,13 @@ class NPTModel(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Converts a model; an error of any kind leaves it as it was.
 
-        peft_config: {adapter_name: an NPTConfig} where a PeftModel holds the adapter; an NPTConfig where it is put into the
-            model directly (PEFT's inject_adapter_in_model). It is copied: the caller's stays as it is.
+        Args:
+            model: the causal LM.
+            peft_config: {adapter_name: an NPTConfig} where a PeftModel holds the adapter; an NPTConfig where it is put into
+                the model directly (PEFT's inject_adapter_in_model). It is copied: the caller's stays as it is.
+            adapter_name: "default", or one of several.
+            *args: of PEFT's BaseTuner.
+            **kwargs: of PEFT's BaseTuner.
         """
         self_contained = not isinstance(peft_config, PeftConfig)
         config = peft_config[adapter_name] if self_contained else peft_config

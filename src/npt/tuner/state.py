@@ -10,7 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
 
 from npt.block.layer import NPTLayer
-from npt.common.display import one_line
+from npt.common.display import blocks_text, one_line
 from npt.common.inside import COMPONENTS
 from npt.errors import CheckpointError
 from npt.tuner.config import LAYER_NAME
@@ -81,7 +81,7 @@ def check_state(model: nn.Module, adapter: str, state: Mapping[str, Tensor], con
     ]
     if any(problems):
         raise CheckpointError(
-            f"the adapter's weights (blocks {config.npt_layers}) do not fit its config or this base: "
+            f"the adapter's weights ({blocks_text(config.npt_layers)}) do not fit its config or this base: "
             f"{'; '.join(problem for problem in problems if problem)}; use the base it was made from, and the adapter's files "
             "as they were saved"
         )
