@@ -11,7 +11,7 @@ from peft import get_peft_model
 from npt import NPTConfig, calibrate
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.equivalence import calibration
-from npt.equivalence.calibration import _BlockFit, _delta
+from npt.equivalence.calibration import BlockFit, _delta
 from npt.errors import NPTError
 from npt.evaluation.divergence import token_divergences
 from npt.tuner.converted import active_layers
@@ -115,7 +115,7 @@ def fitted_error(
     layer: NPTLayer, h: torch.Tensor, a: torch.Tensor, h_test: torch.Tensor, a_test: torch.Tensor
 ) -> float:
     """Relative error of the shift on other tokens, after a fit to (h, a)."""
-    fit = _BlockFit(layer, len(h))
+    fit = BlockFit(layer, len(h))
     fit.see(BlockRecord(h[None], a[None], h[None]), torch.ones(1, len(h), dtype=torch.bool))
     fit.finish()
     z, delta = _delta(layer, h_test, a_test)

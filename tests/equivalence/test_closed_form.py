@@ -14,7 +14,7 @@ from npt.block.component import ComponentSpec, NPComponent
 from npt.block.layer import BlockRecord
 from npt.block.modes import Mode, running_as
 from npt.equivalence import calibration, closed_form
-from npt.equivalence.calibration import Part, _BlockFit, _fit_low_rank, first_tokens, fit_gain_and_carry
+from npt.equivalence.calibration import BlockFit, Part, _fit_low_rank, first_tokens, fit_gain_and_carry
 from npt.equivalence.closed_form import solve_ridge
 from npt.tuner.converted import active_layers
 from tests.helpers import random_base
@@ -229,7 +229,7 @@ def test_what_is_summed_over_text_and_what_is_measured(options: Any, monkeypatch
     a[0, :, 0] *= 40  # as attention sinks are
     mask = torch.ones(3, 4, 10, dtype=torch.bool)
     mask[1, 2, :6] = False
-    fit = _BlockFit(layer, 74)
+    fit = BlockFit(layer, 74)
     before = original_error(layer, h[:2][mask[:2]], a[:2][mask[:2]])
     for part in range(3):
         fit.see(BlockRecord(h[part], a[part], h[part]), mask[part])
@@ -271,7 +271,7 @@ def test_text_whose_attention_is_mostly_zero_is_fitted_unweighted() -> None:
     h, a = normal(1, 50, 24), normal(1, 50, 24, seed=1)
     a[0, ::2] = 0
     a[0, 1] = 0
-    fit = _BlockFit(layer, 50)
+    fit = BlockFit(layer, 50)
     fit.see(BlockRecord(h, a, h), torch.ones(1, 50, dtype=torch.bool))
     assert fit.cutoff.isinf().all() and fit.total_weight == 50
     figures = fit.finish()
@@ -286,7 +286,7 @@ def test_the_error_of_a_block_that_does_little(scale: float) -> None:
     h, a = normal(1, 50, 24), scale * normal(1, 50, 24, seed=1)
     layer.module("down").weight.mul_(scale)
     before = original_error(layer, h[0], a[0]) if scale else 0.0
-    fit = _BlockFit(layer, 50)
+    fit = BlockFit(layer, 50)
     fit.see(BlockRecord(h, a, h), torch.ones(1, 50, dtype=torch.bool))
     figures = fit.finish()
     after = original_error(layer, h[0], a[0]) if scale else 0.0
@@ -302,7 +302,7 @@ def test_the_error_of_a_half_precision_block_is_not_rounded() -> None:
     layer.component.float()
     expected = (layer.update_from(h, a) - target).double().norm() / target.double().norm()
     layer.component.bfloat16()
-    fit = _BlockFit(layer, 50)
+    fit = BlockFit(layer, 50)
     fit.see(BlockRecord(h, a, h), torch.ones(1, 50, dtype=torch.bool))
     assert fit.error_before == pytest.approx(float(expected), rel=1e-9)
 
@@ -313,7 +313,7 @@ def test_a_hidden_state_of_zero_does_no_harm() -> None:
     layer = layer_of()
     h, a = normal(1, 50, 24), normal(1, 50, 24, seed=1)
     h[0, 3] = 0
-    fit = _BlockFit(layer, 50)
+    fit = BlockFit(layer, 50)
     fit.see(BlockRecord(h, a, h), torch.ones(1, 50, dtype=torch.bool))
     fit.finish()
     assert all(p.isfinite().all() for p in layer.component.parameters())
@@ -350,7 +350,7 @@ def test_the_error_is_measured_on_tokens_picked_once(monkeypatch: pytest.MonkeyP
     picked = []
     for _ in range(2):
         torch.manual_seed(len(picked))
-        fit = _BlockFit(layer_of(), 10**6)
+        fit = BlockFit(layer_of(), 10**6)
         for part in range(4):
             h = normal(1, 30, 24, seed=part)
             fit.see(BlockRecord(h, h.flip(-1), h), torch.ones(1, 30, dtype=torch.bool))

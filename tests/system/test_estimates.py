@@ -19,6 +19,7 @@ from npt.common import progress
 from npt.common.precision import DTYPE_REASON
 from npt.common.stopwatch import Stopwatch
 from npt.config import load_config
+from npt.equivalence.calibration_time import FitSeconds
 from npt.runs import estimate
 from npt.runs.estimate import CALIBRATION, EVALUATION, PAGE, SAMPLING, TARGETS, TRAINING, Part, parts_of, sizes_of
 from npt.runs.timing import Rates, measure
@@ -30,11 +31,11 @@ RATES = Rates(
     draw_one=0.98,
     draw_rows=256,
     forward=0.001,
-    fit=0.002,
-    fit_once=7.0,
+    fit=FitSeconds(once=7.0, chunk=0.002, later=0.001, chunk_tokens=2000),
     compare=0.01,
     step={"logits": 0.1},
     detail=0.05,
+    detail_once=11.0,
     sample=3.0,
 )
 
@@ -53,10 +54,10 @@ def test_the_parts_of_a_run_add_up() -> None:
     assert found == pytest.approx(
         {
             SAMPLING: 99 * (3 * 0.976 + 360 * 0.004),
-            CALIBRATION: 30 * 100 * 0.003 + 7,
+            CALIBRATION: 30 * 100 * 0.001 + 7 + 2000 * 0.002 + 1000 * 0.001,
             TARGETS: 288 * 100 * 0.001,
             TRAINING: 20 * 8 * 100 * 0.1 + 2 * chosen_by + 4 * 3.0,
-            EVALUATION: chosen_by + 40 * 100 * 0.01 + 32 * 100 * 0.05 + 8 * 3.0,
+            EVALUATION: chosen_by + 40 * 100 * 0.01 + 32 * 100 * 0.05 + 11 + 8 * 3.0,
             PAGE: estimate.PAGE_SECONDS,
         }
     )
@@ -94,10 +95,11 @@ def test_measuring_leaves_the_model_as_it_was(local_model: Path) -> None:
     assert modes == [m.training for m in model.modules()] and torch.equal(torch_state, torch.get_rng_state())
     assert model.peft_config["default"].text_record is record and not len(record.trained.hashes)
     assert set(rates.step) == {"logits"} and rates.draw_rows == 256
-    for name in ("draw", "forward", "compare", "detail", "sample", "fit_once"):
+    for name in ("draw", "forward", "compare", "detail", "detail_once", "sample"):
         assert getattr(rates, name) > 0
+    assert rates.fit.once > 0 and rates.fit.of(2000) > rates.fit.of(1) > 0
     only_evaluated = measure(model, AutoTokenizer.from_pretrained(local_model), config, trains=False)
-    assert (only_evaluated.step, only_evaluated.fit, only_evaluated.fit_once) == ({}, 0.0, 0.0)
+    assert (only_evaluated.step, only_evaluated.fit) == ({}, FitSeconds()) and FitSeconds().of(9) == 0
 
 
 def test_a_run_tells_its_plan_then_each_phase_then_its_times(

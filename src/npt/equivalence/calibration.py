@@ -102,7 +102,7 @@ def calibrate(
     layers = [layer for layer in chosen_layers(model, blocks) if layer.own.spec.is_calibrated]
     batches = as_batches(batches, tokenizer, min(256, context_length_of(model) or 256), "calibrate(batches=...)")
     with _whole_components(layers):
-        fits = {layer.index: _BlockFit(layer, chunk_tokens or first_tokens(layer.shape("up")[0])) for layer in layers}
+        fits = {layer.index: BlockFit(layer, chunk_tokens or first_tokens(layer.shape("up")[0])) for layer in layers}
         seen = _collect(model, fits, batches, progress)
         if not seen:
             raise NPTError("calibration got no text: pass at least one batch with real tokens")
@@ -115,7 +115,7 @@ def calibrate(
 
 
 def _collect(
-    model: ConvertedModel, fits: dict[int, _BlockFit], batches: Iterable[Mapping[str, Tensor]], progress: bool
+    model: ConvertedModel, fits: dict[int, BlockFit], batches: Iterable[Mapping[str, Tensor]], progress: bool
 ) -> int:
     """Shows the text to the fits, each process its share, and to the adapter's record. Returns all processes' tokens."""
     device, seen, (rank, count), record = device_of(model), 0, world(), adapter_config(model).text_record
@@ -188,7 +188,7 @@ def first_tokens(hidden_size: int) -> int:
     return max(CHUNK_TOKENS, CHUNK_TOKENS_PER_CHANNEL * hidden_size)
 
 
-class _BlockFit:
+class BlockFit:
     """Accumulates what one block's fit needs, batch by batch."""
 
     def __init__(self, layer: NPTLayer, chunk_tokens: int):

@@ -11,7 +11,7 @@ therefore a solution, and the least value found is an upper bound of the least p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,25 +23,30 @@ from npt.block.modes import Mode, running_as, watching
 from npt.block.spec import INPUT_PROJECTIONS
 from npt.common.precision import wide_dtype
 from npt.common.sharded import gathered
-from npt.tuner.converted import ConvertedModel, active_layers, run_backbone
+from npt.tuner.converted import ConvertedModel, active_layers, chosen_layers, run_backbone
 
 #: Tokens per block, and steps of L-BFGS.
 TOKENS, STEPS = 16, 80
 
 
-def least_joint_norms(model: ConvertedModel, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+def least_joint_norms(
+    model: ConvertedModel, batch: dict[str, Tensor], blocks: Collection[int] | None = None
+) -> dict[str, dict[str, float]]:
     """{"layer_<i>": {exact, least_found, tokens}}: mean joint norm sqrt(sum over projections |dW|_F^2) of some tokens.
 
     The tokens are spread over the first sequences of the batch, with the original model's h and a.
+
+    Args:
+        blocks: converted blocks; None for all.
     """
-    layers = active_layers(model)
+    layers = chosen_layers(model, blocks)
     rows = {key: value[:4] for key, value in batch.items()}
     records: dict[int, BlockRecord] = {}
 
     def see(layer: NPTLayer, record: BlockRecord) -> None:
         records[layer.index] = record
 
-    with torch.no_grad(), running_as(layers, Mode.ORIGINAL), watching(layers, see):
+    with torch.no_grad(), running_as(active_layers(model), Mode.ORIGINAL), watching(layers, see):
         run_backbone(model, rows)
     real = rows["attention_mask"].bool()
     count = int(real.sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -17,7 +17,7 @@ from npt.block.modes import Mode, running_as, watching_deltas
 from npt.block.probing import execution_device
 from npt.common.sharded import gathered
 from npt.evaluation.least_norm import least_joint_norms
-from npt.tuner.converted import ConvertedModel, active_layers, run_backbone
+from npt.tuner.converted import ConvertedModel, active_layers, chosen_layers, run_backbone
 
 #: Tokens whose dW x is held per projection, for its effective rank.
 RANK_TOKENS = 512
@@ -99,15 +99,21 @@ def weight_norm(layer: NPTLayer, name: str) -> float:
 
 
 def weight_delta_stats(
-    model: ConvertedModel, batches: Sequence[dict[str, Tensor]], tokenizer: Any = None
+    model: ConvertedModel,
+    batches: Sequence[dict[str, Tensor]],
+    tokenizer: Any = None,
+    blocks: Collection[int] | None = None,
 ) -> dict[str, Any]:
     """The report's `weight_delta_stats`: means over real tokens, converted blocks and target projections, in this order.
 
     frobenius |dW|_F, relative |dW|_F / |W|_F, rms_entry |dW|_F / sqrt(rows columns); `exact` beside on the same tokens.
     With a tokenizer, also the tokens that write the largest deltas.
+
+    Args:
+        blocks: converted blocks; None for all.
     """
+    layers = chosen_layers(model, blocks)
     own, exact = delta_records(model, batches), delta_records(model, batches, Mode.EXACT)
-    layers = active_layers(model)
     per_layer = {
         f"layer_{layer.index}": {
             name: _projection_figures(layer, name, record, exact[layer.index][name])
@@ -130,7 +136,7 @@ def weight_delta_stats(
         "exact_frobenius": mean("exact_frobenius"),
         "tokens": tokens,
         "effective_rank_tokens": min(RANK_TOKENS, tokens),
-        "least_joint_norm": least_joint_norms(model, batches[0]),
+        "least_joint_norm": least_joint_norms(model, batches[0], blocks),
         "largest": [] if tokenizer is None else _largest(joint, batches, tokenizer),
         "per_layer": per_layer,
     }

@@ -104,7 +104,7 @@ def _parts(config: RunConfig, sizes: Sizes, rates: Rates) -> Iterator[Part]:
         SAMPLING, f"{tokens:,} tokens", sum(rates.writing(blocks, length) for blocks in sizes.sampled) / processes
     )
     tokens = length * sizes.calibration
-    fitting = tokens * (rates.forward / processes + rates.fit / processes) + rates.fit_once if tokens else 0.0
+    fitting = (tokens * rates.forward + rates.fit.of(tokens)) / processes if tokens else 0.0
     yield Part(CALIBRATION, f"{tokens:,} tokens", fitting)
     steps = sizes.steps
     if steps and config.paths.teacher_cache is not None:
@@ -117,7 +117,7 @@ def _parts(config: RunConfig, sizes: Sizes, rates: Rates) -> Iterator[Part]:
     training = steps * per_step * of_step + math.ceil(steps / t.eval_steps) * evaluation + samples
     yield Part(TRAINING, f"{steps:,} steps of {per_step * processes:,} tokens", training)
     tokens = length * sizes.scored
-    report = tokens * rates.compare / processes + length * sizes.detailed * rates.detail
+    report = tokens * rates.compare / processes + length * sizes.detailed * rates.detail + rates.detail_once
     yield Part(EVALUATION, f"{tokens:,} tokens", evaluation + report + 2 * len(DEFAULT_PROMPTS) * rates.sample)
     yield Part(PAGE, "", PAGE_SECONDS)
 

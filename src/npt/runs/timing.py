@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import datasets
@@ -19,20 +18,20 @@ from npt.common.options import is_calibrated
 from npt.common.processes import any_process, first_does, world
 from npt.common.sharded import through
 from npt.config import RunConfig
+from npt.data.batches import batches_of
 from npt.data.sampling import default_batch, seconds_per_draw
-from npt.equivalence.calibration import calibrate
+from npt.equivalence.calibration_time import FitSeconds, fit_seconds
 from npt.equivalence.objectives import Objective
+from npt.evaluation.block_errors import layer_equivalence, residual_stream
 from npt.evaluation.divergence import token_divergences
-from npt.evaluation.evaluate import detail_figures
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
+from npt.evaluation.weight_deltas import delta_records, weight_delta_stats
 from npt.tuner.converted import active_layers, adapter_config, device_of, eval_mode, run_backbone
 
 #: Seconds that a timed call should last, so that what is done once in it does not count; the text is chosen for that.
 TIMED_SECONDS = 0.1
 #: A call that took longer is not repeated.
 LONG_SECONDS = 0.5
-#: Blocks on which the figures by block are timed.
-DETAIL_ROWS = 4
 #: Tokens that each model writes in the timing of a sample, and in a sample.
 TIMED_TOKENS, SAMPLE_TOKENS = 4, 48
 #: Backward passes cost about two forward passes where they can't be timed alone (several processes).
@@ -49,9 +48,9 @@ class Rates:
 
     timed_tokens: of the text that was timed. draw: a token of each of `draw_rows` texts that the model writes, draw_one: of
     a single one. forward: a
-    token through the original's blocks. fit: a token of calibration, and fit_once once, for all blocks, above the forward.
-    compare: a token through both models. step: {objective: a token through a training step}. detail: a token of the report's
-    figures by block. sample: a prompt continued by both models.
+    token through the original's blocks. fit: of the calibration of all blocks, above the forward. compare: a token through
+    both models. step: {objective: a token through a training step}. detail: a token of the report's figures by block, and
+    detail_once once. sample: a prompt continued by both models.
     """
 
     timed_tokens: int
@@ -59,11 +58,11 @@ class Rates:
     draw_one: float
     draw_rows: int
     forward: float
-    fit: float
-    fit_once: float
+    fit: FitSeconds
     compare: float
     step: dict[str, float]
     detail: float
+    detail_once: float
     sample: float
 
     def writing(self, blocks: int, length: int) -> float:
@@ -95,11 +94,9 @@ def _measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool) -> Rat
     tokens = rows * length
     forward = one if rows == 1 else _seconds(lambda: _forward(model, batch), device)
     calibrates = trains and config.training.calibrate and is_calibrated(config.model.carry, config.model.gain)
-    fit, fit_once = _fit(model, batch, forward, device) if calibrates else (0.0, 0.0)
     objectives = config.training.objectives() if trains and config.training.num_train_steps != 0 else []
     compare = _seconds(lambda: token_divergences(model, blocks, batch_size=rows), device)
-    some = blocks.select(range(min(DETAIL_ROWS, rows)))
-    detail = _seconds(lambda: detail_figures(model, tokenizer, some, length, len(some)), device)
+    detail, detail_once = _detail(model, tokenizer, blocks, device)
     sample = _seconds(lambda: side_by_side(model, tokenizer, DEFAULT_PROMPTS[:1], TIMED_TOKENS), device)
     draw_rows, draws = 0, (0.0, 0.0)
     if config.data.dataset_name == "self":
@@ -111,13 +108,27 @@ def _measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool) -> Rat
         draw_one=draws[0],
         draw_rows=draw_rows,
         forward=forward / tokens,
-        fit=fit / tokens,
-        fit_once=fit_once,
+        fit=fit_seconds(active_layers(model)) if calibrates and world()[1] == 1 else FitSeconds(),
         compare=compare / tokens,
         step={name: _step(model, name, batch, forward, config) / tokens for name in objectives},
-        detail=detail / (len(some) * length),
+        detail=detail / length + compare / tokens,  # the last of its figures, by position, is a comparison
+        detail_once=detail_once,
         sample=sample / TIMED_TOKENS * SAMPLE_TOKENS,
     )
+
+
+def _detail(model: Any, tokenizer: Any, blocks: datasets.Dataset, device: torch.device) -> tuple[float, float]:
+    """Seconds of the figures by block for one block of text, without those by position, and once for all text.
+
+    What is done once is timed for one converted block and counted for each.
+    """
+    layers, batch = active_layers(model), next(batches_of(blocks, 1, device))
+    with eval_mode(model):
+        forward = _seconds(lambda: _forward(model, batch), device)
+        deltas = _seconds(lambda: delta_records(model, [batch]), device)
+        errors = _seconds(lambda: (layer_equivalence(model, [batch]), residual_stream(model, [batch])), device)
+        one = _seconds(lambda: weight_delta_stats(model, [batch], tokenizer, [layers[-1].index]), device)
+    return 2 * deltas + errors, len(layers) * max(0.0, one - 2 * deltas - forward)
 
 
 def _text(base: Any, rows: int, length: int, device: torch.device) -> Batch:
@@ -131,15 +142,6 @@ def _text(base: Any, rows: int, length: int, device: torch.device) -> Batch:
 def _forward(model: Any, batch: Batch) -> None:
     with eval_mode(model), torch.no_grad():
         run_backbone(model, {name: x for name, x in batch.items() if name != "labels"})
-
-
-def _fit(model: Any, batch: Batch, forward: float, device: torch.device) -> tuple[float, float]:
-    """Seconds that the calibration of all blocks takes for a batch above its forward, and once."""
-    layers = active_layers(model)
-    fit = partial(calibrate, model, blocks=[layers[-1].index])
-    once, twice = (_seconds(partial(fit, [batch] * n), device) for n in (1, 2))
-    per_batch = max(0.0, twice - once - forward)
-    return len(layers) * per_batch, len(layers) * max(0.0, once - forward - per_batch)
 
 
 def _step(model: Any, name: str, batch: Batch, forward: float, config: RunConfig) -> float:
