@@ -58,7 +58,7 @@ def run(hidden: int, rank: int, tokens: int) -> Any:
 
     def once() -> None:
         with torch.no_grad():
-            values = component.input_values(a, z, exact_input=a)
+            values = component.input_values(a, z, exact_input=a, scale=a[..., :1])
             z + values.shift
             z + component.down_value(a, i, values.modulation)
 

@@ -27,8 +27,8 @@ def arguments(name, learning_rate):
     )  # fmt: skip
 
 
-def show(when):
-    found = npt.evaluate(model, tokenizer, held_out, prompts=[])["evaluations"]
+def show(when):  # without samples of text, and with few figures per block
+    found = npt.evaluate(model, tokenizer, held_out, prompts=[], detail_blocks=1)["evaluations"]
     perplexity, kl = found["perplexity"], found["divergence"]["mean_kl"]
     print(
         f"{when}: perplexity {perplexity['npt_perplexity']:.2f}, the original's "

@@ -45,9 +45,9 @@ def problems(wheel: Path) -> list[str]:
         metadata = BytesParser().parsebytes(archive.read(f"{place}/METADATA"))
         points = archive.read(f"{place}/entry_points.txt").decode()
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    found = [
-        f"{name} is missing" for name in (str(path.relative_to(ROOT / "src")) for path in files) if name not in names
-    ]
+    wanted = [path.relative_to(ROOT / "src").as_posix() for path in files]
+    wanted += [f"npt/config/preset_files/{path.name}" for path in ROOT.glob("config*.yaml")]
+    found = [f"{name} is missing" for name in wanted if name not in names]
     if "npt/py.typed" not in names:
         found.append("npt/py.typed is missing: type checkers would take npt as untyped")
     if "npt = npt.cli:console_main" not in points:

@@ -25,7 +25,8 @@ def executed(path: Path, timeout: int = 300) -> Any:
     """
     notebook = nbformat.read(path, as_version=4)
     place = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", coalesce_streams=True, resources=place)
+    options = {"kernel_name": "python3", "coalesce_streams": True, "record_timing": False}
+    client = NotebookClient(notebook, timeout=timeout, resources=place, **options)
     client.execute()
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]

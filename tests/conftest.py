@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +24,12 @@ from tests.helpers import REPOSITORY, settings
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of whole commands first: they take minutes, and one that began last would keep a second process waiting."""
     items.sort(key=lambda item: "tests/system/" not in item.path.as_posix())
+
+
+def pytest_collection_finish() -> None:
+    """Spares every later garbage collection the million objects of the imported libraries; a run collects several times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from npt import NPTConfig
-from npt.block.component import ComponentSpec, NPComponent, WeightDelta, _has_key
+from npt.block.component import ComponentSpec, NPComponent, WeightDelta
+from npt.block.terms import has_key
 
 D, F, R = 12, 20, 3
 
@@ -75,6 +76,28 @@ def test_a_norm_weight_of_zero_does_no_harm() -> None:
     weight = torch.tensor([0.0, 1e-3, -0.5, 2.0], dtype=torch.float64)
     made = NPComponent(ComponentSpec(4, 8), weight)
     torch.testing.assert_close(made.norm_inverse, weight / (weight**2 + 1e-6), rtol=1e-12, atol=0)
+
+
+def test_gain_denominator_begins_exact() -> None:
+    """For an RMSNorm, also where a channel's weight is nearly zero; z shows nothing of one whose weight is zero."""
+    torch.manual_seed(0)
+    h, a, weight = normal(40, D), normal(40, D, seed=1), normal(D, seed=2)
+    weight[3] = 1e-5
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return weight * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+
+    made = NPComponent(ComponentSpec(D, F, gain="denominator"), weight)
+    scale = made.norm_scale(h, norm(h))
+    torch.testing.assert_close(scale[:, 0], (h.square().mean(-1) + 1e-3).rsqrt(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(made.keyed_shift(a, norm(h), scale), norm(h + a) - norm(h), rtol=1e-9, atol=1e-12)
+    assert float(made.norm_scale(0 * h, 0 * h).abs().max()) == 0
+    weight[3] = 0
+    made = NPComponent(ComponentSpec(D, F, gain="denominator"), weight)
+    torch.testing.assert_close(made.norm_scale(h, norm(h)), scale, rtol=1e-9, atol=0)
+    with pytest.raises(ValueError, match="needs scale"):
+        made.input_values(a, norm(h))
+    assert NPComponent(ComponentSpec(D, F, gain="state"), weight).norm_scale(h, norm(h)) is None
 
 
 @pytest.mark.parametrize("reads, c", [("norm(h + a)", 0.0), ("h + a", 1.0)])
@@ -177,8 +200,8 @@ def test_attention_that_cancels_the_state_leaves_gain_finite() -> None:
 def test_the_mask_of_tokens_without_a_key_carries_no_gradient() -> None:
     """Nothing is kept for a backward pass that would be zero."""
     x = normal(3, D).requires_grad_()
-    assert not _has_key(x, x).requires_grad
-    assert _has_key(torch.stack([x[0], 0 * x[1]]), x).tolist() == [[1.0], [0.0]]
+    assert not has_key(x, x).requires_grad
+    assert has_key(torch.stack([x[0], 0 * x[1]]), x).tolist() == [[1.0], [0.0]]
 
 
 DELTAS = [

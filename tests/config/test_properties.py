@@ -87,7 +87,7 @@ good = st.fixed_dictionaries(
         "model.npt_layers": st.sampled_from(["all", "lower_half"])
         | st.lists(st.integers(-99, 99), min_size=1, unique=True),
         "model.modulation_scale": st.floats(1e-9, 1e9),
-        "model.gain": st.sampled_from(["none", "norm", "overlap", "state"]),
+        "model.gain": st.sampled_from(["none", "norm", "overlap", "state", "denominator"]),
         "model.target_projections": st.permutations(["gate", "up", "down"]).map(lambda names: names[:2]),
         "training.learning_rate": st.floats(0, exclude_min=True, allow_infinity=False, allow_nan=False),
         "training.num_train_steps": st.none() | st.integers(0, 2**31 - 1),

@@ -60,7 +60,7 @@ def compressed(data: bytes, ending: str) -> bytes:
 #: {kind: (the documents in such a file, data.text_column)}
 KINDS: dict[str, tuple[bytes, str]] = {
     ".jsonl": (lines(*({"text": text} for text in DOCUMENTS)), "text"),
-    ".json": (lines(*({"n": 1, "text": text} for text in DOCUMENTS)), "text"),
+    ".json": (json.dumps([{"text": text} for text in DOCUMENTS], indent=1).encode(), "text"),
     ".csv": (table(",", [["n", "text"], *([str(n), text] for n, text in enumerate(DOCUMENTS))]), "text"),
     ".tsv": (table("\t", [["body", "n"], *([text, "NA"] for text in DOCUMENTS)], quoting=csv.QUOTE_ALL), "body"),
     ".parquet": (parquet([{"text": text, "n": n} for n, text in enumerate(DOCUMENTS)]), "text"),
@@ -148,6 +148,8 @@ def test_columns_inside_others(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines({"a.b": "own", "a": {"b": "inside"}}, {"a": {"b": None}}, {"a": None}, {"a": {"b": "x"}}))
     assert list(TextFiles([path], "a.b")) == ["own", "x"]
+    path.write_bytes(lines({"x": {"a": {"b": "inside"}, "a.b": "own"}}))
+    assert list(TextFiles([path], "x.a.b")) == ["own"]
     for rows, there in (
         (
             [{"a": {"b": "x"}}, {"a": {"c": "y", "d": {"e": 1}}}],

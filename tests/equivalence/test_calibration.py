@@ -13,8 +13,9 @@ from npt.block.layer import BlockRecord, NPTLayer
 from npt.equivalence import calibration
 from npt.equivalence.calibration import _BlockFit, _delta
 from npt.errors import NPTError
+from npt.evaluation.divergence import token_divergences
 from npt.tuner.converted import active_layers
-from tests.helpers import random_base
+from tests.helpers import blocks, random_base
 
 
 def batches(count: int = 4, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -40,6 +41,20 @@ def test_better_gains_fit_better() -> None:
         errors = calibrate(model_with(gain=gain, rank=0), batches())
         after[gain] = sum(e["error_after"] for e in errors.values())
     assert after["state"] < after["overlap"] < after["norm"] < after["none"], after
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_gain_denominator_has_nothing_to_fit(kind: str) -> None:
+    model, text = model_with(kind, gain="denominator"), batches()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert calibrate(model, text) == {}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    divergence = token_divergences(model, blocks())
+    assert divergence["kl"].mean() <= 1e-7
+    # Without the carry it is the low-rank part that has to bring a: that is fitted, with the gain still exact.
+    errors = calibrate(model_with(kind, gain="denominator", carry="none", rank=16), text)
+    worse = calibrate(model_with(kind, gain="none", carry="none", rank=16), text)
+    assert all(errors[name]["error_after"] < worse[name]["error_after"] for name in errors), (errors, worse)
 
 
 def test_low_rank_takes_what_is_linear_in_attention() -> None:

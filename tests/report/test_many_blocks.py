@@ -18,7 +18,7 @@ from npt.cli import main
 from npt.report.curves import weight_delta
 from npt.report.distributions import delta_distribution, layer_error, residual_stream
 from npt.report.page import write_page
-from npt.report.plots import draw_run
+from npt.report.plots import draw_all
 from npt.report.terminal import render_report
 from npt.report.watch import watch_run
 from tests.helpers import visit
@@ -102,7 +102,7 @@ def test_watch_shows_a_few_blocks_one_by_one(report: dict[str, Any], tmp_path: P
 def test_compare_of_80_blocks_in_80_columns(
     report: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("npt.cli.console.width", 80)
+    monkeypatch.setenv("COLUMNS", "80")
     runs = [
         write(tmp_path / name, *with_blocks(report, blocks, base))
         for name, blocks, base in (
@@ -163,7 +163,7 @@ def test_lines_join_neighbours_only(report: dict[str, Any]) -> None:
 
 def test_a_single_point_is_text(report: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     many, rows = with_blocks(report, [3])
-    pictures, singles = draw_run(rows[:3], many, png=False)
+    pictures, singles = draw_all(rows[:3], many, png=False)
     assert [single.name for single in singles] == [
         "perplexity_ratio", "loss", "layer_error", "residual_stream", "weight_delta", "learning_rate",
     ]  # fmt: skip

@@ -13,10 +13,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
-from npt import NPTConfig, calibrate
+from npt import NPTConfig, calibrate, load_base
 from npt.cli import main
 from npt.data import pack
 from npt.data.batches import batches_of
+from npt.errors import NPTError
 from npt.evaluation.divergence import token_divergences
 from npt.tuner.card import MARK
 from npt.tuner.converted import npt_layers
@@ -201,7 +202,7 @@ def test_harness_gives_the_accuracy_of_our_own_log_likelihoods(
     assert torch.allclose(torch.tensor(harness), torch.tensor(scores), atol=1e-4)
 
     arguments = ["--tasks", "local_choices", "--include_path", str(choices), "--output_path", str(tmp_path / "out")]
-    assert main(["lm-eval", "--model_args", f"peft={tmp_path / 'adapter'}", *arguments]) == 0
+    assert main(["lm-eval", "--checkpoint", str(tmp_path / "adapter"), *arguments]) == 0
     (written,) = (tmp_path / "out").rglob("results*.json")
     assert json.loads(written.read_text())["results"]["local_choices"]["acc,none"] == accuracy
     assert "local_choices" in capfd.readouterr().out
@@ -229,8 +230,32 @@ def test_harness_on_a_builtin_base_and_a_wrong_adapter(choices: Path, tmp_path: 
         ["--model_args", f"peft={tmp_path}", *arguments],
         ["--model_args", "pretrained=builtin:tiny", "--tasks", "no_such_task"],
         ["--model_args", "dtype=float32", *arguments],
+        ["--checkpoint", str(tmp_path), *arguments],
     ):
         assert main(["lm-eval", *wrong]) == 2
+
+
+def test_a_checkpoint_becomes_a_model_argument(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from npt.integrations.lm_eval import _with_adapter
+
+    get_peft_model(load_base("builtin:tiny")[0], NPTConfig(rank=1)).save_pretrained(str(tmp_path / "best_model"))
+    folder = tmp_path / "best_model"
+    given = ["--checkpoint", f"{folder}.pt"]
+    for words, expected in (
+        (["--tasks", "a"], ["--tasks", "a", "--model_args", f"peft={folder}"]),
+        (["run", "-a", "dtype=float32", "-t", "a"], ["run", "-a", f"peft={folder}", "dtype=float32", "-t", "a"]),
+        (["--model_args=dtype=float32", "-s"], [f"--model_args=peft={folder},dtype=float32", "-s"]),
+    ):
+        assert _with_adapter([*words, *given]) == _with_adapter([*given, *words]) == expected
+    assert _with_adapter(["-a", "peft=x", "-t", "a"]) == ["-a", "peft=x", "-t", "a"]
+    for wrong, message in (
+        (["--checkpoint"], "names no folder"),
+        (["--checkpoint", "nowhere"], "no adapter folder there"),
+        ([*given, "-a", "peft=x"], "leave one of the two out"),
+    ):
+        with pytest.raises(NPTError, match=message):
+            _with_adapter(wrong)
 
 
 def test_harness_options_are_its_own(capfd: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat.validate(kept)
     assert kinds(kept) == kinds(fresh), "the notebook is kept with its outputs: python -m scripts.notebook"
     assert all(kinds(fresh)), "every code cell shows something"
+    assert not any(cell.metadata for cell in (*kept.cells, *fresh.cells)), "times are left out"
     assert NOTEBOOK.stat().st_size < 100_000
     for notebook in (kept, fresh):
         printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,40 +22,47 @@ TRAIN = ["--quiet", "train"]
 SAMPLES = {"training__prediction_logging_steps": 4}
 
 
-def test_tensorboard_gets_figures_samples_and_plots(
-    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def tracked(local_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a run that TensorBoard and Weights & Biases followed, started in it; wandb still has it open."""
+    pytest.importorskip("tensorboard")
+    wandb: Any = pytest.importorskip("wandb")
+    folder = tmp_path_factory.mktemp("tracked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_DIR", str(tmp_path_factory.mktemp("wandb")))
+        patch.setenv("WANDB_SILENT", "true")
+        try:
+            both = settings(local_model, folder, training__report_to="[tensorboard, wandb]", **SAMPLES)
+            assert main([*TRAIN, *both]) == 0
+            yield folder
+        finally:
+            wandb.finish()
+
+
+def test_tensorboard_gets_figures_samples_and_plots(tracked: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert main([*TRAIN, *settings(local_model, tmp_path, training__report_to="[tensorboard]", **SAMPLES)]) == 0
-    events = event_accumulator.EventAccumulator(str(tmp_path / "outputs" / "tensorboard"))
+    events = event_accumulator.EventAccumulator(str(tracked / "outputs" / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    assert {path.name for path in tmp_path.iterdir()} == {"outputs", "checkpoints"}, "nothing where the command ran"
+    assert {path.name for path in tracked.iterdir()} == {"outputs", "checkpoints"}, "nothing where the command ran"
     assert {"train/loss", "eval/perplexity_ratio"} <= set(tags["scalars"]), "the curves of training lie with them"
     assert "evaluation/divergence/mean_kl" in tags["scalars"] and "plots/kl_histogram" in tags["images"]
     assert any("generation_samples" in tag for tag in tags["tensors"])
-    report = json.loads((tmp_path / "outputs" / "evaluation_report.json").read_text())
+    report = json.loads((tracked / "outputs" / "evaluation_report.json").read_text())
     (figure,) = events.Scalars("evaluation/divergence/mean_kl")
     assert abs(figure.value - report["evaluations"]["divergence"]["mean_kl"]) < 1e-6
 
 
-def test_wandb_offline_gets_figures_samples_and_plots(
-    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_offline_gets_figures_samples_and_plots(tracked: Path) -> None:
     wandb: Any = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    try:
-        assert main([*TRAIN, *settings(local_model, tmp_path, wandb__enabled="true", **SAMPLES)]) == 0
-        assert wandb.run.summary["evaluation/divergence/mean_kl"] > 0
-        folder = Path(wandb.run.dir)
-        names = {path.name.split("_")[0] for path in (folder / "media").rglob("*") if path.is_file()}
-        assert {path.parent.name for path in (folder / "media").rglob("*.png")} == {"plots"}, names
-        assert list((folder / "media" / "table").glob("generation_samples*"))
-    finally:
-        wandb.finish()
+    assert wandb.run.summary["evaluation/divergence/mean_kl"] > 0
+    folder = Path(wandb.run.dir)
+    names = {path.name.split("_")[0] for path in (folder / "media").rglob("*") if path.is_file()}
+    assert {path.parent.name for path in (folder / "media").rglob("*.png")} == {"plots"}, names
+    assert list((folder / "media" / "table").glob("generation_samples*"))
+    wandb.finish()  # the next tests begin runs of their own
 
 
 def test_a_resumed_run_goes_on_with_its_wandb_run(
@@ -169,7 +177,9 @@ def test_tensorboard_hides_what_was_logged_after_the_checkpoint(
     assert [event.step for event in events.Scalars("train/equivalence_loss")] == [1, 2, 3, 4]
 
 
-def test_without_a_tracker_nothing_is_lost(finished_run: Path, local_model: Path, tmp_path: Path) -> None:
+def test_without_a_tracker_nothing_is_lost(
+    finished_run: Path, local_model: Path, tmp_path: Path, quick_reports: None
+) -> None:
     output = finished_run / "outputs"
     assert {p.name for p in output.iterdir()} >= {
         "report.html",

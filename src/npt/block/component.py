@@ -19,15 +19,15 @@ W_t (...) is added to z, and reaches gate and up through their own weights (`MLP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from npt.block.spec import ComponentSpec
-from npt.block.weight_delta import Factors, WeightDelta
+from npt.block.terms import MLP_INPUT, InputValues, Term, has_key, own_key, sums
+from npt.block.weight_delta import WeightDelta
 from npt.common.precision import cast, wide_dtype
 
 if TYPE_CHECKING:  # and in tests, which check the shapes
@@ -36,36 +36,7 @@ if TYPE_CHECKING:  # and in tests, which check the shapes
 #: Keeps the division by the norm's weight finite where a weight is (close to) zero.
 NORM_WEIGHT_EPSILON = 1e-6
 
-
-#: The place of a term that is added to z itself, and so reaches gate and up through their own weights.
-MLP_INPUT = "mlp input"
 T = TypeVar("T")
-
-
-class Term(NamedTuple):
-    """One term of a token's value.
-
-    place: `MLP_INPUT`, "gate", "up" or "down". value: what it adds there, (..., d) at `MLP_INPUT`, else (..., out).
-    factors: of a low-rank part with a key of its own; None where the input key carries the term.
-    """
-
-    place: str
-    value: Tensor
-    factors: Factors | None = None
-
-
-@dataclass
-class InputValues:
-    """The values of gate and up for one batch of tokens.
-
-    shift (..., d): added to z before the projections (carry, gain and a low rank at the input, Eq. 2), or None.
-    values: per projection (..., f), added to its output (a low rank at the projection).
-    modulation m (..., r), shared with the down projection, or None.
-    """
-
-    shift: Tensor | None = None
-    values: dict[str, Tensor] = field(default_factory=dict)
-    modulation: Tensor | None = None
 
 
 class NPComponent(nn.Module):
@@ -84,6 +55,8 @@ class NPComponent(nn.Module):
         g     = k0 (q - 1)               w = sigma q
 
     where sigma estimates 1 / rms(h), the one number about h that z does not show, from z itself; k0 = 1 is that formula.
+    Gain `denominator` reads that number: sigma is one over Norm2's own denominator at this token. With c = the norm's weight,
+    k0 = 1 and e = 1, its start, the component is then exact.
 
     zhat is z without the norm's weight and bias, b that bias (zero for RMSNorm; the norm's denominator scales
     zhat, never the bias). For LayerNorm `a` is centred first, except in e * a: the residual stream takes the mean
@@ -95,9 +68,11 @@ class NPComponent(nn.Module):
     | A                            | (d, r)       | normal, std 1/sqrt(d)         |
     | B_in, B_gate, B_up, B_down   | (r, d or f)  | zero                          |
     | C_in, C_gate, C_up, C_down   | (in, r)      | normal, std 1/sqrt(in)        |
-    | c                            | (d,)         | zero; one where MLP reads h+a |
+    | c                            | (d,)         | zero; one where MLP reads h+a;|
+    |                              |              | the norm's weight where the   |
+    |                              |              | gain is `denominator`         |
     | e                            | (d,)         | one                           |
-    | gain (k0, k1, k2)            | (1,) to (3,) | zero                          |
+    | gain (k0, k1, k2)            | (1,) to (3,) | zero; one for `denominator`   |
     | carry_gain (l1, l2)          | (2,) or (1,) | zero                          |
     | log_scale, scale_direction   | (1,), (d,)   | zero                          |
 
@@ -126,6 +101,8 @@ class NPComponent(nn.Module):
         inverse = None
         if norm_weight is not None:
             inverse = norm_weight / (norm_weight.square() + NORM_WEIGHT_EPSILON)
+            if spec.gain == "denominator":  # exact, and zero where a channel's weight is, which z does not show
+                inverse = torch.where(norm_weight == 0, norm_weight, 1 / norm_weight)
         self.norm_inverse: Tensor | None
         self.norm_bias: Tensor | None
         self.register_buffer("norm_inverse", inverse, persistent=False)
@@ -136,11 +113,15 @@ class NPComponent(nn.Module):
         reads_attention = bool(spec.input_projections) and spec.reads != "h"
         self.has_carry = spec.carry == "diagonal" and reads_attention
         self.has_gain = spec.gain != "none" and spec.carry != "exact" and reads_attention and spec.reads != "h + a"
+        self.reads_denominator = self.has_gain and spec.gain == "denominator"
         if self.has_carry:
-            self.c = nn.Parameter(torch.full((d,), float(spec.reads == "h + a"), **self._new))
+            start = torch.full((d,), float(spec.reads == "h + a" or self.reads_denominator), **self._new)
+            self.c = nn.Parameter(start * norm_weight if self.reads_denominator and norm_weight is not None else start)
         if spec.carry == "diagonal" and "down" in spec.projections:
             self.e = nn.Parameter(torch.ones(d, **self._new))
-        if self.has_gain and spec.gain == "state":
+        if self.reads_denominator:
+            self.gain = nn.Parameter(torch.ones(1, **self._new))
+        elif self.has_gain and spec.gain == "state":
             self.gain = nn.Parameter(torch.zeros(1, **self._new))
             self.log_scale = nn.Parameter(torch.zeros(1, **self._new))
             self.scale_direction = nn.Parameter(torch.zeros(d, **self._new))
@@ -174,6 +155,7 @@ class NPComponent(nn.Module):
         attention: Float[Tensor, "*tokens d"],
         z: Float[Tensor, "*tokens d"],
         exact_input: Float[Tensor, "*tokens d"] | None = None,
+        scale: Float[Tensor, "*tokens 1"] | None = None,
     ) -> InputValues:
         """The values of gate and up.
 
@@ -181,11 +163,12 @@ class NPComponent(nn.Module):
             attention: a.
             z: the MLP's input.
             exact_input: Norm2(h + a), which carry "exact" needs.
+            scale: sigma of gain "denominator", see `norm_scale`.
 
         Raises:
-            ValueError: carry "exact" without `exact_input`.
+            ValueError: carry "exact" without `exact_input`, or gain "denominator" without `scale`.
         """
-        values: InputValues = self(self._input_values, attention, z, exact_input)
+        values: InputValues = self(self._input_values, attention, z, exact_input, scale)
         return values
 
     def down_value(
@@ -208,27 +191,31 @@ class NPComponent(nn.Module):
         """Runs an entry point inside the module's call, so that hooks on the component (sharding) fire around it."""
         return compute(*inputs)
 
-    def _input_values(self, attention: Tensor, z: Tensor, exact_input: Tensor | None) -> InputValues:
+    def _input_values(
+        self, attention: Tensor, z: Tensor, exact_input: Tensor | None, scale: Tensor | None
+    ) -> InputValues:
         if not self.spec.input_projections:
             return InputValues()
         m = self.modulation(attention)
-        sums, mask = _sums(self._input_terms(attention, z, m, exact_input)), _has_key(z, z)
-        values = {place: cast(value * mask, z.dtype) for place, value in sums.items()}
+        found, mask = sums(self._input_terms(attention, z, m, exact_input, scale)), has_key(z, z)
+        values = {place: cast(value * mask, z.dtype) for place, value in found.items()}
         return InputValues(values.pop(MLP_INPUT, None), values, m)
 
     def _down_value(self, attention: Tensor, inner: Tensor, m: Tensor | None) -> Tensor | None:
-        value = _sums(self._down_terms(attention, inner, m)).get("down")
-        return None if value is None else cast(value * _has_key(inner, value), attention.dtype)
+        value = sums(self._down_terms(attention, inner, m)).get("down")
+        return None if value is None else cast(value * has_key(inner, value), attention.dtype)
 
     # -- the terms, of which both the forward and the norms are made ---------------------------------------------------
 
-    def _input_terms(self, attention: Tensor, z: Tensor, m: Tensor | None, exact_input: Tensor | None) -> list[Term]:
+    def _input_terms(
+        self, attention: Tensor, z: Tensor, m: Tensor | None, exact_input: Tensor | None, scale: Tensor | None
+    ) -> list[Term]:
         """The terms added to z, or to the outputs of gate and up."""
         if self.spec.carry == "exact":
             if exact_input is None:
                 raise ValueError("carry 'exact' needs exact_input, Norm2(h + a)")
             return [Term(MLP_INPUT, exact_input - z)]
-        shift = self.keyed_shift(attention, z)
+        shift = self.keyed_shift(attention, z, scale)
         return [*([] if shift is None else [Term(MLP_INPUT, shift)]), *self._low_rank_terms("input", z, m)]
 
     def _down_terms(self, attention: Tensor, inner: Tensor, m: Tensor | None) -> list[Term]:
@@ -253,14 +240,37 @@ class NPComponent(nn.Module):
 
     # -- its pieces ------------------------------------------------------------------------------------------------
 
+    def norm_scale(
+        self, hidden_states: Float[Tensor, "*tokens d"], z: Float[Tensor, "*tokens d"]
+    ) -> Float[Tensor, "*tokens 1"] | None:
+        """sigma, one over Norm2's denominator, where Norm2 read h and wrote z; None where no gain reads it.
+
+        From zhat = sigma h (centred where the norm centres), by least squares over the channels: no norm's epsilon or class
+        need be known. Zero at h = 0.
+        """
+        if not self.reads_denominator:
+            return None
+        dtype = wide_dtype(hidden_states.dtype)
+        h, z = self.centered(cast(hidden_states, dtype)), cast(z, dtype)
+        z = z if self.norm_bias is None else z - self.norm_bias
+        if self.norm_inverse is not None:
+            z = z * self.norm_inverse
+            h = torch.where(self.norm_inverse == 0, 0.0, h)
+        return (z * h).sum(-1, keepdim=True) / (h * h).sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+
     def features(
-        self, attention: Float[Tensor, "*tokens d"], z: Float[Tensor, "*tokens d"]
+        self,
+        attention: Float[Tensor, "*tokens d"],
+        z: Float[Tensor, "*tokens d"],
+        scale: Float[Tensor, "*tokens 1"] | None = None,
     ) -> tuple[Float[Tensor, "*tokens d"], Float[Tensor, "*tokens d"], tuple[Float[Tensor, "*tokens 1"], ...]]:
         """(a, centred where the norm centres; z - b; phi), float32 or better.
 
-        phi holds |a|^2/d and, but for gain `norm`, <zhat, a>/d; it is empty without a gain.
+        phi holds |a|^2/d and, but for gain `norm`, <zhat, a>/d, and for `denominator` sigma, which is `scale`; it is empty
+        without a gain.
         """
-        dtype = wide_dtype((*self._parameters.values(), attention)[0].dtype)
+        own: Any = (*self._parameters.values(), attention)[0]
+        dtype = wide_dtype(own.dtype)
         a, z = self.centered(cast(attention, dtype)), cast(z, dtype)
         z = z if self.norm_bias is None else z - self.norm_bias
         if not self.has_gain:
@@ -271,21 +281,30 @@ class NPComponent(nn.Module):
         if self.spec.gain == "norm":
             return a, z, (size,)
         overlap = a if self.norm_inverse is None else a * self.norm_inverse
-        return a, z, (size, (z * overlap).sum(-1, keepdim=True) * per_channel)
+        phi = size, (z * overlap).sum(-1, keepdim=True) * per_channel
+        if not self.reads_denominator:
+            return a, z, phi
+        if scale is None:
+            raise ValueError("gain 'denominator' needs scale, one over Norm2's denominator")
+        return a, z, (*phi, cast(scale, dtype))
 
     def gains(
         self, z: Float[Tensor, "*tokens d"], phi: tuple[Float[Tensor, "*tokens 1"], ...]
     ) -> tuple[Float[Tensor, "*tokens 1"], Float[Tensor, "*tokens 1"]]:
         """(g, w): the factor on z - b and the one on c * a. z: z - b, as `features` gives it."""
-        if self.spec.gain == "state":
-            size, overlap = phi
-            scale = torch.exp((z * self.scale_direction).sum(-1, keepdim=True) + self.log_scale)
-            norm_ratio = (scale * torch.add(scale * size, overlap, alpha=2) + 1).clamp_min(1e-4).rsqrt()
+        if self.spec.gain in ("state", "denominator"):
+            size, overlap, *read = phi
+            scale = read[0] if read else self._estimated_scale(z)
+            least = 1e-12 if read else 1e-4
+            norm_ratio = (scale * torch.add(scale * size, overlap, alpha=2) + 1).clamp_min(least).rsqrt()
             return self.gain * (norm_ratio - 1), scale * norm_ratio
         features = torch.cat(phi, -1)
         g = self.gain[0] + (features * self.gain[1:]).sum(-1, keepdim=True)
         w = 1 + (features * self.carry_gain).sum(-1, keepdim=True) if self.has_carry else torch.ones_like(g)
         return g, w
+
+    def _estimated_scale(self, z: Tensor) -> Tensor:
+        return torch.exp((z * self.scale_direction).sum(-1, keepdim=True) + self.log_scale)
 
     def centered(self, attention: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
         """a, its mean taken out where Norm2 would take it out."""
@@ -300,12 +319,15 @@ class NPComponent(nn.Module):
         return modulation if self.spec.modulation_scale == 1 else self.spec.modulation_scale * modulation
 
     def keyed_shift(
-        self, attention: Float[Tensor, "*tokens d"], z: Float[Tensor, "*tokens d"]
+        self,
+        attention: Float[Tensor, "*tokens d"],
+        z: Float[Tensor, "*tokens d"],
+        scale: Float[Tensor, "*tokens 1"] | None = None,
     ) -> Float[Tensor, "*tokens d"] | None:
         """w (c * a) + g (z - b): the part of the shift that carry and gain make; None when both are off."""
         if not self.has_carry and not self.has_gain:
             return None
-        a, z, phi = self.features(attention, z)
+        a, z, phi = self.features(attention, z, scale)
         if not self.has_gain:
             return self.c * a
         g, w = self.gains(z, phi)
@@ -327,25 +349,35 @@ class NPComponent(nn.Module):
         z: Float[Tensor, "*tokens d"],
         products: Mapping[str, Callable[[Tensor], Tensor]],
         exact_input: Float[Tensor, "*tokens d"] | None = None,
+        scale: Float[Tensor, "*tokens 1"] | None = None,
     ) -> dict[str, WeightDelta]:
         """dW of gate and up in factors, as far as they receive one; arguments as `input_values`.
 
         products: {"gate" | "up": x (..., d) -> W_t x (..., f), without bias}.
         """
-        return {t: self._input_delta(t, attention, z, products[t], exact_input) for t in self.spec.input_projections}
+        return {
+            t: self._input_delta(t, attention, z, products[t], exact_input, scale) for t in self.spec.input_projections
+        }
 
     def _input_delta(
-        self, t: str, attention: Tensor, z: Tensor, product: Callable[[Tensor], Tensor], exact_input: Tensor | None
+        self,
+        t: str,
+        attention: Tensor,
+        z: Tensor,
+        product: Callable[[Tensor], Tensor],
+        exact_input: Tensor | None,
+        scale: Tensor | None,
     ) -> WeightDelta:
         # Terms are made anew per projection: sharing them would change the order of gradient sums, and the last digits.
-        terms, mask = self._input_terms(attention, z, self.modulation(attention), exact_input), _has_key(z, z)
-        keyed = {place: cast(value * mask, z.dtype) for place, value in _sums(terms, own_key=False).items()}
+        terms = self._input_terms(attention, z, self.modulation(attention), exact_input, scale)
+        mask = has_key(z, z)
+        keyed = {place: cast(value * mask, z.dtype) for place, value in sums(terms, own_key=False).items()}
         value = product(keyed[MLP_INPUT]) if MLP_INPUT in keyed else None
         if t in keyed:
             value = keyed[t] if value is None else value + keyed[t]
         if value is None:
             value = z.new_zeros(*z.shape[:-1], self.spec.intermediate_size)
-        factors, shared = _own_key(terms, t), _own_key(terms, MLP_INPUT)
+        factors, shared = own_key(terms, t), own_key(terms, MLP_INPUT)
         if shared is not None:  # it reaches the projection through W_t
             m, c, b = shared
             factors = m, c, product(b)
@@ -358,29 +390,6 @@ class NPComponent(nn.Module):
         if "down" not in self.spec.projections:
             return {}
         terms = self._down_terms(attention, inner, None)
-        value = _sums(terms, own_key=False).get("down")
-        value = torch.zeros_like(attention) if value is None else value * _has_key(inner, inner)
-        return {"down": WeightDelta(value, inner, _own_key(terms, "down"))}
-
-
-def _sums(terms: Sequence[Term], own_key: bool = True) -> dict[str, Tensor]:
-    """{place: the sum of its terms}; without `own_key` those of the input key alone."""
-    found: dict[str, Tensor] = {}
-    for place, value, factors in terms:
-        if own_key or factors is None:
-            found[place] = found[place] + value if place in found else value
-    return found
-
-
-def _own_key(terms: Sequence[Term], place: str) -> Factors | None:
-    """(m, C, B) of the term at a place that has a key of its own."""
-    # No next(..., None) in what torch.compile follows: torch 2.8 knows next without a default alone.
-    found = [term.factors for term in terms if term.place == place and term.factors is not None]
-    return found[0] if found else None
-
-
-def _has_key(x: Tensor, like: Tensor) -> Tensor:
-    """(..., 1) one where |x|^2 > 0 (so that the input key exists), else zero, in `like`'s dtype."""
-    x = x.detach() if x.requires_grad else x
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x.dtype))
-    return cast(norm.sign(), like.dtype)
+        value = sums(terms, own_key=False).get("down")
+        value = torch.zeros_like(attention) if value is None else value * has_key(inner, inner)
+        return {"down": WeightDelta(value, inner, own_key(terms, "down"))}

@@ -9,7 +9,8 @@
 |----------------|----------------------|--------------------------|-----------------------------------------------|
 | `begin`        | block, before        | mode, active adapter     | pass: component, multiplier, mode             |
 | `tap`          | tap, after           | its output, a            | pass: attention; the residual stream gets 0   |
-| `keep_residual`| norm, before         | h                        | pass: residual (carry `exact` alone reads it) |
+| `keep_residual`| norm, before         | h                        | pass: residual, for carry `exact` and gain    |
+|                |                      |                          | `denominator`                                 |
 | `shift_mlp`    | mlp (or up), before  | z, pass: attention       | pass: values; z + shift                       |
 | `shift_gate`,  | gate, up, before     | pass: values             | z + shift, where only one of the two has a    |
 | `shift_up`     |                      |                          | delta                                         |
@@ -41,10 +42,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from npt.block.component import InputValues, NPComponent
+from npt.block.component import NPComponent
 from npt.block.passes import BlockRecord, Mode, Pass, ThreadState
 from npt.block.probing import BlockParts
 from npt.block.spec import INPUT_PROJECTIONS
+from npt.block.terms import InputValues
 from npt.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -128,9 +130,9 @@ class BlockHooks:
         return None if now.component is None else torch.zeros_like(output)
 
     def keep_residual(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Keeps h, which the norm reads, for the exact value."""
+        """Keeps h, which the norm reads, for the exact value or for the norm's denominator."""
         now = self.thread.now
-        if now.component is not None and now.component.spec.carry == "exact":
+        if now.component is not None and _reads_residual(now.component):
             now.residual = args[0]
 
     def shift_mlp(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -218,22 +220,26 @@ class BlockHooks:
 
     def _input_values(self, component: NPComponent, attention: Tensor, z: Tensor) -> InputValues:
         exact_input = self._exact_input(z, attention) if component.spec.carry == "exact" else None
+        scale = component.norm_scale(self._residual(z, attention), z) if component.reads_denominator else None
         on_deltas = self.thread.now.on_deltas
         if on_deltas is not None:
             products = {name: self.parts.product(name) for name in component.spec.input_projections}
-            on_deltas(self.layer, component.input_deltas(attention, z, products, exact_input))
-        return component.input_values(attention, z, exact_input)
+            on_deltas(self.layer, component.input_deltas(attention, z, products, exact_input, scale))
+        return component.input_values(attention, z, exact_input, scale)
 
     def _exact_input(self, z: Tensor, attention: Tensor) -> Tensor:
         """The original block's MLP input, from h: what the norm read, or z itself where there is no norm."""
-        if self.family.parallel:
-            return z
+        return z if self.family.parallel else self.parts.mlp_inputs(self._residual(z, attention), attention)[1]
+
+    def _residual(self, z: Tensor, attention: Tensor) -> Tensor:
+        """h, as the norm read it; z itself where there is no norm."""
         residual = z if self.family.norm is None else self.thread.now.residual
         if residual is None:
             raise ConversionError(
-                f"block {self.layer.index}: the MLP ran before its norm, so carry 'exact' has no h to read"
+                f"block {self.layer.index}: the MLP ran before its norm, so there is no h for carry 'exact' or gain "
+                "'denominator' to read"
             )
-        return self.parts.mlp_inputs(shaped(residual, attention), attention)[1]
+        return shaped(residual, attention)
 
     def _shift_projection(self, name: str, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         now = self.thread.now
@@ -312,8 +318,8 @@ class BlockHooks:
             self.hook_norm()
 
     def hook_norm(self) -> None:
-        """Only the exact value reads h, which the norm sees: that hook is there while it is wanted."""
-        wanted = self._in_exact > 0 or any(c.spec.carry == "exact" for c in self.layer.components())
+        """Few components read h, which the norm sees: that hook is there while it is wanted."""
+        wanted = self._in_exact > 0 or any(map(_reads_residual, self.layer.components()))
         wanted = wanted and self.family.norm is not None and not self.family.parallel
         if wanted and self._norm_handle is None:
             self._norm_handle = self.parts.module("norm").register_forward_pre_hook(self.keep_residual)
@@ -333,6 +339,10 @@ class BlockHooks:
         for handle in [*self.handles, *([] if self._norm_handle is None else [self._norm_handle])]:
             handle.remove()
         self.handles, self._norm_handle = [], None
+
+
+def _reads_residual(component: NPComponent) -> bool:
+    return component.spec.carry == "exact" or component.reads_denominator
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from npt.block.component import InputValues, NPComponent, WeightDelta
+from npt.block.component import NPComponent, WeightDelta
+from npt.block.terms import InputValues
 
 if TYPE_CHECKING:
     from npt.block.layer import NPTLayer

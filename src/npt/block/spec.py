@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from npt.common.options import DEFAULTS
+from npt.common.options import DEFAULTS, is_calibrated
 
 INPUT_PROJECTIONS = ("gate", "up")
 
@@ -39,6 +39,11 @@ class ComponentSpec:
     def input_projections(self) -> tuple[str, ...]:
         """The targeted projections that read z."""
         return tuple(name for name in INPUT_PROJECTIONS if name in self.projections)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """False where the component is exact from the start."""
+        return is_calibrated(self.carry, self.gain)
 
     @cached_property
     def has_low_rank(self) -> bool:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from npt.builtin.fetched import FETCHED, fetch, find_fetched
-from npt.common.gguf import find_gguf, gguf_in, is_gguf
-from npt.common.kept import SOURCE, record_of
 from npt.common.places import expanded
 from npt.errors import DataError, NPTError
 
@@ -55,6 +53,8 @@ def source_at_hand(name: str) -> str:
     """The name for libraries that know `from_pretrained` alone: the folder of a builtin model or of a GGUF file, where one is
     there without fetching or converting anything; else the name itself.
     """
+    from npt.common.gguf import find_gguf, is_gguf
+
     found: Path | None = None
     if name in FETCHED:
         found = find_fetched(name)
@@ -67,6 +67,9 @@ def source_at_hand(name: str) -> str:
 
 def name_of(source: str | None) -> str | None:
     """The inverse of `source_of`, for reports: a builtin model's name, a GGUF file's path, else the source itself."""
+    from npt.common.gguf import is_gguf
+    from npt.common.kept import SOURCE, record_of
+
     if source is None:
         return None
     kept = str((record_of(source) or {SOURCE: ""})[SOURCE])
@@ -79,6 +82,8 @@ def recorded_name(source: str | None) -> str | None:
     """A base's name as an adapter's files hold it: the name of a builtin model, the absolute path of a local folder or GGUF
     file, which means the same from any working directory, or the hub id.
     """
+    from npt.common.gguf import gguf_in
+
     name = name_of(source)
     if not name or name.startswith(PREFIX) or not Path(name).exists():
         return name

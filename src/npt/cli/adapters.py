@@ -77,7 +77,7 @@ def merge_adapters(
 @app.command(
     "lm-eval",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    options_metavar="--model_args peft=FOLDER --tasks NAMES [options of the harness]",
+    options_metavar="--checkpoint FOLDER --tasks NAMES [options of the harness]",
 )
 def lm_eval(context: typer.Context) -> None:
     """Runs lm-evaluation-harness on an NPT model.

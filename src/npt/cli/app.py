@@ -45,15 +45,16 @@ class _VisibleFormatter(logging.Formatter):
 
 
 class _Log(logging.Handler):
-    """A log on stderr: by rich on a terminal; in a file, a line each, whole and dated. rich comes with the first line."""
+    """The log on stderr: in columns on a terminal, which takes rich; in a file, a line each, whole and with its date."""
 
     @cached_property
     def _handler(self) -> logging.Handler:
         from rich.console import Console
-        from rich.logging import RichHandler
 
         errors = Console(stderr=True)
         if errors.is_terminal:
+            from rich.logging import RichHandler
+
             handler: logging.Handler = RichHandler(console=errors, show_path=False, markup=False)
             handler.setFormatter(_VisibleFormatter("%(message)s"))
         else:

@@ -1,11 +1,58 @@
-"""Commands about the installation."""
+"""Commands of the first minutes: a configuration to start from, a check of the installation."""
 
 from __future__ import annotations
 
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from npt.cli.app import app, load, say
-from npt.cli.options import Config, Set
+from npt.cli.options import Config, Set, place_of
 from npt.common.distribution import DISTRIBUTION
 from npt.errors import NPTError
+
+
+class Preset(str, Enum):
+    """The configurations of `npt.config.presets`."""
+
+    FULL = "full"
+    SMALL = "small"
+    OPTIMIZED = "optimized"
+    QUICK = "quick"
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="Where it goes; - prints it.", callback=place_of)] = Path("config.yaml"),
+    preset: Annotated[
+        Preset,
+        typer.Option(
+            "--preset",
+            help="full: every key; small: GPT-2; optimized: 7 billion parameters in little memory; quick: a first look.",
+        ),
+    ] = Preset.FULL,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="The base: model.base_model_name.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Writes a commented configuration to start from."""
+    from npt.config.presets import preset_text
+
+    text = preset_text(preset.value, model)
+    if str(file) == "-":
+        print(text, end="")
+        return
+    from npt.common.files import write_text
+    from npt.common.writable import check_file
+
+    check_file("npt init", file, ".yaml", ".yml")
+    if file.exists() and not force:
+        raise NPTError(f"{file}: is there already; name another file, or give --force to write over it")
+    write_text(file, text)
+    say(f"{file}: edit it, then: npt train --config {file}")
 
 
 @app.command()

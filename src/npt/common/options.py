@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 Key = Literal["input", "tied", "learned"]
 Carry = Literal["none", "diagonal", "exact"]
-Gain = Literal["none", "norm", "overlap", "state"]
+Gain = Literal["none", "norm", "overlap", "state", "denominator"]
 LowRankSite = Literal["input", "projection"]
 Projection = Literal["gate", "up", "down"]
 #: The tokens of a chat whose prediction counts, `data.score`; no option of a block.
@@ -44,6 +44,11 @@ DEFAULTS = Options()
 OPTIONS = tuple(field.name for field in fields(Options))
 #: {option: its allowed values}, of the options that name one of a few.
 ALLOWED = {"key": KEYS, "carry": CARRIES, "gain": GAINS, "low_rank_at": LOW_RANK_SITES}
+
+
+def is_calibrated(carry: str, gain: str) -> bool:
+    """False for components that are exact from the start: there is nothing for a calibration to fit."""
+    return carry != "exact" and (carry, gain) != ("diagonal", "denominator")
 
 
 def tied_targets_down(key: str, projections: Collection[str], rank: int, carry: str) -> bool:

@@ -138,6 +138,23 @@ def _read_jsonl(path: Path, file: BinaryIO, text_column: str) -> Iterator[Docume
             yield document_of(_json_row(line, place), text_column, place)
 
 
+def _read_json(path: Path, file: BinaryIO, text_column: str) -> Iterator[Document]:
+    """A file that is one list of objects, as chats are often kept; else an object a line."""
+    buffered: Any = file
+    if not buffered.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from _read_jsonl(path, file, text_column)
+        return
+    try:
+        rows = json.loads(_decode(file.read(), str(path)))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error}); write one list of objects, or one object per line") from error
+    for number, row in enumerate(rows, start=1):
+        place = f"{path}, entry {number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: {type(row).__name__}, not an object; write a list of objects")
+        yield document_of(row, text_column, place)
+
+
 def _json_row(line: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
@@ -208,7 +225,7 @@ def _read_parquet(path: Path, file: BinaryIO, text_column: str) -> Iterator[Docu
 READERS: dict[str, Reader] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
-    ".json": _read_jsonl,
+    ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,

@@ -99,7 +99,7 @@ def calibrate(
         NPTError: no text, text without a tokenizer or beyond the model's limits, or so degenerate that the fit is not finite.
         RunError: the model's own hidden states are not finite.
     """
-    layers = [layer for layer in chosen_layers(model, blocks) if layer.own.spec.carry != "exact"]
+    layers = [layer for layer in chosen_layers(model, blocks) if layer.own.spec.is_calibrated]
     batches = as_batches(batches, tokenizer, min(256, context_length_of(model) or 256), "calibrate(batches=...)")
     with _whole_components(layers):
         fits = {layer.index: _BlockFit(layer, chunk_tokens or first_tokens(layer.shape("up")[0])) for layer in layers}
@@ -273,7 +273,7 @@ class _BlockFit:
         for _, h, a in _slices(chunk):
             z, delta = _delta(self.layer, h, a)
             weights = outlier_weights(token_sizes(delta, a), cutoff)
-            shift = component.keyed_shift(a, z) if "in" in parts else None
+            shift = component.keyed_shift(a, z, component.norm_scale(h, z)) if "in" in parts else None
             rest = {"in": delta if shift is None else delta - shift, "down": a.to(z.dtype)}
             features = component.centered(a.to(z.dtype))
             weighted = weights.to(z.dtype) * features
@@ -330,7 +330,7 @@ def fit_gain_and_carry(layer: NPTLayer, component: NPComponent, chunk: list[Part
     for _, h, a in _slices(chunk):
         z, delta = _delta(layer, h, a)
         weights = outlier_weights(token_sizes(delta, a), cutoff).to(z.dtype)
-        of_z, of_a = _basis(component, *component.features(a, z))
+        of_z, of_a = _basis(component, *component.features(a, z, component.norm_scale(h, z)))
         gram = gram + channel_products([*of_z, *of_a, delta], weights)
     if not of_z and not of_a:
         return
@@ -347,7 +347,7 @@ def _basis(component: NPComponent, a: Tensor, z: Tensor, phi: tuple[Tensor, ...]
     """Returns (Z, A), the columns that the gain's and the carry's coefficients multiply, each (tokens, d)."""
     if not component.has_gain:
         return [], [a] if component.has_carry else []
-    if component.spec.gain == "state":
+    if component.spec.gain in ("state", "denominator"):
         component.gain.fill_(1)
         g, w = component.gains(z, phi)
         return [g * z], [w * a] if component.has_carry else []

@@ -13,6 +13,7 @@ from npt.block.modes import watching
 from npt.builtin import name_of
 from npt.common.distribution import versions
 from npt.common.limits import check_ids, check_length
+from npt.common.options import is_calibrated
 from npt.common.precision import DTYPE_REASON, matmul_precision
 from npt.data import pack
 from npt.data.batches import batches_of
@@ -126,7 +127,10 @@ def _report(
         "evaluations": evaluations,
         "expected_outcomes": expected_outcomes(evaluations),
         "grade": grade(evaluations["divergence"]["mean_kl"], first["unknown_tokens"]),
-        "notes": [*_notes(config.carry, evaluations), *seen_notes(config.text_record, blocks)],
+        "notes": [
+            *_notes(is_calibrated(config.carry, config.gain), evaluations),
+            *seen_notes(config.text_record, blocks),
+        ],
     }
 
 
@@ -244,12 +248,12 @@ def _model_config(model: ConvertedModel, config: NPTConfig, layers: Sequence[NPT
     }
 
 
-def _notes(carry: str, evaluations: dict[str, Any]) -> list[str]:
-    """Warnings about figures that a reader might misread."""
+def _notes(calibrated: bool, evaluations: dict[str, Any]) -> list[str]:
+    """Warnings about figures that a reader might misread. calibrated: False for an adapter that is exact from the start."""
     found = []
     if evaluations["weight_delta_stats"]["mean_frobenius"] == 0:
         found.append("the adapter's weight delta is zero everywhere: the converted blocks just drop their attention")
-    if carry != "exact" and evaluations["divergence"]["max_kl"] == 0:
+    if calibrated and evaluations["divergence"]["max_kl"] == 0:
         found.append("both models give the very same distributions: the adapter changes nothing (is it active?)")
     for name, figures in evaluations["corpora"].items():
         if figures["unknown_tokens"] > UNKNOWN_SHARE:

@@ -6,7 +6,9 @@ models, takes the base from the adapter, and checks an adapter as `npt evaluate`
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +19,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import setup_logging
 
-from npt.adapters.folder import load_adapter
+from npt.adapters.folder import find_adapter, load_adapter
 from npt.adapters.settings import load_settings
 from npt.common.display import one_line
 from npt.common.files import DISK_ERRORS
@@ -81,13 +83,40 @@ class NPTLM(HFLM):  # type: ignore[misc]
         return tokens
 
 
+def _with_adapter(arguments: Sequence[str]) -> list[str]:
+    """The harness's arguments, with npt's own `--checkpoint FOLDER` as the peft=FOLDER of --model_args.
+
+    Raises:
+        CheckpointError: no NPT adapter there. NPTError: it names no folder, or --model_args names an adapter as well.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--checkpoint", nargs="?", const="")
+    known, words = parser.parse_known_args(list(arguments))
+    if known.checkpoint is None:
+        return words
+    if not known.checkpoint:
+        raise NPTError("lm-eval --checkpoint: names no folder; write --checkpoint checkpoints/best_model")
+    folder = find_adapter(known.checkpoint)
+    if any(re.search(r"(^|[=,])peft=", word) for word in words):
+        raise NPTError(f"lm-eval --checkpoint {folder}: --model_args names peft= as well; leave one of the two out")
+    if "," in str(folder):
+        raise NPTError(f"lm-eval --checkpoint {folder}: the harness splits names at a comma; rename the folder")
+    for at, word in enumerate(words):
+        if word in ("-a", "--model_args"):
+            return [*words[: at + 1], f"peft={folder}", *words[at + 1 :]]
+        if word.startswith("--model_args="):
+            return [*words[:at], f"--model_args=peft={folder},{word.partition('=')[2]}", *words[at + 1 :]]
+    return [*words, "--model_args", f"peft={folder}"]
+
+
 def run_harness(arguments: Sequence[str]) -> None:
-    """The harness's own command with `arguments`; its model type is `npt` where none is named.
+    """The harness's own command with `arguments`; its model type is `npt` where none is named, and `--checkpoint FOLDER` is
+    the adapter.
 
     Raises:
         NPTError: what the harness refuses, an unknown task for one.
     """
-    words = list(arguments)
+    words = _with_adapter(arguments)
     named = any(word == "-M" or word.split("=")[0] == "--model" for word in words)
     if words and words[0] not in ("ls", "validate") and not named and not {"-h", "--help"} & set(words):
         words += ["--model", "npt"]

@@ -106,7 +106,7 @@ def values_peak(spec: ComponentSpec, tokens: int, *, seed: int = 0, device: str 
     """
     component, a, z, i = example(spec, tokens, seed=seed, device=device)
     with AllocationCounter() as counter:
-        values = component.input_values(a, z, exact_input=a)
+        values = component.input_values(a, z, exact_input=a, scale=a[..., :1])
         shifted = z if values.shift is None else z + values.shift
         added = [i + value for value in values.values.values()]  # i has the shape of gate's and up's output
         down = component.down_value(a, i, values.modulation)

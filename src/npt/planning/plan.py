@@ -18,6 +18,7 @@ from torch import Tensor
 from npt.block.families import blocks_of
 from npt.block.modes import Mode
 from npt.common.limits import check_length
+from npt.common.options import is_calibrated
 from npt.config import DataSection, OptimizationSection, RunConfig, TrainingSection
 from npt.data.sampling import default_batch, draw, preallocated_cache
 from npt.equivalence.calibration import SLICE_TOKENS, calibrate, first_tokens
@@ -199,12 +200,13 @@ def _phases(
     model: Any, training: TrainingSection, data: DataSection, processes: int, work: WorkCounter
 ) -> Iterator[Phase]:
     """The phases of a run, in their order. work: counts the training step."""
-    size, length, exact = training.batch_size, data.max_length, adapter_config(model).carry == "exact"
+    size, length, adapter = training.batch_size, data.max_length, adapter_config(model)
+    exact = adapter.carry == "exact"
     yield Phase("loading", 0, optimizer=False)
     if data.dataset_name == "self":
         rows = min(default_batch(model.get_base_model(), length), data.num_train_samples or 1)
         yield Phase("sampling text", allocation_peak(model, lambda: _first_token(model, rows, length)), optimizer=False)
-    if training.calibrate and not exact:
+    if training.calibrate and is_calibrated(adapter.carry, adapter.gain):
         yield Phase("calibration", _calibration_peak(model, size, data, processes), optimizer=False)
     if training.num_train_steps != 0 and not exact:
         if training.gradient_checkpointing:

@@ -17,7 +17,7 @@ from npt.common.files import write_text
 from npt.common.places import place
 from npt.errors import NPTError
 from npt.evaluation.verdict import QUANTISATION_SCALE, SCALE_SOURCE
-from npt.report.plots import draw_run
+from npt.report.plots import draw_all
 from npt.report.run_files import METRICS, PAGE, REPORT_JSON, Report, Rows, read_json_lines, read_report, section
 from npt.report.style import Picture, Single
 from npt.report.terminal import NOT_MEASURED, headline
@@ -83,7 +83,7 @@ def render_page(report: Report, rows: Rows, missing: list[str]) -> str:
     pictures: list[Picture] = []
     singles: list[Single] = []
     try:
-        pictures, singles = draw_run(rows, report, png=False)
+        pictures, singles = draw_all(rows, report, png=False)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         missing = [*missing, f"plots: a figure in the run's files is malformed ({type(error).__name__}: {error})"]
     images = [

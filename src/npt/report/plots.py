@@ -34,7 +34,12 @@ PLOTS: dict[str, Draw] = {
 }
 
 
-def draw_run(rows: Rows, report: Report, *, png: bool = True) -> tuple[list[Picture], list[Single]]:
+def draw_run(rows: Rows, report: Report) -> list[Picture]:
+    """All plots that there are data for, in the order of `PLOTS`."""
+    return draw_all(rows, report)[0]
+
+
+def draw_all(rows: Rows, report: Report, *, png: bool = True) -> tuple[list[Picture], list[Single]]:
     """(the plots that there are data for, the figures of those that would have a single point), in the order of `PLOTS`."""
     drawn = [draw_picture(name, draw, rows, report, png) for name, draw in PLOTS.items()]
     return [one for one in drawn if isinstance(one, Picture)], [one for one in drawn if isinstance(one, Single)]
@@ -62,7 +67,7 @@ def plot_run(output_dir: Path, destination: Path | None = None) -> list[Path]:
     folder = output_dir / PLOTS_FOLDER if destination is None else place(destination)
     written = []
     with malformed(output_dir):
-        pictures, singles = draw_run(rows, report)
+        pictures, singles = draw_all(rows, report)
     for picture in pictures:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{picture.name}.png").write_bytes(picture.png)

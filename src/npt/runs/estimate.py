@@ -11,6 +11,7 @@ from typing import Any
 
 from npt.common.display import duration
 from npt.common.files import write_json
+from npt.common.options import is_calibrated
 from npt.common.precision import DTYPE_REASON
 from npt.common.processes import world
 from npt.common.stopwatch import Stopwatch
@@ -79,17 +80,15 @@ def sizes_of(
         scored = held_out + sum(map(len, corpus.further.values()))
     per_step = t.batch_size * t.gradient_accumulation_steps * world()[1]
     steps = run_steps(trained, per_step, t.num_epochs, t.num_train_steps)
-    exact = config.model.carry == "exact"
+    calibrates = t.calibrate and last_step is None and is_calibrated(config.model.carry, config.model.gain)
     return Sizes(
         sampled=tuple(sampled),
         trained=trained,
         chosen_by=chosen_by,
-        calibration=0
-        if exact or not t.calibrate or last_step is not None
-        else min(d.num_calibration_samples, calibration),
+        calibration=min(d.num_calibration_samples, calibration) if calibrates else 0,
         scored=scored,
         detailed=min(d.num_detail_samples, held_out),
-        steps=0 if exact else max(0, steps - (last_step or 0)),
+        steps=0 if config.model.carry == "exact" else max(0, steps - (last_step or 0)),
     )
 
 

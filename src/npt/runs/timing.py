@@ -15,6 +15,7 @@ from torch import Tensor
 
 from npt.common.display import quiet
 from npt.common.limits import vocabulary_of
+from npt.common.options import is_calibrated
 from npt.common.processes import any_process, first_does, world
 from npt.common.sharded import through
 from npt.config import RunConfig
@@ -93,7 +94,8 @@ def _measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool) -> Rat
     blocks = datasets.Dataset.from_dict({name: x.tolist() for name, x in batch.items()})
     tokens = rows * length
     forward = one if rows == 1 else _seconds(lambda: _forward(model, batch), device)
-    fit, fit_once = _fit(model, batch, forward, device) if trains and config.training.calibrate else (0.0, 0.0)
+    calibrates = trains and config.training.calibrate and is_calibrated(config.model.carry, config.model.gain)
+    fit, fit_once = _fit(model, batch, forward, device) if calibrates else (0.0, 0.0)
     objectives = config.training.objectives() if trains and config.training.num_train_steps != 0 else []
     compare = _seconds(lambda: token_divergences(model, blocks, batch_size=rows), device)
     some = blocks.select(range(min(DETAIL_ROWS, rows)))

@@ -17,6 +17,7 @@ from npt.adapters.settings import as_recorded
 from npt.adapters.weights import load_weights, share_record
 from npt.common.display import blocks_text
 from npt.common.files import append_json, only_run, write_json
+from npt.common.options import is_calibrated
 from npt.common.processes import any_process, first_does, is_first
 from npt.common.sharded import full_tensor, through
 from npt.common.stopwatch import Stopwatch
@@ -212,7 +213,7 @@ def fit(
     if trains:
         with spent.timing(TARGETS):
             trainer.read_teacher()
-    if last is None and config.training.calibrate and config.model.carry != "exact":
+    if last is None and config.training.calibrate and is_calibrated(config.model.carry, config.model.gain):
         text = calibration_batches(texts, corpus, config.training.batch_size, device_of(model))
         with spent.timing(CALIBRATION):
             errors = through(model, lambda: calibrate(model, text, progress=is_first()))
@@ -280,7 +281,7 @@ def report_best(
         write_model_card(best, adapter_config(model), report)
         write_page(output)
         if names := trackers(config):
-            pictures, _ = draw_run(read_json_lines(output / "metrics.jsonl"), report)
+            pictures = draw_run(read_json_lines(output / "metrics.jsonl"), report)
             log_evaluation(report, pictures, trainer.state.global_step, output / TENSORBOARD, names)
 
     with spent.timing(PAGE):

@@ -58,7 +58,8 @@ class NPTConfig(PeftConfig):
         key: "input" (least norm), "tied" (the low-rank part reads z through A) or "learned".
         carry: "none", "diagonal" or "exact" (no parameters: the oracle, reads h).
         gain: "none", "norm" (reads the attention output alone), "overlap" (also its agreement with the token's own
-            normalised state) or "state" (the norm's own formula, with 1 / rms(h) estimated from that state).
+            normalised state), "state" (the norm's own formula, with 1 / rms(h) estimated from that state) or
+            "denominator" (the same, reading the norm's denominator too: exact from the start, with carry "diagonal").
         low_rank_at: "input" or "projection".
         target_projections: subset of gate, up, down; a name the family does not have is an error, except gate, which
             plain MLPs lack by nature.
