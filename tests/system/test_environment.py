@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from scripts.versions import missed
 from tests.helpers import REPOSITORY
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
@@ -125,3 +127,15 @@ def test_a_gpu_takes_the_cuda_build(machine: Path) -> None:
     result = prepare(machine)
     assert result.returncode == 0 and "with CUDA" in result.stdout
     assert "index-url" not in (machine / "calls").read_text()
+
+
+def test_a_lower_bound_that_was_not_installed_is_named() -> None:
+    there = version("numpy")
+    assert list(missed([f"numpy>={there}", "numpy", "wings>=1 ; extra == 'nowhere'"])) == []
+    (line,) = missed(["numpy>=0.1,<99"])
+    assert "numpy" in line and "0.1" in line and there in line
+
+
+def test_the_matrix_refuses_a_set_it_does_not_know() -> None:
+    found = subprocess.run([str(REPOSITORY / ".ci" / "matrix"), "newst"], capture_output=True, text=True)
+    assert found.returncode == 1 and "newst" in found.stderr and "newest, oldest" in found.stderr
