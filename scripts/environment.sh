@@ -15,7 +15,7 @@ prepare_environment() {
   require_version python || fail "$(python --version 2>&1) in $VIRTUAL_ENV is too old; npt needs Python 3.10 or later"
   # What is installed is recorded, so that another clone, or new pins after a pull, are noticed.
   stamp="$VIRTUAL_ENV/npt-installed-${file%.txt}"
-  wanted="$(cat "$root/pyproject.toml" "$root/constraints.txt" "$root/$file" | cksum) $root"
+  wanted="$(wanted_of "$root" "$file")"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! python -c "$probe" 2>/dev/null; then
     require_space "$root"
     remove_earlier_name
@@ -26,6 +26,8 @@ prepare_environment() {
     printf '%s' "$wanted" >"$stamp"
   fi
 }
+
+wanted_of() { printf '%s' "$(cat "$1/pyproject.toml" "$1/constraints.txt" "$1/$2" | cksum) $1"; }
 
 make_environment() {
   local candidate python=""
