@@ -97,7 +97,7 @@ def test_saved_configuration_is_read_back(tmp_path: Path) -> None:
         ("model.npt_layers=middle", 'model.npt_layers: "middle": use upper_half, lower_half, all, or a list'),
         ("model.npt_layers=[]", "model.npt_layers: []: use upper_half"),
         ("model.npt_layers=[1, 1]", "model.npt_layers: [1, 1]: names an entry twice"),
-        ("model.gain=loud", "model.gain: \"loud\": use 'none', 'norm', 'overlap' or 'state'"),
+        ("model.gain=loud", "model.gain: \"loud\": use 'none', 'norm', 'overlap', 'state' or 'denominator'"),
         ("model.target_projections=[side]", "model.target_projections: \"side\": use 'gate', 'up' or 'down'"),
         ("model.key=tied", "set model.target_projections=[gate, up] or model.key=input"),
         ("training.learning_rate=.nan", "training.learning_rate: NaN: use a finite number"),

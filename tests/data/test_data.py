@@ -165,7 +165,7 @@ BAD_FILES = [
     ("blank.txt", b" \n\t\n", "only white space"),
     ("blank.jsonl", b'{"text": " "}\n', "only white space"),
     ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-    ("array.json", b'[{"text": "a"}]\n', "line 1: list, not an object"),
+    ("array.jsonl", b'[{"text": "a"}]\n', "line 1: list, not an object"),
     ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2: not UTF-8"),
     ("column.jsonl", b'{"text": "a"}\n\n{"body": "a", "n": 1}\n', "line 3: no column 'text' .there are: body, n."),
     ("type.jsonl", b'{"text": 3}\n', "line 1: column 'text' holds int"),

@@ -114,12 +114,14 @@ def test_compare_of_80_blocks_in_80_columns(
     plot = tmp_path / "c.png"
     assert main(["compare", *map(str, runs), "--output", str(plot)]) == 0
     out = capsys.readouterr().out
-    assert "0 to 79" in out and "15 to 29" in out and max(map(len, out.splitlines())) <= 80
+    tables = out.partition("plot: ")[0]
+    assert "0 to 79" in tables and "15 to 29" in tables and max(map(len, tables.splitlines())) <= 80
     assert "/models/mine" in out and "/other/mine" in out, "two bases of one name are told apart by their folders"
     assert out.count("│ mean KL") == 2 * len(report["evaluations"]["corpora"]), "three runs in two tables"
     assert plot.is_file()
     assert main(["compare", *map(str, runs[:2]), "--output", str(plot)]) == 0
-    assert "some/base-135M │" in (out := capsys.readouterr().out) and "/models/mine" not in out
+    out = capsys.readouterr().out
+    assert "some/base-135M │" in out and "/models/mine" not in out
     plot.unlink()
     for run in runs:
         write(run, report, ROWS[:2])

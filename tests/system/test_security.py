@@ -68,7 +68,7 @@ def test_a_run_on_hostile_text(
     model.symlink_to(local_model)
     arguments = settings(
         model, tmp_path, data__dataset_name="text", data__data_files=json.dumps([str(tmp_path / name)]),
-        data__eval_texts=json.dumps([str(tmp_path / f"other {name}")]),
+        data__eval_texts=json.dumps([str(tmp_path / f"other {name}")]), data__score_seen_text="true",
     )  # fmt: skip
     (tmp_path / f"other {name}").write_text(HOSTILE * 40, encoding="utf-8")
     assert main(["train", *arguments]) == 0

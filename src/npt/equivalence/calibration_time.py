@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from npt.block.layer import BlockRecord, NPTLayer
+from npt.block.probing import execution_device
 from npt.equivalence.calibration import BlockFit, first_tokens
 
 #: Tokens of the two fits that are timed.
@@ -36,8 +37,8 @@ class FitSeconds:
 def fit_seconds(layers: Sequence[NPTLayer]) -> FitSeconds:
     """Times the fit of the last block on random h and a; leaves fitted values in its component."""
     layer, size = layers[-1], layers[-1].shape("up")[0]
-    generator = torch.Generator().manual_seed(0)
-    h, a = (torch.randn(1, MANY, size, generator=generator).to(layer.weight) for _ in range(2))
+    device, generator = execution_device(layer.module("down")), torch.Generator().manual_seed(0)
+    h, a = (torch.randn(1, MANY, size, generator=generator).to(device, layer.weight.dtype) for _ in range(2))
     few, _, _ = _times(layer, h[:, :FEW], a[:, :FEW])
     many, later, end = _times(layer, h, a)
     chunk = max(0.0, many - few) / (MANY - FEW)

@@ -29,7 +29,7 @@ TIMING = "timing.json"
 SAMPLING, TARGETS, CALIBRATION = "sampling text", "teacher targets", "calibration"
 TRAINING, EVALUATION, PAGE = "training", "evaluation", "report page"
 #: Seconds for the page, its plots and the library that draws them. They do not depend on the model and are not timed.
-PAGE_SECONDS = 5.0
+PAGE_SECONDS = 1.5
 #: Above so many seconds the plan says what would shorten the run.
 LONG = 600.0
 
