@@ -38,7 +38,8 @@ def fit_seconds(layers: Sequence[NPTLayer]) -> FitSeconds:
     """Times the fit of the last block on random h and a; leaves fitted values in its component."""
     layer, size = layers[-1], layers[-1].shape("up")[0]
     device, generator = execution_device(layer.module("down")), torch.Generator().manual_seed(0)
-    h, a = (torch.randn(1, MANY, size, generator=generator).to(device, layer.weight.dtype) for _ in range(2))
+    dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.float32  # else a quantised one
+    h, a = (torch.randn(1, MANY, size, generator=generator).to(device, dtype) for _ in range(2))
     few, _, _ = _times(layer, h[:, :FEW], a[:, :FEW])
     many, later, end = _times(layer, h, a)
     chunk = max(0.0, many - few) / (MANY - FEW)
