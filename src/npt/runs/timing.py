@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from npt.common.display import quiet
-from npt.common.limits import vocabulary_of
 from npt.common.options import is_calibrated
 from npt.common.processes import any_process, first_does, world
 from npt.common.sharded import through
@@ -86,10 +85,10 @@ def measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool = True) 
 
 def _measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool) -> Rates:
     device, base, length = device_of(model), model.get_base_model(), config.data.max_length
-    batch = _text(base, 1, length, device)
+    batch = _text(tokenizer, 1, length, device)
     one = _seconds(lambda: _forward(model, batch), device)
     rows = first_does(lambda: max(1, min(config.training.batch_size, round(TIMED_SECONDS / max(one, 1e-9)))))
-    batch = _text(base, rows, length, device)
+    batch = _text(tokenizer, rows, length, device)
     blocks = datasets.Dataset.from_dict({name: x.tolist() for name, x in batch.items()})
     tokens = rows * length
     forward = one if rows == 1 else _seconds(lambda: _forward(model, batch), device)
@@ -131,11 +130,11 @@ def _detail(model: Any, tokenizer: Any, blocks: datasets.Dataset, device: torch.
     return 2 * deltas + errors, len(layers) * max(0.0, one - 2 * deltas - forward)
 
 
-def _text(base: Any, rows: int, length: int, device: torch.device) -> Batch:
-    """Blocks of random tokens."""
-    generator = torch.Generator().manual_seed(0)
-    most = vocabulary_of(base.config) or 1
-    ids = torch.randint(0, most, (rows, length), generator=generator).to(device)
+def _text(tokenizer: Any, rows: int, length: int, device: torch.device) -> Batch:
+    """Blocks of plain text, over and over: any id might be one that stands for a picture."""
+    written = tokenizer(" ".join(DEFAULT_PROMPTS), add_special_tokens=False)["input_ids"] or [0]
+    ids = torch.tensor(written, device=device).repeat(-(-rows * length // len(written)))[: rows * length]
+    ids = ids.view(rows, length)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
