@@ -13,7 +13,7 @@ formulas are in `npt.equivalence.closed_form`; this module passes the text and p
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -50,7 +50,6 @@ from npt.tuner.converted import (
     adapter_config,
     base_of,
     check_batch,
-    chosen_layers,
     context_length_of,
     device_of,
     eval_mode,
@@ -75,7 +74,6 @@ def calibrate(
     batches: Any,
     *,
     tokenizer: Any = None,
-    blocks: Collection[int] | None = None,
     chunk_tokens: int | None = None,
     progress: bool = False,
 ) -> dict[str, dict[str, float]]:
@@ -88,7 +86,6 @@ def calibrate(
         model: a PEFT model with an active NPT adapter; its base is not changed.
         batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}; padding is left out. Or what
             `npt.data.inputs` lists: text, with its `tokenizer`, in blocks of 256 tokens or of the model's context.
-        blocks: those to fit; None for all that are converted.
         chunk_tokens: tokens per block kept in memory for gain and carry; None for 8,192, or 4 d where that is more.
         progress: shows a bar.
 
@@ -99,7 +96,7 @@ def calibrate(
         NPTError: no text, text without a tokenizer or beyond the model's limits, or so degenerate that the fit is not finite.
         RunError: the model's own hidden states are not finite.
     """
-    layers = [layer for layer in chosen_layers(model, blocks) if layer.own.spec.is_calibrated]
+    layers = [layer for layer in active_layers(model) if layer.own.spec.is_calibrated]
     batches = as_batches(batches, tokenizer, min(256, context_length_of(model) or 256), "calibrate(batches=...)")
     with _whole_components(layers):
         fits = {layer.index: BlockFit(layer, chunk_tokens or first_tokens(layer.shape("up")[0])) for layer in layers}

@@ -95,7 +95,7 @@ def _measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool) -> Rat
     calibrates = trains and config.training.calibrate and is_calibrated(config.model.carry, config.model.gain)
     objectives = config.training.objectives() if trains and config.training.num_train_steps != 0 else []
     compare = _seconds(lambda: token_divergences(model, blocks, batch_size=rows), device)
-    detail, detail_once = _detail(model, tokenizer, blocks, device)
+    detail, detail_once = _detail(model, tokenizer, blocks, one, device)
     sample = _seconds(lambda: side_by_side(model, tokenizer, DEFAULT_PROMPTS[:1], TIMED_TOKENS), device)
     draw_rows, draws = 0, (0.0, 0.0)
     if config.data.dataset_name == "self":
@@ -116,14 +116,15 @@ def _measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool) -> Rat
     )
 
 
-def _detail(model: Any, tokenizer: Any, blocks: datasets.Dataset, device: torch.device) -> tuple[float, float]:
+def _detail(
+    model: Any, tokenizer: Any, blocks: datasets.Dataset, forward: float, device: torch.device
+) -> tuple[float, float]:
     """Seconds of the figures by block for one block of text, without those by position, and once for all text.
 
-    What is done once is timed for one converted block and counted for each.
+    What is done once is timed for one converted block and counted for each. forward: seconds of one block's forward pass.
     """
     layers, batch = active_layers(model), next(batches_of(blocks, 1, device))
     with eval_mode(model):
-        forward = _seconds(lambda: _forward(model, batch), device)
         deltas = _seconds(lambda: delta_records(model, [batch]), device)
         errors = _seconds(lambda: (layer_equivalence(model, [batch]), residual_stream(model, [batch])), device)
         one = _seconds(lambda: weight_delta_stats(model, [batch], tokenizer, [layers[-1].index]), device)
