@@ -47,7 +47,7 @@ def _families(test: str, names: str) -> tuple[str, ...]:
 
 _FORMULA, _EXACT = (
     "test_block_equals_explicit_formula_for_every_option",
-    "test_exact_is_the_original_and_disabling_gives_it_back_bit_for_bit",
+    "test_exact_and_denominator_are_the_original_and_disabling_gives_it_back_bit_for_bit",
 )
 _CALIBRATION = (
     "every_block_comes_closer", "better_gains_fit_better", "result_does_not_depend_on_how_text_is_batched",
@@ -74,9 +74,10 @@ TESTS = {
         "tests/tuner/test_composition.py::test_adapters_switched_per_call",
         "tests/tuner/test_composition.py::test_deepcopy_is_independent_of_the_original",
     ),
-    "closed_form": ("tests/equivalence/test_closed_form.py",),
+    "closed_form": ("tests/equivalence/test_closed_form.py", "tests/equivalence/test_calibrate.py"),
     "calibration": (
         "tests/equivalence/test_closed_form.py",
+        "tests/equivalence/test_calibrate.py",
         "tests/tuner/test_nonfinite.py::test_half_precision_overflow_is_caught",
         *(f"tests/equivalence/test_calibration.py::test_{name}" for name in _CALIBRATION),
     ),
