@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,13 @@ def quick_reports() -> Iterator[None]:
     """For tests that run whole commands and look at neither pictures nor generated text."""
     with helpers.quick_reports():
         yield
+
+
+@pytest.fixture
+def own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness's command reads no task but those of --include_path: its own thousands take it half a minute."""
+    manager = pytest.importorskip("lm_eval.tasks").TaskManager
+    monkeypatch.setattr(manager, "__init__", partialmethod(manager.__init__, include_defaults=False))
 
 
 @pytest.fixture(scope="session")

@@ -116,6 +116,41 @@ ARGUMENTS = [
         ("train", *sets(f"paths.output_dir={'a' * 300}")),
         ("paths.output_dir=aaa", "can't be made (File name too long)", "name another folder"),
     ),
+    Entry("tasks: of no text", ("make-tasks", "t"), ("'--text'", "see npt make-tasks --help")),
+    Entry(
+        "tasks: of a missing text",
+        ("make-tasks", "t", "--text", "nowhere.txt"),
+        ("--text", "nowhere.txt", "no such file"),
+    ),
+    Entry(
+        "tasks: of too little text",
+        ("make-tasks", "t", "--text", "a.txt"),
+        ("--text a.txt: has 0 passages", "--items 200 needs 200", "name more text", "--words"),
+        {"a.txt": b"One day it rained. Then it stopped."},
+        script=True,
+    ),
+    Entry(
+        "tasks: a folder with files",
+        ("make-tasks", "t", "--text", "a.txt"),
+        ("t: is there and not empty", "name a new folder"),
+        {"t/x": b"", "a.txt": b"One day it rained. Then it stopped."},
+    ),
+    Entry(
+        "tasks: under a file",
+        ("make-tasks", "f/t", "--text", "a.txt"),
+        ("f/t: can't be made, f is a file", "name another folder"),
+        {"f": b"x", "a.txt": b"One day it rained. Then it stopped."},
+    ),
+    Entry(
+        "tasks: one item",
+        ("make-tasks", "t", "--text", "a.txt", "--items", "1"),
+        ("--items", "see npt make-tasks --help"),
+    ),
+    Entry(
+        "lm-eval: no adapter to leave the base out of",
+        ("lm-eval", "--no-base", "--tasks", "x"),
+        ("lm-eval --no-base: only --checkpoint FOLDER", "leave --no-base out"),
+    ),
     Entry("merge: none", ("merge-adapters", "-o", "m"), ("Missing argument", "see npt merge-adapters --help")),
     Entry(
         "merge: without an output",

@@ -51,7 +51,19 @@ def test_every_command_is_listed_with_a_whole_sentence(option: str, capsys: pyte
     assert main([option]) == 0
     text = capsys.readouterr().out
     assert text.startswith("Usage: npt ") and "..." not in text.replace("[ARGS]...", "")
-    for command in ("train", "evaluate", "generate", "merge-adapters", "lm-eval", "plot", "report", "watch", "check"):
+    own = (
+        "train",
+        "evaluate",
+        "generate",
+        "merge-adapters",
+        "lm-eval",
+        "make-tasks",
+        "plot",
+        "report",
+        "watch",
+        "check",
+    )
+    for command in own:
         assert f"\n  {command} " in text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +158,6 @@ def own_log_likelihoods(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) 
         found += scores
         right += max(range(len(scores)), key=scores.__getitem__) == row["answer"]
     return found, right / len(rows)
-
-
-@pytest.fixture
-def own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness's command reads no task but those of --include_path: its own thousands take it half a minute."""
-    manager = pytest.importorskip("lm_eval.tasks").TaskManager
-    monkeypatch.setattr(manager, "__init__", partialmethod(manager.__init__, include_defaults=False))
 
 
 @pytest.mark.usefixtures("own_tasks")

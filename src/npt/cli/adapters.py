@@ -82,10 +82,35 @@ def merge_adapters(
 def lm_eval(context: typer.Context) -> None:
     """Runs lm-evaluation-harness on an NPT model.
 
-    Its own command and options, with the model type npt.
+    Its own command and options, with the model type npt. --checkpoint scores the base on the same items as well;
+    --no-base leaves that out.
     """
     try:
         from npt.integrations.lm_eval import run_harness
+        from npt.integrations.paired import comparison_tables
     except ImportError as error:
         raise NPTError(f"npt lm-eval needs lm-evaluation-harness ({error}): {install_extra('lm-eval')}") from error
-    run_harness(context.args)
+    for table in comparison_tables(run_harness(context.args)):
+        console().print(table)
+
+
+@app.command("make-tasks")
+def make_tasks(
+    folder: Annotated[Path, typer.Argument(help="A new folder for the tasks.", callback=place_of)],
+    text: Annotated[
+        list[Path],
+        typer.Option("--text", help="A file of text, or a pattern of several; may be repeated.", callback=place_of),
+    ],
+    items: Annotated[int, typer.Option("--items", min=2, help="Questions of each task.")] = 200,
+    words: Annotated[int, typer.Option("--words", min=1, help="Words of context in each question.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", help="Chooses passages and the order of answers.")] = 0,
+) -> None:
+    """Makes tasks for lm-evaluation-harness from text.
+
+    The tasks are cloze and continuation; npt lm-eval --include-path FOLDER --tasks cloze,continuation runs them.
+    """
+    from npt.integrations import local_tasks
+
+    for name, found in local_tasks.make_tasks(folder, text, items=items, words=words, seed=seed).items():
+        say(f"{name}: {items} items, of {found} passages that the text has")
+    say(f"tasks: {folder}")

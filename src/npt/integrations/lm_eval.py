@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
+import lm_eval
 import torch
 from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import register_model
@@ -26,7 +30,10 @@ from npt.common.files import DISK_ERRORS
 from npt.common.limits import check_ids, check_length
 from npt.config import load_config
 from npt.errors import NPTError
+from npt.integrations.paired import Comparison, comparisons
 from npt.runs.base_model import load_base
+
+logger = logging.getLogger(__name__)
 
 
 @register_model("npt")
@@ -84,15 +91,21 @@ class NPTLM(HFLM):  # type: ignore[misc]
 
 
 def _with_adapter(arguments: Sequence[str]) -> list[str]:
-    """The harness's arguments, with npt's own `--checkpoint FOLDER` as the peft=FOLDER of --model_args.
+    """The harness's arguments, with npt's own `--checkpoint FOLDER` as the peft=FOLDER of --model_args, and without
+    `--no-base`. The harness's options may have dashes, as npt's do.
 
     Raises:
-        CheckpointError: no NPT adapter there. NPTError: it names no folder, or --model_args names an adapter as well.
+        CheckpointError: no NPT adapter there. NPTError: it names no folder, --model_args names an adapter as well, or
+            --no-base without --checkpoint.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--checkpoint", nargs="?", const="")
-    known, words = parser.parse_known_args(list(arguments))
+    parser.add_argument("--no-base", action="store_true")
+    known, rest = parser.parse_known_args(list(arguments))
+    words = [_underscored(word) for word in rest]
     if known.checkpoint is None:
+        if known.no_base:
+            raise NPTError("lm-eval --no-base: only --checkpoint FOLDER scores the base as well; leave --no-base out")
         return words
     if not known.checkpoint:
         raise NPTError("lm-eval --checkpoint: names no folder; write --checkpoint checkpoints/best_model")
@@ -109,9 +122,19 @@ def _with_adapter(arguments: Sequence[str]) -> list[str]:
     return [*words, "--model_args", f"peft={folder}"]
 
 
-def run_harness(arguments: Sequence[str]) -> None:
+def _underscored(word: str) -> str:
+    """An option as the harness writes it: --include_path for --include-path."""
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else word
+
+
+def run_harness(arguments: Sequence[str]) -> list[Comparison]:
     """The harness's own command with `arguments`; its model type is `npt` where none is named, and `--checkpoint FOLDER` is
-    the adapter.
+    the adapter. With `--checkpoint` and without `--no-base` the base is scored on the same items.
+
+    Returns:
+        The comparison with the base for each task and metric; none where the base was not scored. It is also the entry
+        `comparison` of the results that the harness writes.
 
     Raises:
         NPTError: what the harness refuses, an unknown task for one.
@@ -120,11 +143,13 @@ def run_harness(arguments: Sequence[str]) -> None:
     named = any(word == "-M" or word.split("=")[0] == "--model" for word in words)
     if words and words[0] not in ("ls", "validate") and not named and not {"-h", "--help"} & set(words):
         words += ["--model", "npt"]
+    with_base = any(word.split("=")[0] == "--checkpoint" for word in arguments) and "--no-base" not in arguments
     before, sys.argv = sys.argv, ["npt lm-eval", *words]  # the harness reads sys.argv only
     try:
         setup_logging()
         command = HarnessCLI()
-        command.execute(command.parse_args())
+        with _scored_beside_the_base(with_base) as found:
+            command.execute(command.parse_args())
     except NPTError:
         raise
     except (ValueError, ImportError, OSError) as error:
@@ -136,3 +161,50 @@ def run_harness(arguments: Sequence[str]) -> None:
         ) from error
     finally:
         sys.argv = before
+    return found
+
+
+@contextmanager
+def _scored_beside_the_base(wanted: bool) -> Iterator[list[Comparison]]:
+    """The harness's command scores the base of an NPT model too; afterwards the list holds the comparison.
+
+    Its command takes `simple_evaluate` from its package when it runs and has no place of its own for a second model.
+    """
+    found: list[Comparison] = []
+    score = lm_eval.simple_evaluate
+    if wanted:
+        lm_eval.simple_evaluate = lambda **options: _score_both(score, options, found)
+    try:
+        yield found
+    finally:
+        lm_eval.simple_evaluate = score
+
+
+def _score_both(score: Callable[..., Any], options: dict[str, Any], found: list[Comparison]) -> Any:
+    """The harness's results of the NPT model, with the comparison in `found`; one model is loaded, and switched."""
+    if options["model"] != "npt" or options.get("predict_only"):
+        logger.info("the base is not scored: that needs the model type npt and metrics")
+        return score(**options)
+    sizes = {key: options[key] for key in ("batch_size", "max_batch_size", "device")}
+    lm = NPTLM.create_from_arg_obj(options["model_args"], sizes)
+    npt = score(**{**options, "model": lm, "log_samples": True})
+    once: dict[str, Any] = {"evaluation_tracker": None, "write_out": False, "check_integrity": False}
+    once |= {"rewrite_requests_cache": False, "delete_requests_cache": False}
+    if options["use_cache"] is not None:  # it keeps the answers of one model
+        once["use_cache"] = f"{options['use_cache']}_base"
+    logger.info("the base on the same items")
+    with lm.model.disable_adapter():
+        base = score(**{**options, **once, "model": lm, "log_samples": True})
+    if npt is None or base is None:  # only the first process has results
+        return npt
+    compared, left_out = comparisons(base, npt)
+    found += compared
+    if left_out:
+        logger.info("not compared, being neither means over items nor perplexities: %s", ", ".join(left_out))
+    npt["config"]["model"] = "npt"
+    npt["comparison"] = [asdict(each) for each in compared]
+    if tracker := options["evaluation_tracker"]:
+        tracker.general_config_tracker.model_source = "npt"
+    if not options["log_samples"]:
+        del npt["samples"]
+    return npt
