@@ -125,9 +125,12 @@ def quick_reports() -> Iterator[None]:
 
 @pytest.fixture
 def own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness's command reads no task but those of --include_path: its own thousands take it half a minute."""
+    """The harness's command reads no task but those of --include_path, as its own thousands take it half a minute, and does
+    not ask pip for what is installed.
+    """
     manager = pytest.importorskip("lm_eval.tasks").TaskManager
     monkeypatch.setattr(manager, "__init__", partialmethod(manager.__init__, include_defaults=False))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture(scope="session")

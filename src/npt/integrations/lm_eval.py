@@ -190,6 +190,7 @@ def _score_both(score: Callable[..., Any], options: dict[str, Any], found: list[
     npt = score(**{**options, "model": lm, "log_samples": True})
     once: dict[str, Any] = {"evaluation_tracker": None, "write_out": False, "check_integrity": False}
     once |= {"rewrite_requests_cache": False, "delete_requests_cache": False}
+    once["bootstrap_iters"] = 0  # of these figures' errors only those of the comparison are shown
     if options["use_cache"] is not None:  # it keeps the answers of one model
         once["use_cache"] = f"{options['use_cache']}_base"
     logger.info("the base on the same items")
