@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import converted, forward, frozen, llama_shape, sharing
 from benchmarks.timing import interleaved, peak, ratios
-from npt.block.component import WeightDelta
+from npt.block.deltas import down_deltas, input_deltas
 from npt.block.layer import NPTLayer
+from npt.block.weight_delta import WeightDelta
 from npt.tuner.converted import active_layers
 
 
@@ -34,9 +35,9 @@ class MaterializedMLP(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z (batch, tokens, d) to (batch, tokens, d)."""
         a, x, mlp = self.attention.flatten(0, 1), z.flatten(0, 1), self.mlp
-        deltas = self.component.input_deltas(a, x, {"gate": mlp.gate_proj, "up": mlp.up_proj})
+        deltas = input_deltas(self.component, a, x, {"gate": mlp.gate_proj, "up": mlp.up_proj})
         inner = mlp.act_fn(_product(mlp.gate_proj, deltas["gate"])) * _product(mlp.up_proj, deltas["up"])
-        return _product(mlp.down_proj, self.component.down_deltas(a, inner)["down"]).view_as(z)
+        return _product(mlp.down_proj, down_deltas(self.component, a, inner)["down"]).view_as(z)
 
 
 def _product(linear: nn.Linear, delta: WeightDelta) -> Tensor:

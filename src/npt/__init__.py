@@ -15,8 +15,9 @@ from npt.common.lazy import after_import, exports_of
 
 if TYPE_CHECKING:
     from npt.adapters.join import merge_adapters
-    from npt.block.component import NPComponent, WeightDelta
+    from npt.block.component import NPComponent
     from npt.block.families import Family, register_family
+    from npt.block.weight_delta import WeightDelta
     from npt.equivalence.calibration import calibrate
     from npt.equivalence.objectives import Objective
     from npt.equivalence.trainer import EquivalenceTrainer
@@ -49,7 +50,7 @@ __getattr__ = exports_of(
         "NPTConfig": "npt.tuner",
         "NPTModel": "npt.tuner",
         "Objective": "npt.equivalence.objectives",
-        "WeightDelta": "npt.block.component",
+        "WeightDelta": "npt.block.weight_delta",
         "calibrate": "npt.equivalence.calibration",
         "evaluate": "npt.evaluation.evaluate",
         "load_base": "npt.runs.base_model",

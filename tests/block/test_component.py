@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from npt import NPTConfig
-from npt.block.component import ComponentSpec, NPComponent, WeightDelta
+from npt.block.component import ComponentSpec, NPComponent
+from npt.block.deltas import down_deltas, input_deltas
 from npt.block.terms import has_key
+from npt.block.weight_delta import WeightDelta
 
 D, F, R = 12, 20, 3
 
@@ -124,7 +126,7 @@ def test_weight_deltas_are_the_matrices_of_the_documentation(key: str, carry: st
     z[1], i[1] = 0, 0
     weights = {"gate": normal(F, D, seed=4), "up": normal(F, D, seed=5)}
     products = {name: (lambda x, w=w: x @ w.T) for name, w in weights.items()}
-    found = {**p.input_deltas(a, z, products, exact), **p.down_deltas(a, i)}
+    found = {**input_deltas(p, a, z, products, exact), **down_deltas(p, a, i)}
     assert list(found) == ["gate", "up", "down"]
     for name, delta in found.items():
         for t in (0, 2, 1):

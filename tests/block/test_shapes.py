@@ -15,6 +15,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+from npt.block.deltas import down_deltas, input_deltas
 from npt.block.spec import ComponentSpec
 from npt.common.options import CARRIES, GAINS, KEYS, LOW_RANK_SITES
 from tests.helpers import checked_copy
@@ -51,8 +52,8 @@ def test_every_option_keeps_the_shapes_of_its_signatures(checked: ModuleType, le
         down = component.down_value(a, inner, values.modulation)
         assert (down is not None) == ("down" in chosen["projections"])
         for delta in {
-            **component.input_deltas(a, z, products, a, component.norm_scale(a, z)),
-            **component.down_deltas(a, inner),
+            **input_deltas(component, a, z, products, a, component.norm_scale(a, z)),
+            **down_deltas(component, a, inner),
         }.values():
             assert delta.apply().shape[:-1] == delta.frobenius_norm().shape == delta.skipped.shape == leading
 

@@ -13,9 +13,10 @@ from npt import NPTConfig
 from npt.block.component import ComponentSpec, NPComponent
 from npt.block.layer import BlockRecord
 from npt.block.modes import Mode, running_as
-from npt.equivalence import calibration, closed_form
-from npt.equivalence.calibration import BlockFit, Part, _fit_low_rank, first_tokens, fit_gain_and_carry
+from npt.equivalence import block_fit, closed_form, parts, scale
+from npt.equivalence.block_fit import BlockFit, _fit_low_rank, first_tokens, fit_gain_and_carry
 from npt.equivalence.closed_form import solve_ridge
+from npt.equivalence.parts import Part
 from npt.tuner.converted import active_layers
 from tests.helpers import random_base
 
@@ -74,7 +75,7 @@ CUTOFF = torch.tensor([3.0, 4.0], dtype=torch.float64)
 @torch.no_grad()
 def test_gain_and_carry(gain: str, carry: str, centered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten rounds: c of each channel given the gains, then the gains given c, each an explicit weighted least squares."""
-    monkeypatch.setattr(calibration, "SLICE_TOKENS", 16)
+    monkeypatch.setattr(parts, "SLICE_TOKENS", 16)
     block: Any = Block(gain=gain, carry=carry, centered=centered)
     p, (h, a) = block.component, tokens()
     fit_gain_and_carry(block, p, parts_of(h, a), CUTOFF)
@@ -134,7 +135,7 @@ RIDGES = (1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e8)
 
 @torch.no_grad()
 def test_the_scale_is_a_ridge_regression_chosen_on_the_last_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "SLICE_TOKENS", 5)
+    monkeypatch.setattr(parts, "SLICE_TOKENS", 5)
     chosen = set()
     for seed, count in enumerate([9, 10, 11, 12, 13, 14, 15, 17, 22, 30, 45, 61, 18, 31, 47, 62, 80]):
         block: Any = Block(gain="state", centered=bool(seed % 2))
@@ -142,7 +143,7 @@ def test_the_scale_is_a_ridge_regression_chosen_on_the_last_quarter(monkeypatch:
         if seed > 9:  # nearly what the regression can say
             h = h / h.square().mean(-1, keepdim=True).sqrt() * torch.exp(block.norm(h) @ normal(D, 1) / 4)
             h = h * torch.exp(10.0 ** (8 - seed) * normal(count, 1, seed=seed))
-        calibration._fit_scale(block, p, parts_of(h, a), CUTOFF)
+        scale.fit_scale(block, p, parts_of(h, a), CUTOFF)
         z, original = block.mlp_inputs(h, a)
         w, x = weights_of(original - z, a, CUTOFF), z - p.norm_bias
         h = h - h.mean(-1, keepdim=True) if seed % 2 else h
@@ -223,7 +224,7 @@ def layer_of(**options: Any) -> Any:
 @torch.no_grad()
 def test_what_is_summed_over_text_and_what_is_measured(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three batches, one padded, of which the first two are the chunk: S, T, weights, tokens and both errors."""
-    monkeypatch.setattr(calibration, "SLICE_TOKENS", 7)
+    monkeypatch.setattr(parts, "SLICE_TOKENS", 7)
     layer = layer_of(**options)
     h, a = normal(3, 4, 10, 24), 0.1 * normal(3, 4, 10, 24, seed=1)
     a[0, :, 0] *= 40  # as attention sinks are
@@ -346,7 +347,7 @@ def original_error(layer: Any, h: Tensor, a: Tensor) -> float:
 @torch.no_grad()
 def test_the_error_is_measured_on_tokens_picked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """So many, from all over the chunk, each with its own attention, and the same ones in every run."""
-    monkeypatch.setattr(calibration, "PROBE_TOKENS", 12)
+    monkeypatch.setattr(block_fit, "PROBE_TOKENS", 12)
     picked = []
     for _ in range(2):
         torch.manual_seed(len(picked))

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from npt.block.scale import HiddenUnits, norm_ratio, scale_of_norm
 from npt.block.spec import ComponentSpec
-from npt.block.terms import MLP_INPUT, InputValues, Term, has_key, own_key, sums
-from npt.block.weight_delta import WeightDelta
+from npt.block.terms import MLP_INPUT, InputValues, Term, has_key, sums
 from npt.common.precision import cast, wide_dtype
 
 if TYPE_CHECKING:  # and in tests, which check the shapes
@@ -51,10 +51,12 @@ class NPComponent(nn.Module):
 
     With gain `norm`, k2 = l2 = 0. Gain `state` writes the norm's own formula instead of its first order,
 
-        sigma = exp(b0 + u . (z - b))    q = (1 + 2 sigma <zhat, a>/d + sigma^2 |a|^2/d)^(-1/2)
+        sigma = exp(b0 + u . (z - b) + gelu((z - b) W + b1) . v)
+        q     = (1 + 2 sigma <zhat, a>/d + sigma^2 |a|^2/d)^(-1/2)
         g     = k0 (q - 1)               w = sigma q
 
     where sigma estimates 1 / rms(h), the one number about h that z does not show, from z itself; k0 = 1 is that formula.
+    W, b1 and v are `gain_units` = n hidden units, left out where n is 0.
     Gain `denominator` reads that number: sigma is one over Norm2's own denominator at this token. With c = the norm's weight,
     k0 = 1 and e = 1, its start, the component is then exact.
 
@@ -74,7 +76,9 @@ class NPComponent(nn.Module):
     | e                            | (d,)         | one                           |
     | gain (k0, k1, k2)            | (1,) to (3,) | zero; one for `denominator`   |
     | carry_gain (l1, l2)          | (2,) or (1,) | zero                          |
-    | log_scale, scale_direction   | (1,), (d,)   | zero                          |
+    | log_scale b0, scale_direction u | (1,), (d,) | zero                         |
+    | scale_hidden W               | (d, n)       | normal, std 1/sqrt(d)         |
+    | scale_bias b1, scale_out v   | (n,), (n,)   | zero                          |
 
     Args:
         spec: the options and sizes.
@@ -125,6 +129,7 @@ class NPComponent(nn.Module):
             self.gain = nn.Parameter(torch.zeros(1, **self._new))
             self.log_scale = nn.Parameter(torch.zeros(1, **self._new))
             self.scale_direction = nn.Parameter(torch.zeros(d, **self._new))
+            self._add_hidden_units(generator)
         elif self.has_gain:
             num_features = {"norm": 1, "overlap": 2}[spec.gain]
             self.gain = nn.Parameter(torch.zeros(1 + num_features, **self._new))
@@ -147,6 +152,13 @@ class NPComponent(nn.Module):
                 matrix = torch.randn(size_in, spec.rank, generator=generator, **self._new) / size_in**0.5
                 self.register_parameter(f"C_{name}", nn.Parameter(matrix))
         return tuple(sites)
+
+    def _add_hidden_units(self, generator: torch.Generator | None) -> None:
+        d, n = self.spec.hidden_size, self.spec.gain_units
+        if n:
+            self.scale_hidden = nn.Parameter(torch.randn(d, n, generator=generator, **self._new) / d**0.5)
+            self.scale_bias = nn.Parameter(torch.zeros(n, **self._new))
+            self.scale_out = nn.Parameter(torch.zeros(n, **self._new))
 
     # -- the two entry points ----------------------------------------------------------------------------------------
 
@@ -197,17 +209,17 @@ class NPComponent(nn.Module):
         if not self.spec.input_projections:
             return InputValues()
         m = self.modulation(attention)
-        found, mask = sums(self._input_terms(attention, z, m, exact_input, scale)), has_key(z, z)
+        found, mask = sums(self.input_terms(attention, z, m, exact_input, scale)), has_key(z, z)
         values = {place: cast(value * mask, z.dtype) for place, value in found.items()}
         return InputValues(values.pop(MLP_INPUT, None), values, m)
 
     def _down_value(self, attention: Tensor, inner: Tensor, m: Tensor | None) -> Tensor | None:
-        value = sums(self._down_terms(attention, inner, m)).get("down")
+        value = sums(self.down_terms(attention, inner, m)).get("down")
         return None if value is None else cast(value * has_key(inner, value), attention.dtype)
 
-    # -- the terms, of which both the forward and the norms are made ---------------------------------------------------
+    # -- the terms, of which both the forward and dW (`npt.block.deltas`) are made -------------------------------------------
 
-    def _input_terms(
+    def input_terms(
         self, attention: Tensor, z: Tensor, m: Tensor | None, exact_input: Tensor | None, scale: Tensor | None
     ) -> list[Term]:
         """The terms added to z, or to the outputs of gate and up."""
@@ -218,7 +230,7 @@ class NPComponent(nn.Module):
         shift = self.keyed_shift(attention, z, scale)
         return [*([] if shift is None else [Term(MLP_INPUT, shift)]), *self._low_rank_terms("input", z, m)]
 
-    def _down_terms(self, attention: Tensor, inner: Tensor, m: Tensor | None) -> list[Term]:
+    def down_terms(self, attention: Tensor, inner: Tensor, m: Tensor | None) -> list[Term]:
         """The terms added to the output of down."""
         if "down" not in self.spec.projections:
             return []
@@ -245,18 +257,13 @@ class NPComponent(nn.Module):
     ) -> Float[Tensor, "*tokens 1"] | None:
         """sigma, one over Norm2's denominator, where Norm2 read h and wrote z; None where no gain reads it.
 
-        From zhat = sigma h (centred where the norm centres), by least squares over the channels: no norm's epsilon or class
-        need be known. Zero at h = 0.
+        Zero at h = 0.
         """
         if not self.reads_denominator:
             return None
         dtype = wide_dtype(hidden_states.dtype)
         h, z = self.centered(cast(hidden_states, dtype)), cast(z, dtype)
-        z = z if self.norm_bias is None else z - self.norm_bias
-        if self.norm_inverse is not None:
-            z = z * self.norm_inverse
-            h = torch.where(self.norm_inverse == 0, 0.0, h)
-        return (z * h).sum(-1, keepdim=True) / (h * h).sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        return scale_of_norm(h, z if self.norm_bias is None else z - self.norm_bias, self.norm_inverse)
 
     def features(
         self,
@@ -294,17 +301,27 @@ class NPComponent(nn.Module):
         """(g, w): the factor on z - b and the one on c * a. z: z - b, as `features` gives it."""
         if self.spec.gain in ("state", "denominator"):
             size, overlap, *read = phi
-            scale = read[0] if read else self._estimated_scale(z)
-            least = 1e-12 if read else 1e-4
-            norm_ratio = (scale * torch.add(scale * size, overlap, alpha=2) + 1).clamp_min(least).rsqrt()
-            return self.gain * (norm_ratio - 1), scale * norm_ratio
+            scale = read[0] if read else self.estimated_log_scale(z).exp()
+            ratio = norm_ratio(scale, size, overlap, least=1e-12 if read else 1e-4)
+            return self.gain * (ratio - 1), scale * ratio
         features = torch.cat(phi, -1)
         g = self.gain[0] + (features * self.gain[1:]).sum(-1, keepdim=True)
         w = 1 + (features * self.carry_gain).sum(-1, keepdim=True) if self.has_carry else torch.ones_like(g)
         return g, w
 
-    def _estimated_scale(self, z: Tensor) -> Tensor:
-        return torch.exp((z * self.scale_direction).sum(-1, keepdim=True) + self.log_scale)
+    def estimated_log_scale(self, z: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens 1"]:
+        """log sigma of gain `state`. z: z - b, as `features` gives it."""
+        linear = (z * self.scale_direction).sum(-1, keepdim=True) + self.log_scale
+        units = self.hidden_units
+        return linear if units is None else linear + units(z)
+
+    @property
+    def hidden_units(self) -> HiddenUnits | None:
+        """The non-linear part of the estimate of log sigma."""
+        own = self._parameters
+        if "scale_hidden" not in own:
+            return None
+        return HiddenUnits(self.scale_hidden, self.scale_bias, self.scale_out)
 
     def centered(self, attention: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
         """a, its mean taken out where Norm2 would take it out."""
@@ -340,56 +357,3 @@ class NPComponent(nn.Module):
 
     def _key_matrix(self, own: Mapping[str, Tensor], name: str) -> Tensor | None:
         return None if self.spec.key == "input" else own["A" if self.spec.key == "tied" else f"C_{name}"]
-
-    # -- dW itself, for norms and inspection -------------------------------------------------------------------------
-
-    def input_deltas(
-        self,
-        attention: Float[Tensor, "*tokens d"],
-        z: Float[Tensor, "*tokens d"],
-        products: Mapping[str, Callable[[Tensor], Tensor]],
-        exact_input: Float[Tensor, "*tokens d"] | None = None,
-        scale: Float[Tensor, "*tokens 1"] | None = None,
-    ) -> dict[str, WeightDelta]:
-        """dW of gate and up in factors, as far as they receive one; arguments as `input_values`.
-
-        products: {"gate" | "up": x (..., d) -> W_t x (..., f), without bias}.
-        """
-        return {
-            t: self._input_delta(t, attention, z, products[t], exact_input, scale) for t in self.spec.input_projections
-        }
-
-    def _input_delta(
-        self,
-        t: str,
-        attention: Tensor,
-        z: Tensor,
-        product: Callable[[Tensor], Tensor],
-        exact_input: Tensor | None,
-        scale: Tensor | None,
-    ) -> WeightDelta:
-        # Terms are made anew per projection: sharing them would change the order of gradient sums, and the last digits.
-        terms = self._input_terms(attention, z, self.modulation(attention), exact_input, scale)
-        mask = has_key(z, z)
-        keyed = {place: cast(value * mask, z.dtype) for place, value in sums(terms, own_key=False).items()}
-        value = product(keyed[MLP_INPUT]) if MLP_INPUT in keyed else None
-        if t in keyed:
-            value = keyed[t] if value is None else value + keyed[t]
-        if value is None:
-            value = z.new_zeros(*z.shape[:-1], self.spec.intermediate_size)
-        factors, shared = own_key(terms, t), own_key(terms, MLP_INPUT)
-        if shared is not None:  # it reaches the projection through W_t
-            m, c, b = shared
-            factors = m, c, product(b)
-        return WeightDelta(value, z, factors)
-
-    def down_deltas(
-        self, attention: Float[Tensor, "*tokens d"], inner: Float[Tensor, "*tokens f"]
-    ) -> dict[str, WeightDelta]:
-        """{"down": dW of down in factors}, empty where it receives none; arguments as `down_value`."""
-        if "down" not in self.spec.projections:
-            return {}
-        terms = self._down_terms(attention, inner, None)
-        value = sums(terms, own_key=False).get("down")
-        value = torch.zeros_like(attention) if value is None else value * has_key(inner, inner)
-        return {"down": WeightDelta(value, inner, own_key(terms, "down"))}

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from npt.block.component import NPComponent
+from npt.block.deltas import down_deltas, input_deltas
 from npt.block.passes import BlockRecord, Mode, Pass, ThreadState
 from npt.block.probing import BlockParts
 from npt.block.spec import INPUT_PROJECTIONS
@@ -188,7 +189,7 @@ class BlockHooks:
         now.attention = now.values = now.residual = None
         inner = shaped(args[0], attention)
         if now.on_deltas is not None:
-            deltas = component.down_deltas(attention, inner)
+            deltas = down_deltas(component, attention, inner)
             now.on_deltas(self.layer, {name: delta.scaled(1 / now.multiplier) for name, delta in deltas.items()})
         value = component.down_value(attention, inner, values.modulation)
         if value is not None and now.multiplier != 1:
@@ -224,7 +225,7 @@ class BlockHooks:
         on_deltas = self.thread.now.on_deltas
         if on_deltas is not None:
             products = {name: self.parts.product(name) for name in component.spec.input_projections}
-            on_deltas(self.layer, component.input_deltas(attention, z, products, exact_input, scale))
+            on_deltas(self.layer, input_deltas(component, attention, z, products, exact_input, scale))
         return component.input_values(attention, z, exact_input, scale)
 
     def _exact_input(self, z: Tensor, attention: Tensor) -> Tensor:

@@ -41,13 +41,13 @@ class NPTLayer(nn.Module, BaseTunerLayer):
         self.index, self.family = index, family
         self.merged_adapters: list[str] = []
         self.parts = BlockParts(block, family)
-        self._norm: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.norm_parameters: tuple[Tensor | None, Tensor | None] = (None, None)
         self.centered = False
         if family.norm is not None:
             like = next(p for p in block.parameters() if p.is_floating_point())
             probed = probe_norm(self.module("norm"), self.shape("up")[0], like)
             weight, bias, self.centered = from_first(probed) if loads_once() else probed
-            self._norm = weight, bias
+            self.norm_parameters = weight, bias
         self.oracle = NPComponent(self._spec(carry="exact", projections=tuple(family.projections)))
         self.hooks = BlockHooks(self, self.parts)
         self.hooks.attach()
@@ -147,7 +147,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
 
     def new_component(self, spec: ComponentSpec, seed: int | None = None) -> NPComponent:
         """A component for this block, as before calibration; it is not put anywhere."""
-        return NPComponent(spec, *self._norm, like=self.weight, seed=seed)
+        return NPComponent(spec, *self.norm_parameters, like=self.weight, seed=seed)
 
     def _spec(self, **options: Any) -> ComponentSpec:
         hidden, intermediate = self.shape("up")

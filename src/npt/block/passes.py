@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from npt.block.component import NPComponent, WeightDelta
+from npt.block.component import NPComponent
 from npt.block.terms import InputValues
+from npt.block.weight_delta import WeightDelta
 
 if TYPE_CHECKING:
     from npt.block.layer import NPTLayer

@@ -16,8 +16,8 @@ class ComponentSpec:
 
     Args:
         hidden_size: d. intermediate_size: f. projections: the subset of gate, up and down that receives a delta.
-        rank: r, 0 for no low-rank part. modulation_scale: s in s tanh(a A). key, carry, gain, low_rank_at: see
-            `NPComponent` and docs/maths.md.
+        rank: r, 0 for no low-rank part. modulation_scale: s in s tanh(a A). key, carry, gain, gain_units,
+            low_rank_at: see `NPComponent` and docs/maths.md.
         centered: Norm2 subtracts the mean (LayerNorm), so the mean of `a` is taken out too.
         reads: input of the original MLP: "norm(h + a)"; "h + a" where no norm stands before the MLP (no gain then); or
             "h" in a parallel block, where attention leaves the MLP's input alone (no carry for gate and up either).
@@ -31,6 +31,7 @@ class ComponentSpec:
     key: str = DEFAULTS.key
     carry: str = DEFAULTS.carry
     gain: str = DEFAULTS.gain
+    gain_units: int = DEFAULTS.gain_units
     low_rank_at: str = DEFAULTS.low_rank_at
     centered: bool = False
     reads: str = "norm(h + a)"

@@ -35,6 +35,7 @@ class Options:
     key: Key = "input"
     carry: Carry = "diagonal"
     gain: Gain = "state"
+    gain_units: int = 64
     low_rank_at: LowRankSite = "input"
     target_projections: tuple[Projection, ...] = ("gate", "up", "down")
 

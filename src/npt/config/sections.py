@@ -126,6 +126,7 @@ class ModelSection(Section):
     key: Key = DEFAULTS.key
     carry: Carry = DEFAULTS.carry
     gain: Gain = DEFAULTS.gain
+    gain_units: Count = DEFAULTS.gain_units
     low_rank_at: LowRankSite = DEFAULTS.low_rank_at
     target_projections: Projections = list(DEFAULTS.target_projections)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.probing import execution_device
-from npt.equivalence.calibration import BlockFit, first_tokens
+from npt.equivalence.block_fit import BlockFit, first_tokens
 
 #: Tokens of the two fits that are timed.
 FEW, MANY = 256, 1024
@@ -48,7 +48,7 @@ def fit_seconds(layers: Sequence[NPTLayer]) -> FitSeconds:
         once=count * (max(0.0, few - FEW * chunk) + end),
         chunk=count * chunk,
         later=count * later / MANY,
-        chunk_tokens=first_tokens(size),
+        chunk_tokens=first_tokens(layers),
     )
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from npt.block.component import WeightDelta
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import Mode, running_as, watching, watching_deltas
 from npt.block.probing import logit_head
+from npt.block.weight_delta import WeightDelta
 from npt.common.precision import wide
 from npt.common.sharded import gathered, through
 from npt.data.batches import scored_positions

@@ -232,7 +232,7 @@ def detail_figures(
         }
 
 
-REPORTED_OPTIONS = ("key", "carry", "gain", "low_rank_at", "target_projections", "modulation_scale")
+REPORTED_OPTIONS = ("key", "carry", "gain", "gain_units", "low_rank_at", "target_projections", "modulation_scale")
 
 
 def _model_config(model: ConvertedModel, config: NPTConfig, layers: Sequence[NPTLayer]) -> dict[str, Any]:

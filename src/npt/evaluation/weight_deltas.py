@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npt.block.component import WeightDelta
 from npt.block.layer import NPTLayer
 from npt.block.modes import Mode, running_as, watching_deltas
 from npt.block.probing import execution_device
+from npt.block.weight_delta import WeightDelta
 from npt.common.sharded import gathered
 from npt.evaluation.least_norm import least_joint_norms
 from npt.tuner.converted import ConvertedModel, active_layers, chosen_layers, run_backbone

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from npt.block.component import ComponentSpec, NPComponent
+from npt.block.deltas import down_deltas
 from npt.config import OptimizationSection, RunConfig
 from npt.planning.counters import AllocationCounter
 from npt.planning.plan import Batch, training_step_peak, weight_bytes
@@ -135,7 +136,7 @@ def measure_materialized(
     """(peak bytes, relative difference to the component) of forming each token's dW of `down` and applying it."""
     spec = ComponentSpec(hidden_size, intermediate_size, rank=rank)
     component, a, _, i = example(spec, tokens, seed=seed)
-    (delta_in_factors,) = component.down_deltas(a, i).values()
+    (delta_in_factors,) = down_deltas(component, a, i).values()
     expected = delta_in_factors.apply()
     with AllocationCounter() as counter:
         key = i / i.square().sum(-1, keepdim=True)

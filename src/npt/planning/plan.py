@@ -21,8 +21,10 @@ from npt.common.limits import check_length
 from npt.common.options import is_calibrated
 from npt.config import DataSection, OptimizationSection, RunConfig, TrainingSection
 from npt.data.sampling import default_batch, draw, preallocated_cache
-from npt.equivalence.calibration import SLICE_TOKENS, calibrate, first_tokens
+from npt.equivalence.block_fit import first_tokens
+from npt.equivalence.calibration import calibrate
 from npt.equivalence.objectives import Objective, objective_class
+from npt.equivalence.parts import SLICE_TOKENS
 from npt.equivalence.teacher import bytes_per_block
 from npt.evaluation.block_errors import layer_equivalence, residual_stream
 from npt.evaluation.divergence import token_divergences
@@ -246,7 +248,7 @@ def _calibration_peak(model: Any, rows: int, data: DataSection, processes: int) 
     """
     layers = active_layers(model)
     hidden, at_once = layers[0].shape("up")[0], rows * data.max_length
-    tokens = min(first_tokens(hidden), data.num_calibration_samples * data.max_length)
+    tokens = min(first_tokens(layers), data.num_calibration_samples * data.max_length)
     tokens = -(-tokens // processes)
     batches = -(-min(tokens, SLICE_TOKENS) // at_once)
     kept = 2 * hidden * model.dtype.itemsize * len(layers) * max(0, tokens - batches * at_once)

@@ -25,7 +25,17 @@ PLOT_KINDS = (".png", ".svg", ".pdf", ".jpg")
 #: (name, evaluation report, rows of metrics.jsonl)
 Run = tuple[str, Report, Rows]
 #: Options of a conversion; those that differ between the runs are shown.
-_OPTIONS = ("base_model", "npt_layers", "rank", "key", "carry", "gain", "low_rank_at", "target_projections")
+_OPTIONS = (
+    "base_model",
+    "npt_layers",
+    "rank",
+    "key",
+    "carry",
+    "gain",
+    "gain_units",
+    "low_rank_at",
+    "target_projections",
+)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

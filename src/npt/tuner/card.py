@@ -93,7 +93,7 @@ def write_model_card(
         tags=["npt", "neuro-plastic-transformer", "transformers"],
         base_model=base if _is_hub_id(base) else None,
     )
-    names = ("rank", "key", "carry", "gain", "low_rank_at", "modulation_scale", "target_projections")
+    names = ("rank", "key", "carry", "gain", "gain_units", "low_rank_at", "modulation_scale", "target_projections")
     body = _TEXT.format(
         mark=MARK,
         distribution=DISTRIBUTION,

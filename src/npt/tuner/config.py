@@ -39,7 +39,7 @@ LAYER_NAME = "neuroplastic"
 
 
 #: Of an adapter's files. An adapter of an older format is read for ever (tests/fixtures/adapters).
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 #: The remedy for a newer format.
 UPGRADE = (
     f"install the npt that wrote it, or a newer one: pip install -U {DISTRIBUTION}, or in a clone git pull && "
@@ -60,6 +60,7 @@ class NPTConfig(PeftConfig):
         gain: "none", "norm" (reads the attention output alone), "overlap" (also its agreement with the token's own
             normalised state), "state" (the norm's own formula, with 1 / rms(h) estimated from that state) or
             "denominator" (the same, reading the norm's denominator too: exact from the start, with carry "diagonal").
+        gain_units: hidden units of gain "state"'s estimate of 1 / rms(h); 0 for a linear one, as in files of format 1.
         low_rank_at: "input" or "projection".
         target_projections: subset of gate, up, down; a name the family does not have is an error, except gate, which
             plain MLPs lack by nature.
@@ -76,6 +77,7 @@ class NPTConfig(PeftConfig):
     key: str = DEFAULTS.key
     carry: str = DEFAULTS.carry
     gain: str = DEFAULTS.gain
+    gain_units: int = DEFAULTS.gain_units
     low_rank_at: str = DEFAULTS.low_rank_at
     target_projections: list[str] = field(default_factory=lambda: list(DEFAULTS.target_projections))
     target_modules: list[str] | None = None
@@ -105,6 +107,8 @@ class NPTConfig(PeftConfig):
                 f"format_version={self.format_version!r}: the adapter was written by a newer npt, this one reads up to "
                 f"{FORMAT_VERSION}; {UPGRADE}"
             )
+        if self.format_version < 2:
+            self.gain_units = 0  # which the file does not name
         if not (self.base_fingerprint is None or is_record(self.base_fingerprint)):
             problems.append(
                 f"base_fingerprint={one_line(repr(self.base_fingerprint), 40)}: npt writes it itself; restore the adapter's "
@@ -113,8 +117,10 @@ class NPTConfig(PeftConfig):
         for name, allowed in ALLOWED.items():
             if getattr(self, name) not in allowed:
                 problems.append(f"{name}={getattr(self, name)!r}: use one of {', '.join(allowed)}")
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 0:
-            problems.append(f"rank={self.rank!r}: use a whole number from 0 up")
+        for name in ("rank", "gain_units"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                problems.append(f"{name}={value!r}: use a whole number from 0 up")
         unknown = [name for name in self.target_projections if name not in PROJECTIONS]
         if unknown or not self.target_projections:
             problems.append(f"target_projections={self.target_projections!r}: use some of {', '.join(PROJECTIONS)}")

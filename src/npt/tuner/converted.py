@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from npt.block.component import WeightDelta
 from npt.block.layer import NPTLayer
 from npt.block.modes import watching_deltas
 from npt.block.probing import execution_device
+from npt.block.weight_delta import WeightDelta
 from npt.common.limits import check_ids, check_length, context_of
 from npt.errors import ConversionError
 from npt.tuner.config import LAYER_NAME, NPTConfig

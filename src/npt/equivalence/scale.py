@@ -1,0 +1,164 @@
+"""The fit of gain `state`'s estimate of log sigma, sigma = 1 / rms(h), from z (docs/maths.md, section 4).
+
+Two estimates are fitted on the same tokens: a linear one by ridge regression and, from there, one with hidden units by a few
+passes of AdamW, some seconds for a block on the CPU. Tokens that the second did not see decide between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npt.block.component import NPComponent
+from npt.block.layer import NPTLayer
+from npt.block.scale import HiddenUnits, scale_sensitivity
+from npt.common.processes import gather, total
+from npt.common.sharded import same_everywhere
+from npt.equivalence.closed_form import OUTLIER_FACTOR, Regression, best_regression, outlier_weights, token_sizes
+from npt.equivalence.parts import Part, held, shift_of, slices
+
+#: The text is cut into so many stretches, of which every so many-th checks the fit to the others.
+STRETCHES, CHECKED_EVERY = 64, 8
+#: Fewest tokens for each hidden unit: fewer say too little about it.
+TOKENS_PER_UNIT = 32
+#: Of AdamW: passes over the tokens, tokens of a step, first learning rate (it falls to zero), weight decay of W.
+PASSES, STEP_TOKENS, LEARNING_RATE, WEIGHT_DECAY = 8, 256, 3e-3, 1.0
+#: Standard deviation that the linear estimate's error is scaled to, for which that learning rate is meant.
+ERROR_STD = 0.1
+
+
+class Samples(NamedTuple):
+    """Tokens in the order of the text: x = z - b (tokens, d), y = log sigma and its weight (tokens,) each."""
+
+    x: Tensor
+    y: Tensor
+    weights: Tensor
+
+    def at(self, mask: Tensor) -> Samples:
+        """Returns the tokens of a mask (tokens,)."""
+        return Samples(*(values[mask] for values in self))
+
+    def error(self, estimate: Tensor) -> float:
+        """Returns the weighted sum of squared errors of an estimate (tokens,)."""
+        return float((self.weights * (estimate - self.y).square()).double().sum())
+
+
+def fit_scale(layer: NPTLayer, component: NPComponent, chunk: list[Part], cutoff: Tensor) -> None:
+    """Fits the component's estimate over h and a of all processes' chunks, in place.
+
+    A token's weight is the square of how far an error of its log sigma moves its shift D, at most `OUTLIER_FACTOR` times the
+    median, times `outlier_weights`.
+    """
+    mine = list(_samples(layer, component, chunk, cutoff))
+    origin = mine[0].x.mean(0)  # moments about a point close to the mean lose no digits
+    same_everywhere({"origin": origin})
+    most = OUTLIER_FACTOR * torch.cat(gather(torch.cat([part.weights for part in mine]))).median()
+    mine = [part._replace(weights=part.weights.clamp_max(most)) for part in mine]
+    tokens = held(chunk)
+    fitted, checked = Regression(), Regression()
+    for part, (start, _, _) in zip(mine, slices(chunk), strict=True):
+        checks = _checks(torch.arange(start, start + len(part.y), device=part.x.device), tokens)
+        for regression, mask in ((fitted, ~checks), (checked, checks)):
+            x, y, weights = part.at(mask)
+            regression.add(x - origin, y, weights[:, None])
+    fitted.moments, checked.moments = total(fitted.moments), total(checked.moments)
+    direction, offset = best_regression(fitted, checked)
+    component.scale_direction.copy_(direction)
+    component.log_scale.copy_(offset - origin.double() @ direction)
+    if component.hidden_units is not None:
+        _fit_hidden_units(component, component.hidden_units, _gathered(mine, chunk))
+
+
+def _samples(layer: NPTLayer, component: NPComponent, chunk: list[Part], cutoff: Tensor) -> Iterator[Samples]:
+    """Yields the samples of this process's slices."""
+    weight, _ = layer.norm_parameters
+    for _, h, a in slices(chunk):
+        z, delta = shift_of(layer, h, a)
+        weights = outlier_weights(token_sizes(delta, a), cutoff).to(z.dtype)
+        a, x, (size, overlap, *_) = component.features(a, z)
+        h = component.centered(h.to(x.dtype))
+        y = -h.square().mean(-1).clamp_min(1e-30).log() / 2
+        carried = a if weight is None else weight.to(a.dtype) * a
+        moved = scale_sensitivity(x, carried, y.exp()[:, None], size, overlap)
+        yield Samples(x, y, (weights * moved)[:, 0])
+
+
+def _checks(places: Tensor, tokens: int) -> Tensor:
+    """Returns which places of a text of so many tokens check the fit to the others."""
+    return places * STRETCHES // max(1, tokens) % CHECKED_EVERY == CHECKED_EVERY - 1
+
+
+def _gathered(mine: list[Samples], chunk: list[Part]) -> Samples:
+    """All processes' samples in the order of the text, so that the fit is that of one process."""
+    places = [torch.arange(start, start + len(h), device=h.device) for start, h, _ in slices(chunk)]
+    order = torch.cat(gather(torch.cat(places))).argsort()
+    return Samples(*(torch.cat(gather(torch.cat(columns)))[order] for columns in zip(*mine, strict=True)))
+
+
+def _fit_hidden_units(component: NPComponent, units: HiddenUnits, samples: Samples) -> None:
+    """Fits the units; v stays zero where they do not help on the checked tokens."""
+    units.out.zero_()
+    tokens = len(samples.y)
+    checks = _checks(torch.arange(tokens, device=samples.x.device), tokens)
+    if tokens < TOKENS_PER_UNIT * len(units.bias):
+        return
+    fitted, checked = samples.at(~checks), samples.at(checks)
+    direction, offset, found = _train(fitted, component.scale_direction, component.log_scale, len(units.bias))
+    # The linear estimate has seen the checked tokens too, which is in its favour.
+    linear = checked.error(checked.x @ component.scale_direction + component.log_scale)
+    if checked.error(checked.x @ direction + offset + found(checked.x)[:, 0]) < linear:
+        component.scale_direction.copy_(direction)
+        component.log_scale.copy_(offset)
+        for parameter, value in zip(units, found, strict=True):
+            parameter.copy_(value)
+
+
+def _train(samples: Samples, direction: Tensor, offset: Tensor, count: int) -> tuple[Tensor, Tensor, HiddenUnits]:
+    """Returns (direction, offset, units) of an estimate that starts as the linear one and learns by AdamW.
+
+    Inputs are centred and scaled to unit root mean square, the target to an error of `ERROR_STD`.
+    """
+    x, y, weights = samples
+    weights = weights / weights.mean()
+    center = (weights[:, None] * x).mean(0)
+    size = (x - center).square().mean().sqrt().clamp_min(1e-12)
+    x = (x - center) / size
+    error = y - samples.x @ direction - offset
+    unit = ((weights * error.square()).mean().sqrt() / ERROR_STD).clamp_min(1e-12)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(x.shape[1], count, generator=generator).to(x) / x.shape[1] ** 0.5
+    target, correction = error / unit, torch.zeros_like(direction)
+    parameters = [hidden, x.new_zeros(count), x.new_zeros(count), correction, x.new_zeros(1)]
+    with torch.enable_grad():
+        parameters = [p.requires_grad_() for p in parameters]
+        _descend(parameters, x, target, weights, generator)
+    hidden, bias, out, correction, shift = (p.detach() for p in parameters)
+    correction = correction * unit / size
+    shift = offset + shift * unit - center @ correction
+    # gelu((x - center) W / size + b) v = gelu(x W' + b') v'
+    return direction + correction, shift, HiddenUnits(hidden / size, bias - center @ (hidden / size), out * unit)
+
+
+def _descend(parameters: list[Tensor], x: Tensor, target: Tensor, weights: Tensor, generator: torch.Generator) -> None:
+    """Minimises the weighted squared error of gelu(x W + b) v + x c + s by AdamW, in place. parameters: W, b, v, c, s."""
+    hidden, bias, out, correction, shift = parameters
+    slow = {"params": [correction, shift], "lr": LEARNING_RATE / 10}
+    groups: list[dict[str, Any]] = [{"params": [hidden], "weight_decay": WEIGHT_DECAY}, {"params": [bias, out]}, slow]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0)
+    a_pass = max(1, len(x) // STEP_TOKENS)
+    steps = PASSES * a_pass if not x.is_meta else 1  # on shapes alone every step is like the first
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for step in range(steps):
+        if step % a_pass == 0:
+            order = torch.randperm(len(x), generator=generator)
+        at = order[step % a_pass * STEP_TOKENS :][:STEP_TOKENS].to(x.device)
+        found = F.gelu(x[at] @ hidden + bias) @ out + x[at] @ correction + shift
+        loss = (weights[at] * (found - target[at]).square()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        falling.step()
