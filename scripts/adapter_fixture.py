@@ -1,4 +1,4 @@
-"""Writes the adapters that every later version has to read: python -m scripts.adapter_fixture tests/fixtures/adapters/v1
+"""Writes the adapters that every later version has to read: python -m scripts.adapter_fixture tests/fixtures/adapters/v2
 
 Each is a small adapter of builtin:tiny with random values, and expected.json, logits of the converted model. Run once per
 `FORMAT_VERSION`; what was written is never written again.

@@ -115,9 +115,9 @@ def test_an_adapter_without_a_fingerprint_loads(saved: Path) -> None:
 
 def test_a_newer_format_is_refused(saved: Path) -> None:
     with pytest.raises(
-        (CheckpointError, ConversionError), match=r"format_version=2: .* .*install the npt that wrote it"
+        (CheckpointError, ConversionError), match=r"format_version=3: .* .*install the npt that wrote it"
     ):
-        load_adapter(random_base("llama", torch.float32), edit(saved, format_version=2))
+        load_adapter(random_base("llama", torch.float32), edit(saved, format_version=3))
 
 
 def test_other_adapters_in_the_base_count_while_they_are_at_work() -> None:

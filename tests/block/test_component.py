@@ -108,7 +108,7 @@ def test_before_calibration(reads: str, c: float, gain: str) -> None:
     """Nothing but the carries writes, and a carry of one is exact where the MLP reads h + a itself."""
     made = NPComponent(ComponentSpec(D, F, reads=reads, gain=gain, key="learned"))
     for name, parameter in made.named_parameters():
-        if name[0] not in "AC":
+        if name[0] not in "AC" and name != "scale_hidden":
             assert (parameter == {"c": c, "e": 1.0}.get(name, 0.0)).all(), name
     assert hasattr(made, "gain") == (gain != "none" and reads != "h + a")
 
@@ -192,6 +192,7 @@ def test_attention_that_cancels_the_state_leaves_gain_finite() -> None:
     with torch.no_grad():
         made.log_scale.zero_()
         made.scale_direction.zero_()
+        made.scale_out.zero_()
         made.gain.fill_(1)
     z = normal(1, D).sign()
     phi = made.features(-z, z)[2]

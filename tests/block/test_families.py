@@ -82,7 +82,8 @@ def explicit_update(case: Case, layer: Any, h: Tensor, a: Tensor, z: Tensor, ori
     has_gain = has_gain and spec.projections != ("down",)
     if has_gain and spec.gain in ("state", "denominator"):
         if spec.gain == "state":
-            sigma = torch.exp(p.log_scale[0] + p.scale_direction @ zb)
+            units = torch.nn.functional.gelu(zb @ p.scale_hidden + p.scale_bias) @ p.scale_out
+            sigma = torch.exp(p.log_scale[0] + p.scale_direction @ zb + units)
         else:
             sigma = (zb / norm_weight).norm() / (h - h.mean() * centered).norm()
             overlap = zb / norm_weight @ ac / len(a)

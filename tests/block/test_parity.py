@@ -86,7 +86,8 @@ def explicit_block(layer: Any, h: torch.Tensor, a: torch.Tensor) -> torch.Tensor
     if not hasattr(p, "gain"):
         pass
     elif spec.gain == "state":
-        sigma = torch.exp(p.log_scale[0] + p.scale_direction @ (z - bias))
+        units = torch.nn.functional.gelu((z - bias) @ p.scale_hidden + p.scale_bias) @ p.scale_out
+        sigma = torch.exp(p.log_scale[0] + p.scale_direction @ (z - bias) + units)
         q = (1 + 2 * sigma * overlap + sigma**2 * size) ** -0.5
         g, w = p.gain[0] * (q - 1), sigma * q
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,63 +11,15 @@ from peft import get_peft_model
 from torch import Tensor
 
 from npt import NPTConfig
-from npt.block.component import ComponentSpec, NPComponent
 from npt.block.layer import BlockRecord
 from npt.block.modes import Mode, running_as
-from npt.equivalence import block_fit, closed_form, parts, scale
+from npt.equivalence import block_fit, closed_form, parts
 from npt.equivalence.block_fit import BlockFit, _fit_low_rank, first_tokens, fit_gain_and_carry
 from npt.equivalence.closed_form import solve_ridge
 from npt.equivalence.parts import Part
 from npt.tuner.converted import active_layers
+from tests.equivalence.stand_ins import CUTOFF, NO_CUTOFF, Block, D, normal, parts_of, tokens, weights_of
 from tests.helpers import random_base
-
-D, TOKENS = 8, 90
-NO_CUTOFF = torch.tensor([torch.inf, torch.inf])
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-class Block:
-    """Stands in for an NPT layer: a norm with weight and bias, and an MLP input that moves by more than the fit can say."""
-
-    def __init__(self, **options: Any):
-        self.component = NPComponent(
-            ComponentSpec(D, 12, **{"rank": 3, **options}), 1 + 0.3 * normal(D, seed=1), 0.5 * normal(D, seed=2)
-        )
-        self.weight = normal(D, 12, seed=3)
-
-    def norm(self, x: Tensor) -> Tensor:
-        x = x - x.mean(-1, keepdim=True) if self.component.spec.centered else x
-        weight = 1 + 0.3 * normal(D, seed=1)
-        return x / x.square().mean(-1, keepdim=True).sqrt() * weight + self.component.norm_bias
-
-    def mlp_inputs(self, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        return self.norm(h), self.norm(h + a)
-
-    def product(self, name: str) -> Any:
-        return lambda x: x @ ({"gate": 1, "up": 2}[name] * self.weight)
-
-
-def tokens(seed: int = 0, count: int = TOKENS) -> tuple[Tensor, Tensor]:
-    """(h, a), with a few large ones and norms of h that differ."""
-    h, a = normal(count, D, seed=10 + seed), 0.5 * normal(count, D, seed=20 + seed)
-    a[::17] *= 6
-    return h * (1 + 0.5 * normal(count, 1, seed=30 + seed).abs()), a
-
-
-def weights_of(delta: Tensor, a: Tensor, cutoff: Tensor) -> Tensor:
-    """(tokens, 1): the square of min(1, cutoff / size) over both sizes."""
-    ratios = [c / x.square().sum(-1, keepdim=True) for c, x in zip(cutoff, (delta, a), strict=True)]
-    return torch.cat([*ratios, torch.ones_like(ratios[0])], -1).min(-1, keepdim=True).values ** 2
-
-
-def parts_of(h: Tensor, a: Tensor) -> list[Part]:
-    return [Part(37 * i, *pair) for i, pair in enumerate(zip(h.split(37), a.split(37), strict=True))]
-
-
-CUTOFF = torch.tensor([3.0, 4.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -128,44 +81,6 @@ def test_features_that_say_the_same_share_the_gain() -> None:
     a = torch.nn.functional.normalize(a, dim=-1)
     fit_gain_and_carry(block, block.component, [Part(0, h, a)], NO_CUTOFF)
     assert block.component.gain.abs().max() < 10 and block.component.carry_gain.abs().max() < 100
-
-
-RIDGES = (1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e8)
-
-
-@torch.no_grad()
-def test_the_scale_is_a_ridge_regression_chosen_on_the_last_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "SLICE_TOKENS", 5)
-    chosen = set()
-    for seed, count in enumerate([9, 10, 11, 12, 13, 14, 15, 17, 22, 30, 45, 61, 18, 31, 47, 62, 80]):
-        block: Any = Block(gain="state", centered=bool(seed % 2))
-        p, (h, a) = block.component, tokens(seed, count)
-        if seed > 9:  # nearly what the regression can say
-            h = h / h.square().mean(-1, keepdim=True).sqrt() * torch.exp(block.norm(h) @ normal(D, 1) / 4)
-            h = h * torch.exp(10.0 ** (8 - seed) * normal(count, 1, seed=seed))
-        scale.fit_scale(block, p, parts_of(h, a), CUTOFF)
-        z, original = block.mlp_inputs(h, a)
-        w, x = weights_of(original - z, a, CUTOFF), z - p.norm_bias
-        h = h - h.mean(-1, keepdim=True) if seed % 2 else h
-        y = -h.square().mean(-1).sqrt().log()
-
-        def solve(w: Tensor, x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-            mean, mean_y = (w * x).sum(0) / w.sum(), w[:, 0] @ y / w.sum()
-            scatter = (x - mean).T @ (w * (x - mean))
-            identity = torch.eye(D, dtype=torch.float64) * scatter.diagonal().mean()
-            u = torch.linalg.solve(scatter + ridge * identity, (x - mean).T @ (w[:, 0] * (y - mean_y)))
-            return u, mean_y - mean @ u
-
-        cut, errors = count * 3 // 4, []
-        for ridge in RIDGES:
-            u, b0 = solve(w[:cut], x[:cut], y[:cut], ridge)
-            errors.append(w[cut:, 0] @ (y - x @ u - b0)[cut:] ** 2)
-        ridge = RIDGES[int(torch.stack(errors).argmin())]
-        chosen.add(ridge)
-        u, b0 = solve(w, x, y, ridge)
-        torch.testing.assert_close(p.scale_direction, u, rtol=1e-6, atol=1e-9)
-        torch.testing.assert_close(p.log_scale[0], b0, rtol=1e-6, atol=1e-9)
-    assert len(chosen) >= 4, chosen  # the choice had something to choose
 
 
 @pytest.mark.parametrize("site", ["input", "projection"])
@@ -365,4 +280,11 @@ def test_the_error_is_measured_on_tokens_picked_once(monkeypatch: pytest.MonkeyP
 
 
 def test_how_many_tokens_are_kept() -> None:
-    assert (first_tokens(24), first_tokens(4096)) == (8192, 16384)
+    """At least 8,192 or 4 d; with hidden units up to 65,536, as far as h and a of all blocks stay within 4 GiB."""
+
+    def layers(hidden: int, count: int, units: bool) -> Any:
+        own = SimpleNamespace(hidden_units=() if units else None)
+        return [SimpleNamespace(own=own, weight=torch.zeros(1), shape=lambda _: (hidden, 0))] * count
+
+    assert [first_tokens(layers(hidden, 1, False)) for hidden in (24, 4096)] == [8192, 16384]
+    assert [first_tokens(layers(hidden, 15, True)) for hidden in (24, 576, 4096)] == [65536, 62137, 16384]

@@ -25,8 +25,8 @@ from npt.equivalence.parts import Part, held, shift_of, slices
 STRETCHES, CHECKED_EVERY = 64, 8
 #: Fewest tokens for each hidden unit: fewer say too little about it.
 TOKENS_PER_UNIT = 32
-#: Of AdamW: passes over the tokens, tokens of a step, first learning rate (it falls to zero), weight decay of W.
-PASSES, STEP_TOKENS, LEARNING_RATE, WEIGHT_DECAY = 8, 256, 3e-3, 1.0
+#: Of AdamW: passes over the tokens, fewest steps, tokens of a step, first learning rate (it falls to zero), weight decay of W.
+PASSES, FEWEST_STEPS, STEP_TOKENS, LEARNING_RATE, WEIGHT_DECAY = 8, 500, 256, 3e-3, 1.0
 #: Standard deviation that the linear estimate's error is scaled to, for which that learning rate is meant.
 ERROR_STD = 0.1
 
@@ -56,8 +56,11 @@ def fit_scale(layer: NPTLayer, component: NPComponent, chunk: list[Part], cutoff
     mine = list(_samples(layer, component, chunk, cutoff))
     origin = mine[0].x.mean(0)  # moments about a point close to the mean lose no digits
     same_everywhere({"origin": origin})
-    most = OUTLIER_FACTOR * torch.cat(gather(torch.cat([part.weights for part in mine]))).median()
-    mine = [part._replace(weights=part.weights.clamp_max(most)) for part in mine]
+    moved = torch.cat(gather(torch.cat([part.weights for part in mine])))
+    if not float(moved.sum()) > 0:  # attention writes nothing, and any estimate will do
+        mine = [part._replace(weights=torch.ones_like(part.weights)) for part in mine]
+    elif float(most := OUTLIER_FACTOR * moved.median()) > 0:
+        mine = [part._replace(weights=part.weights.clamp_max(most)) for part in mine]
     tokens = held(chunk)
     fitted, checked = Regression(), Regression()
     for part, (start, _, _) in zip(mine, slices(chunk), strict=True):
@@ -150,7 +153,7 @@ def _descend(parameters: list[Tensor], x: Tensor, target: Tensor, weights: Tenso
     groups: list[dict[str, Any]] = [{"params": [hidden], "weight_decay": WEIGHT_DECAY}, {"params": [bias, out]}, slow]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0)
     a_pass = max(1, len(x) // STEP_TOKENS)
-    steps = PASSES * a_pass if not x.is_meta else 1  # on shapes alone every step is like the first
+    steps = 1 if x.is_meta else max(FEWEST_STEPS, PASSES * a_pass)  # on shapes alone every step is like the first
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for step in range(steps):
         if step % a_pass == 0:

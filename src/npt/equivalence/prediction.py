@@ -1,0 +1,153 @@
+"""The law of the mean KL: what converting some blocks will cost, from what each of them alone does to the logits (docs/law.md).
+
+Block i alone, converted, changes the logits of a token by delta_i. To second order the KL of several blocks together is half the
+variance, over the original's next-token distribution p, of the sum of their delta_i:
+
+    KL(S) = sum over i, j in S of G_ij,    G_ij = 1/2 E[Cov_p(delta_i, delta_j)]
+
+G is measured on a little text, one forward pass per block: its diagonal is the KL of each block alone, exactly; the rest is the
+covariance over tokens that p draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npt.block.layer import NPTLayer
+from npt.block.modes import Mode, running_as
+from npt.common.processes import is_first
+from npt.common.progress import tracked
+from npt.data.batches import with_mask
+from npt.errors import ConversionError, NPTError
+from npt.tuner.converted import ConvertedModel, active_layers, device_of, eval_mode
+
+#: Blocks of text that G is measured on.
+PROBE_TEXTS = 8
+#: Tokens drawn from p at each position, for the covariance of two blocks.
+DRAWS = 64
+
+
+@dataclass
+class Interactions:
+    """G of some blocks, text by text.
+
+    Args:
+        blocks: indices, ascending.
+        gram: (texts, n, n), sums over the scored tokens of a text of G's summands, in nats.
+        tokens: (texts,) scored tokens of a text.
+    """
+
+    blocks: list[int]
+    gram: Tensor
+    tokens: Tensor
+
+    def predict(self, blocks: Collection[int] | None = None) -> tuple[float, float]:
+        """Returns the mean KL, in nats a token, that converting these blocks will cost (all for None), and its standard error
+        over texts, each of which is one draw.
+        """
+        at = [i for i, block in enumerate(self.blocks) if blocks is None or block in blocks]
+        sums = self.gram[:, at][:, :, at].sum((1, 2))
+        mean, count = sums.sum() / self.tokens.sum(), len(sums)
+        spread = (sums - mean * self.tokens).square().sum().sqrt() / self.tokens.sum()
+        error = spread * (count / (count - 1)) ** 0.5 if count > 1 else torch.tensor(torch.nan)
+        return float(mean.clamp_min(0)), float(error)
+
+    def alone(self) -> dict[int, float]:
+        """Returns {block: mean KL, in nats, of converting it alone}."""
+        each = self.gram.diagonal(dim1=1, dim2=2).sum(0) / self.tokens.sum()
+        return {block: float(kl) for block, kl in zip(self.blocks, each, strict=True)}
+
+    def choose(self, count: int) -> list[int]:
+        """Returns the `count` blocks, ascending, whose predicted KL together is least.
+
+        From all blocks the costliest is left out again and again; then blocks are exchanged as long as that helps.
+        """
+        total = self.gram.sum(0)
+
+        def cost(chosen: Sequence[int]) -> float:
+            at = list(chosen)
+            return float(total[at][:, at].sum())
+
+        kept = list(range(len(self.blocks)))
+        while len(kept) > count:
+            kept.remove(min(kept, key=lambda i: cost([j for j in kept if j != i])))
+        while True:
+            others = [i for i in range(len(self.blocks)) if i not in kept]
+            swaps = [[new if i == old else i for i in kept] for old in kept for new in others]
+            best = min(swaps, key=cost, default=kept)
+            if not cost(best) < cost(kept):
+                return sorted(self.blocks[i] for i in kept)
+            kept = best
+
+
+@torch.no_grad()
+def measure_interactions(
+    model: ConvertedModel, batches: Iterable[Mapping[str, Tensor]], *, progress: bool = False
+) -> Interactions:
+    """Measures G of the active adapter's blocks: per text one pass of the original, and one with each block alone converted.
+
+    Args:
+        batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}, little text like that to be predicted.
+        progress: shows a bar.
+
+    Raises:
+        NPTError: no text with two tokens.
+    """
+    layers, device = active_layers(model), device_of(model)
+    texts = [{"input_ids": ids[mask.bool()][None].to(device)} for ids, mask in _rows(batches)]
+    texts = [text for text in texts if text["input_ids"].shape[1] > 1]
+    if not texts:
+        raise NPTError("no text of two tokens or more to measure the blocks on: pass more text")
+    generator = torch.Generator(device).manual_seed(0)
+    found = []
+    with eval_mode(model):
+        for text in tracked(texts, "Measuring blocks", progress and is_first(), unit="texts"):
+            found.append(_of_text(model, layers, text, generator))
+    covariances, alone = (torch.stack(parts) for parts in zip(*found, strict=True))
+    drawn = covariances.sum(0).diagonal().clamp_min(1e-300)
+    scale = (alone.sum(0) / drawn).sqrt()
+    gram = covariances * scale[:, None] * scale
+    lengths = torch.tensor([text["input_ids"].shape[1] - 1 for text in texts], dtype=torch.float64)
+    return Interactions([layer.index for layer in layers], gram.cpu(), lengths)
+
+
+def _rows(batches: Iterable[Mapping[str, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        whole: Any = with_mask(batch)
+        yield from zip(whole["input_ids"], whole["attention_mask"], strict=True)
+
+
+def _of_text(
+    model: ConvertedModel, layers: Sequence[NPTLayer], text: dict[str, Tensor], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Returns (half the covariances (n, n), the KL of each block alone (n,)), both summed over the text's positions, float64."""
+    with running_as(layers, Mode.ORIGINAL):
+        original = _log_probabilities(model, text)
+    drawn = torch.multinomial(original.exp(), DRAWS, replacement=True, generator=generator)
+    changes, alone = [], []
+    for layer in layers:
+        with running_as([other for other in layers if other is not layer], Mode.ORIGINAL):
+            changed = _log_probabilities(model, text)
+        change = original - changed
+        alone.append((original.exp() * change).sum(dtype=torch.float64))
+        changes.append(change.gather(-1, drawn).double())
+    stacked = torch.stack(changes)
+    stacked = stacked - stacked.mean(-1, keepdim=True)
+    return torch.einsum("itk,jtk->ij", stacked, stacked) / (2 * (DRAWS - 1)), torch.stack(alone).clamp_min(0)
+
+
+def _log_probabilities(model: ConvertedModel, text: dict[str, Tensor]) -> Tensor:
+    """(positions, vocabulary) of the next token, float32, but for the last position."""
+    logits: Tensor = model(**text).logits[0, :-1]
+    return logits.float().log_softmax(-1)
+
+
+def check_choosable(count: int, blocks: int) -> None:
+    """Raises ConversionError where "auto:N" asks for more blocks than there are, or for none."""
+    if not 0 < count <= blocks:
+        raise ConversionError(f"npt_layers='auto:{count}': the model has {blocks} blocks; use auto:1 to auto:{blocks}")
