@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -228,6 +228,8 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 def resolve_layers(choice: str | list[int], num_blocks: int) -> list[int]:
     """Block indices, ascending, of "all", "upper_half" (n//2 ... n-1), "lower_half" or a list (negatives from the end).
 
+    All of them for "auto" and "auto:N", which are decided after all are calibrated (`automatic_count`).
+
     Raises:
         ConversionError: an unknown word, an index out of range, a duplicate or an empty list.
     """
@@ -236,9 +238,13 @@ def resolve_layers(choice: str | list[int], num_blocks: int) -> list[int]:
         "upper_half": range(num_blocks // 2, num_blocks),
         "lower_half": range(num_blocks // 2),
     }
-    if isinstance(choice, str):
+    if automatic_count(choice, num_blocks) is not None:
+        layers = list(range(num_blocks))
+    elif isinstance(choice, str):
         if choice not in words:
-            raise ConversionError(f"npt_layers={choice!r} is unknown; use {', '.join(words)} or a list of indices")
+            raise ConversionError(
+                f"npt_layers={choice!r} is unknown; use {', '.join(words)}, auto, auto:N or a list of indices"
+            )
         layers = list(words[choice])
     else:
         wrong = [
@@ -255,3 +261,26 @@ def resolve_layers(choice: str | list[int], num_blocks: int) -> list[int]:
     if not layers:
         raise ConversionError(f"npt_layers={choice!r} selects no block of {num_blocks}; name at least one")
     return layers
+
+
+def is_automatic(choice: str | list[int]) -> TypeGuard[str]:
+    """True for "auto" and "auto:N"."""
+    return isinstance(choice, str) and choice.partition(":")[0] == "auto"
+
+
+def automatic_count(choice: str | list[int], num_blocks: int) -> int | None:
+    """The number of blocks that "auto" (as many as "upper_half") or "auto:N" will choose; None for any other choice.
+
+    Raises:
+        ConversionError: N is no number from 1 to the number of blocks.
+    """
+    if not is_automatic(choice):
+        return None
+    if choice == "auto":
+        return num_blocks - num_blocks // 2
+    number = choice.partition(":")[2]
+    if not number.isdecimal() or not 0 < int(number) <= num_blocks:
+        raise ConversionError(
+            f"npt_layers={choice!r}: the model has {num_blocks} blocks; use auto:1 to auto:{num_blocks}"
+        )
+    return int(number)

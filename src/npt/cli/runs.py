@@ -111,6 +111,28 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    config: Config = None,
+    set_: Set = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Calibrates on little text; --set wins over it.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A JSON file for the figures.", callback=place_of)
+    ] = None,
+) -> None:
+    """Predicts the mean KL of a conversion, block by block.
+
+    Calibrates, then measures what each block alone costs; evaluates and trains nothing.
+    """
+    from npt.common.writable import check_file
+    from npt.report.terminal import render_prediction
+    from npt.runs.predict import run_prediction
+
+    if output is not None:
+        check_file("--output", output, ".json")
+    render_prediction(run_prediction(_run_config(config, set_, quick), output), console())
+
+
+@app.command()
 def memory(
     config: Config = None,
     set_: Set = None,

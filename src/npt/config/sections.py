@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StringConstraints,
     ValidationError,
     WrapValidator,
     model_validator,
@@ -19,7 +20,17 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from npt.builtin import MODELS, PREFIX, TEXTS
-from npt.common.options import DEFAULTS, Carry, Gain, Key, LowRankSite, Projection, Score, tied_targets_down
+from npt.common.options import (
+    DEFAULTS,
+    Carry,
+    Gain,
+    Key,
+    LowRankSite,
+    Projection,
+    Score,
+    is_calibrated,
+    tied_targets_down,
+)
 from npt.common.places import expanded
 from npt.errors import NPTError
 
@@ -42,7 +53,8 @@ def _layers(value: Any, validate: Callable[[Any], Any]) -> Any:
     try:
         return validate(value)
     except ValidationError:
-        raise ValueError("use upper_half, lower_half, all, or a list of block indices such as [2, 3, -1]") from None
+        remedy = "use upper_half, lower_half, all, auto, auto:N, or a list of block indices such as [2, 3, -1]"
+        raise ValueError(remedy) from None
 
 
 def _known(names: Iterable[str]) -> Callable[[str], str]:
@@ -89,8 +101,11 @@ Count = Annotated[int, Field(ge=0, le=MOST)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_writable)]
 Projections = Annotated[list[Projection], Field(min_length=1), AfterValidator(_no_duplicates)]
 Indices = Annotated[list[Annotated[int, Field(ge=-MOST, le=MOST)]], Field(min_length=1)]
+Automatic = Annotated[str, StringConstraints(pattern=r"^auto:[1-9][0-9]{0,8}$")]
 Layers = Annotated[
-    Literal["upper_half", "lower_half", "all"] | Indices, WrapValidator(_layers), AfterValidator(_no_duplicates)
+    Literal["upper_half", "lower_half", "all", "auto"] | Automatic | Indices,
+    WrapValidator(_layers),
+    AfterValidator(_no_duplicates),
 ]
 #: The name of a file or folder, or one that may be either that or a name on a hub; `~` is expanded here, once for all parts.
 Place = Annotated[Text, AfterValidator(_expanded)]
@@ -276,6 +291,19 @@ class RunConfig(Section):
         if self.data.streaming and self.paths.teacher_cache is not None:
             text = "is for a fixed set of blocks, which data.streaming=true has not; set one of them off"
             yield ("paths.teacher_cache", "data.streaming"), text
+        if isinstance(self.model.npt_layers, str) and self.model.npt_layers.startswith("auto"):
+            yield from self._conflicts_of_choice()
+
+    def _conflicts_of_choice(self) -> Iterator[Conflict]:
+        """Blocks are chosen by what their calibration leaves, in a model that is whole."""
+        ask = "name the blocks, which `npt predict` chooses without this setting"
+        if self.optimization.fsdp:
+            yield ("model.npt_layers", "optimization.fsdp"), f"can't be chosen with optimization.fsdp=true; {ask}"
+        if not self.training.calibrate:
+            yield ("model.npt_layers", "training.calibrate"), f"can't be chosen with training.calibrate=false; {ask}"
+        if not is_calibrated(self.model.carry, self.model.gain):
+            text = "chooses by what each block costs, which is nothing with this model.carry and model.gain; name the blocks"
+            yield ("model.npt_layers", "model.gain"), text
 
 
 #: {name: class} of the sections.

@@ -31,7 +31,9 @@ from npt.common.sharded import full_tensor, like, same_everywhere
 from npt.data.batches import with_mask
 from npt.data.inputs import as_batches
 from npt.equivalence.block_fit import BlockFit, first_tokens
+from npt.equivalence.choice import check_undivided, hold_back, settle_blocks
 from npt.equivalence.parts import TextPart
+from npt.equivalence.prediction import measure_interactions
 from npt.errors import REMEDY, NPTError, RunError
 from npt.tuner.checks import renew_record
 from npt.tuner.converted import (
@@ -52,7 +54,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@torch.no_grad()
 def calibrate(
     model: ConvertedModel,
     batches: Any,
@@ -63,6 +64,8 @@ def calibrate(
 ) -> dict[str, dict[str, float]]:
     """Fits the active adapter of a converted model to the model it was made from, in place.
 
+    With npt_layers "auto" it then keeps the blocks that cost least KL together; the first 8 rows of the text measure that.
+
     Several processes share the batches, and their sums are added: the fit is that of one process. All call it with the
     same batches; a sharded model's inside `npt.common.sharded.through`.
 
@@ -70,18 +73,37 @@ def calibrate(
         model: a PEFT model with an active NPT adapter; its base is not changed.
         batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}; padding is left out. Or what
             `npt.data.inputs` lists: text, with its `tokenizer`, in blocks of 256 tokens or of the model's context.
-        chunk_tokens: tokens per block kept in memory for gain and carry; None for 8,192, or 4 d where that is more.
+        chunk_tokens: tokens per block kept in memory for gain and carry; None for `block_fit.first_tokens`.
         progress: shows a bar.
 
     Returns:
         For each block, as `layer_<i>`, its error_before, error_after (of y - h, relative, root of summed squares) and tokens.
 
     Raises:
+        ConversionError: blocks of a sharded model are to be chosen.
         NPTError: no text, text without a tokenizer or beyond the model's limits, or so degenerate that the fit is not finite.
         RunError: the model's own hidden states are not finite.
     """
-    layers = [layer for layer in active_layers(model) if layer.own.spec.is_calibrated]
+    check_undivided(model)
     batches = as_batches(batches, tokenizer, min(256, context_length_of(model) or 256), "calibrate(batches=...)")
+    if adapter_config(model).undecided is None:
+        return fit_components(model, batches, chunk_tokens=chunk_tokens, progress=progress)
+    probes, batches = hold_back(batches)
+    errors = fit_components(model, batches, chunk_tokens=chunk_tokens, progress=progress)
+    settle_blocks(model, measure_interactions(model, probes, progress=progress))
+    return errors
+
+
+@torch.no_grad()
+def fit_components(
+    model: ConvertedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    chunk_tokens: int | None = None,
+    progress: bool = False,
+) -> dict[str, dict[str, float]]:
+    """`calibrate` on batches, for the blocks that the adapter has: none is taken out."""
+    layers = [layer for layer in active_layers(model) if layer.own.spec.is_calibrated]
     with _whole_components(layers):
         fits = {layer.index: BlockFit(layer, chunk_tokens or first_tokens(layers)) for layer in layers}
         seen = _collect(model, fits, batches, progress)

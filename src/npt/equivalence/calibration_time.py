@@ -12,25 +12,34 @@ from torch import Tensor
 
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.probing import execution_device
+from npt.common.precision import wide_dtype
 from npt.equivalence.block_fit import BlockFit, first_tokens
+from npt.equivalence.scale import descend, step_count
 
 #: Tokens of the two fits that are timed.
 FEW, MANY = 256, 1024
+#: Steps of the hidden units that are timed.
+STEPS = 20
 
 
 @dataclass(frozen=True)
 class FitSeconds:
-    """Seconds for all blocks: once, per token of the chunk that gain and carry are fitted on, per token after it."""
+    """Seconds for all blocks: once, per token of the chunk that gain and carry are fitted on, per token after it, per step of
+    the hidden units.
+    """
 
     once: float = 0.0
     chunk: float = 0.0
     later: float = 0.0
     chunk_tokens: int = 0
+    step: float = 0.0
 
     def of(self, tokens: int) -> float:
         """Seconds for so many tokens."""
         first = min(tokens, self.chunk_tokens)
-        return self.once + first * self.chunk + (tokens - first) * self.later if tokens else 0.0
+        if not tokens:
+            return 0.0
+        return self.once + first * self.chunk + (tokens - first) * self.later + step_count(first) * self.step
 
 
 @torch.no_grad()
@@ -49,7 +58,23 @@ def fit_seconds(layers: Sequence[NPTLayer]) -> FitSeconds:
         chunk=count * chunk,
         later=count * later / MANY,
         chunk_tokens=first_tokens(layers),
+        step=count * _step_seconds(layer, h[0]),
     )
+
+
+def _step_seconds(layer: NPTLayer, x: Tensor) -> float:
+    """Seconds of one step of the hidden units, the mean of `STEPS` on inputs x (tokens, d); zero without units."""
+    if layer.own.hidden_units is None:
+        return 0.0
+    units, x = layer.own.hidden_units, x.to(wide_dtype(x.dtype))
+    weights, generator = torch.ones_like(x[:, 0]), torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        parameters = [p.detach().clone().to(x).requires_grad_() for p in (*units, x[0], x[0, :1])]
+        start = time.perf_counter()
+        descend(parameters, x, x[:, 0], weights, generator, STEPS)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+    return (time.perf_counter() - start) / STEPS
 
 
 def _times(layer: NPTLayer, h: Tensor, a: Tensor) -> tuple[float, float, float]:

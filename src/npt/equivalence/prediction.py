@@ -1,12 +1,12 @@
-"""The law of the mean KL: what converting some blocks will cost, from what each of them alone does to the logits (docs/law.md).
+"""The law of the mean KL: the cost of converting blocks together, from that of each block alone (docs/law.md).
 
-Block i alone, converted, changes the logits of a token by delta_i. To second order the KL of several blocks together is half the
-variance, over the original's next-token distribution p, of the sum of their delta_i:
+Block i alone, converted, changes the logits of a token by delta_i. To second order the KL of several blocks together is half
+the variance, over the original's next-token distribution p, of the sum of their delta_i:
 
     KL(S) = sum over i, j in S of G_ij,    G_ij = 1/2 E[Cov_p(delta_i, delta_j)]
 
-G is measured on a little text, one forward pass per block: its diagonal is the KL of each block alone, exactly; the rest is the
-covariance over tokens that p draws.
+G is measured on a little text, one forward pass per block: its diagonal is the KL of each block alone, exactly; the rest is
+the covariance over tokens that p draws.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from npt.block.modes import Mode, running_as
 from npt.common.processes import is_first
 from npt.common.progress import tracked
 from npt.data.batches import with_mask
-from npt.errors import ConversionError, NPTError
+from npt.errors import NPTError
 from npt.tuner.converted import ConvertedModel, active_layers, device_of, eval_mode
 
 #: Blocks of text that G is measured on.
@@ -92,7 +92,7 @@ def measure_interactions(
     """Measures G of the active adapter's blocks: per text one pass of the original, and one with each block alone converted.
 
     Args:
-        batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}, little text like that to be predicted.
+        batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}: a little text of the kind to predict.
         progress: shows a bar.
 
     Raises:
@@ -125,7 +125,7 @@ def _rows(batches: Iterable[Mapping[str, Tensor]]) -> Iterable[tuple[Tensor, Ten
 def _of_text(
     model: ConvertedModel, layers: Sequence[NPTLayer], text: dict[str, Tensor], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Returns (half the covariances (n, n), the KL of each block alone (n,)), both summed over the text's positions, float64."""
+    """Returns half the covariances (n, n) and the KL of each block alone (n,), summed over the text's positions, float64."""
     with running_as(layers, Mode.ORIGINAL):
         original = _log_probabilities(model, text)
     drawn = torch.multinomial(original.exp(), DRAWS, replacement=True, generator=generator)
@@ -145,9 +145,3 @@ def _log_probabilities(model: ConvertedModel, text: dict[str, Tensor]) -> Tensor
     """(positions, vocabulary) of the next token, float32, but for the last position."""
     logits: Tensor = model(**text).logits[0, :-1]
     return logits.float().log_softmax(-1)
-
-
-def check_choosable(count: int, blocks: int) -> None:
-    """Raises ConversionError where "auto:N" asks for more blocks than there are, or for none."""
-    if not 0 < count <= blocks:
-        raise ConversionError(f"npt_layers='auto:{count}': the model has {blocks} blocks; use auto:1 to auto:{blocks}")

@@ -138,7 +138,8 @@ def _train(samples: Samples, direction: Tensor, offset: Tensor, count: int) -> t
     parameters = [hidden, x.new_zeros(count), x.new_zeros(count), correction, x.new_zeros(1)]
     with torch.enable_grad():
         parameters = [p.requires_grad_() for p in parameters]
-        _descend(parameters, x, target, weights, generator)
+        # On shapes alone every step is like the first.
+        descend(parameters, x, target, weights, generator, 1 if x.is_meta else step_count(len(x)))
     hidden, bias, out, correction, shift = (p.detach() for p in parameters)
     correction = correction * unit / size
     shift = offset + shift * unit - center @ correction
@@ -146,14 +147,20 @@ def _train(samples: Samples, direction: Tensor, offset: Tensor, count: int) -> t
     return direction + correction, shift, HiddenUnits(hidden / size, bias - center @ (hidden / size), out * unit)
 
 
-def _descend(parameters: list[Tensor], x: Tensor, target: Tensor, weights: Tensor, generator: torch.Generator) -> None:
+def step_count(tokens: int) -> int:
+    """Returns how many steps the hidden units are trained for on so many tokens."""
+    return max(FEWEST_STEPS, PASSES * (tokens // STEP_TOKENS))
+
+
+def descend(
+    parameters: list[Tensor], x: Tensor, target: Tensor, weights: Tensor, generator: torch.Generator, steps: int
+) -> None:
     """Minimises the weighted squared error of gelu(x W + b) v + x c + s by AdamW, in place. parameters: W, b, v, c, s."""
     hidden, bias, out, correction, shift = parameters
     slow = {"params": [correction, shift], "lr": LEARNING_RATE / 10}
     groups: list[dict[str, Any]] = [{"params": [hidden], "weight_decay": WEIGHT_DECAY}, {"params": [bias, out]}, slow]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0)
     a_pass = max(1, len(x) // STEP_TOKENS)
-    steps = 1 if x.is_meta else max(FEWEST_STEPS, PASSES * a_pass)  # on shapes alone every step is like the first
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for step in range(steps):
         if step % a_pass == 0:

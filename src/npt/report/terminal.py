@@ -30,6 +30,8 @@ def render_report(report: Report, console: Console, prompts: int = 2) -> None:
     for table in _corpora_tables(section(report, "protocol"), evaluations, console.width):
         console.print(table)
     console.print(_delta_line(section(evaluations, "weight_delta_stats")))
+    if prediction := section(report, "prediction"):
+        console.print(_prediction_line(prediction))
     if grade := section(report, "grade").get("text"):
         console.print(f"The converted model is {_text(grade)}.")
     for note in report.get("notes") or []:
@@ -125,6 +127,34 @@ def _delta_line(stats: Report) -> str:
         f"{number(stats.get('exact_frobenius'))}), {share} of the weight's, "
         f"root-mean-square entry {number(stats.get('rms_entry'))}"
     )
+
+
+def render_prediction(found: Report, console: Console) -> None:
+    """Prints what `npt predict` found: each block's cost, and that of the converted ones together."""
+    table = Table()
+    for name in ("block", "mean KL alone", "share"):
+        table.add_column(name, justify="right")
+    alone = found["alone"]
+    whole = sum(alone.values()) or 1.0
+    for name, cost in alone.items():
+        block = int(name.removeprefix("layer_"))
+        chosen = "" if found["chosen"] is None or block in found["chosen"] else "  left as it is"
+        table.add_row(str(block), f"{cost:.2e}", f"{100 * cost / whole:.1f} %{chosen}")
+    console.print(table)
+    console.print(
+        f"{headline({'npt_layers': found['blocks'], 'base_model': found.get('base_model')})}: predicted mean KL"
+    )
+    console.print(_predicted(found))
+
+
+def _predicted(found: Report) -> str:
+    mean, error = (number(found.get(key)) for key in ("mean_kl", "standard_error"))
+    return f"{mean} ± {error} nats a token, from {number(found.get('tokens'))} tokens of calibration text held back"
+
+
+def _prediction_line(found: Report) -> str:
+    """The mean KL predicted of the calibrated model beside the measured one."""
+    return f"after calibration: mean KL predicted {_predicted(found)}; measured {number(found.get('measured'))}"
 
 
 def _verdict(outcome: Report) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from npt.common.precision import DTYPE_REASON
 from npt.common.processes import world
 from npt.common.stopwatch import Stopwatch
 from npt.config import RunConfig
+from npt.equivalence.prediction import PROBE_TEXTS
 from npt.evaluation.generation import DEFAULT_PROMPTS
 from npt.runs.corpora import Corpus
 from npt.runs.timing import Rates
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 #: The file of a run's folder that holds the estimated and the taken times.
 TIMING = "timing.json"
 #: Names of a run's parts, as the plan and the times taken have them.
-SAMPLING, TARGETS, CALIBRATION = "sampling text", "teacher targets", "calibration"
+SAMPLING, TARGETS, CALIBRATION, PREDICTION = "sampling text", "teacher targets", "calibration", "prediction"
 TRAINING, EVALUATION, PAGE = "training", "evaluation", "report page"
 #: Seconds for the page, its plots and the library that draws them. They do not depend on the model and are not timed.
 PAGE_SECONDS = 1.5
@@ -106,6 +107,8 @@ def _parts(config: RunConfig, sizes: Sizes, rates: Rates) -> Iterator[Part]:
     tokens = length * sizes.calibration
     fitting = (tokens * rates.forward + rates.fit.of(tokens)) / processes if tokens else 0.0
     yield Part(CALIBRATION, f"{tokens:,} tokens", fitting)
+    tokens = length * min(PROBE_TEXTS, sizes.calibration)
+    yield Part(PREDICTION, f"{tokens:,} tokens, each block", tokens * rates.alone)
     steps = sizes.steps
     if steps and config.paths.teacher_cache is not None:
         tokens = length * sizes.trained

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from npt.block.families import resolve_layers
+from npt.block.families import is_automatic, resolve_layers
 from npt.common.launch import world_size
 from npt.common.options import OPTIONS
 from npt.config import DataSection, RunConfig
@@ -75,7 +75,7 @@ def check_configuration(config: RunConfig, arguments: TrainingArguments, checkpo
     """
     options = {name: getattr(config.model, name) for name in OPTIONS}
     count = getattr(base_config(config.model, config.paths.cache_dir).get_text_config(), "num_hidden_layers", None)
-    if count is None:
+    if count is None or is_automatic(config.model.npt_layers):
         del options["npt_layers"]
     else:
         options["npt_layers"] = resolve_layers(config.model.npt_layers, count)

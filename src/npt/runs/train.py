@@ -15,6 +15,7 @@ from transformers.integrations import TensorBoardCallback
 from npt.adapters.folder import RUN_CONFIG
 from npt.adapters.settings import as_recorded
 from npt.adapters.weights import load_weights, share_record
+from npt.block.families import is_automatic
 from npt.common.display import blocks_text
 from npt.common.files import append_json, only_run, write_json
 from npt.common.options import is_calibrated
@@ -22,7 +23,6 @@ from npt.common.processes import any_process, first_does, is_first
 from npt.common.sharded import full_tensor, through
 from npt.common.stopwatch import Stopwatch
 from npt.config import RunConfig, save_config, shortened
-from npt.equivalence.calibration import calibrate
 from npt.equivalence.objectives import objective_class
 from npt.equivalence.teacher import check_teacher_cache
 from npt.equivalence.trainer import EquivalenceTrainer
@@ -40,9 +40,9 @@ from npt.runs.arguments import (
     with_precision,
 )
 from npt.runs.base_model import default_device, load_base, load_tokenizer, offload_frozen, release_memory
+from npt.runs.calibrate import calibrate_run, prediction_of
 from npt.runs.corpora import Corpus, calibration_batches, load_corpus, still_to_write
 from npt.runs.estimate import (
-    CALIBRATION,
     EVALUATION,
     PAGE,
     SAMPLING,
@@ -63,7 +63,7 @@ from npt.runs.timing import measure
 from npt.runs.tracker_runs import TRACKER_RUNS, RememberTrackers, continued
 from npt.training.callbacks import BEST_METRIC, BestAdapterCallback, JsonLinesCallback, SamplesCallback
 from npt.training.checkpoints import step_of
-from npt.training.resume import check_adapter
+from npt.training.resume import adapter_blocks, check_adapter
 from npt.training.signals import StopSignals
 from npt.tuner.card import write_model_card
 from npt.tuner.config import NPTConfig
@@ -106,7 +106,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         with spent.timing("reading text"):
             corpus = given_corpus(config, texts)
         with spent.timing("loading the base"):
-            model, tokenizer = convert_base(config)
+            model, tokenizer = convert_base(config, last)
         if last is not None:
             first_does(lambda: check_adapter(last, adapter_config(model)))
         tell_processes(arguments)
@@ -176,9 +176,15 @@ def given_corpus(config: RunConfig, texts: RunTexts) -> Corpus | None:
     return load_corpus(texts, None, load_tokenizer(config.model, config.paths.cache_dir))
 
 
-def convert_base(config: RunConfig) -> tuple[PeftModel, Any]:
-    """(converted model on its device, tokenizer) of a configuration."""
+def convert_base(config: RunConfig, last: Path | None = None) -> tuple[PeftModel, Any]:
+    """(converted model on its device, tokenizer) of a configuration.
+
+    Args:
+        last: the checkpoint that a run goes on from; the blocks that were chosen for it are not chosen again.
+    """
     adapter = NPTConfig.from_options(config.model)
+    if last is not None and is_automatic(adapter.npt_layers):
+        adapter.npt_layers = first_does(lambda: adapter_blocks(last))
     if is_first():
         prepare_wandb(config)
     base, tokenizer = load_base(config.model, config.optimization, config.paths.cache_dir)
@@ -215,11 +221,9 @@ def fit(
             trainer.read_teacher()
     if last is None and config.training.calibrate and is_calibrated(config.model.carry, config.model.gain):
         text = calibration_batches(texts, corpus, config.training.batch_size, device_of(model))
-        with spent.timing(CALIBRATION):
-            errors = through(model, lambda: calibrate(model, text, progress=is_first()))
-        first_does(lambda: append_json(output / "metrics.jsonl", {"step": 0, "calibration": errors}))
-        for name, figures in errors.items():
-            logger.info("%s: update error %.4f -> %.4f", name, figures["error_before"], figures["error_after"])
+        errors, prediction = calibrate_run(model, text, spent)
+        row = {"step": 0, "calibration": errors, "prediction": prediction}
+        first_does(lambda: append_json(output / "metrics.jsonl", row))
     release_memory()
     if last is None:
         with spent.timing(EVALUATION):
@@ -272,6 +276,7 @@ def report_best(
     with spent.timing(EVALUATION):
         report = evaluate_corpora(model, tokenizer, corpus.scored(config.data.dataset_name), config)
     report["notes"] = [*notes, *corpus.unseen.notes, *report["notes"]]
+    report["prediction"] = prediction_of(read_json_lines(output / "metrics.jsonl"))
     report["protocol"]["training_precision"] = config.optimization.mixed_precision
 
     def write() -> None:

@@ -121,6 +121,12 @@ def check_options(checkpoint: Path, options: Settings) -> None:
     refuse(checkpoint, differences(_ordered(_adapter(checkpoint)), _ordered(options)))
 
 
+def adapter_blocks(checkpoint: Path) -> list[int]:
+    """The blocks of the checkpoint's adapter, by index."""
+    blocks: Any = _adapter(checkpoint)["npt_layers"]
+    return list(blocks)
+
+
 def check_adapter(checkpoint: Path, config: NPTConfig) -> None:
     """Compares a converted model's adapter and base with the checkpoint's.
 

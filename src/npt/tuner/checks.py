@@ -18,6 +18,7 @@ from npt.builtin import name_of
 from npt.common.display import blocks_text
 from npt.common.fingerprint import base_record, difference
 from npt.common.inside import adapter_layers, parts_of
+from npt.common.options import is_calibrated
 from npt.common.sharded import is_sharded
 from npt.errors import ConversionError
 from npt.tuner.config import NPTConfig
@@ -227,3 +228,16 @@ def another_base(config: NPTConfig, difference: str) -> str:
         f"the adapter was made for another base: {difference}. {remedy}, or set "
         "allow_other_base (NPTConfig.allow_other_base=True, in a run model.allow_other_base=true)"
     )
+
+
+def check_undecided(config: NPTConfig) -> None:
+    """Checks that blocks to be chosen by calibration are calibrated.
+
+    Raises:
+        ConversionError: they are exact from the start.
+    """
+    if config.undecided is not None and not is_calibrated(config.carry, config.gain):
+        raise ConversionError(
+            f"npt_layers={config.npt_layers!r} chooses blocks by what each one costs, which is nothing with carry="
+            f"{config.carry!r} and gain={config.gain!r}; use upper_half, lower_half, all or a list of indices"
+        )

@@ -52,7 +52,8 @@ class NPTConfig(PeftConfig):
     """Which blocks become neuro-plastic, and how their weight delta is generated.
 
     Args:
-        npt_layers: "upper_half" (n//2 ... n-1), "lower_half", "all", or indices (negatives from the end).
+        npt_layers: "upper_half" (n//2 ... n-1), "lower_half", "all", or indices (negatives from the end). "auto" and "auto:N"
+            convert all blocks until `npt.calibrate` keeps half of them, or N: those that cost least KL together.
         rank: columns of A; 0 for no low-rank part.
         modulation_scale: s in s tanh(a A).
         key: "input" (least norm), "tied" (the low-rank part reads z through A) or "learned".
@@ -96,6 +97,8 @@ class NPTConfig(PeftConfig):
         super().__post_init__()
         self._text_record: TextRecord | None = None
         self._was_loaded, self._vocabulary = False, 0
+        #: Blocks that `npt.calibrate` still has to choose.
+        self.undecided: int | None = None
         self.peft_type = PEFT_TYPE
         self.task_type = self.task_type or "CAUSAL_LM"  # type: ignore[has-type]
         name = self.base_model_name_or_path  # type: ignore[has-type]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from npt.block.layer import NPTLayer
@@ -63,6 +64,22 @@ def active_layers(model: nn.Module) -> list[NPTLayer]:
             f"{type(model).__name__} has no active NPT adapter; convert it first: get_peft_model(model, NPTConfig(...))"
         )
     return layers
+
+
+def keep_blocks(model: ConvertedModel, blocks: Collection[int]) -> None:
+    """Makes the active adapter's other blocks the original ones again, and its configuration one of these blocks."""
+    config = adapter_config(model)
+    for layer in active_layers(model):
+        if layer.index not in blocks:
+            BaseTunerLayer.delete_adapter(layer, layer.active_name or "")
+    take_off([layer for layer in npt_layers(model) if not layer.npt_components])
+    kept = sorted(blocks)
+    dropped = {name for name in config.target_modules or () if int(name.rpartition(".")[2]) not in blocks}
+    config.npt_layers, config.undecided = kept, None
+    config.target_modules = [name for name in config.target_modules or () if name not in dropped]
+    targeted = getattr(getattr(model, "base_model", None), "targeted_module_names", None)
+    if targeted is not None:
+        targeted[:] = [name for name in targeted if name not in dropped]
 
 
 def chosen_layers(model: ConvertedModel, blocks: Collection[int] | None) -> list[NPTLayer]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from npt.block.contract import check_contract
-from npt.block.families import blocks_of, family_of, resolve_layers
+from npt.block.families import automatic_count, blocks_of, family_of, resolve_layers
 from npt.block.layer import NPTLayer
 from npt.common.limits import vocabulary_of
 from npt.errors import ConversionError, NPTError
@@ -32,6 +32,7 @@ from npt.tuner.checks import (
     check_name,
     check_name_in,
     check_new,
+    check_undecided,
     refuse_rows,
     refuse_unsupported,
     renew_record,
@@ -124,6 +125,8 @@ class NPTModel(BaseTuner):
         check_base_shape(peft_config, self.model, len(blocks))
         wrong = check_fingerprint(peft_config, self.model, embeddings_may_come=self._owns and from_file)
         peft_config.begin_record(self.model.get_input_embeddings().weight.shape[0])
+        peft_config.undecided = automatic_count(peft_config.npt_layers, len(blocks))
+        check_undecided(peft_config)
         peft_config.npt_layers = resolve_layers(peft_config.npt_layers, len(blocks))
         prefix = family_of(self.model).blocks
         peft_config.target_modules = [f"{prefix}.{i}" for i in peft_config.npt_layers]
