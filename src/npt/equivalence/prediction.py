@@ -5,31 +5,38 @@ the variance, over the original's next-token distribution p, of the sum of their
 
     KL(S) = sum over i, j in S of G_ij,    G_ij = 1/2 E[Cov_p(delta_i, delta_j)]
 
-G is measured on a little text, one forward pass per block: its diagonal is the KL of each block alone, exactly; the rest is
-the covariance over tokens that p draws.
+G is measured on a little text, one forward pass per block, of that block and those after it. Its diagonal is the KL of each
+block alone, exactly; the rest is the covariance over tokens that p draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from math import comb
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from npt.block.families import blocks_of
 from npt.block.layer import NPTLayer
 from npt.block.modes import Mode, running_as
 from npt.common.processes import is_first
 from npt.common.progress import tracked
 from npt.data.batches import with_mask
 from npt.errors import NPTError
-from npt.tuner.converted import ConvertedModel, active_layers, device_of, eval_mode
+from npt.tuner.converted import ConvertedModel, active_layers, base_of, device_of, eval_mode
 
 #: Blocks of text that G is measured on.
 PROBE_TEXTS = 8
 #: Tokens drawn from p at each position, for the covariance of two blocks.
 DRAWS = 64
+#: Most sets of blocks that are compared one by one.
+TRIED = 20_000
 
 
 @dataclass
@@ -65,7 +72,8 @@ class Interactions:
     def choose(self, count: int) -> list[int]:
         """Returns the `count` blocks, ascending, whose predicted KL together is least.
 
-        From all blocks the costliest is left out again and again; then blocks are exchanged as long as that helps.
+        Up to `TRIED` sets are compared one by one. Of more, the costliest block is left out again and again, and blocks are then
+        exchanged as long as that helps.
         """
         total = self.gram.sum(0)
 
@@ -74,6 +82,8 @@ class Interactions:
             return float(total[at][:, at].sum())
 
         kept = list(range(len(self.blocks)))
+        if comb(len(kept), count) <= TRIED:
+            return [self.blocks[i] for i in min(combinations(kept, count), key=cost)]
         while len(kept) > count:
             kept.remove(min(kept, key=lambda i: cost([j for j in kept if j != i])))
         while True:
@@ -126,12 +136,19 @@ def _of_text(
     model: ConvertedModel, layers: Sequence[NPTLayer], text: dict[str, Tensor], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Returns half the covariances (n, n) and the KL of each block alone (n,), summed over the text's positions, float64."""
-    with running_as(layers, Mode.ORIGINAL):
-        original = _log_probabilities(model, text)
+    blocks, outputs = list(blocks_of(base_of(model))), list[Any]()
+    hooks = [block.register_forward_hook(lambda *call: outputs.append(call[-1])) for block in blocks]
+    try:
+        with running_as(layers, Mode.ORIGINAL):
+            original = _log_probabilities(model, text)
+    finally:
+        for hook in hooks:
+            hook.remove()
     drawn = torch.multinomial(original.exp(), DRAWS, replacement=True, generator=generator)
     changes, alone = [], []
     for layer in layers:
-        with running_as([other for other in layers if other is not layer], Mode.ORIGINAL):
+        others = [other for other in layers if other is not layer]
+        with running_as(others, Mode.ORIGINAL), _giving(blocks[: layer.index], outputs):
             changed = _log_probabilities(model, text)
         change = original - changed
         alone.append((original.exp() * change).sum(dtype=torch.float64))
@@ -141,7 +158,26 @@ def _of_text(
     return torch.einsum("itk,jtk->ij", stacked, stacked) / (2 * (DRAWS - 1)), torch.stack(alone).clamp_min(0)
 
 
+@contextmanager
+def _giving(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """The first blocks of a model give the outputs that they gave before, instead of computing them again."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block, output in zip(blocks, outputs, strict=False):
+            block.forward = partial(_given, output)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            del block.forward  # an attribute of the module, in the way of its class's
+            if forward is not None:
+                block.forward = forward
+
+
+def _given(output: Any, *_: Any, **__: Any) -> Any:
+    return output
+
+
 def _log_probabilities(model: ConvertedModel, text: dict[str, Tensor]) -> Tensor:
     """(positions, vocabulary) of the next token, float32, but for the last position."""
-    logits: Tensor = model(**text).logits[0, :-1]
+    logits: Tensor = model(**text, use_cache=False).logits[0, :-1]
     return logits.float().log_softmax(-1)
