@@ -107,7 +107,17 @@ def test_the_choice_is_the_cheapest_of_all() -> None:
             best = min(combinations(found.blocks, count), key=lambda blocks: found.predict(blocks)[0])
             chosen = found.choose(count)
             assert len(chosen) == count and chosen == sorted(chosen)
-            assert found.predict(chosen)[0] <= found.predict(best)[0] * 1.5 + 1e-12, (seed, count)
+            assert chosen == list(best)
+
+
+def test_the_choice_among_many_blocks_is_as_good_as_none_better_by_one_exchange() -> None:
+    factors = torch.randn(30, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = Interactions(list(range(30)), (factors @ factors.T)[None], torch.tensor([1.0]))
+    chosen = found.choose(15)
+    cost = found.predict(chosen)[0]
+    assert len(set(chosen)) == 15 and cost < found.predict(range(15))[0]
+    others = set(found.blocks) - set(chosen)
+    assert all(found.predict({*chosen, new} - {old})[0] >= cost for old in chosen for new in others)
 
 
 def test_auto_keeps_the_blocks_that_cost_least() -> None:
@@ -130,7 +140,7 @@ def test_auto_keeps_the_blocks_that_cost_least() -> None:
 
 @pytest.mark.parametrize(
     "choice, match",
-    [("auto:0", "use auto:1 to auto:"), ("auto:99", "99"), ("auto:", "auto:"), ("automatic", "unknown")],
+    [("auto:0", "use auto:1 to auto:"), ("auto:99", "99"), ("auto:", "auto:"), ("automat", "unknown")],
 )
 def test_a_wrong_choice_is_refused(choice: str, match: str) -> None:
     with pytest.raises(ConversionError, match=match):

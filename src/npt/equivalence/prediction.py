@@ -72,8 +72,8 @@ class Interactions:
     def choose(self, count: int) -> list[int]:
         """Returns the `count` blocks, ascending, whose predicted KL together is least.
 
-        Up to `TRIED` sets are compared one by one. Of more, the costliest block is left out again and again, and blocks are then
-        exchanged as long as that helps.
+        Up to `TRIED` sets are compared one by one. Of more, the costliest block is left out again and again, and blocks are
+        then exchanged as long as that helps.
         """
         total = self.gram.sum(0)
 
