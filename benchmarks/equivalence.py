@@ -2,8 +2,7 @@
 
 Every row is one `npt train` on the model's own text, then an evaluation on held-out text of three seeds (the model's own)
 and on each --text. --prose files are mixed into the calibration text of one row only. Writes
-benchmarks/results/equivalence-<model>.json, that model's table in docs/results.md, where the page has its markers, and the
-README's table. --tables writes the tables from the figures that are kept and measures nothing.
+benchmarks/results/equivalence-<model>.json and that model's table in docs/results.md, where the page has its markers. --tables writes the tables from the figures that are kept and measures nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import RESULTS, equivalence_table, kept_equivalence, outcomes_table, summary_table
+from benchmarks.tables import RESULTS, equivalence_table, kept_equivalence, outcomes_table
 from npt.config import RunConfig, load_config
 from npt.runs.evaluate import run_evaluation
 from npt.runs.train import run_training
@@ -91,12 +90,11 @@ def figures_of(evaluations: dict[str, Any]) -> dict[str, float]:
 
 
 def write_tables() -> None:
-    """Writes the tables of README.md and docs/results.md from the figures kept in benchmarks/results."""
+    """Writes the tables of docs/results.md from the figures kept in benchmarks/results."""
     kept = kept_equivalence()
     for name, results in kept.items():
         write_section("docs/results.md", f"equivalence {name}", equivalence_table(results))
     write_section("docs/results.md", "outcomes", outcomes_table(kept))
-    write_section("README.md", "results", summary_table(kept))
 
 
 def main() -> None:
