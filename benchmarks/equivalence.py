@@ -2,7 +2,8 @@
 
 Every row is one `npt train` on the model's own text, then an evaluation on held-out text of three seeds (the model's own)
 and on each --text. --prose files are mixed into the calibration text of one row only. Writes
-benchmarks/results/equivalence-<model>.json and that model's table in docs/results.md, where the page has its markers. --tables writes the tables from the figures that are kept and measures nothing.
+benchmarks/results/equivalence-<model>.json and that model's table in docs/results.md, where the page has its markers.
+--tables writes the tables from the figures that are kept and measures nothing.
 """
 
 from __future__ import annotations

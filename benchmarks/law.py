@@ -2,8 +2,8 @@
 
 Calibrates all blocks once, on the text of the --calibration files (without any: text that the model writes), measures what
 each block costs alone, and compares the predicted mean KL of several sets of blocks with the measured one, on the --text
-files (without any: further text of the model's own). Then it trains the upper half and all blocks for --steps steps and measures
-those. Ranks below 64 are cuts of the fit of rank 64, which is what a fit of that rank gives.
+files (without any: further text of the model's own). Then it trains the upper half and all blocks for --steps steps and
+measures those. Ranks below 64 are cuts of the fit of rank 64, which is what a fit of that rank gives.
 
 FOLDER keeps the calibrated adapter, so that parts (--part) can be run apart. Figures go to
 benchmarks/results/law-<model>.json and from there into docs/law.md and README.md; --tables writes those and measures nothing.
@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments
 
 import npt
-from benchmarks.law_tables import README_MODEL, law_readme, law_table
+from benchmarks.law_tables import README_MODEL, kept_laws, law_readme, law_table
 from benchmarks.tables import RESULTS
 from npt import EquivalenceTrainer, NPTConfig, Objective
 from npt.block.modes import Mode, running_as
@@ -236,7 +236,7 @@ def parts_of(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def write_tables() -> None:
     """Writes the sections of docs/law.md and README.md from the figures that are kept."""
-    kept = {path.stem.removeprefix("law-"): json.loads(path.read_text()) for path in sorted(RESULTS.glob("law-*.json"))}
+    kept = kept_laws()
     write_section("docs/law.md", "law", law_table(kept))
     if README_MODEL in kept:
         write_section("README.md", "results", law_readme(kept[README_MODEL]))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from benchmarks.tables import RESULTS
 
 Results = Mapping[str, Mapping[str, Any]]
 #: {stem of a results file: (the model's name, its parameters)}
@@ -15,6 +18,12 @@ NAMES = {
 #: The model of the README's table.
 README_MODEL = "builtin-smollm2-135m"
 HEAD = "| model | blocks | rank | text | predicted KL | measured KL | measured / predicted |"
+
+
+def kept_laws() -> Results:
+    """{model: its figures} of every file that `python -m benchmarks.law` left in benchmarks/results."""
+    paths = sorted(RESULTS.glob("law-*.json"))
+    return {path.stem.removeprefix("law-"): json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def law_table(kept: Results) -> str:

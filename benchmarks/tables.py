@@ -14,17 +14,6 @@ Equivalence = Mapping[str, dict[str, Any]]
 #: What the CPU time of the command's quick answers is compared with.
 REFERENCE = "import typer, rich, pydantic"
 TINY, STORIES = "builtin-tiny", "stories260k"
-#: Rows of the README's table: (model, its name and size, other text, its name, label of the row, label shown).
-_TINY = (TINY, "`builtin:tiny`, 3.05 million", "builtin:python-docs", "Python docs")
-_STORIES = (STORIES, "stories260k, 0.26 million", "wikitext-2-test", "WikiText-2")
-SUMMARY = (
-    (*_TINY, "**default**, 100 KL steps", "**default**, 100 steps"),
-    (*_STORIES, "the original code's form (key tied, gate only), 500 KL steps", "the original code's form, 500 steps"),
-    (*_STORIES, "**default** (gain `state`), calibration only", "default, calibration only"),
-    (*_STORIES, "**default**, 100 KL steps", "**default**, 100 steps"),
-    (*_STORIES, "default, all blocks, 100 KL steps", "default, all blocks, 100 steps"),
-    (*_STORIES, "carry `exact` (the reference, no parameters)", "`exact`, the reference"),
-)
 #: (line, part of a model's figures, NPT's contender there)
 LINES = (
     ("forward", "forward", "npt"),
@@ -60,24 +49,6 @@ def equivalence_table(results: Equivalence) -> str:
         [label, *equivalence_cells(row), *(f"{row['texts'][t]['mean_kl']:.4f}" for t in texts)]
         for label, row in results.items()
     ]
-    return markdown(head, rows)
-
-
-def summary_table(kept: Mapping[str, Equivalence]) -> str:
-    """The README's table: a few rows of several models."""
-    head = [
-        "model, parameters",
-        "NP component",
-        "trained",
-        "perplexity ratio",
-        "mean KL",
-        "same top token",
-        "KL on other text",
-    ]
-    rows = []
-    for name, model, text, title, label, shown in SUMMARY:
-        if row := kept.get(name, {}).get(label):
-            rows.append([model, shown, *equivalence_cells(row), f"{row['texts'][text]['mean_kl']:.4f} ({title})"])
     return markdown(head, rows)
 
 

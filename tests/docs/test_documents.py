@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.law_tables import README_MODEL, kept_laws, law_readme, law_table
 from benchmarks.tables import (
     RESULTS,
     command_table,
@@ -21,7 +22,6 @@ from benchmarks.tables import (
     outcomes_table,
     speed_sentence,
     speed_table,
-    summary_table,
 )
 from npt.config import RunConfig
 from scripts.marked import ROOT, section, with_section
@@ -197,9 +197,10 @@ def test_the_constants_of_the_maths_are_those_of_the_code() -> None:
 
 
 def test_tables_are_those_of_the_kept_figures() -> None:
-    kept, speed = kept_equivalence(), json.loads(text_of(RESULTS / "cpu-2-cores.json"))
+    kept, laws, speed = kept_equivalence(), kept_laws(), json.loads(text_of(RESULTS / "cpu-2-cores.json"))
     expected = {
-        ("README.md", "results"): summary_table(kept),
+        ("README.md", "results"): law_readme(laws[README_MODEL]),
+        ("docs/law.md", "law"): law_table(laws),
         ("README.md", "speed sentence"): speed_sentence(speed),
         ("docs/results.md", "outcomes"): outcomes_table(kept),
         ("docs/speed.md", "speed"): speed_table(speed),
