@@ -165,7 +165,7 @@ def halved(values: dict[str, torch.Tensor]) -> None:
 UNFIT: dict[str, tuple[Change, list[str]]] = {
     "LoRA": (option(peft_type="LORA"), ["it is a LORA adapter, not NPT", "load it with peft"]),
     "a newer format": (option(format_version=99), ["format_version=99", "install the npt that wrote it"]),
-    "another format": (option(format_version=0), ["format_version=0", "a has 1", "train them with the same"]),
+    "another format": (option(format_version=0), ["format_version=0", "a has 2", "train them with the same"]),
     "another rank": (option(rank=4), ["A has the shape [24, 3]", "rank=4"]),
     "another key": (option(key="learned"), ["key=learned", "a has input", "train them with the same"]),
     "another carry": (option(carry="none"), ["carry=none", "a has diagonal"]),

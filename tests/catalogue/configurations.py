@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.catalogue.entries import Entry, bad_file, bad_key
+from tests.catalogue.entries import Entry, bad_choice, bad_file, bad_key
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
@@ -76,7 +76,16 @@ OVERRIDES = [
     bad_key("model.rank=0x" + "f" * 4000, "model.rank: a number of thousands of digits", name="model.rank=0xfff..."),
     bad_key("model.rank=" + "9" * 5000, "--set model.rank=999", "not YAML", name="model.rank=999..."),
     bad_key("model.rank=", "model.rank: null: use a whole number"),
-    bad_key("model.npt_layers=[]", "model.npt_layers: []: use upper_half, lower_half, all, or a list"),
+    bad_key("model.npt_layers=[]", "model.npt_layers: []: use upper_half, lower_half, all, auto, auto:N, or a list"),
+    bad_key(
+        "model.npt_layers=auto:0",
+        'model.npt_layers: "auto:0": use upper_half, lower_half, all, auto, auto:N, or a list',
+    ),
+    bad_key("model.npt_layers=auto:x", 'model.npt_layers: "auto:x": use upper_half'),
+    bad_key("model.gain_units=-1", "model.gain_units: -1: use a value of 0 or more"),
+    bad_choice("optimization.fsdp=true", "can't be chosen with optimization.fsdp=true"),
+    bad_choice("training.calibrate=false", "can't be chosen with training.calibrate=false"),
+    bad_choice("model.gain=denominator", "model.npt_layers", "name the blocks"),
     bad_key("model.npt_layers=[1, 1]", "model.npt_layers: [1, 1]: names an entry twice", "name each once"),
     bad_key("model.npt_layers=[one]", 'model.npt_layers: ["one"]: use upper_half'),
     bad_key("model.npt_layers=middle", 'model.npt_layers: "middle": use upper_half'),

@@ -52,6 +52,11 @@ def bad_key(override: str, *words: str, name: str = "") -> Entry:
     return Entry(f"override: {name or override}", ("train", *sets(override)), words)
 
 
+def bad_choice(override: str, *words: str) -> Entry:
+    """One override beside blocks that are to be chosen."""
+    return Entry(f"override: auto, {override}", ("train", *sets("model.npt_layers=auto", override)), words)
+
+
 def bad_data(name: str, content: bytes, *words: str, more: tuple[str, ...] = (), script: bool = False) -> Entry:
     """A text file to train on."""
     overrides = sets("data.dataset_name=text", f"data.data_files=[{name}]", "model.base_model_name={model}", *more)

@@ -47,6 +47,7 @@ def test_defaults_are_those_of_the_adapter_and_of_config_yaml() -> None:
         "key",
         "carry",
         "gain",
+        "gain_units",
         "low_rank_at",
         "target_projections",
     )
@@ -94,7 +95,10 @@ def test_saved_configuration_is_read_back(tmp_path: Path) -> None:
         ("model.rank=-1", "model.rank: -1: use a value of 0 or more"),
         ("model.rank=true", "model.rank: true: use a whole number"),
         ("model.rank=2.5", "model.rank: 2.5: use a whole number"),
-        ("model.npt_layers=middle", 'model.npt_layers: "middle": use upper_half, lower_half, all, or a list'),
+        (
+            "model.npt_layers=middle",
+            'model.npt_layers: "middle": use upper_half, lower_half, all, auto, auto:N, or a list',
+        ),
         ("model.npt_layers=[]", "model.npt_layers: []: use upper_half"),
         ("model.npt_layers=[1, 1]", "model.npt_layers: [1, 1]: names an entry twice"),
         ("model.gain=loud", "model.gain: \"loud\": use 'none', 'norm', 'overlap', 'state' or 'denominator'"),

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 
+from npt import NPTConfig
 from npt.block.modes import Mode, running_as, watching
 from npt.equivalence.objectives import BlockObjective, LogitsObjective, Objective, check_logit_head, update_scales
 from npt.errors import NPTError
 from npt.tuner.converted import active_layers
-from tests.helpers import converted
+from tests.helpers import converted, random_base
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "gpt2"])
 ALL = pytest.mark.parametrize("name", ["local", "logits", "composite"])
@@ -52,6 +54,26 @@ def test_logits_objective_is_the_mean_kl(kind: str) -> None:
     kl = (teacher.exp() * (teacher - student)).sum(-1)[:, :-1]
     expected = kl[inputs["labels"][:, 1:] != -100].mean()
     torch.testing.assert_close(losses.total, expected, rtol=1e-5, atol=1e-7)
+
+
+@KINDS
+@pytest.mark.parametrize("name", ["logits", "local"])
+def test_training_with_the_denominator_starts_at_the_original(kind: str, name: str) -> None:
+    """The low-rank part is there and trained, and what it is trained from is already exact."""
+    model: Any = get_peft_model(
+        random_base(kind, torch.float64), NPTConfig(npt_layers="all", rank=16, gain="denominator")
+    )
+    inputs = batch()
+    loss = objective(model, name, inputs)(model, inputs, items(inputs)).total
+    assert 0 <= abs(float(loss)) < 1e-12
+    with torch.no_grad():
+        for layer in active_layers(model):
+            b = layer.own.low_rank_factors("down")["down"][0]
+            b.add_(0.01 * torch.randn(b.shape, generator=torch.Generator().manual_seed(0), dtype=b.dtype))
+    moved = objective(model, name, inputs)(model, inputs, items(inputs))
+    assert float(moved.total) > 1e-8
+    moved.total.backward()
+    assert all(layer.own.A.grad is not None and layer.own.A.grad.abs().max() > 0 for layer in active_layers(model))
 
 
 @KINDS

@@ -58,7 +58,7 @@ def test_it_prints_the_figures_of_the_plan(shapes: Path, capsys: Any) -> None:
     plan = plan_run(load_config(None, settings(shapes, *more)), None, 4)
     for text in (
         "converted blocks: 2 and 3 (2 of 4)",
-        "new parameters: 6,532",
+        "new parameters: 14,980",
         "strategy: FSDP2, world size 4 on 2 nodes",
         f"base {human_bytes(plan.spread.base)}, adapter {human_bytes(4 * plan.spread.own)}",
         f"optimizer {human_bytes(plan.optimizer)}",

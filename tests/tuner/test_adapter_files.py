@@ -41,7 +41,7 @@ def of_block(values: Tensors, name: Callable[[str], str]) -> Tensors:
 CHANGES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "a block missing": (
         lambda v: {k: x for k, x in v.items() if not k.startswith(BLOCK)},
-        rf"missing {BLOCK}neuroplastic\.npt_components\.A, .* and 5 more",
+        rf"missing {BLOCK}neuroplastic\.npt_components\.A, .* and 8 more",
     ),
     "one missing": (lambda v: {k: x for k, x in v.items() if k != f"{BLOCK}neuroplastic.npt_components.e"}, r"missing .*\.e;"),
     "a block renamed": (lambda v: of_block(v, lambda k: k.replace("layers.2", "layers.9")), r"missing .*unknown .*layers\.9"),

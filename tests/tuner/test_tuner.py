@@ -111,9 +111,9 @@ def test_weight_delta_of_one_token_reproduces_its_block(token_ids: torch.Tensor)
 
 
 def test_parameter_counts_and_print(capsys: pytest.CaptureFixture[str]) -> None:
-    """Per block: A and B_in and B_down of rank 3, c, e, the direction, two scalars."""
+    """Per block: A and B_in and B_down of rank 3, c, e, the direction, two scalars, and 64 hidden units."""
     model = converted("llama", npt_layers=[2, 3])
-    expected = 2 * (3 * 24 * 3 + 24 + 24 + 24 + 2)
+    expected = 2 * (3 * 24 * 3 + 24 + 24 + 24 + 2 + 64 * (24 + 2))
     assert parameter_counts(model)[0] == expected
     model.print_trainable_parameters()
     assert f"trainable params: {expected:,}" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from npt.block.scale import HiddenUnits, norm_ratio, scale_of_norm
+from npt.block.scale import LARGEST_LOG_SCALE, HiddenUnits, norm_ratio, scale_of_norm
 from npt.block.spec import ComponentSpec
 from npt.block.terms import MLP_INPUT, InputValues, Term, has_key, sums
 from npt.common.precision import cast, wide_dtype
@@ -313,7 +313,7 @@ class NPComponent(nn.Module):
         """log sigma of gain `state`. z: z - b, as `features` gives it."""
         linear = (z * self.scale_direction).sum(-1, keepdim=True) + self.log_scale
         units = self.hidden_units
-        return linear if units is None else linear + units(z)
+        return (linear if units is None else linear + units(z)).clamp_max(LARGEST_LOG_SCALE)
 
     @property
     def hidden_units(self) -> HiddenUnits | None:

@@ -8,8 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npt.common.precision import cast
+
 if TYPE_CHECKING:  # and in tests, which check the shapes
     from jaxtyping import Float
+
+
+#: Bound of log sigma: exp of it, squared, is still finite in float32, and D hardly depends on a sigma that large.
+LARGEST_LOG_SCALE = 40.0
 
 
 class HiddenUnits(NamedTuple):
@@ -21,7 +27,8 @@ class HiddenUnits(NamedTuple):
 
     def __call__(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens 1"]:
         """Returns what the units add to log sigma."""
-        return F.gelu(x @ self.weight + self.bias) @ self.out[:, None]
+        weight, bias, out = (cast(parameter, x.dtype) for parameter in self)
+        return (F.gelu(x @ weight + bias) * out).sum(-1, keepdim=True)
 
 
 def scale_of_norm(

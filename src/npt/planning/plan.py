@@ -249,10 +249,12 @@ def _calibration_peak(model: Any, rows: int, data: DataSection, processes: int) 
     layers = active_layers(model)
     hidden, at_once = layers[0].shape("up")[0], rows * data.max_length
     tokens = min(first_tokens(layers), data.num_calibration_samples * data.max_length)
+    # Of one block at a time, each process has the inputs of all tokens for the hidden units.
+    units = 4 * hidden * tokens * (layers[0].own.hidden_units is not None)
     tokens = -(-tokens // processes)
     batches = -(-min(tokens, SLICE_TOKENS) // at_once)
     kept = 2 * hidden * model.dtype.itemsize * len(layers) * max(0, tokens - batches * at_once)
-    kept += 4 * hidden * tokens * (layers[0].own.hidden_units is not None)  # one block's inputs of the hidden units
+    kept += units
     kept += 16 * hidden**2 * (processes > 1)  # the sums of one block, copied to be added up over the processes
     text = [_batch(rows, data.max_length) for _ in range(batches + 1)]
     return kept + allocation_peak(model, lambda: calibrate(model, text, chunk_tokens=batches * at_once))
