@@ -21,7 +21,18 @@ from npt.common.stopwatch import Stopwatch
 from npt.config import load_config
 from npt.equivalence.calibration_time import FitSeconds
 from npt.runs import estimate
-from npt.runs.estimate import CALIBRATION, EVALUATION, PAGE, SAMPLING, TARGETS, TRAINING, Part, parts_of, sizes_of
+from npt.runs.estimate import (
+    CALIBRATION,
+    EVALUATION,
+    PAGE,
+    PREDICTION,
+    SAMPLING,
+    TARGETS,
+    TRAINING,
+    Part,
+    parts_of,
+    sizes_of,
+)
 from npt.runs.timing import Rates, measure
 from tests.helpers import settings
 
@@ -31,7 +42,8 @@ RATES = Rates(
     draw_one=0.98,
     draw_rows=256,
     forward=0.001,
-    fit=FitSeconds(once=7.0, chunk=0.002, later=0.001, chunk_tokens=2000),
+    fit=FitSeconds(once=7.0, chunk=0.002, later=0.001, chunk_tokens=2000, step=0.01),
+    alone=0.02,
     compare=0.01,
     step={"logits": 0.1},
     detail=0.05,
@@ -54,7 +66,8 @@ def test_the_parts_of_a_run_add_up() -> None:
     assert found == pytest.approx(
         {
             SAMPLING: 99 * (3 * 0.976 + 360 * 0.004),
-            CALIBRATION: 30 * 100 * 0.001 + 7 + 2000 * 0.002 + 1000 * 0.001,
+            CALIBRATION: 30 * 100 * 0.001 + 7 + 2000 * 0.002 + 1000 * 0.001 + 500 * 0.01,
+            PREDICTION: 8 * 100 * 0.02,
             TARGETS: 288 * 100 * 0.001,
             TRAINING: 20 * 8 * 100 * 0.1 + 2 * chosen_by + 4 * 3.0,
             EVALUATION: chosen_by + 40 * 100 * 0.01 + 32 * 100 * 0.05 + 11 + 8 * 3.0,
@@ -64,9 +77,9 @@ def test_the_parts_of_a_run_add_up() -> None:
 
 
 def test_what_a_run_does_not_do_is_no_part_of_its_plan() -> None:
-    assert set(seconds(["training.num_train_steps=0"])) == {CALIBRATION, EVALUATION, PAGE}
+    assert set(seconds(["training.num_train_steps=0"])) == {CALIBRATION, PREDICTION, EVALUATION, PAGE}
     assert set(seconds(["model.carry=exact"])) == {EVALUATION, PAGE}
-    assert CALIBRATION not in seconds(["training.calibrate=false"])
+    assert not {CALIBRATION, PREDICTION} & set(seconds(["training.calibrate=false"]))
     resumed = seconds(["training.num_train_steps=20", "training.eval_steps=100"], last_step=15)
     assert CALIBRATION not in resumed and resumed[TRAINING] == pytest.approx(5 * 16 * 100 * 0.1 + 32 * 100 * 0.01)
 
@@ -97,7 +110,7 @@ def test_measuring_leaves_the_model_as_it_was(local_model: Path) -> None:
     assert set(rates.step) == {"logits"} and rates.draw_rows == 256
     for name in ("draw", "forward", "compare", "detail", "sample"):
         assert getattr(rates, name) > 0
-    assert rates.fit.once > 0 and rates.fit.chunk_tokens == 8192
+    assert rates.fit.once > 0 and rates.fit.chunk_tokens == 65536
     only_evaluated = measure(model, AutoTokenizer.from_pretrained(local_model), config, trains=False)
     assert (only_evaluated.step, only_evaluated.fit) == ({}, FitSeconds()) and FitSeconds().of(9) == 0
 
@@ -117,7 +130,7 @@ def test_a_run_tells_its_plan_then_each_phase_then_its_times(
     places = [log.find(mark) for mark in marks]
     assert -1 not in places and places == sorted(places), dict(zip(marks, places, strict=True))
     times = json.loads((tmp_path / "outputs" / estimate.TIMING).read_text())
-    parts = {SAMPLING, TARGETS, CALIBRATION, TRAINING, EVALUATION, PAGE}
+    parts = {SAMPLING, TARGETS, CALIBRATION, PREDICTION, TRAINING, EVALUATION, PAGE}
     assert {name for name, row in times.items() if "estimated_seconds" in row} == {*parts, "together"}
     assert times["together"]["seconds"] == pytest.approx(sum(times[name]["seconds"] for name in parts))
     assert main(["evaluate", "--checkpoint", "checkpoints/best_model", "--output", "again.json"]) == 0

@@ -141,10 +141,8 @@ def render_prediction(found: Report, console: Console) -> None:
         chosen = "" if found["chosen"] is None or block in found["chosen"] else "  left as it is"
         table.add_row(str(block), f"{cost:.2e}", f"{100 * cost / whole:.1f} %{chosen}")
     console.print(table)
-    console.print(
-        f"{headline({'npt_layers': found['blocks'], 'base_model': found.get('base_model')})}: predicted mean KL"
-    )
-    console.print(_predicted(found))
+    named = blocks_text(found["blocks"], of=model_name(found.get("base_model") or "the base model"), most=8)
+    console.print(f"converting {_text(named)}: mean KL {_predicted(found)}")
 
 
 def _predicted(found: Report) -> str:
