@@ -34,6 +34,7 @@ from npt.tuner.converted import active_layers
 from scripts.marked import write_section
 
 LENGTH = 256
+PARTS = ("calibrated", "untrained", "exact", "tokens", "trained")
 RANK, RANKS = 64, (0, 4, 16, 64)
 #: Share of the calibration tokens that the first file gives; the others share the rest.
 FIRST_SHARE = 0.75
@@ -173,6 +174,19 @@ class Bench:
                       hidden_size=self.base.config.hidden_size, parameters_per_block_rank_64=parameters)  # fmt: skip
             self.base = model.unload()
 
+    def tokens(self) -> None:
+        """Measured KL of all blocks, rank 16, after calibrations on less text."""
+        text, ids = next(iter(self.texts.items()))
+        rows = []
+        for share in (8, 4, 2, 1):
+            model: Any = get_peft_model(self.base, NPTConfig(npt_layers="all", rank=16)).eval()
+            part = self.calibration[PROBE_TEXTS:][: len(self.calibration) // share]
+            fit_components(model, batches_of(part))
+            figures = compare(model, ids, {"all": list(range(self.blocks))})["all"]
+            rows.append({"calibration_tokens": part.numel(), "text": text, **figures})
+            self.keep(tokens=rows)
+            self.base = model.unload()
+
     def exact(self) -> None:
         """All blocks with gain `denominator`, nothing calibrated."""
         model: Any = get_peft_model(self.base, NPTConfig(npt_layers="all", rank=16, gain="denominator")).eval()
@@ -222,14 +236,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--random", type=int, default=5, help="random sets of blocks")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--part", choices=["calibrated", "untrained", "exact", "trained"], action="append")
+    parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--tables", action="store_true")
     return parser.parse_args()
 
 
 def parts_of(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, method) of each part, in their order."""
-    for name in ("calibrated", "untrained", "exact", "trained"):
+    for name in PARTS:
         if bench.arguments.part is None or name in bench.arguments.part:
             yield name, getattr(bench, name)
 

@@ -103,7 +103,7 @@ def build(spec: Spec) -> Any:
     else:
         base = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype).eval()
     torch.manual_seed(0)
-    return get_peft_model(base, NPTConfig(**{"npt_layers": [1, 3], "rank": 3, **spec.options}))
+    return get_peft_model(base, NPTConfig(**{"npt_layers": [1, 3], "rank": 3, "gain_units": 16, **spec.options}))
 
 
 def streamed(spec: Spec) -> StreamedBlocks | None:
