@@ -57,6 +57,15 @@ def _layers(value: Any, validate: Callable[[Any], Any]) -> Any:
         raise ValueError(remedy) from None
 
 
+def _or_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """Lets `auto` stand in the place of a number."""
+    if value == "auto":
+        return value
+    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+        raise ValueError("use auto or a number above 0")
+    return validate(value)
+
+
 def _known(names: Iterable[str]) -> Callable[[str], str]:
     """A check that a `builtin:` name is one of `names`; any other name is checked when it is loaded."""
 
@@ -99,6 +108,7 @@ MOST = 2**31 - 1
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_writable)]
+Rate = Annotated[Real, Field(gt=0), WrapValidator(_or_auto)]
 Projections = Annotated[list[Projection], Field(min_length=1), AfterValidator(_no_duplicates)]
 Indices = Annotated[list[Annotated[int, Field(ge=-MOST, le=MOST)]], Field(min_length=1)]
 Automatic = Annotated[str, StringConstraints(pattern=r"^auto:[1-9][0-9]{0,8}$")]
@@ -160,7 +170,7 @@ class TrainingSection(Section):
 
     batch_size: Positive = 16
     gradient_accumulation_steps: Positive = 1
-    learning_rate: Annotated[Real, Field(gt=0)] = 1e-3
+    learning_rate: Rate = "auto"  # type: ignore[assignment]
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     num_epochs: Annotated[Real, Field(gt=0)] = 1.0
     num_train_steps: Count | None = None

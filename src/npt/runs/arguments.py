@@ -16,6 +16,7 @@ from npt.common.processes import env_flag, world
 from npt.config import OptimizationSection, RunConfig, TrainingSection, with_overrides
 from npt.equivalence.objectives import Objective
 from npt.errors import ConfigError, NPTError
+from npt.runs.base_model import base_config
 from npt.runs.processes import shards_base, start_processes
 from npt.training.steps import run_steps
 
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 #: Where accelerate's configuration says how many micro-batches make a step.
 _ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 PRECISIONS: tuple[str, ...] = get_args(OptimizationSection.model_fields["mixed_precision"].annotation)
+#: `training.learning_rate: auto`, up to this hidden size.
+AUTO_RATE, AUTO_SIZE = 1e-3, 64
 #: TrainingArguments of `optimization.fsdp`; an FSDP configuration of accelerate's own decides the details itself.
 FSDP_ARGUMENTS: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
 
@@ -78,6 +81,20 @@ def with_precision(config: RunConfig, precision: str) -> RunConfig:
     return with_overrides(config, {"optimization.mixed_precision": precision})
 
 
+def with_learning_rate(config: RunConfig, arguments: TrainingArguments) -> RunConfig:
+    """The configuration with `training.learning_rate: auto` as a number, which the arguments get too.
+
+    A step of Adam moves each of the d weights of a sum by the learning rate, and the sum by up to d times as much; so the
+    rate that serves hidden size `AUTO_SIZE` falls with 1 / d beyond it (arXiv 2203.03466, table 3).
+    """
+    if not isinstance(config.training.learning_rate, str):
+        return config
+    size = getattr(base_config(config.model, config.paths.cache_dir).get_text_config(), "hidden_size", None)
+    rate = AUTO_RATE * min(1.0, AUTO_SIZE / (size or AUTO_SIZE))
+    arguments.learning_rate = rate
+    return with_overrides(config, {"training.learning_rate": rate})
+
+
 def training_arguments(config: RunConfig) -> TrainingArguments:
     """HF's TrainingArguments from the `training`, `optimization` and `wandb` sections."""
     t = config.training
@@ -86,7 +103,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         per_device_train_batch_size=t.batch_size,
         per_device_eval_batch_size=t.batch_size,
         gradient_accumulation_steps=t.gradient_accumulation_steps,
-        learning_rate=t.learning_rate,
+        learning_rate=AUTO_RATE if isinstance(t.learning_rate, str) else t.learning_rate,
         lr_scheduler_type=t.lr_scheduler_type,
         num_train_epochs=t.num_epochs,
         max_steps=-1 if t.num_train_steps is None else t.num_train_steps,

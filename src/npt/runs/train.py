@@ -37,6 +37,7 @@ from npt.runs.arguments import (
     prepare_wandb,
     start,
     trackers,
+    with_learning_rate,
     with_precision,
 )
 from npt.runs.base_model import default_device, load_base, load_tokenizer, offload_frozen, release_memory
@@ -94,7 +95,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     texts, spent = RunTexts.of(config), Stopwatch()
     texts.check_enough(config.model)
     arguments = start(config)
-    config = as_launched(config)
+    config = with_learning_rate(as_launched(config), arguments)
     last = first_does(lambda: checkpoint_to_resume(output, checkpoints)) if resume else None
     texts.check()
     check_trackers(config.training.report_to)
