@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from npt.adapters.join import merge_adapters
     from npt.block.component import NPComponent, WeightDelta
     from npt.block.families import Family, register_family
+    from npt.editing.store import EditStore
     from npt.equivalence.calibration import calibrate
     from npt.equivalence.objectives import Objective
     from npt.equivalence.trainer import EquivalenceTrainer
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from npt.tuner import NPTConfig, NPTModel, weight_delta
 
 __all__ = [
+    "EditStore",
     "EquivalenceTrainer",
     "Family",
     "NPComponent",
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 __getattr__ = exports_of(
     __name__,
     {
+        "EditStore": "npt.editing.store",
         "EquivalenceTrainer": "npt.equivalence.trainer",
         "Family": "npt.block.families",
         "NPComponent": "npt.block.component",
