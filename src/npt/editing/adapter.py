@@ -1,4 +1,4 @@
-"""Edits at work: a forward hook adds left (right x) to the output of one block's `down`. The base's weights are not touched."""
+"""Edits at work: a forward hook adds left (right x) to the output of one block's `down`; the base's weights stay."""
 
 from __future__ import annotations
 

@@ -61,6 +61,8 @@ def save_store(store: EditStore, folder: Path) -> Path:
         write_lora(store, lora, temporary)
         write_tensors(temporary / PAIRS, tensors)
         write_json(temporary / EDITS, record)
+        for path in temporary.iterdir():  # safetensors gives its files to their owner alone
+            path.chmod((temporary / EDITS).stat().st_mode)
 
     if folder.exists() and not folder.is_dir():
         raise NPTError(f"{folder}: is a file; name a folder for the store")

@@ -1,7 +1,7 @@
 """Second moments of `down`'s input over text: what an edit must not disturb.
 
-A text counts from its first token on. The key there is the attention sink: huge, and the same for every text. A weight delta that
-is not told about it disturbs every text.
+A text counts from its first token on. The key there is the attention sink: huge, and the same for every text. A weight delta
+that is not told about it disturbs every text.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def optimised(problem: Problem) -> Found:
         logits = trial.logits(value)
         aimed = trial.aimed(logits).log_softmax(-1)
         loss = -aimed.gather(-1, trial.target[:, None]).mean()
-        done = float(loss) < 5e-2
+        done = float(loss.detach()) < 5e-2
         if essence:
             now = wide(logits[rows, trial.ends]).log_softmax(-1)
             loss = loss + settings.essence * (before.exp() * (before - now)).sum(-1).mean()
