@@ -31,7 +31,7 @@ def record(model: Any, blocks: Sequence[nn.Module], first: int, batch: Mapping[s
     """Runs the whole model once and keeps what block `first` reads.
 
     Args:
-        blocks: the model's decoder blocks. first: the block to start from later. batch: input_ids and attention_mask.
+        blocks: the model's decoder blocks. first: the block to start from later. batch: what the model takes.
     """
     hidden: list[Tensor] = []
     rests: list[tuple[Any, ...] | None] = []

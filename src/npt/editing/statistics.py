@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from npt.common.files import replace_file
+from npt.common.precision import wide
 from npt.common.progress import progress_bar
 from npt.data.sampling import sample_blocks
 from npt.errors import DataError
@@ -34,15 +35,16 @@ _FORMAT = 1
 Moments = dict[int, Tensor]
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device, pad: int = 0) -> dict[str, Tensor]:
-    """input_ids and attention_mask (rows, tokens) of token ids, padded on the right."""
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), pad, dtype=torch.long)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """input_ids (rows, tokens) of token ids, padded on the right, as the model takes them.
+
+    No mask goes with them: a causal model's tokens never read what stands behind, and a padding token that may read nothing
+    at all becomes NaN in some attentions and spoils its row.
+    """
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    return {"input_ids": ids.to(device)}
 
 
 def token_rows(tokenizer: Any, texts: Sequence[str], named: str) -> list[list[int]]:
@@ -99,15 +101,17 @@ def moments_of(
     try:
         with eval_mode(model), progress_bar("Statistics of text", len(rows), progress, unit="texts") as advance:
             for start in range(0, len(rows), _ROWS):
-                batch = padded(rows[start : start + _ROWS], device_of(model))
+                part = rows[start : start + _ROWS]
+                batch = padded(part, device_of(model))
                 run_backbone(model, batch)  # no logits are needed
-                real = batch["attention_mask"].bool().flatten()
+                lengths = torch.tensor([len(row) for row in part])
+                real = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).flatten()
                 for block, x in seen.items():
-                    inputs = x.reshape(-1, x.shape[-1])[real.to(x.device)].float()
+                    inputs = wide(x.reshape(-1, x.shape[-1])[real.to(x.device)])
                     found = (inputs.T @ inputs).double().cpu()
                     sums[block] = sums[block] + found if block in sums else found
                 tokens += int(real.sum())
-                advance(len(batch["input_ids"]))
+                advance(len(part))
     finally:
         for handle in handles:
             handle.remove()
