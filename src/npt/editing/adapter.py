@@ -14,7 +14,7 @@ from npt.common.precision import cast, wide_dtype
 from npt.editing.solve import Factors
 from npt.errors import NPTError
 
-#: The attribute of a `down` projection that holds its edits.
+#: The attribute of a model that holds the edits at work on it.
 _OWNER = "_npt_edits"
 
 
@@ -22,21 +22,18 @@ class DownAdapter:
     """What edits add to one projection: nothing, the factors that were set, or for a trial something of its own.
 
     Args:
-        down: the projection, Linear, Conv1D or a quantised linear.
+        down: the projection, Linear, Conv1D or a quantised linear. base: the causal LM that it is in.
 
     Raises:
         NPTError: edits are at work on it already.
     """
 
-    def __init__(self, down: nn.Module):
-        if hasattr(down, _OWNER):
-            raise NPTError("the model has an edit store at work; use that one, or take it off with its close()")
-        self.down, self.on = down, True
+    def __init__(self, down: nn.Module, base: nn.Module):
+        self.down, self.base, self.on = down, base, True
         self._factors: Factors | None = None
         self._trial: Callable[[Tensor], Tensor] | None = None
         self._see: Callable[[Tensor], None] | None = None
-        self._handle = down.register_forward_hook(self._add)
-        setattr(down, _OWNER, self)
+        self.open()
 
     def set(self, factors: Factors | None) -> None:
         """Puts a weight delta to work, in the projection's own format or float32; None for the base alone."""
@@ -52,11 +49,23 @@ class DownAdapter:
         own = next(self.down.parameters()).dtype
         return wide_dtype(own) if own.is_floating_point else torch.float32
 
+    def open(self) -> None:
+        """Puts the hook on.
+
+        Raises:
+            NPTError: another store's is there.
+        """
+        if getattr(self.base, _OWNER, self) is not self:
+            raise NPTError("the model has an edit store at work; use that one, or take it off with its close()")
+        if not hasattr(self.base, _OWNER):
+            self._handle = self.down.register_forward_hook(self._add)
+            setattr(self.base, _OWNER, self)
+
     def close(self) -> None:
         """Takes the hook off."""
-        self._handle.remove()
-        if hasattr(self.down, _OWNER):
-            delattr(self.down, _OWNER)
+        if getattr(self.base, _OWNER, None) is self:
+            self._handle.remove()
+            delattr(self.base, _OWNER)
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._see is not None:

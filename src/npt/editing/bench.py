@@ -58,7 +58,7 @@ class Bench:
         self.down = find(self.blocks[layer], family_of(self.base), "down")
         self.width, self.size = linear_shape(self.down)
         self.prompts = Prompts(tokenizer, self.base.config, vocabulary_size(self.base))
-        self.adapter = DownAdapter(self.down)
+        self.adapter = DownAdapter(self.down, self.base)
 
     @property
     def module(self) -> str:

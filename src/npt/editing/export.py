@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from npt.adapters.folder import WEIGHTS
 from npt.builtin import recorded_name
+from npt.common.display import one_line
 from npt.common.files import write_file, write_tensors
 from npt.editing.measure import holding
 from npt.editing.solve import Factors, Pairs, gram_of, lengths, solve
-from npt.errors import NPTError
+from npt.errors import CheckpointError, NPTError
 
 if TYPE_CHECKING:
     from npt.editing.store import EditStore
@@ -113,28 +116,20 @@ def write_lora(store: EditStore, lora: Lora, folder: Path) -> None:
     )
 
 
-def write_gguf(store: EditStore, path: Path) -> Lora:
-    """Writes the LoRA as a GGUF file, for llama.cpp's --lora.
+def write_gguf(lora: Lora, path: Path, module: str, config: Any) -> None:
+    """Writes a LoRA as a GGUF file, for llama.cpp's --lora.
+
+    Args:
+        module: the projection's name. config: the base's own configuration.
 
     Raises:
         NPTError: llama.cpp has no model of this family, or no such projection in it.
     """
-    import gguf
-
-    bench = store.bench
-    kind = bench.base.config.get_text_config(decoder=True).model_type
-    wanted = _ARCHITECTURES.get(kind, kind)
-    arch = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted), None)
-    name = None if arch is None else gguf.get_tensor_name_map(arch, len(bench.blocks)).get_name(_plain(bench.module))
-    if name is None:
-        raise NPTError(
-            f"--format gguf: npt knows no place for {bench.module} of a {kind} model in llama.cpp's {wanted!r}; export it as "
-            "peft, and convert that with llama.cpp's convert_lora_to_gguf.py"
-        )
-    lora = lora_of(store)
+    name, architecture = gguf_name(module, config)
+    import gguf  # here, because it takes a second to import
 
     def fill(temporary: Path) -> None:
-        writer = gguf.GGUFWriter(temporary, wanted)
+        writer = gguf.GGUFWriter(temporary, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.rank))
@@ -146,12 +141,46 @@ def write_gguf(store: EditStore, path: Path) -> Lora:
         writer.close()
 
     write_file(path, fill)
-    return lora
 
 
-def _plain(module: str) -> str:
-    """The projection's name in a model that is not part of a larger one."""
-    return module.replace("model.language_model.", "model.")
+def gguf_name(module: str, config: Any) -> tuple[str, str]:
+    """(the projection's name in llama.cpp, the architecture there).
+
+    Raises:
+        NPTError: see `write_gguf`.
+    """
+    import gguf
+
+    text = config.get_text_config(decoder=True)
+    wanted = _ARCHITECTURES.get(text.model_type, text.model_type)
+    arch = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted), None)
+    plain = module.replace("model.language_model.", "model.")
+    name = None if arch is None else gguf.get_tensor_name_map(arch, text.num_hidden_layers).get_name(plain)
+    if name is None:
+        raise NPTError(
+            f"--format gguf: npt knows no place for {module} of a {text.model_type} model in llama.cpp; export it as peft, "
+            "and convert that with llama.cpp's convert_lora_to_gguf.py"
+        )
+    return name, wanted
+
+
+def read_lora(folder: Path, module: str) -> Lora:
+    """The LoRA that `write_lora` left in a folder.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        a, b = (tensors[f"base_model.model.{module}.lora_{part}.weight"] for part in ("A", "B"))
+    except (SafetensorError, OSError, KeyError) as error:
+        reason = one_line(error, 100)
+        raise CheckpointError(
+            f"store {folder}: {WEIGHTS} can't be read ({reason}); restore it from a backup"
+        ) from error
+    if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
+        raise CheckpointError(f"store {folder}: {WEIGHTS} is no LoRA of {module}; restore it from a backup")
+    return Lora(a, b)
 
 
 def described(lora: Lora) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from npt.adapters.folder import CONFIG, WEIGHTS
 from npt.builtin import recorded_name
 from npt.common.display import one_line
 from npt.common.files import new_folder, replace_files, write_json, write_tensors
@@ -108,7 +110,7 @@ def load_store(
                 f"the store in {folder} has the metric {one_line(repr(record['metric']), 100)}, and this one "
                 f"{one_line(repr(store.source.name), 100)}; load it with the same metric, statistics and domain to write more"
             )
-        store.restore([_read(edit) for edit in record["edits"]], pairs, record["chosen_ridge"])
+        store.restore(read_edits(record), pairs, record["chosen_ridge"])
     except BaseException:
         store.close()
         raise
@@ -156,6 +158,7 @@ def _problem(record: Any) -> str | None:
     checks = {
         "base": isinstance(record.get("base"), str | None),
         "layer": type(record.get("layer")) is int,
+        "module": isinstance(record.get("module"), str),
         "metric": isinstance(record.get("metric"), str) and bool(record["metric"].strip()),
         "ridge": ridge == "auto" or _is_number(ridge),
         "chosen_ridge": _is_number(chosen),
@@ -191,6 +194,17 @@ def _read(edit: Mapping[str, Any]) -> Edit:
             raise TypeError(f"{name}={one_line(repr(edit.get(name)), 40)}")
         values[name] = edit[name]
     return Edit(request=request, **values)
+
+
+def read_edits(record: Mapping[str, Any]) -> list[Edit]:
+    """The edits of a checked edits.json."""
+    return [_read(edit) for edit in record["edits"]]
+
+
+def copy_lora(folder: Path, target: Path) -> None:
+    """Copies the LoRA of a store and edits.json, without what undoing needs."""
+    for name in (CONFIG, WEIGHTS, EDITS):
+        shutil.copy2(folder / name, target / name)
 
 
 def _read_pairs(folder: Path, record: Mapping[str, Any]) -> dict[str, Pairs]:

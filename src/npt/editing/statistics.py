@@ -24,9 +24,9 @@ from npt.data.sampling import sample_blocks
 from npt.errors import DataError
 from npt.tuner.converted import device_of, eval_mode, run_backbone
 
-#: Tokens of a text that are read.
+#: Tokens of a piece of text.
 LENGTH = 128
-#: Tokens of the model's own text per number of a key, and the most of them.
+#: Tokens of the model's own text per number of a key; the most tokens of any text.
 TOKENS_PER_NUMBER, MOST_TOKENS = 8, 2**17
 _ROWS = 16
 #: To be raised whenever the same arguments would give other moments.
@@ -48,7 +48,7 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Ten
 
 
 def token_rows(tokenizer: Any, texts: Sequence[str], named: str) -> list[list[int]]:
-    """The first tokens of every text, as a prompt has them: with BOS where the tokenizer puts one.
+    """Token ids of texts from their first token on, as a prompt has them; long ones in pieces of `LENGTH` tokens.
 
     Raises:
         DataError: a text is no text, or there is none with a token.
@@ -56,10 +56,15 @@ def token_rows(tokenizer: Any, texts: Sequence[str], named: str) -> list[list[in
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise DataError(f"{named}: text {number} is {type(text).__name__}; give a list of texts")
-    rows = [list(tokenizer(text, truncation=True, max_length=LENGTH, verbose=False)["input_ids"]) for text in texts]
-    if not any(rows):
+    rows: list[list[int]] = []
+    tokens = 0
+    for text in texts:
+        ids = list(tokenizer(text, verbose=False)["input_ids"])[: MOST_TOKENS - tokens]
+        tokens += len(ids)
+        rows += [ids[start : start + LENGTH] for start in range(0, len(ids), LENGTH)]
+    if not rows:
         raise DataError(f"{named}: no text has a token; give text of the kind that the model is for, or 'self'")
-    return [row[:LENGTH] for row in rows if row]
+    return rows
 
 
 def own_text(model: Any, tokenizer: Any, width: int, cache_dir: Path | None, seed: int = 0) -> list[list[int]]:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from npt.common.display import one_line
+from npt.common.places import place
 from npt.common.progress import tracked
+from npt.common.writable import check_file
 from npt.editing.bench import Bench, chunks
 from npt.editing.keys import Place
 from npt.editing.measure import Preview, Verification, follows, holding, mean_kl, previewed
@@ -151,9 +153,18 @@ class EditStore:
             yield
 
     def close(self) -> None:
-        """Takes the edits off the model. The store writes no more; what it saved stays."""
+        """Takes the edits off the model, until `reopen`."""
         if self._bench is not None:
             self._bench.adapter.close()
+
+    def reopen(self) -> None:
+        """Puts the edits to work again after `close`.
+
+        Raises:
+            NPTError: another store is at work on the model.
+        """
+        if self._bench is not None:
+            self._bench.adapter.open()
 
     # -- writing -----------------------------------------------------------------------------------------------------------
 
@@ -294,6 +305,19 @@ class EditStore:
 
         return save_store(self, Path(folder))
 
+    def export_gguf(self, file: str | Path) -> Path:
+        """Writes the edits as a GGUF LoRA, for `llama-server --lora FILE` on any GGUF file of the base, quantised ones too.
+
+        Raises:
+            NPTError: another suffix than .gguf, or llama.cpp has no model of this family. RunError: as `save`.
+        """
+        from npt.editing.export import lora_of, write_gguf
+
+        path = place(file)
+        check_file("export_gguf", path, ".gguf")
+        write_gguf(lora_of(self), path, self.bench.module, self.bench.base.config)
+        return path
+
     @classmethod
     def load(cls, model: Any, tokenizer: Any, folder: str | Path, **options: Any) -> EditStore:
         """The store in a folder, on the base it was written for.
@@ -323,7 +347,8 @@ class EditStore:
     def metric(self) -> Metric:
         """M at the edited block; the statistics are taken when it is first asked for."""
         if self._metric is None:
-            self._metric = Metric(self.source.moment(self.bench.layer, self.bench.down))
+            with self.disabled():
+                self._metric = Metric(self.source.moment(self.bench.layer, self.bench.down))
         return self._metric
 
     def _places(self, request: Request, prefixes: Sequence[str]) -> list[Place]:
@@ -335,7 +360,8 @@ class EditStore:
     def _alone(self, request: Request) -> tuple[Pairs, int]:
         """One edit's pairs, found on the base alone."""
         if self._prefixes is None:
-            self._prefixes = ["", *self.source.prefixes(PREFIXES, PREFIX_TOKENS)]
+            with self.disabled():  # they are the base's, whatever is written
+                self._prefixes = ["", *self.source.prefixes(PREFIXES, PREFIX_TOKENS)]
         prefixes = self._prefixes if request.subject is not None else [""]
         key = self.bench.keys(self._places(request, prefixes)).mean(1)
         metric = self.metric()
