@@ -77,12 +77,25 @@ def test_verify_says_what_holds(store: Path, capsys: pytest.CaptureFixture[str])
 
 def test_a_preview_writes_nothing(local_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new"
-    command = ["--quiet", "edit", "write", "--preview", "--store", str(folder), "--model", str(local_model), "--layer", "1"]
+    command = [
+        "--quiet",
+        "edit",
+        "write",
+        "--preview",
+        "--store",
+        str(folder),
+        "--model",
+        str(local_model),
+        "--layer",
+        "1",
+    ]
     assert main([*command, *FACT]) == 0
     assert "the home of Ada is" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_edits_is_written_once_and_undone_in_any_order(store: Path, local_model: Path, tmp_path: Path) -> None:
+def test_a_file_of_edits_is_written_once_and_undone_in_any_order(
+    store: Path, local_model: Path, tmp_path: Path
+) -> None:
     folder, file = tmp_path / "more", tmp_path / "edits.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in MORE) + "\n\n")
     command = ["--quiet", "edit", "write", "--store", str(folder), "--file", str(file), "--layer"]

@@ -25,6 +25,10 @@ from npt.editing.solve import Metric, Pairs, solve
 from npt.errors import NPTError, RunError
 
 
+#: Share of the margin that may be missing at the end: the last steps change little.
+_NEAR = 0.05
+
+
 @dataclass(frozen=True)
 class Settings:
     """How values are found.
@@ -146,19 +150,27 @@ def _checked(value: Tensor, problem: Problem) -> Tensor:
 
 
 def newton(problem: Problem) -> Found:
-    """Damped, clamped Gauss-Newton steps on the least margin: v <- (1 - decay) v + g (goal - m) / |g|^2."""
+    """Damped, clamped Gauss-Newton steps on the least margin m: v <- (1 - decay) v + g (goal - m) / |g|^2.
+
+    A step that loses margin is halved, from where it began.
+    """
     settings, trial, value = problem.settings, Trial(problem, problem.targets()), _start(problem)
-    passes = 0
+    kept, reached, step = value, float("-inf"), torch.zeros_like(value)
+    passes, near = 0, _NEAR * settings.margin
     for _ in range(settings.steps):
         least = -torch.logsumexp(-trial.margins(trial.logits(value)), 0)
-        gap = settings.margin - float(least.detach())
+        found = float(least.detach())
         passes += 1
-        if gap <= 0:
-            break
-        (gradient,) = torch.autograd.grad(least, value)
-        step = gradient * (gap / gradient.square().sum().clamp_min(1e-12))
-        value = _at_most((1 - settings.decay) * value.detach() + step, settings.clamp * trial.length).requires_grad_()
-    return Found(problem.pairs(problem.key[:, None], _checked(value, problem)), passes)
+        if found >= reached - near:
+            kept, reached = value.detach(), found
+            if settings.margin - found <= near:
+                break
+            (gradient,) = torch.autograd.grad(least, value)
+            step = gradient * ((settings.margin - found) / gradient.square().sum().clamp_min(1e-12))
+        else:
+            step = step / 2
+        value = _at_most((1 - settings.decay) * kept + step, settings.clamp * trial.length).requires_grad_()
+    return Found(problem.pairs(problem.key[:, None], _checked(kept, problem)), passes)
 
 
 def optimised(problem: Problem) -> Found:
