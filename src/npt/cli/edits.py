@@ -16,7 +16,7 @@ from npt.errors import NPTError
 
 if TYPE_CHECKING:
     from npt.editing.requests import Request
-    from npt.editing.store import Edit
+    from npt.editing.writing import Edit
 
 logger = logging.getLogger("npt")
 
@@ -34,7 +34,7 @@ Model = Annotated[
 
 
 class Format(str, Enum):
-    """What `npt edit export` writes."""
+    """The kinds of file that `npt edit export` writes."""
 
     PEFT = "peft"
     GGUF = "gguf"
@@ -77,9 +77,11 @@ def write(
 
     Shows the text that the base and the edited model write behind each prompt.
     """
+    from npt.editing.folder import check_target
     from npt.runs import edits
 
     requests, places = _requests(file, prompt, subject, target, paraphrase, protect)
+    check_target(store)
     new = edits.new_requests(store, requests, places)
     if not new:
         say(f"{store}: holds these edits already; nothing to write")

@@ -19,7 +19,7 @@ _OWNER = "_npt_edits"
 
 
 class DownAdapter:
-    """What edits add to one projection: nothing, the factors that were set, or for a trial something of its own.
+    """The hook that adds to one projection's output: nothing, the factors that were set, or for a trial something of its own.
 
     Args:
         down: the projection, Linear, Conv1D or a quantised linear. base: the causal LM that it is in.

@@ -184,5 +184,5 @@ def read_lora(folder: Path, module: str) -> Lora:
 
 
 def described(lora: Lora) -> dict[str, Any]:
-    """What edits.json says of the LoRA beside it."""
+    """The LoRA, as edits.json describes it."""
     return {"rank": lora.rank, "lost": list(lora.lost)}

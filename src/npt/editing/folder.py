@@ -19,10 +19,11 @@ from npt.common.display import one_line
 from npt.common.files import new_folder, replace_files, write_json, write_tensors
 from npt.common.fingerprint import base_record, difference, is_record
 from npt.common.places import place
+from npt.common.writable import check_folders
 from npt.editing.export import described, lora_of, write_lora
 from npt.editing.requests import NAMES, request_of
 from npt.editing.solve import Pairs
-from npt.editing.store import Edit
+from npt.editing.writing import Edit
 from npt.errors import CheckpointError, DataError, NPTError
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ _EDIT: dict[str, type] = {
 
 def save_store(store: EditStore, folder: Path) -> Path:
     """See `EditStore.save`."""
-    folder, bench, lora = place(folder), store.bench, lora_of(store)
+    folder = place(folder)
+    check_target(folder)
+    bench, lora = store.bench, lora_of(store)
     record = {
         "format_version": FORMAT_VERSION,
         "base": recorded_name(getattr(bench.base.config, "_name_or_path", None)),
@@ -66,16 +69,23 @@ def save_store(store: EditStore, folder: Path) -> Path:
         for path in temporary.iterdir():  # safetensors gives its files to their owner alone
             path.chmod((temporary / EDITS).stat().st_mode)
 
-    if folder.exists() and not folder.is_dir():
-        raise NPTError(f"{folder}: is a file; name a folder for the store")
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / EDITS).is_file():
-            raise NPTError(f"{folder}: is there and holds no {EDITS}; name another folder")
         # edits.json last: it is what a reader looks at first.
         replace_files(folder, fill, last=EDITS)
     else:
         new_folder(folder, fill)
     return folder
+
+
+def check_target(folder: Path) -> None:
+    """Checks that a store can be written to a folder: it holds one, or nothing, or can be made.
+
+    Raises:
+        NPTError: not so.
+    """
+    check_folders({"store": folder})
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / EDITS).is_file():
+        raise NPTError(f"store {folder}: is there and holds no {EDITS}; name another folder")
 
 
 def _written(edit: Edit) -> dict[str, Any]:
@@ -146,7 +156,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _problem(record: Any) -> str | None:
-    """What is wrong with the content of edits.json; None for nothing."""
+    """The first problem with the content of edits.json; None for none."""
     if not isinstance(record, dict):
         return f"not a JSON object but {type(record).__name__}"
     version = record.get("format_version")

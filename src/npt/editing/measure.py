@@ -11,7 +11,11 @@ from torch import Tensor
 from npt.common.precision import wide
 from npt.editing.bench import Bench, chunks
 from npt.editing.requests import Request
+from npt.editing.solve import Pairs, solve
 from npt.editing.statistics import token_rows
+
+#: Ridges that `ridge="auto"` tries, largest first; the last one only keeps equal keys apart.
+RIDGES = (0.3, 0.1, 0.03, 0.01, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -102,3 +106,15 @@ def holding(bench: Bench, requests: Sequence[Request]) -> Callable[[], list[bool
         return right
 
     return ask
+
+
+def largest_ridge(bench: Bench, pairs: Pairs, requests: Sequence[Request]) -> float:
+    """The largest ridge at which every edit holds; where none lets all hold, the one that lets most of them."""
+    best, ask = (-1, 0.0), holding(bench, requests)
+    for ridge in RIDGES:
+        bench.adapter.set(solve(pairs, ridge))
+        count = sum(ask())
+        best = max(best, (count, ridge))
+        if count == len(requests):
+            break
+    return best[1]

@@ -1,4 +1,4 @@
-"""What is asked of an edit, checked before any work: from Python, or from a file of JSON lines."""
+"""Requests for edits, checked before any work: from Python, or from a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Request:
 
     @property
     def fact(self) -> tuple[str, str | None]:
-        """What can have one target only."""
+        """The prompt and subject, which can have one target only."""
         return self.prompt.strip(), self.subject
 
     @property

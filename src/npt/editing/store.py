@@ -5,54 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from npt.common.display import one_line
 from npt.common.places import place
 from npt.common.progress import tracked
 from npt.common.writable import check_file
-from npt.editing.bench import Bench, chunks
-from npt.editing.keys import Place
-from npt.editing.measure import Preview, Verification, follows, holding, mean_kl, previewed
+from npt.editing.bench import Bench
+from npt.editing.measure import RIDGES, Preview, Verification, follows, largest_ridge, mean_kl, previewed
 from npt.editing.metrics import Source
 from npt.editing.requests import NAMES, Request, check_together, request_of
 from npt.editing.scan import choose_layer
-from npt.editing.solve import Factors, Metric, Pairs, joined, solve
-from npt.editing.values import STRATEGIES, Problem, Settings, settings_of
+from npt.editing.solve import Factors, Pairs, joined, solve
+from npt.editing.values import Settings, settings_of
+from npt.editing.writing import Edit, Writer, note_on
 from npt.errors import NPTError
 
 logger = logging.getLogger(__name__)
 
-#: Ridges that `ridge="auto"` tries, largest first; the last one only keeps equal keys apart.
-RIDGES = (0.3, 0.1, 0.03, 0.01, 1e-6)
 #: Tokens that are written behind a prompt, beside those of its target, to show the text before and after.
 SHOWN = 12
-#: Prefixes that keys are averaged over, and their tokens.
-PREFIXES, PREFIX_TOKENS = 4, 8
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A fact that was written.
-
-    id: its name in the store. request: what was asked. layer: the block. values: the strategy. passes: forward and backward
-    passes its value took. before, after: the text behind the prompt, of the base and with every edit of that moment. holds:
-    True where `after` begins with the target. note: a remark for a person, empty for most.
-    """
-
-    id: str
-    request: Request
-    layer: int
-    values: str
-    passes: int
-    before: str
-    after: str
-    holds: bool
-    note: str = ""
 
 
 class EditStore:
@@ -98,8 +72,7 @@ class EditStore:
         _check_layer(layer)
         self.source = Source(model, tokenizer, metric, statistics, domain, cache_dir, progress)
         self._bench: Bench | None = None if layer == "auto" else Bench(model, tokenizer, int(layer))
-        self._metric: Metric | None = None
-        self._prefixes: list[str] | None = None
+        self._finds: Writer | None = None
         self._edits: dict[str, Edit] = {}
         self._pairs: dict[str, Pairs] = {}
         self._refusal = ""
@@ -215,19 +188,20 @@ class EditStore:
             return []
         if self._bench is None:
             self._bench = Bench(self.model, self.tokenizer, choose_layer(self.source, requests))
+        writer = self._writer()
         for request in requests:  # before any long work
-            self._places(request, [""])
+            writer.check(request)
         found = {}
         for request in tracked(requests, "Writing edits", self.progress and len(requests) > 1, unit="edits"):
-            found[request.id] = self._alone(request)
+            found[request.id] = writer.alone(request)
         before = dict(self._edits), dict(self._pairs), self.chosen_ridge
         try:
             for request in requests:
-                pairs, passes = found[request.id]
-                self._pairs[request.id] = pairs
+                self._pairs[request.id] = found[request.id].pairs
                 self._edits[request.id] = Edit(
-                    request.id, request, self.bench.layer, self.values, passes, "", "", False, _note(request)
-                )
+                    request.id, request, self.bench.layer, self.values, found[request.id].passes, "", "", False,
+                    note_on(request),
+                )  # fmt: skip
             self._apply()
             self._tell(requests)
         except BaseException:
@@ -323,7 +297,10 @@ class EditStore:
         """The store in a folder, on the base it was written for.
 
         Args:
-            model: see `EditStore`. tokenizer: the model's. folder: of `save`. options: of `EditStore`, for later edits.
+            model: see `EditStore`.
+            tokenizer: the model's.
+            folder: of `save`.
+            options: of `EditStore`, for later edits.
 
         Raises:
             CheckpointError: missing, damaged, or of another base.
@@ -344,45 +321,11 @@ class EditStore:
 
     # -- pieces ------------------------------------------------------------------------------------------------------------
 
-    def metric(self) -> Metric:
-        """M at the edited block; the statistics are taken when it is first asked for."""
-        if self._metric is None:
-            with self.disabled():
-                self._metric = Metric(self.source.moment(self.bench.layer, self.bench.down))
-        return self._metric
-
-    def _places(self, request: Request, prefixes: Sequence[str]) -> list[Place]:
-        """The places whose keys are averaged: prompt and paraphrases, each bare and behind every prefix."""
-        prompts = self.bench.prompts
-        named = [p for p in request.prompts if request.subject is None or request.subject in p]
-        return [prompts.place(prompt, request.subject, prefix) for prompt in named for prefix in prefixes]
-
-    def _alone(self, request: Request) -> tuple[Pairs, int]:
-        """One edit's pairs, found on the base alone."""
-        if self._prefixes is None:
-            with self.disabled():  # they are the base's, whatever is written
-                self._prefixes = ["", *self.source.prefixes(PREFIXES, PREFIX_TOKENS)]
-        prefixes = self._prefixes if request.subject is not None else [""]
-        key = self.bench.keys(self._places(request, prefixes)).mean(1)
-        metric = self.metric()
-        bare = Problem(self.bench, request, self.settings, metric, key, key.new_zeros(len(key), 0))
-        problem = replace(bare, fixed=self._fixed(bare))
-        found = STRATEGIES[self.values](problem)
-        return found.pairs, found.passes
-
-    def _fixed(self, problem: Problem) -> torch.Tensor:
-        """Keys of the protected prompts, (f, m): of each text the token that the edit would move most."""
-        texts = problem.request.protect
-        if not texts:
-            return problem.fixed
-        row, rows = problem.row(), [self.bench.prompts.ids(text) for text in texts]
-        keys = []
-        for part in chunks(rows):
-            inputs = self.bench.inside(part).inputs.double().cpu()
-            for i, ids in enumerate(part):
-                own = inputs[i, : len(ids)]
-                keys.append(own[int((own @ row).abs().argmax())])
-        return torch.stack(keys, 1)
+    def _writer(self) -> Writer:
+        """Finds the pairs of single edits; made when the block is known."""
+        if self._finds is None:
+            self._finds = Writer(self.source, self.bench, self.values, self.settings)
+        return self._finds
 
     def _apply(self) -> None:
         """Chooses the ridge and puts the joint weight delta to work."""
@@ -393,21 +336,10 @@ class EditStore:
         elif len(self._pairs) == 1:
             self.chosen_ridge = 0.0 if not self.edits[0].request.protect else RIDGES[-1]
         else:
-            self.chosen_ridge = self._largest_ridge()
+            requests = [self._edits[id].request for id in sorted(self._pairs)]
+            pairs = joined([self._pairs[id] for id in sorted(self._pairs)])
+            self.chosen_ridge = largest_ridge(self.bench, pairs, requests)
         self._set()
-
-    def _largest_ridge(self) -> float:
-        """The largest ridge at which every edit holds; where none lets all hold, the one that lets most of them."""
-        requests = [self._edits[id].request for id in sorted(self._pairs)]
-        pairs, best = joined([self._pairs[id] for id in sorted(self._pairs)]), (-1, 0.0)
-        tried = holding(self.bench, requests)
-        for ridge in RIDGES:
-            self.bench.adapter.set(solve(pairs, ridge))
-            count = sum(tried())
-            best = max(best, (count, ridge))
-            if count == len(requests):
-                break
-        return best[1]
 
     def _set(self) -> None:
         self.bench.adapter.set(self.factors)
@@ -424,12 +356,6 @@ class EditStore:
             self._edits[request.id] = replace(
                 self._edits[request.id], before=before, after=after, holds=follows(after, request.target)
             )
-
-
-def _note(request: Request) -> str:
-    if request.subject is not None:
-        return ""
-    return "no subject: the key is that of the prompt's last token, and other wordings will mostly not follow"
 
 
 def _known(edits: Mapping[str, Edit]) -> str:

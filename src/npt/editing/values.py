@@ -24,7 +24,6 @@ from npt.editing.requests import Request, continued
 from npt.editing.solve import Metric, Pairs, solve
 from npt.errors import NPTError, RunError
 
-
 #: Share of the margin that may be missing at the end: the last steps change little.
 _NEAR = 0.05
 

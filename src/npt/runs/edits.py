@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from npt.data.sources import TextFiles
 from npt.editing.export import gguf_name, read_lora, write_gguf
 from npt.editing.folder import EDITS, copy_lora, read_record
 from npt.editing.requests import Request, check_together
-from npt.editing.store import Edit, EditStore
+from npt.editing.store import EditStore
+from npt.editing.writing import Edit
 from npt.errors import CheckpointError, DataError, NPTError
 from npt.runs.base_model import base_config, load_base
 
@@ -34,7 +36,7 @@ PART = 32
 
 @dataclass(frozen=True)
 class Options:
-    """What a person said of a store and its base; None where nothing was said.
+    """A person's words about a store and its base; None where nothing was said.
 
     overrides: as --set gives them.
     """
@@ -93,17 +95,21 @@ def is_store(folder: Path) -> bool:
 
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """One process at a time on a store: others wait for it."""
-    check_folders({"--store": folder.parent})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.parent / (folder.name + LOCK)
-    lock = FileLock(path)
+    """One process at a time on a store: others wait for it. The lock lies in the cache, as a store's folder is for others."""
+    name = hashlib.sha256(str(folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    locks = cache_folder() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(locks / (name + LOCK))
     take_turns(lock, folder)
     try:
         yield
     finally:
         lock.release()
-        path.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """The folder of npt's cache that statistics and locks of stores are kept in."""
+    return kept_models()[-1].parent / "editing"
 
 
 def opened(folder: Path, options: Options) -> EditStore:
@@ -125,7 +131,7 @@ def opened(folder: Path, options: Options) -> EditStore:
         given.pop("layer", None)
     config = config_for(options, record["base"] if record else None)
     base, tokenizer = load_base(config.model, config.optimization, config.paths.cache_dir)
-    cache = kept_models(config.paths.cache_dir)[-1].parent / "editing"
+    cache = cache_folder()
     if record is None:
         return EditStore(base, tokenizer, cache_dir=cache, **given)
     return EditStore.load(base, tokenizer, folder, cache_dir=cache, **given)
