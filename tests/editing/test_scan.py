@@ -49,8 +49,9 @@ def test_probes_are_no_part_of_the_text_behind_the_domain_metric() -> None:
     ("blocks", "first", "last", "count"), [(30, 3, 21, 8), (4, 0, 2, 3), (1, 0, 0, 1), (80, 8, 56, 8)]
 )
 def test_candidates(blocks: int, first: int, last: int, count: int) -> None:
-    found = scan.candidates(blocks)
+    found = scan.candidates(blocks, 1536)
     assert (found[0], found[-1], len(found)) == (first, last, count)
+    assert len(scan.candidates(80, 28_672)) == 2  # second moments of 6 GiB each
 
 
 def test_overlaps_are_those_of_keys(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,10 +88,18 @@ def test_the_best_score_is_chosen(
     assert scan.choose_layer(source(tiny), [Request("The girl is", "Ben")]) == 5
 
 
-def test_a_store_finds_its_block_at_the_first_edit(tiny: tuple[Any, Any]) -> None:
+def test_a_store_finds_its_block_at_the_first_edit(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[list[int]] = []
+
+    def counted(model: Any, downs: Any, *arguments: Any, **more: Any) -> Any:
+        passes.append(sorted(downs))
+        return moments_of(model, downs, *arguments, **more)
+
+    monkeypatch.setattr(metrics_module, "moments_of", counted)
     store = EditStore(*tiny, metric="text", statistics=TEXTS, progress=False, steps=1)
     assert store.layer is None
     store.write(SUBJECT.prompt, SUBJECT.subject, SUBJECT.target)
+    assert passes == [[0, 1, 2, 3, 4]]  # the scan's moments serve the edit
     expected = scan.choose_layer(source(tiny), [SUBJECT])
     assert store.layer == expected == store.edits[0].layer
     store.close()
@@ -145,7 +154,7 @@ def test_statistics_are_kept_for_their_base(
 
     monkeypatch.setattr(metrics_module, "moments_of", counted)
     assert torch.allclose(source(tiny, folder=tmp_path).moments(downs)[2], first, rtol=1e-6, atol=1e-7) and not passes
-    (file,) = tmp_path.glob("moments-*.safetensors")
+    (file,) = tmp_path.glob("moment-*.safetensors")
     file.write_bytes(file.read_bytes()[:100])
     assert torch.equal(source(tiny, folder=tmp_path).moments(downs)[2], first) and len(passes) == 1
     source(tiny, folder=tmp_path, statistics=TEXTS[:1]).moments(downs)

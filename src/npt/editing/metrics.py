@@ -17,12 +17,12 @@ from npt.editing import probes
 from npt.editing.statistics import (
     Moments,
     digest_of,
-    kept_moments,
+    kept_moment,
     moments_of,
     own_text,
-    read_moments,
+    read_moment,
     token_rows,
-    write_moments,
+    write_moment,
 )
 from npt.errors import NPTError
 from npt.tuner.converted import base_of
@@ -65,6 +65,7 @@ class Source:
         self.model, self.tokenizer, self.metric = model, tokenizer, metric
         self.cache_dir = None if cache_dir is None else place(cache_dir)
         self.progress = progress
+        self._known: Moments = {}
         own = metric != "identity" and statistics == "self"
         self._given = None if own or metric == "identity" else token_rows(tokenizer, list(statistics), "statistics")
         near = None if metric != "domain" else probes.texts() if domain is None else list(domain)
@@ -80,26 +81,39 @@ class Source:
         return self.moments({layer: down}).get(layer)
 
     def moments(self, downs: Mapping[int, nn.Module]) -> Moments:
-        """The second moments at several blocks, from one pass over the text or from the folder that keeps them."""
+        """The second moments at several blocks: known, from the folder that keeps them, or from one pass over the text."""
         if self.metric == "identity":
             return {}
         widths = {block: linear_shape(down)[0] for block, down in downs.items()}
-        rows = self._given
-        if rows is None:
-            rows = own_text(self.model, self.tokenizer, max(widths.values()), self.cache_dir, _SEED)
-        text = digest_of([*rows, *(self._domain or [])])
-        kept = None
+        rows = self._text(max(widths.values()))
+        files: dict[int, Path | None] = dict.fromkeys(widths)
         if self.cache_dir is not None:
-            kept = kept_moments(self.cache_dir, base_fingerprint(self.model), f"{self.metric} {text}", list(downs))
-        if (found := read_moments(kept, widths)) is not None:
-            return found
-        base = base_of(self.model)
-        found = moments_of(base, downs, rows, progress=self.progress)
-        if self._domain is not None:
-            near = moments_of(base, downs, self._domain, progress=self.progress)
-            found = {block: moment + DOMAIN_WEIGHT * near[block] for block, moment in found.items()}
-        write_moments(kept, found)
-        return found
+            text, base = f"{self.metric} {digest_of([*rows, *(self._domain or [])])}", base_fingerprint(self.model)
+            files = {block: kept_moment(self.cache_dir, base, text, block) for block in widths}
+        for block in set(widths) - set(self._known):
+            if (kept := read_moment(files[block], widths[block])) is not None:
+                self._known[block] = kept
+        missing = {block: down for block, down in downs.items() if block not in self._known}
+        if missing:
+            base = base_of(self.model)
+            found = moments_of(base, missing, rows, progress=self.progress)
+            if self._domain is not None:
+                near = moments_of(base, missing, self._domain, progress=self.progress)
+                found = {block: moment + DOMAIN_WEIGHT * near[block] for block, moment in found.items()}
+            for block, moment in found.items():
+                write_moment(files[block], moment)
+            self._known |= found
+        return {block: self._known[block] for block in widths}
+
+    def only(self, layer: int) -> None:
+        """Forgets the moments of all other blocks."""
+        self._known = {block: moment for block, moment in self._known.items() if block == layer}
+
+    def _text(self, width: int) -> list[list[int]]:
+        """Token ids of the text: what was given, or what the base writes."""
+        if self._given is None:
+            self._given = own_text(self.model, self.tokenizer, width, self.cache_dir, _SEED)
+        return self._given
 
     def prefixes(self, count: int, tokens: int) -> list[str]:
         """Short texts that the base writes, to put in front of a prompt."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from npt.block.families import blocks_of, family_of
-from npt.block.probing import find
+from npt.block.probing import find, linear_shape
 from npt.editing.keys import Place, Prompts
 from npt.editing.metrics import Source
 from npt.editing.probes import probes
@@ -27,28 +27,37 @@ logger = logging.getLogger(__name__)
 
 #: Blocks that are compared, and the part of the depth they are spread over: below, little has been read; above, few are left.
 CANDIDATES, LOWEST, HIGHEST = 8, 0.1, 0.7
+MOMENT_BYTES = 4 << 30
 #: The depth at which an edit without a subject works best.
 WITHOUT_SUBJECT = 0.85
 
 
-def candidates(blocks: int) -> list[int]:
-    """Blocks to compare, of so many."""
+def candidates(blocks: int, width: int) -> list[int]:
+    """Blocks to compare, of so many.
+
+    Args:
+        width: numbers of a key; their second moments have to fit `MOMENT_BYTES` together.
+    """
     low, high = int(LOWEST * blocks), max(int(HIGHEST * blocks), int(LOWEST * blocks))
-    steps = torch.linspace(low, high, min(CANDIDATES, high - low + 1))
+    most = max(2, min(CANDIDATES, MOMENT_BYTES // (8 * width * width)))
+    steps = torch.linspace(low, high, min(most, high - low + 1))
     return sorted({round(float(step)) for step in steps})
 
 
 def choose_layer(source: Source, requests: Sequence[Request]) -> int:
     """The block for a store whose first edits are these."""
-    blocks = len(blocks_of(base_of(source.model)))
+    base = base_of(source.model)
+    blocks = len(blocks_of(base))
     if requests and requests[0].subject is None:
         chosen = min(blocks - 1, round(WITHOUT_SUBJECT * blocks))
         logger.info("layer: %d of %d, as the first edit names no subject", chosen, blocks)
         return chosen
-    found = overlaps(source, candidates(blocks))
+    width = linear_shape(find(blocks_of(base)[0], family_of(base), "down"))[0]
+    found = overlaps(source, candidates(blocks, width))
     chosen = max(found, key=lambda block: score(*found[block]))
     shown = ", ".join(f"{block} {one:.2f}/{other:.2f}" for block, (one, other) in found.items())
     logger.info("layer: %d of %d (overlap with another wording / with a neighbour: %s)", chosen, blocks, shown)
+    source.only(chosen)
     return chosen
 
 

@@ -135,33 +135,32 @@ def digest_of(rows: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(json.dumps([_FORMAT, [list(map(int, row)) for row in rows]]).encode()).hexdigest()[:32]
 
 
-def kept_moments(cache_dir: Path | None, base: str, text: str, blocks: Sequence[int]) -> Path | None:
-    """The file that keeps the moments of a base over a text; None without a cache_dir.
+def kept_moment(cache_dir: Path | None, base: str, text: str, block: int) -> Path | None:
+    """The file that keeps the moment of one block of a base over a text; None without a cache_dir.
 
     Args:
         base: fingerprint of the base. text: see `digest_of`.
     """
     if cache_dir is None:
         return None
-    key = hashlib.sha256(json.dumps([base, text, list(blocks)]).encode()).hexdigest()[:32]
-    return cache_dir / f"moments-{key}.safetensors"
+    key = hashlib.sha256(json.dumps([base, text, block]).encode()).hexdigest()[:32]
+    return cache_dir / f"moment-{key}.safetensors"
 
 
-def read_moments(path: Path | None, widths: Mapping[int, int]) -> Moments | None:
-    """The moments in a file; None where there is none, or not those that are asked for."""
+def read_moment(path: Path | None, width: int) -> Tensor | None:
+    """The moment in a file; None where there is none, or not the one that is asked for."""
     if path is None or not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            found = {block: file.get_tensor(str(block)).double() for block in widths}
+            found: Tensor = file.get_tensor("moment").double()
     except (SafetensorError, OSError):
         return None
-    whole = all(tuple(found[block].shape) == (width, width) for block, width in widths.items())
-    return found if whole and all(bool(moment.isfinite().all()) for moment in found.values()) else None
+    return found if tuple(found.shape) == (width, width) and bool(found.isfinite().all()) else None
 
 
-def write_moments(path: Path | None, moments: Moments) -> None:
-    """Keeps moments, in float32."""
+def write_moment(path: Path | None, moment: Tensor) -> None:
+    """Keeps a moment, in float32."""
     if path is not None:
-        values = {str(block): moment.float().contiguous() for block, moment in moments.items()}
+        values = {"moment": moment.float().contiguous()}
         replace_file(path, lambda temporary: save_file(values, temporary), shared=True)
