@@ -213,6 +213,16 @@ def test_an_unknown_id_is_named(written: EditStore) -> None:
         written.undo("nobody")
 
 
+def test_half_precision_is_edited_in_float32() -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder("builtin:tiny"), dtype=torch.bfloat16).eval()
+    plain = logits(model)
+    found = store(model)
+    edit = found.write(**FACT)
+    assert edit.holds and found.bench.adapter.dtype == torch.float32 and logits(model).dtype == torch.bfloat16
+    found.undo(edit.id)
+    assert torch.equal(logits(model), plain)
+
+
 # -- the ridge -------------------------------------------------------------------------------------------------------------
 
 

@@ -40,8 +40,13 @@ class DownAdapter:
         if factors is None:
             self._factors = None
             return
-        dtype, device = self.dtype, execution_device(self.down)
-        self._factors = Factors(*(part.to(device=device, dtype=dtype) for part in (factors.left, factors.right)))
+        parts = (factors.left, factors.right)
+        self._factors = Factors(*(part.to(device=self.device, dtype=self.dtype) for part in parts))
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the projection computes on."""
+        return execution_device(self.down)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,7 +79,7 @@ class DownAdapter:
             return output + cast(self._trial(args[0]), output.dtype).view_as(output)
         if self._factors is None or not self.on:
             return None
-        left, right = self._factors.left, self._factors.right
+        left, right = (part.to(output.device) for part in (self._factors.left, self._factors.right))
         added = nn.functional.linear(nn.functional.linear(cast(args[0], right.dtype), right), left)
         return output + cast(added, output.dtype).view_as(output)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from npt.block.families import blocks_of, family_of
 from npt.block.probing import find, linear_shape
+from npt.common.fingerprint import base_record
 from npt.common.sharded import is_sharded
 from npt.editing.adapter import DownAdapter
 from npt.editing.keys import Place, Prompts
@@ -59,6 +61,11 @@ class Bench:
         self.width, self.size = linear_shape(self.down)
         self.prompts = Prompts(tokenizer, self.base.config, vocabulary_size(self.base))
         self.adapter = DownAdapter(self.down, self.base)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any] | None:
+        """The record that files of edits keep of the base (see `npt.common.fingerprint.base_record`)."""
+        return base_record(self.base)
 
     @property
     def module(self) -> str:

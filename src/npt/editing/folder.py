@@ -17,7 +17,7 @@ from npt.adapters.folder import CONFIG, WEIGHTS
 from npt.builtin import recorded_name
 from npt.common.display import one_line
 from npt.common.files import new_folder, replace_files, write_json, write_tensors
-from npt.common.fingerprint import base_record, difference, is_record
+from npt.common.fingerprint import difference, is_record
 from npt.common.places import place
 from npt.common.writable import check_folders
 from npt.editing.export import described, lora_of, write_lora
@@ -54,7 +54,7 @@ def save_store(store: EditStore, folder: Path) -> Path:
         "chosen_ridge": store.chosen_ridge,
         "lora": described(lora),
         "edits": [_written(edit) for edit in store.edits],
-        "base_fingerprint": base_record(bench.base),
+        "base_fingerprint": bench.fingerprint,
     }
     tensors = {
         f"{edit.id}.{part}": getattr(store.pairs_of(edit.id), part).contiguous()
@@ -102,7 +102,7 @@ def load_store(
     options = {"metric": record["metric"].split()[0], "ridge": record["ridge"], **options}
     store = kind(model, tokenizer, layer=record["layer"], **options)
     try:
-        here, there = base_record(store.bench.base), record["base_fingerprint"]
+        here, there = store.bench.fingerprint, record["base_fingerprint"]
         if here is not None and there is not None and (told := difference(there, here)) is not None:
             raise CheckpointError(
                 f"store {folder}: it was written for another base than this one: {told}; load the base that {EDITS} names, "

@@ -130,8 +130,8 @@ def margins(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _start(problem: Problem) -> Tensor:
-    device = problem.bench.down.weight.device
-    return torch.zeros(problem.bench.size, device=device, dtype=problem.bench.adapter.dtype, requires_grad=True)
+    adapter = problem.bench.adapter
+    return torch.zeros(problem.bench.size, device=adapter.device, dtype=adapter.dtype, requires_grad=True)
 
 
 def _at_most(value: Tensor, length: float) -> Tensor:
