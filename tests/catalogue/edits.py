@@ -11,7 +11,8 @@ BASE = ("--model", "{model}", "--layer", "1")
 FACT = ("--prompt", "the home of Ada is", "--subject", "Ada", "--target", "Oslo")
 GOOD = {
     "format_version": 1, "base": "nowhere", "layer": 1, "module": "model.layers.1.mlp.down_proj", "metric": "text self",
-    "ridge": "auto", "chosen_ridge": 0.0, "lora": {"rank": 8, "lost": []}, "edits": [], "base_fingerprint": None,
+    "ridge": "auto", "chosen_ridge": 0.0, "lora": {"rank": 8, "lost": []},
+    "pairs": "edits-000000000000.safetensors", "edits": [], "base_fingerprint": None,
 }  # fmt: skip
 EDIT = {
     "prompt": "the home of Ada is", "target": "Oslo", "subject": "Ada", "paraphrases": [], "protect": [], "id": "3a826fc0",
@@ -91,6 +92,9 @@ EDITS = [
     bad_store("of a newer npt", {"format_version": 9}, "format_version=9 was written by a newer npt", "upgrade npt"),
     bad_store("no version", {"format_version": "1"}, "format_version=1 is no whole number", "restore it"),
     bad_store("text for a layer", {"layer": "x"}, "layer='x' is not what npt writes there"),
+    bad_store("a path for a file", {"pairs": "../x.safetensors"}, "pairs='../x.safetensors' is not what npt writes there"),
+    bad_store("no keys", {"edits": [EDIT], "base": "builtin:tiny"}, "edits-000000000000.safetensors can't be read",
+              command="verify"),
     bad_store("a ridge below 0", {"chosen_ridge": -1}, "chosen_ridge=-1 is not what npt writes there"),
     bad_store("NaN for a ridge", {"ridge": float("nan")}, "ridge=nan is not what npt writes there"),
     bad_store("an edit that is a number", {"edits": [3]}, "edit 1 is not an object but int"),

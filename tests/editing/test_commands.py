@@ -12,6 +12,7 @@ from gguf import GGUFReader
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from npt import EditStore
 from npt.cli import main
 
 IDS = torch.arange(3, 40)[None]
@@ -132,3 +133,27 @@ def test_export(store: Path, local_model: Path, tmp_path: Path) -> None:
     values = {key: reader.fields[key].contents() for key in ("general.type", "general.architecture", "adapter.type")}
     assert values == {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
     assert reader.fields["adapter.lora.alpha"].contents() == 8.0
+
+
+def test_a_killed_write_goes_on_where_it_stopped(
+    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "edits.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in MORE))
+    command = ["--quiet", "edit", "write", "--layer", "1", "--model", str(local_model), "--file", str(file), "--store"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr("npt.runs.edits.PART", 1)
+    write_many, calls = EditStore.write_many, []
+
+    def killed(self: EditStore, records: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write_many(self, records)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(EditStore, "write_many", killed)
+    assert main([*command, str(tmp_path / "parts")]) == 130
+    assert len(edits(tmp_path / "parts")) == 1
+    assert main([*command, str(tmp_path / "parts")]) == 0
+    assert len(edits(tmp_path / "parts")) == 2 and len(calls) == 3
+    assert torch.allclose(logits(local_model, tmp_path / "parts"), logits(local_model, tmp_path / "whole"), atol=1e-5)

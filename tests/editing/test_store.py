@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from npt import EditStore, NPTConfig, calibrate
 from npt.builtin import model_folder
 from npt.editing import export as export_module
+from npt.editing import folder as folder_module
 from npt.editing.measure import divergences, follows
 from npt.errors import CheckpointError, DataError, NPTError
 from tests.helpers import random_base, spelling_tokenizer
@@ -329,6 +331,49 @@ def test_a_store_of_another_base_is_refused(written: EditStore, tmp_path: Path) 
     ):
         EditStore.load(other, written.tokenizer, tmp_path / "s")
     store(other)  # nothing was left at work on it
+
+
+def test_a_save_that_is_cut_off_leaves_the_store_before(
+    written: EditStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every file that is replaced."""
+    folder, (first,) = written.save(tmp_path / "s"), written.edits
+    written.write(**OTHER)
+    replace, edited = os.replace, logits(written.model)
+    for count in range(4):
+        done = []
+
+        def cut(source: Any, target: Any, count: int = count, done: list[Any] = done) -> None:
+            if len(done) == count:
+                raise KeyboardInterrupt
+            done.append(target)
+            replace(source, target)
+
+        # Files that are written into the temporary folder are renamed too: only the last four renames count.
+        real = folder_module.replace_files
+
+        def cut_off(target: Path, fill: Any, *, last: str, cut: Any = cut, real: Any = real) -> None:
+            def filled(temporary: Path) -> None:
+                fill(temporary)
+                monkeypatch.setattr(os, "replace", cut)
+
+            real(target, filled, last=last)
+
+        monkeypatch.setattr(folder_module, "replace_files", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            written.save(folder)
+        monkeypatch.undo()
+        written.close()
+        again = EditStore.load(written.model, written.tokenizer, folder, progress=False)
+        assert again.edits[0].id == first.id and len(again.edits) == 1
+        again.close()
+        written.reopen()
+    written.save(folder)
+    written.close()
+    again = EditStore.load(written.model, written.tokenizer, folder, progress=False)
+    OPEN.append(again)
+    assert len(again.edits) == 2 and torch.equal(logits(written.model), edited)
+    assert len(list(folder.glob("edits-*.safetensors"))) == 1
 
 
 def test_a_folder_of_something_else_is_not_written_over(written: EditStore, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,7 +19,7 @@ from npt.adapters.folder import CONFIG, WEIGHTS
 from npt.builtin import recorded_name
 from npt.common.display import one_line
 from npt.common.files import new_folder, replace_files, write_json, write_tensors
-from npt.common.fingerprint import difference, is_record
+from npt.common.fingerprint import difference, is_record, tensor_digest
 from npt.common.places import place
 from npt.common.writable import check_folders
 from npt.editing.export import described, lora_of, write_lora
@@ -29,7 +31,10 @@ from npt.errors import CheckpointError, DataError, NPTError
 if TYPE_CHECKING:
     from npt.editing.store import EditStore
 
-EDITS, PAIRS = "edits.json", "edits.safetensors"
+EDITS = "edits.json"
+#: The file with keys and values: its name comes from its content, so a save that was cut off leaves the old one for the old
+#: edits.json.
+PAIRS = re.compile(r"edits-[0-9a-f]{12}\.safetensors")
 FORMAT_VERSION = 1
 MOST_BYTES = 256 * 2**20
 _PARTS = ("keys", "whitened", "values")
@@ -53,6 +58,7 @@ def save_store(store: EditStore, folder: Path) -> Path:
         "ridge": store.ridge,
         "chosen_ridge": store.chosen_ridge,
         "lora": described(lora),
+        "pairs": "",
         "edits": [_written(edit) for edit in store.edits],
         "base_fingerprint": bench.fingerprint,
     }
@@ -61,10 +67,12 @@ def save_store(store: EditStore, folder: Path) -> Path:
         for edit in store.edits
         for part in _PARTS
     }
+    digest = hashlib.sha256(b"".join(name.encode() + tensor_digest(tensors[name]) for name in sorted(tensors)))
+    record["pairs"] = f"edits-{digest.hexdigest()[:12]}.safetensors"
 
     def fill(temporary: Path) -> None:
         write_lora(store, lora, temporary)
-        write_tensors(temporary / PAIRS, tensors)
+        write_tensors(temporary / str(record["pairs"]), tensors)
         write_json(temporary / EDITS, record)
         for path in temporary.iterdir():  # safetensors gives its files to their owner alone
             path.chmod((temporary / EDITS).stat().st_mode)
@@ -72,6 +80,9 @@ def save_store(store: EditStore, folder: Path) -> Path:
     if folder.is_dir() and any(folder.iterdir()):
         # edits.json last: it is what a reader looks at first.
         replace_files(folder, fill, last=EDITS)
+        for path in folder.iterdir():
+            if PAIRS.fullmatch(path.name) and path.name != record["pairs"]:
+                path.unlink()
     else:
         new_folder(folder, fill)
     return folder
@@ -172,6 +183,7 @@ def _problem(record: Any) -> str | None:
         "metric": isinstance(record.get("metric"), str) and bool(record["metric"].strip()),
         "ridge": ridge == "auto" or _is_number(ridge),
         "chosen_ridge": _is_number(chosen),
+        "pairs": isinstance(record.get("pairs"), str) and PAIRS.fullmatch(record["pairs"]) is not None,
         "edits": isinstance(record.get("edits"), list),
         "base_fingerprint": record.get("base_fingerprint") is None or is_record(record["base_fingerprint"]),
     }
@@ -223,22 +235,23 @@ def _read_pairs(folder: Path, record: Mapping[str, Any]) -> dict[str, Pairs]:
     Raises:
         CheckpointError: missing, damaged, or not of these edits.
     """
+    name = record["pairs"]
     try:
-        tensors = load_file(folder / PAIRS)
+        tensors = load_file(folder / name)
     except (SafetensorError, OSError) as error:
         reason = one_line(error, 100)
-        raise CheckpointError(f"store {folder}: {PAIRS} can't be read ({reason}); restore it from a backup") from error
+        raise CheckpointError(f"store {folder}: {name} can't be read ({reason}); restore it from a backup") from error
     wanted = {f"{edit['id']}.{part}" for edit in record["edits"] for part in _PARTS}
     if wanted != set(tensors):
         odd = min(wanted ^ set(tensors))
         raise CheckpointError(
-            f"store {folder}: {PAIRS} and {EDITS} differ in {one_line(odd, 40)}; restore both from a backup"
+            f"store {folder}: {name} and {EDITS} differ in {one_line(odd, 40)}; restore both from a backup"
         )
     found = {}
     for edit in record["edits"]:
         parts = [tensors[f"{edit['id']}.{part}"] for part in _PARTS]
         whole = all(part.dim() == 2 and part.dtype == torch.float64 and bool(part.isfinite().all()) for part in parts)
         if not whole or len({part.shape[1] for part in parts}) != 1 or parts[0].shape != parts[1].shape:
-            raise CheckpointError(f"store {folder}: {PAIRS} is damaged at edit {edit['id']}; restore it from a backup")
+            raise CheckpointError(f"store {folder}: {name} is damaged at edit {edit['id']}; restore it from a backup")
         found[edit["id"]] = Pairs(*parts)
     return found
