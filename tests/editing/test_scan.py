@@ -46,7 +46,7 @@ def test_probes_are_no_part_of_the_text_behind_the_domain_metric() -> None:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "first", "last", "count"), [(30, 3, 21, 8), (4, 0, 2, 3), (1, 0, 0, 1), (80, 8, 56, 8)]
+    ("blocks", "first", "last", "count"), [(30, 6, 21, 8), (4, 0, 2, 3), (1, 0, 0, 1), (80, 16, 56, 8)]
 )
 def test_candidates(blocks: int, first: int, last: int, count: int) -> None:
     found = scan.candidates(blocks, 1536)
@@ -81,7 +81,7 @@ def test_overlaps_are_those_of_keys(tiny: tuple[Any, Any], monkeypatch: pytest.M
 def test_the_best_score_is_chosen(
     tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(scan, "overlaps", lambda source, layers: {0: (0.9, 0.5), 1: (0.6, 0.1), 2: (0.4, 0.2)})
+    monkeypatch.setattr(scan, "overlaps", lambda source, layers: {4: (0.9, 0.5), 1: (0.6, 0.1), 2: (0.4, 0.2)})
     with caplog.at_level("INFO", "npt"):
         assert scan.choose_layer(source(tiny), [SUBJECT]) == 1
     assert "layer: 1 of 6" in caplog.text and "1 0.60/0.10" in caplog.text
@@ -99,7 +99,7 @@ def test_a_store_finds_its_block_at_the_first_edit(tiny: tuple[Any, Any], monkey
     store = EditStore(*tiny, metric="text", statistics=TEXTS, progress=False, steps=1)
     assert store.layer is None
     store.write(SUBJECT.prompt, SUBJECT.subject, SUBJECT.target)
-    assert passes == [[0, 1, 2, 3, 4]]  # the scan's moments serve the edit
+    assert passes == [[1, 2, 3, 4]]  # the scan's moments serve the edit
     expected = scan.choose_layer(source(tiny), [SUBJECT])
     assert store.layer == expected == store.edits[0].layer
     store.close()

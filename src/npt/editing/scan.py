@@ -26,7 +26,7 @@ from npt.tuner.converted import base_of, device_of, eval_mode, vocabulary_size
 logger = logging.getLogger(__name__)
 
 #: Blocks that are compared, and the part of the depth they are spread over: below, little has been read; above, few are left.
-CANDIDATES, LOWEST, HIGHEST = 8, 0.1, 0.7
+CANDIDATES, LOWEST, HIGHEST = 8, 0.2, 0.7
 MOMENT_BYTES = 4 << 30
 #: The depth at which an edit without a subject works best.
 WITHOUT_SUBJECT = 0.85

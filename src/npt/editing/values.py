@@ -42,7 +42,7 @@ class Settings:
     steps: int = 10
     decay: float = 0.05
     clamp: float = 8.0
-    terminator: str | None = "."
+    terminator: str | None = None
     rate: float = 0.5
     weight_decay: float = 0.5
     essence: float = 0.0625
