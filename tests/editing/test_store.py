@@ -18,7 +18,7 @@ from npt.builtin import model_folder
 from npt.editing import export as export_module
 from npt.editing import folder as folder_module
 from npt.editing.measure import divergences, follows
-from npt.errors import CheckpointError, DataError, NPTError
+from npt.errors import CheckpointError, ConversionError, DataError, NPTError
 from tests.helpers import random_base, spelling_tokenizer
 
 TEXTS = [
@@ -434,3 +434,9 @@ def test_the_identity_metric_needs_no_text(base: Any) -> None:
     found = store(base, metric="identity", statistics="self")
     found.write(**FACT)
     assert found.edits[0].holds and found.source.name == "identity"
+
+
+def test_a_model_that_is_not_here_is_refused() -> None:
+    base = random_base("llama", torch.float32).to("meta")
+    with pytest.raises(ConversionError, match="edits need the whole model in one process"):
+        store(base, spelling_tokenizer())
