@@ -176,7 +176,7 @@ class EditStore:
             the new edits, in the records' order.
 
         Raises:
-            as `write`; nothing is written then.
+            DataError, NPTError: as `write`; nothing is written then.
         """
         if self._refusal:
             raise NPTError(self._refusal)
