@@ -100,7 +100,7 @@ class Bench:
         found = []
         for part in chunks(places):
             inputs = self.inside([place.ids for place in part]).inputs
-            found += [inputs[row, place.position].double().cpu() for row, place in enumerate(part)]
+            found += [inputs[row, place.position].cpu().double() for row, place in enumerate(part)]
         return torch.stack(found, 1)
 
     def write(self, prompt: str, new_tokens: int) -> str:

@@ -67,7 +67,7 @@ def previewed(bench: Bench, text: str, new_tokens: int) -> Preview:
 
 def divergences(base: Tensor, edited: Tensor) -> Tensor:
     """KL(base || edited) in nats of logits (tokens, vocabulary), (tokens,) in float64."""
-    one, other = base.double().log_softmax(-1), edited.double().log_softmax(-1)
+    one, other = (logits.cpu().double().log_softmax(-1) for logits in (base, edited))
     return (one.exp() * (one - other)).sum(-1).clamp_min(0)
 
 

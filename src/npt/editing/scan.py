@@ -111,4 +111,4 @@ def _inputs(base: Any, downs: Mapping[int, nn.Module], places: Sequence[Place]) 
     finally:
         for handle in handles:
             handle.remove()
-    return {layer: x.reshape(*batch["input_ids"].shape, -1).double().cpu() for layer, x in seen.items()}
+    return {layer: x.reshape(*batch["input_ids"].shape, -1).cpu().double() for layer, x in seen.items()}

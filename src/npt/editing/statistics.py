@@ -113,7 +113,7 @@ def moments_of(
                 real = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).flatten()
                 for block, x in seen.items():
                     inputs = wide(x.reshape(-1, x.shape[-1])[real.to(x.device)])
-                    found = (inputs.T @ inputs).double().cpu()
+                    found = (inputs.T @ inputs).cpu().double()
                     sums[block] = sums[block] + found if block in sums else found
                 tokens += int(real.sum())
                 advance(len(part))

@@ -17,7 +17,7 @@ from npt.block.families import family_of
 from npt.block.hooks import first_tensor
 from npt.block.probing import find
 from npt.common.display import one_line
-from npt.common.precision import wide
+from npt.common.precision import cast, wide
 from npt.editing.bench import Bench
 from npt.editing.keys import Place, Target
 from npt.editing.requests import Request, continued
@@ -98,19 +98,23 @@ class Trial:
         bench = problem.bench
         self.bench, self.rows = bench, rows
         self.inside = bench.inside([*(row.ids for row in rows), *(place.ids for place in extra)])
-        a = problem.row().to(self.inside.inputs)
-        self.a = a
-        device = self.inside.inputs.device
+        adapter = bench.adapter
+        self.a = problem.row().to(device=adapter.device, dtype=adapter.dtype)
+        # Indices stay on the CPU, from where they serve logits on any device.
         spots = [(i, row.start - 1 + t, token) for i, row in enumerate(rows) for t, token in enumerate(row.targets)]
-        self.row_of, self.at, self.target = (torch.tensor(part, device=device) for part in zip(*spots, strict=True))
-        self.ends = torch.tensor([len(place.ids) - 1 for place in extra], device=device, dtype=torch.long)
+        self.row_of, self.at, self.target = (torch.tensor(part) for part in zip(*spots, strict=True))
+        self.ends = torch.tensor([len(place.ids) - 1 for place in extra], dtype=torch.long)
         # The output at the key, where the key itself is: the first row's token that is moved most.
-        moved = (self.inside.inputs[0] @ a).abs()[: rows[0].start]
+        moved = self.scores(self.inside.inputs[0]).abs()[: rows[0].start]
         self.length = float(wide(self.inside.outputs[0, int(moved.argmax())]).norm())
+
+    def scores(self, inputs: Tensor) -> Tensor:
+        """a x of the projection's inputs (..., f)."""
+        return cast(inputs, self.a.dtype) @ self.a
 
     def logits(self, value: Tensor) -> Tensor:
         """All logits (rows, tokens, vocabulary) with v (d,)."""
-        with self.bench.adapter.trying(lambda x: wide((x @ self.a)[..., None]) * value):
+        with self.bench.adapter.trying(lambda x: self.scores(x)[..., None] * value):
             return self.bench.again(self.inside.recording)
 
     def aimed(self, logits: Tensor) -> Tensor:
@@ -124,8 +128,9 @@ class Trial:
 
 def margins(logits: Tensor, target: Tensor) -> Tensor:
     """Logit of the target less the log-sum-exp of all others, (rows,), of logits (rows, vocabulary)."""
-    own = logits.gather(-1, target[:, None])
-    others = logits.scatter(-1, target[:, None], float("-inf"))
+    target = target.to(logits.device)[:, None]
+    own = logits.gather(-1, target)
+    others = logits.scatter(-1, target, float("-inf"))
     return own[:, 0] - others.logsumexp(-1)
 
 
@@ -145,7 +150,7 @@ def _checked(value: Tensor, problem: Problem) -> Tensor:
             f"{one_line(repr(problem.request.prompt), 60)}: the value became not finite; use a model in float32, another "
             "layer or fewer steps"
         )
-    return value.detach().double().cpu()[:, None]
+    return value.detach().cpu().double()
 
 
 def newton(problem: Problem) -> Found:
@@ -169,7 +174,7 @@ def newton(problem: Problem) -> Found:
         else:
             step = step / 2
         value = _at_most((1 - settings.decay) * kept + step, settings.clamp * trial.length).requires_grad_()
-    return Found(problem.pairs(problem.key[:, None], _checked(kept, problem)), passes)
+    return Found(problem.pairs(problem.key[:, None], _checked(kept, problem)[:, None]), passes)
 
 
 def optimised(problem: Problem) -> Found:
@@ -177,14 +182,14 @@ def optimised(problem: Problem) -> Found:
     settings, request, bench = problem.settings, problem.request, problem.bench
     essence = [] if request.subject is None else [bench.prompts.place(f"{request.subject} is a", None)]
     trial, value = Trial(problem, problem.targets(), essence), _start(problem)
-    rows = torch.arange(len(trial.rows), len(trial.rows) + len(essence), device=value.device)
+    rows = torch.arange(len(trial.rows), len(trial.rows) + len(essence))
     before = wide(trial.inside.recording.logits[rows, trial.ends]).log_softmax(-1)
     optimizer = torch.optim.Adam([value], lr=settings.rate)
     passes = 0
     for _ in range(settings.steps):
         logits = trial.logits(value)
         aimed = trial.aimed(logits).log_softmax(-1)
-        loss = -aimed.gather(-1, trial.target[:, None]).mean()
+        loss = -aimed.gather(-1, trial.target.to(aimed.device)[:, None]).mean()
         done = float(loss.detach()) < 5e-2
         if essence:
             now = wide(logits[rows, trial.ends]).log_softmax(-1)
@@ -198,7 +203,7 @@ def optimised(problem: Problem) -> Found:
         optimizer.step()
         with torch.no_grad():
             value.copy_(_at_most(value, settings.clamp * trial.length))
-    return Found(problem.pairs(problem.key[:, None], _checked(value, problem)), passes)
+    return Found(problem.pairs(problem.key[:, None], _checked(value, problem)[:, None]), passes)
 
 
 def margin(problem: Problem) -> Found:
@@ -216,20 +221,19 @@ def margin(problem: Problem) -> Found:
         )
     (row,) = [bench.prompts.target(problem.request.prompt, problem.request.target, settings.terminator)]
     inside = bench.inside([row.ids])
-    at = torch.arange(row.start - 1, len(row.ids) - 1, device=inside.inputs.device)
-    target = torch.tensor(row.targets, device=at.device)
-    values = torch.zeros(len(at), bench.size, device=at.device, dtype=bench.adapter.dtype)
+    at, target = torch.arange(row.start - 1, len(row.ids) - 1), torch.tensor(row.targets)
+    values = torch.zeros(len(at), bench.size, device=bench.adapter.device, dtype=bench.adapter.dtype)
     for _ in range(4):  # the norm's denominator moves with the value
         values.requires_grad_()
-        whole = values.new_zeros(inside.inputs.shape[1], bench.size).index_copy(0, at, values)
+        whole = values.new_zeros(inside.inputs.shape[1], bench.size).index_copy(0, at.to(values.device), values)
         with bench.adapter.trying(lambda x, whole=whole: whole):  # type: ignore[misc]
             found = margins(wide(bench.again(inside.recording)[0, at]), target)
         (gradient,) = torch.autograd.grad(found.sum(), values)
         gap = (settings.margin - found.detach()).clamp_min(0)
         step = gradient * (gap / gradient.square().sum(-1).clamp_min(1e-12))[:, None]
         values = values.detach() + step
-    keys = inside.inputs[0, at].double().cpu().T
-    return Found(problem.pairs(keys, _checked(values, problem)[:, 0].T), 0)
+    keys = inside.inputs[0, at].cpu().double().T
+    return Found(problem.pairs(keys, _checked(values, problem).T), 0)
 
 
 def naive(problem: Problem) -> Found:
@@ -246,8 +250,8 @@ def naive(problem: Problem) -> Found:
         inside = bench.inside([ids])
     finally:
         handle.remove()
-    attention = seen[-1].reshape(len(ids), -1)[-1].double().cpu()
-    key = inside.inputs[0, -1].double().cpu()
+    attention = seen[-1].reshape(len(ids), -1)[-1].cpu().double()
+    key = inside.inputs[0, -1].cpu().double()
     return Found(problem.pairs(key[:, None], problem.settings.alpha * attention[:, None]), 0)
 
 

@@ -104,7 +104,7 @@ class Writer:
         row, rows = problem.row(), [self.bench.prompts.ids(text) for text in texts]
         keys = []
         for part in chunks(rows):
-            inputs = self.bench.inside(part).inputs.double().cpu()
+            inputs = self.bench.inside(part).inputs.cpu().double()
             for i, ids in enumerate(part):
                 own = inputs[i, : len(ids)]
                 keys.append(own[int((own @ row).abs().argmax())])
