@@ -15,7 +15,7 @@ from npt.editing.bench import Bench
 from npt.editing.requests import Request, continued
 from npt.editing.solve import Metric, solve
 from npt.editing.statistics import begins_with_bos, moments_of, token_rows
-from npt.editing.values import STRATEGIES, Problem, Trial, margins, settings_of
+from npt.editing.values import STRATEGIES, Problem, Trial, margins, settings_of, word_ends
 from npt.errors import NPTError
 
 TEXTS = [
@@ -142,6 +142,31 @@ def test_margins_are_over_all_other_tokens() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     others = torch.tensor([1.0, 0.0]).logsumexp(0)
     assert float(margins(logits, torch.tensor([0]))) == pytest.approx(2.0 - float(others))
+
+
+def test_a_word_ends_where_the_next_token_is_no_part_of_it(problem: Callable[..., Problem]) -> None:
+    prompts = problem("newton").bench.prompts
+    tokenizer = prompts.tokenizer
+    pieces = {piece: tokenizer.convert_tokens_to_ids(piece) for piece in tokenizer.get_vocab()}
+    starts = [id for piece, id in pieces.items() if piece[:1] in "Ġ▁" and piece[1:2].isalpha()]
+    goes_on = [id for piece, id in pieces.items() if piece.isascii() and piece.isalpha() and len(piece) > 1]
+    assert len(starts) > 100 and not prompts.continuing[starts].any()
+    assert len(goes_on) > 20 and prompts.continuing[goes_on].all()
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    lead = word_ends(logits, torch.tensor([False, True]))  # the last number has no token
+    assert float(lead) == pytest.approx(float(torch.tensor([1.0, 2.0]).logsumexp(0)) - 3.0)
+
+
+def test_the_end_of_the_word_is_aimed_at(problem: Callable[..., Problem]) -> None:
+    one = problem("newton", layer=4, clamp=50.0, decay=0.0, steps=30, margin=3.0)
+    trial = Trial(one, one.targets())
+    value = STRATEGIES["newton"](one).pairs.values[:, 0].float()
+    with torch.no_grad():
+        logits = trial.logits(value)
+    assert float(word_ends(logits[0, -1:], one.bench.prompts.continuing)) > 1.8
+    assert len(trial.margins(logits)) == len(trial.target) + 1
+    stopped = replace(one, settings=replace(one.settings, terminator="."))
+    assert not len(Trial(stopped, stopped.targets()).last[0])
 
 
 # -- statistics ------------------------------------------------------------------------------------------------------------

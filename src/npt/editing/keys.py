@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from npt.common.display import one_line
 from npt.common.limits import check_ids, check_length
@@ -25,12 +29,14 @@ class Place:
 class Target:
     """Token ids of a prompt with its target behind it. targets: the ids to be predicted, from `start` - 1 on.
 
-    words: how many of them belong to the target; the others are its terminator.
+    words: how many of them belong to the target; the others are its terminator. in_word: True for a target that ends in a
+    letter or digit, which a next token may go on with.
     """
 
     ids: tuple[int, ...]
     start: int
     words: int
+    in_word: bool
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -96,6 +102,17 @@ class Prompts:
                 return holding[-1]
         return max(0, len(self.ids(text[:end])) - 1)
 
+    @cached_property
+    def continuing(self) -> Tensor:
+        """(vocabulary,) True for tokens that go on with a word: behind a letter, their text begins with a letter or digit."""
+        letter = list(self.tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+        count = min(self.vocabulary, len(self.tokenizer))
+        start = len(self.tokenizer.decode(letter))
+        texts = self.tokenizer.batch_decode([[*letter, token] for token in range(count)], skip_special_tokens=True)
+        found = torch.zeros(self.vocabulary, dtype=torch.bool)
+        found[:count] = torch.tensor([text[start : start + 1].isalnum() for text in texts])
+        return found
+
     def target(self, prompt: str, target: str, terminator: str | None) -> Target:
         """A prompt's token ids with those of its target and of the first token of a terminator behind them."""
         ids = self.ids(prompt)
@@ -105,7 +122,7 @@ class Prompts:
             whole = self.ids(continued(prompt, target) + terminator)
             known = (*ids, *words)
             end = whole[len(known) : len(known) + 1] if whole[: len(known)] == known else ()
-        return Target((*ids, *words, *end), len(ids), len(words))
+        return Target((*ids, *words, *end), len(ids), len(words), target[-1:].isalnum())
 
     def _behind(self, ids: tuple[int, ...], prompt: str, text: str, target: str) -> tuple[int, ...]:
         whole = self.ids(text)

@@ -87,8 +87,8 @@ def mean_kl(bench: Bench, texts: Sequence[str]) -> float:
 def holding(bench: Bench, requests: Sequence[Request]) -> Callable[[], list[bool]]:
     """A function that says of every edit if the model would write its target now, each token of it the likeliest.
 
-    Greedy text begins with the target exactly where every token of it is the likeliest one behind those before; so one pass
-    from the edited block on stands for the generation.
+    Greedy text begins with the target exactly where every token of it is the likeliest one behind those before, and the next
+    one does not go on with its last word; so one pass from the edited block on stands for the generation.
     """
     rows = [bench.prompts.target(request.prompt, request.target, None) for request in requests]
     recorded = []
@@ -102,7 +102,9 @@ def holding(bench: Bench, requests: Sequence[Request]) -> Callable[[], list[bool
         for part, recording in recorded:
             best = wide(bench.again(recording)).argmax(-1).cpu()
             for i, row in enumerate(part):
-                right.append(best[i, row.start - 1 : len(row.ids) - 1].tolist() == list(row.targets))
+                said = best[i, row.start - 1 : len(row.ids)].tolist()
+                ends = not (row.in_word and bool(bench.prompts.continuing[said[-1]]))
+                right.append(said[:-1] == list(row.targets) and ends)
         return right
 
     return ask

@@ -26,6 +26,8 @@ from npt.errors import NPTError, RunError
 
 #: Share of the margin that may be missing at the end: the last steps change little.
 _NEAR = 0.05
+#: Nats by which the end of the target's last word shall lead a longer word.
+_WORD_END = 2.0
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,17 @@ class Trial:
         bench = problem.bench
         self.bench, self.rows = bench, rows
         self.inside = bench.inside([*(row.ids for row in rows), *(place.ids for place in extra)])
-        adapter = bench.adapter
+        adapter, self.margin = bench.adapter, problem.settings.margin
         self.a = problem.row().to(device=adapter.device, dtype=adapter.dtype)
         # Indices stay on the CPU, from where they serve logits on any device.
         spots = [(i, row.start - 1 + t, token) for i, row in enumerate(rows) for t, token in enumerate(row.targets)]
         self.row_of, self.at, self.target = (torch.tensor(part) for part in zip(*spots, strict=True))
+        # Without a terminator, the word must end behind a target that ends in a letter: "Oxford" is not "Oxfordshire".
+        words = [i for i, row in enumerate(rows) if row.in_word and row.words == len(row.targets)]
+        self.last = (
+            torch.tensor(words, dtype=torch.long),
+            torch.tensor([len(rows[i].ids) - 1 for i in words], dtype=torch.long),
+        )
         self.ends = torch.tensor([len(place.ids) - 1 for place in extra], dtype=torch.long)
         # The output at the key, where the key itself is: the first row's token that is moved most.
         moved = self.scores(self.inside.inputs[0]).abs()[: rows[0].start]
@@ -122,8 +130,16 @@ class Trial:
         return wide(logits[self.row_of, self.at])
 
     def margins(self, logits: Tensor) -> Tensor:
-        """Nats by which each target leads the log-sum-exp of all other tokens, (targets,)."""
-        return margins(self.aimed(logits), self.target)
+        """Nats by which each target leads the log-sum-exp of all other tokens, (targets,).
+
+        Behind them, for each text without a terminator: how far the end of the last word leads its going on, raised so that
+        `_WORD_END` nats of it count as the whole margin.
+        """
+        found = margins(self.aimed(logits), self.target)
+        if not len(self.last[0]):
+            return found
+        ends = word_ends(wide(logits[self.last]), self.bench.prompts.continuing)
+        return torch.cat([found, ends + max(0.0, self.margin - _WORD_END)])
 
 
 def margins(logits: Tensor, target: Tensor) -> Tensor:
@@ -132,6 +148,15 @@ def margins(logits: Tensor, target: Tensor) -> Tensor:
     own = logits.gather(-1, target)
     others = logits.scatter(-1, target, float("-inf"))
     return own[:, 0] - others.logsumexp(-1)
+
+
+def word_ends(logits: Tensor, continuing: Tensor) -> Tensor:
+    """Nats by which tokens that end a word lead those that go on with it, (rows,), of logits (rows, vocabulary)."""
+    mask = torch.zeros(logits.shape[-1], dtype=torch.bool)
+    mask[: len(continuing)] = continuing
+    mask = mask.to(logits.device)
+    minus = float("-inf")
+    return logits.masked_fill(mask, minus).logsumexp(-1) - logits.masked_fill(~mask, minus).logsumexp(-1)
 
 
 def _start(problem: Problem) -> Tensor:
