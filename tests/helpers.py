@@ -173,6 +173,31 @@ class Letters:
         return {"input_ids": [[2, *(3 + ord(c) % 90 for c in text)] for text in texts]}
 
 
+def spelling_tokenizer(bos: bool = True) -> Any:
+    """A tokenizer of single characters for a vocabulary of 96: printable ones of ASCII, without some that no test writes.
+
+    Args:
+        bos: put BOS in front of every text.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [chr(code) for code in range(32, 127) if chr(code) not in "~|"]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
 # -- whole commands and what they write ------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from npt.block.component import NPComponent
     from npt.block.families import Family, register_family
     from npt.block.weight_delta import WeightDelta
+    from npt.editing.store import EditStore
     from npt.equivalence.calibration import calibrate
     from npt.equivalence.objectives import Objective
     from npt.equivalence.trainer import EquivalenceTrainer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from npt.tuner import NPTConfig, NPTModel, weight_delta
 
 __all__ = [
+    "EditStore",
     "EquivalenceTrainer",
     "Family",
     "NPComponent",
@@ -44,6 +46,7 @@ __version__ = "0.1.0"
 __getattr__ = exports_of(
     __name__,
     {
+        "EditStore": "npt.editing.store",
         "EquivalenceTrainer": "npt.equivalence.trainer",
         "Family": "npt.block.families",
         "NPComponent": "npt.block.component",

@@ -85,7 +85,7 @@ def keep(
     lock = FileLock(parent / (name + LOCK))
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _acquire(lock, target)
+        take_turns(lock, target)
     except OSError as error:
         raise NPTError(f"{parent}: can't be written to ({error.strerror or error}); {_ELSEWHERE}") from error
     try:
@@ -109,7 +109,8 @@ def _sealed(folder: Path, record: Mapping[str, Any], fill: Callable[[Path], obje
     seal(folder)
 
 
-def _acquire(lock: FileLock, target: Path) -> None:
+def take_turns(lock: FileLock, target: Path) -> None:
+    """Acquires a lock, and says so where another process holds it for longer than a moment."""
     with contextlib.suppress(Timeout):
         lock.acquire(timeout=2)
         return

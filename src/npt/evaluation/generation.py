@@ -18,6 +18,7 @@ from npt.errors import NPTError
 from npt.tuner.converted import (
     ConvertedModel,
     active_layers,
+    base_of,
     context_length_of,
     device_of,
     eval_mode,
@@ -94,7 +95,7 @@ def continue_text(
     Greedy, or sampled at temperature 1 from the whole distribution with `seed`. Of the base's generation_config only the
     tokens that end a text count. The global random state is neither read nor changed.
     """
-    base = model.get_base_model()
+    base = base_of(model)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device_of(model))
     generator = torch.Generator().manual_seed(0 if seed is None else seed)
     count = room(model, ids.shape[1], max_new_tokens)

@@ -1,0 +1,111 @@
+"""Edits at work: a forward hook adds left (right x) to the output of one block's `down`; the base's weights stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from npt.block.probing import execution_device
+from npt.common.precision import cast, wide_dtype
+from npt.editing.solve import Factors
+from npt.errors import NPTError
+
+#: The attribute of a model that holds the edits at work on it.
+_OWNER = "_npt_edits"
+
+
+class DownAdapter:
+    """The hook that adds to one projection's output: nothing, the factors that were set, or for a trial something of its own.
+
+    Args:
+        down: the projection, Linear, Conv1D or a quantised linear. base: the causal LM that it is in.
+
+    Raises:
+        NPTError: edits are at work on it already.
+    """
+
+    def __init__(self, down: nn.Module, base: nn.Module):
+        self.down, self.base, self.on = down, base, True
+        self._factors: Factors | None = None
+        self._trial: Callable[[Tensor], Tensor] | None = None
+        self._see: Callable[[Tensor], None] | None = None
+        self.open()
+
+    def set(self, factors: Factors | None) -> None:
+        """Puts a weight delta to work, in the projection's own format or float32; None for the base alone."""
+        if factors is None:
+            self._factors = None
+            return
+        parts = (factors.left, factors.right)
+        self._factors = Factors(*(part.to(device=self.device, dtype=self.dtype) for part in parts))
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the projection computes on."""
+        return execution_device(self.down)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format that edits are computed in: the projection's, float32 where that is narrower or holds codes."""
+        own = next(self.down.parameters()).dtype
+        return wide_dtype(own) if own.is_floating_point else torch.float32
+
+    def open(self) -> None:
+        """Puts the hook on.
+
+        Raises:
+            NPTError: another store's is there.
+        """
+        if getattr(self.base, _OWNER, self) is not self:
+            raise NPTError("the model has an edit store at work; use that one, or take it off with its close()")
+        if not hasattr(self.base, _OWNER):
+            self._handle = self.down.register_forward_hook(self._add)
+            setattr(self.base, _OWNER, self)
+
+    def close(self) -> None:
+        """Takes the hook off."""
+        if getattr(self.base, _OWNER, None) is self:
+            self._handle.remove()
+            delattr(self.base, _OWNER)
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self._see is not None:
+            self._see(args[0])
+        if self._trial is not None:
+            return output + cast(self._trial(args[0]), output.dtype).view_as(output)
+        if self._factors is None or not self.on:
+            return None
+        left, right = (part.to(output.device) for part in (self._factors.left, self._factors.right))
+        added = nn.functional.linear(nn.functional.linear(cast(args[0], right.dtype), right), left)
+        return output + cast(added, output.dtype).view_as(output)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The base alone within a `with` block."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
+    @contextmanager
+    def trying(self, add: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Adds `add(x)` of the projection's input x instead of the edits."""
+        before, self._trial = self._trial, add
+        try:
+            yield
+        finally:
+            self._trial = before
+
+    @contextmanager
+    def watching(self, see: Callable[[Tensor], None]) -> Iterator[None]:
+        """Shows the projection's input of every forward."""
+        before, self._see = self._see, see
+        try:
+            yield
+        finally:
+            self._see = before

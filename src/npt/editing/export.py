@@ -1,0 +1,188 @@
+"""The weight delta as a LoRA: for PEFT and servers of Hugging Face models, and as GGUF for llama.cpp."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from npt.adapters.folder import WEIGHTS
+from npt.builtin import recorded_name
+from npt.common.display import one_line
+from npt.common.files import write_file, write_tensors
+from npt.editing.measure import holding
+from npt.editing.solve import Factors, Pairs, gram_of, lengths, solve
+from npt.errors import CheckpointError, NPTError
+
+if TYPE_CHECKING:
+    from npt.editing.store import EditStore
+
+#: Ranks that servers accept (vLLM's max_lora_rank); a LoRA is padded with zeros to the next one.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+#: {model type of transformers: architecture of llama.cpp}, where the two names differ.
+_ARCHITECTURES = {
+    "mistral": "llama", "phi": "phi2", "gemma3_text": "gemma3", "gpt_neox": "gptneox", "cohere": "command-r", "glm": "chatglm",
+    "ministral": "llama", "hunyuan_v1_dense": "hunyuan-dense", "ministral3": "mistral3", "gpt_bigcode": "starcoder",
+    "qwen3_5_text": "qwen35", "olmo3": "olmo2",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA of one projection, scale 1. a: (rank, f). b: (d, rank). lost: ids of edits that its rank does not hold."""
+
+    a: Tensor
+    b: Tensor
+    lost: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Rows of a."""
+        return len(self.a)
+
+
+def lora_of(store: EditStore) -> Lora:
+    """The store's weight delta in float32, of a rank that servers accept."""
+    bench, pairs = store.bench, store.pairs
+    if pairs is None:
+        return Lora(torch.zeros(RANKS[0], bench.width), torch.zeros(bench.size, RANKS[0]))
+    factors, lost = solve(pairs, store.chosen_ridge), tuple[str, ...]()
+    if len(pairs) > RANKS[-1]:
+        factors = truncated(factors, pairs, RANKS[-1])
+        lost = _lost(store, factors)
+    rank = next(rank for rank in RANKS if rank >= len(factors.right))
+    a = torch.zeros(rank, bench.width, dtype=torch.float64)
+    b = torch.zeros(bench.size, rank, dtype=torch.float64)
+    a[: len(factors.right)], b[:, : len(factors.right)] = factors.right, factors.left
+    # Both factors of one size: neither leaves half precision's range.
+    scale = _balance(a, b)
+    return Lora((a * scale[:, None]).float(), (b / scale).float(), lost)
+
+
+def _balance(a: Tensor, b: Tensor) -> Tensor:
+    one, other = a.norm(dim=1), b.norm(dim=0)
+    usable = (one > 0) & (other > 0)
+    return torch.where(usable, (other / one.clamp_min(1e-300)).sqrt(), torch.ones_like(one))
+
+
+def truncated(factors: Factors, pairs: Pairs, rank: int) -> Factors:
+    """The weight delta of that rank which is nearest in the metric, tr(dW C dW^T).
+
+    right C right^T = S^-1 G S^-1 with G the keys' Gram matrix, so C itself is not needed.
+    """
+    scaled = (pairs.keys * lengths(pairs).rsqrt()).T
+    # right = (G + rho)^-1 K^T M, so right K = (G + rho)^-1 G; and right C right^T = (right K) (G + rho)^-1.
+    inverse_gram = factors.right @ scaled.T
+    gram = gram_of(pairs)
+    middle = inverse_gram @ torch.linalg.pinv(gram, hermitian=True) @ inverse_gram.T
+    values, vectors = torch.linalg.eigh((middle + middle.T) / 2)
+    root = vectors * values.clamp_min(0).sqrt()
+    left = torch.linalg.svd(factors.left @ root, full_matrices=False)[0][:, :rank]
+    return Factors(left, left.T @ factors.left @ factors.right)
+
+
+def _lost(store: EditStore, factors: Factors) -> tuple[str, ...]:
+    """Ids of edits that hold with the whole weight delta and not with `factors`."""
+    edits = store.edits
+    ask = holding(store.bench, [edit.request for edit in edits])
+    whole = ask()
+    try:
+        store.bench.adapter.set(factors)
+        left = ask()
+    finally:
+        store.bench.adapter.set(store.factors)
+    return tuple(edit.id for edit, one, other in zip(edits, whole, left, strict=True) if one and not other)
+
+
+def write_lora(store: EditStore, lora: Lora, folder: Path) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, which plain PEFT reads."""
+    bench = store.bench
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.rank, target_modules=[bench.module], fan_in_fan_out=hasattr(bench.down, "nf"),
+        bias="none", task_type="CAUSAL_LM", inference_mode=True, lora_dropout=0.0,
+        base_model_name_or_path=recorded_name(getattr(bench.base.config, "_name_or_path", None)),
+    )  # fmt: skip
+    # PEFT makes a set of the list, and writes that in any order; there is one name.
+    config.save_pretrained(str(folder))
+    name = f"base_model.model.{bench.module}"
+    write_tensors(
+        folder / WEIGHTS, {f"{name}.lora_A.weight": lora.a.contiguous(), f"{name}.lora_B.weight": lora.b.contiguous()}
+    )
+
+
+def write_gguf(lora: Lora, path: Path, module: str, config: Any) -> None:
+    """Writes a LoRA as a GGUF file, for llama.cpp's --lora.
+
+    Args:
+        module: the projection's name. config: the base's own configuration.
+
+    Raises:
+        NPTError: llama.cpp has no model of this family, or no such projection in it.
+    """
+    name, architecture = gguf_name(module, config)
+    import gguf  # here, because it takes a second to import
+
+    def fill(temporary: Path) -> None:
+        writer = gguf.GGUFWriter(temporary, architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.rank))
+        writer.add_tensor(f"{name}.weight.lora_a", lora.a.contiguous().numpy())
+        writer.add_tensor(f"{name}.weight.lora_b", lora.b.contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    write_file(path, fill)
+
+
+def gguf_name(module: str, config: Any) -> tuple[str, str]:
+    """(the projection's name in llama.cpp, the architecture there).
+
+    Raises:
+        NPTError: see `write_gguf`.
+    """
+    import gguf
+
+    text = config.get_text_config(decoder=True)
+    wanted = _ARCHITECTURES.get(text.model_type, text.model_type)
+    arch = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted), None)
+    plain = module.replace("model.language_model.", "model.")
+    name = None if arch is None else gguf.get_tensor_name_map(arch, text.num_hidden_layers).get_name(plain)
+    if name is None:
+        raise NPTError(
+            f"--format gguf: npt knows no place for {module} of a {text.model_type} model in llama.cpp; export it as peft, "
+            "and convert that with llama.cpp's convert_lora_to_gguf.py"
+        )
+    return name, wanted
+
+
+def read_lora(folder: Path, module: str) -> Lora:
+    """The LoRA that `write_lora` left in a folder.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        a, b = (tensors[f"base_model.model.{module}.lora_{part}.weight"] for part in ("A", "B"))
+    except (SafetensorError, OSError, KeyError) as error:
+        reason = one_line(error, 100)
+        raise CheckpointError(
+            f"store {folder}: {WEIGHTS} can't be read ({reason}); restore it from a backup"
+        ) from error
+    if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
+        raise CheckpointError(f"store {folder}: {WEIGHTS} is no LoRA of {module}; restore it from a backup")
+    return Lora(a, b)
+
+
+def described(lora: Lora) -> dict[str, Any]:
+    """The LoRA, as edits.json describes it."""
+    return {"rank": lora.rank, "lost": list(lora.lost)}

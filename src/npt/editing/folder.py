@@ -1,0 +1,257 @@
+"""The files of a store: a PEFT LoRA folder, edits.json with what was asked and what came out, and what undoing needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from npt.adapters.folder import CONFIG, WEIGHTS
+from npt.builtin import recorded_name
+from npt.common.display import one_line
+from npt.common.files import new_folder, replace_files, write_json, write_tensors
+from npt.common.fingerprint import difference, is_record, tensor_digest
+from npt.common.places import place
+from npt.common.writable import check_folders
+from npt.editing.export import described, lora_of, write_lora
+from npt.editing.requests import NAMES, request_of
+from npt.editing.solve import Pairs
+from npt.editing.writing import Edit
+from npt.errors import CheckpointError, DataError, NPTError
+
+if TYPE_CHECKING:
+    from npt.editing.store import EditStore
+
+EDITS = "edits.json"
+#: The file with keys and values: its name comes from its content, so a save that was cut off leaves the old one for the old
+#: edits.json.
+PAIRS = re.compile(r"edits-[0-9a-f]{12}\.safetensors")
+FORMAT_VERSION = 1
+MOST_BYTES = 256 * 2**20
+_PARTS = ("keys", "whitened", "values")
+#: The names of an edit in edits.json and the type of each.
+_EDIT: dict[str, type] = {
+    "id": str, "layer": int, "values": str, "passes": int, "before": str, "after": str, "holds": bool, "note": str,
+}  # fmt: skip
+
+
+def save_store(store: EditStore, folder: Path) -> Path:
+    """See `EditStore.save`."""
+    folder = place(folder)
+    check_target(folder)
+    bench, lora = store.bench, lora_of(store)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "base": recorded_name(getattr(bench.base.config, "_name_or_path", None)),
+        "layer": bench.layer,
+        "module": bench.module,
+        "metric": store.source.name,
+        "ridge": store.ridge,
+        "chosen_ridge": store.chosen_ridge,
+        "lora": described(lora),
+        "pairs": "",
+        "edits": [_written(edit) for edit in store.edits],
+        "base_fingerprint": bench.fingerprint,
+    }
+    tensors = {
+        f"{edit.id}.{part}": getattr(store.pairs_of(edit.id), part).contiguous()
+        for edit in store.edits
+        for part in _PARTS
+    }
+    digest = hashlib.sha256(b"".join(name.encode() + tensor_digest(tensors[name]) for name in sorted(tensors)))
+    record["pairs"] = f"edits-{digest.hexdigest()[:12]}.safetensors"
+
+    def fill(temporary: Path) -> None:
+        write_lora(store, lora, temporary)
+        write_tensors(temporary / str(record["pairs"]), tensors)
+        write_json(temporary / EDITS, record)
+        for path in temporary.iterdir():  # safetensors gives its files to their owner alone
+            path.chmod((temporary / EDITS).stat().st_mode)
+
+    if folder.is_dir() and any(folder.iterdir()):
+        # edits.json last: it is what a reader looks at first.
+        replace_files(folder, fill, last=EDITS)
+        for path in folder.iterdir():
+            if PAIRS.fullmatch(path.name) and path.name != record["pairs"]:
+                path.unlink()
+    else:
+        new_folder(folder, fill)
+    return folder
+
+
+def check_target(folder: Path) -> None:
+    """Checks that a store can be written to a folder: it holds one, or nothing, or can be made.
+
+    Raises:
+        NPTError: not so.
+    """
+    check_folders({"store": folder})
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / EDITS).is_file():
+        raise NPTError(f"store {folder}: is there and holds no {EDITS}; name another folder")
+
+
+def _written(edit: Edit) -> dict[str, Any]:
+    request = asdict(edit.request)
+    return {**request, **{name: getattr(edit, name) for name in _EDIT}}
+
+
+def load_store(
+    kind: type[EditStore], model: Any, tokenizer: Any, folder: Path, options: Mapping[str, Any]
+) -> EditStore:
+    """See `EditStore.load`."""
+    record = read_record(folder)
+    pairs = _read_pairs(place(folder), record)
+    options = {"metric": record["metric"].split()[0], "ridge": record["ridge"], **options}
+    store = kind(model, tokenizer, layer=record["layer"], **options)
+    try:
+        here, there = store.bench.fingerprint, record["base_fingerprint"]
+        if here is not None and there is not None and (told := difference(there, here)) is not None:
+            raise CheckpointError(
+                f"store {folder}: it was written for another base than this one: {told}; load the base that {EDITS} names, "
+                f"{one_line(record['base'], 80)}"
+            )
+        sizes = store.bench.width, store.bench.size
+        for id, found in pairs.items():
+            if (len(found.keys), len(found.values)) != sizes:
+                raise CheckpointError(
+                    f"store {folder}: edit {id} is for a projection of {len(found.keys)} to {len(found.values)} numbers, and "
+                    f"this model's has {sizes[0]} to {sizes[1]}; load the base that {EDITS} names"
+                )
+        if store.source.name != record["metric"]:
+            store.refuse_writing(
+                f"the store in {folder} has the metric {one_line(repr(record['metric']), 100)}, and this one "
+                f"{one_line(repr(store.source.name), 100)}; load it with the same metric, statistics and domain to write more"
+            )
+        store.restore(read_edits(record), pairs, record["chosen_ridge"])
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """edits.json of a store's folder, checked.
+
+    Raises:
+        CheckpointError: missing, damaged, or of a newer version.
+    """
+    folder = place(folder)
+    file = folder / EDITS
+    if not file.is_file():
+        raise CheckpointError(f"store {folder}: no {EDITS} there; name a folder that `npt edit write` or save() made")
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise CheckpointError(
+                f"store {folder}: {EDITS} has more than {MOST_BYTES:,} bytes; restore it from a backup"
+            )
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, NPTError):
+            raise
+        raise CheckpointError(
+            f"store {folder}: {EDITS} is not a JSON object ({one_line(error, 80)}); restore it from a backup"
+        ) from error
+    problem = _problem(record)
+    if problem is not None:
+        raise CheckpointError(f"store {folder}: {EDITS}: {problem}; restore it from a backup")
+    return dict(record)
+
+
+def _problem(record: Any) -> str | None:
+    """The first problem with the content of edits.json; None for none."""
+    if not isinstance(record, dict):
+        return f"not a JSON object but {type(record).__name__}"
+    version = record.get("format_version")
+    if type(version) is not int:
+        return f"format_version={one_line(version, 40)} is no whole number"
+    if version > FORMAT_VERSION:
+        return f"format_version={version} was written by a newer npt, this one reads up to {FORMAT_VERSION}: upgrade npt, or"
+    ridge, chosen = record.get("ridge"), record.get("chosen_ridge")
+    checks = {
+        "base": isinstance(record.get("base"), str | None),
+        "layer": type(record.get("layer")) is int,
+        "module": isinstance(record.get("module"), str),
+        "metric": isinstance(record.get("metric"), str) and bool(record["metric"].strip()),
+        "ridge": ridge == "auto" or _is_number(ridge),
+        "chosen_ridge": _is_number(chosen),
+        "pairs": isinstance(record.get("pairs"), str) and PAIRS.fullmatch(record["pairs"]) is not None,
+        "edits": isinstance(record.get("edits"), list),
+        "base_fingerprint": record.get("base_fingerprint") is None or is_record(record["base_fingerprint"]),
+    }
+    wrong = next((name for name, right in checks.items() if not right), None)
+    if wrong is not None:
+        return f"{wrong}={one_line(repr(record.get(wrong)), 40)} is not what npt writes there"
+    seen = set()
+    for number, edit in enumerate(record["edits"], 1):
+        try:
+            if not isinstance(edit, dict):
+                return f"edit {number} is not an object but {type(edit).__name__}"
+            found = _read(edit)
+        except (DataError, KeyError, TypeError) as error:
+            return f"edit {number} is damaged ({one_line(error, 100)})"
+        if found.id != found.request.id or found.id in seen:
+            return f"edit {number} has the id {one_line(repr(found.id), 20)}, which does not belong to its words"
+        seen.add(found.id)
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def _read(edit: Mapping[str, Any]) -> Edit:
+    request = request_of({name: edit.get(name) for name in NAMES}, "request")
+    values = {}
+    for name, kind in _EDIT.items():
+        if type(edit.get(name)) is not kind:
+            raise TypeError(f"{name}={one_line(repr(edit.get(name)), 40)}")
+        values[name] = edit[name]
+    return Edit(request=request, **values)
+
+
+def read_edits(record: Mapping[str, Any]) -> list[Edit]:
+    """The edits of a checked edits.json."""
+    return [_read(edit) for edit in record["edits"]]
+
+
+def copy_lora(folder: Path, target: Path) -> None:
+    """Copies the LoRA of a store and edits.json, without what undoing needs."""
+    for name in (CONFIG, WEIGHTS, EDITS):
+        shutil.copy2(folder / name, target / name)
+
+
+def _read_pairs(folder: Path, record: Mapping[str, Any]) -> dict[str, Pairs]:
+    """{id: pairs} of a store's edits.
+
+    Raises:
+        CheckpointError: missing, damaged, or not of these edits.
+    """
+    name = record["pairs"]
+    try:
+        tensors = load_file(folder / name)
+    except (SafetensorError, OSError) as error:
+        reason = one_line(error, 100)
+        raise CheckpointError(f"store {folder}: {name} can't be read ({reason}); restore it from a backup") from error
+    wanted = {f"{edit['id']}.{part}" for edit in record["edits"] for part in _PARTS}
+    if wanted != set(tensors):
+        odd = min(wanted ^ set(tensors))
+        raise CheckpointError(
+            f"store {folder}: {name} and {EDITS} differ in {one_line(odd, 40)}; restore both from a backup"
+        )
+    found = {}
+    for edit in record["edits"]:
+        parts = [tensors[f"{edit['id']}.{part}"] for part in _PARTS]
+        whole = all(part.dim() == 2 and part.dtype == torch.float64 and bool(part.isfinite().all()) for part in parts)
+        if not whole or len({part.shape[1] for part in parts}) != 1 or parts[0].shape != parts[1].shape:
+            raise CheckpointError(f"store {folder}: {name} is damaged at edit {edit['id']}; restore it from a backup")
+        found[edit["id"]] = Pairs(*parts)
+    return found

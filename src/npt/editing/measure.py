@@ -1,0 +1,122 @@
+"""Proofs of an edit: the text that follows, the logits from the edited block on, the damage to other text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from npt.common.precision import wide
+from npt.editing.bench import Bench, chunks
+from npt.editing.requests import Request
+from npt.editing.solve import Pairs, solve
+from npt.editing.statistics import token_rows
+
+#: Ridges that `ridge="auto"` tries, largest first; the last one only keeps equal keys apart.
+RIDGES = (0.3, 0.1, 0.03, 0.01, 1e-6)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Both models on one text.
+
+    text: what was given. before, after: what the base and the edited model write behind it. kl: mean divergence of the edited
+    model's next-token distributions from the base's over the text's tokens, in nats. logits: the edited model's,
+    (tokens, vocabulary).
+    """
+
+    text: str
+    before: str
+    after: str
+    kl: float
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Verification:
+    """One edit, read back with all edits at work: the base's text, the edited model's, and whether the target follows."""
+
+    id: str
+    prompt: str
+    target: str
+    before: str
+    after: str
+    holds: bool
+
+
+def follows(text: str, target: str) -> bool:
+    """True where a generated text begins with the target, and no word goes on behind it."""
+    text, target = text.lstrip(), target.strip()
+    rest = text[len(target) :]
+    return text.startswith(target) and not (rest[:1].isalnum() and target[-1:].isalnum())
+
+
+@torch.no_grad()
+def previewed(bench: Bench, text: str, new_tokens: int) -> Preview:
+    """Both models on one text; the edited one runs from the edited block on."""
+    ids = bench.prompts.ids(text)
+    inside = bench.inside([ids])
+    logits = bench.again(inside.recording)[0]
+    kl = float(divergences(inside.recording.logits[0], logits).mean())
+    with bench.adapter.off():
+        before = bench.write(text, new_tokens)
+    return Preview(text, before, bench.write(text, new_tokens), kl, logits)
+
+
+def divergences(base: Tensor, edited: Tensor) -> Tensor:
+    """KL(base || edited) in nats of logits (tokens, vocabulary), (tokens,) in float64."""
+    one, other = (logits.cpu().double().log_softmax(-1) for logits in (base, edited))
+    return (one.exp() * (one - other)).sum(-1).clamp_min(0)
+
+
+@torch.no_grad()
+def mean_kl(bench: Bench, texts: Sequence[str]) -> float:
+    """Mean divergence over all tokens of texts, in nats."""
+    total, tokens = 0.0, 0
+    for part in chunks(token_rows(bench.tokenizer, texts, "texts"), 8):
+        recording = bench.inside(part).recording
+        logits = bench.again(recording)
+        for i, row in enumerate(part):
+            total += float(divergences(recording.logits[i, : len(row)], logits[i, : len(row)]).sum())
+            tokens += len(row)
+    return total / tokens
+
+
+def holding(bench: Bench, requests: Sequence[Request]) -> Callable[[], list[bool]]:
+    """A function that says of every edit if the model would write its target now, each token of it the likeliest.
+
+    Greedy text begins with the target exactly where every token of it is the likeliest one behind those before, and the next
+    one does not go on with its last word; so one pass from the edited block on stands for the generation.
+    """
+    rows = [bench.prompts.target(request.prompt, request.target, None) for request in requests]
+    recorded = []
+    for part in chunks(rows):
+        recording = bench.inside([row.ids for row in part]).recording
+        recorded.append((part, type(recording)(recording.batch, recording.hidden, recording.rests, torch.empty(0))))
+
+    @torch.no_grad()
+    def ask() -> list[bool]:
+        right: list[bool] = []
+        for part, recording in recorded:
+            best = wide(bench.again(recording)).argmax(-1).cpu()
+            for i, row in enumerate(part):
+                said = best[i, row.start - 1 : len(row.ids)].tolist()
+                ends = not (row.in_word and bool(bench.prompts.continuing[said[-1]]))
+                right.append(said[:-1] == list(row.targets) and ends)
+        return right
+
+    return ask
+
+
+def largest_ridge(bench: Bench, pairs: Pairs, requests: Sequence[Request]) -> float:
+    """The largest ridge at which every edit holds; where none lets all hold, the one that lets most of them."""
+    best, ask = (-1, 0.0), holding(bench, requests)
+    for ridge in RIDGES:
+        bench.adapter.set(solve(pairs, ridge))
+        count = sum(ask())
+        best = max(best, (count, ridge))
+        if count == len(requests):
+            break
+    return best[1]

@@ -1,0 +1,80 @@
+"""One forward, run again from a block on: below an edit nothing changes, so trials and previews start at the edited block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from npt.block.hooks import first_tensor
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A batch, the outputs of the blocks below the one that is run again, and the logits of the whole pass.
+
+    hidden: (rows, tokens, d), what the block reads; None for the first one. rests: what blocks return beside it, per block.
+    """
+
+    batch: Mapping[str, Tensor]
+    hidden: Tensor | None
+    rests: tuple[tuple[Any, ...] | None, ...]
+    logits: Tensor
+
+
+@torch.no_grad()
+def record(model: Any, blocks: Sequence[nn.Module], first: int, batch: Mapping[str, Tensor]) -> Recording:
+    """Runs the whole model once and keeps what block `first` reads.
+
+    Args:
+        blocks: the model's decoder blocks. first: the block to start from later. batch: what the model takes.
+    """
+    hidden: list[Tensor] = []
+    rests: list[tuple[Any, ...] | None] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        hidden[:] = [first_tensor(output)]
+        rests.append(output[1:] if isinstance(output, tuple) else None)
+
+    handles = [block.register_forward_hook(keep) for block in blocks[:first]]
+    try:
+        logits = model(**batch, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Recording(batch, hidden[0] if hidden else None, tuple(rests), logits)
+
+
+def run_again(model: Any, blocks: Sequence[nn.Module], recording: Recording) -> Tensor:
+    """The logits (rows, tokens, vocabulary) of a recorded batch; the blocks below the first one are not computed."""
+    with _skipping(blocks, recording):
+        logits: Tensor = model(**recording.batch, use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def _skipping(blocks: Sequence[nn.Module], recording: Recording) -> Iterator[None]:
+    """Gives the blocks below a forward that returns what was recorded."""
+    count = len(recording.rests)
+    own = [block.__dict__.get("forward") for block in blocks[:count]]
+    try:
+        for block, rest in zip(blocks[:count], recording.rests, strict=True):
+            block.forward = _returning(recording.hidden, rest)
+        yield
+    finally:
+        for block, forward in zip(blocks[:count], own, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:  # accelerate's hooks stand there
+                block.forward = forward
+
+
+def _returning(hidden: Tensor | None, rest: tuple[Any, ...] | None) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return hidden if rest is None else (hidden, *rest)
+
+    return forward

@@ -1,0 +1,111 @@
+"""One edit's keys and values, found on the base alone: they depend on no other edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from npt.editing.bench import Bench, chunks
+from npt.editing.keys import Place
+from npt.editing.metrics import Source
+from npt.editing.requests import Request
+from npt.editing.solve import Metric
+from npt.editing.values import STRATEGIES, Found, Problem, Settings
+
+#: Prefixes that keys are averaged over, and their tokens.
+PREFIXES, PREFIX_TOKENS = 4, 8
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A fact that was written.
+
+    id: its name in the store. request: the words of the person. layer: the block. values: the strategy. passes: forward passes
+    from the block on that its value took. before, after: the text behind the prompt, of the base and with every edit of that
+    moment. holds: True where `after` begins with the target. note: a remark for a person, empty for most.
+    """
+
+    id: str
+    request: Request
+    layer: int
+    values: str
+    passes: int
+    before: str
+    after: str
+    holds: bool
+    note: str = ""
+
+
+def note_on(request: Request) -> str:
+    """The remark that belongs to a request."""
+    if request.subject is not None:
+        return ""
+    return "no subject: the key is that of the prompt's last token, and other wordings will mostly not follow"
+
+
+class Writer:
+    """Finds the pairs of single edits.
+
+    Args:
+        source: of the metric. bench: the model at the block. values: the strategy. settings: its own.
+    """
+
+    def __init__(self, source: Source, bench: Bench, values: str, settings: Settings):
+        self.source, self.bench, self.values, self.settings = source, bench, values, settings
+        self._metric: Metric | None = None
+        self._prefixes: list[str] | None = None
+
+    def metric(self) -> Metric:
+        """M at the block; the statistics are taken when it is first asked for."""
+        if self._metric is None:
+            with self.bench.adapter.off():
+                self._metric = Metric(self.source.moment(self.bench.layer, self.bench.down))
+        return self._metric
+
+    def prefixes(self) -> list[str]:
+        """Nothing, and short texts of the base, to put in front of a prompt."""
+        if self._prefixes is None:
+            with self.bench.adapter.off():  # they are the base's, whatever is written
+                self._prefixes = ["", *self.source.prefixes(PREFIXES, PREFIX_TOKENS)]
+        return self._prefixes
+
+    def check(self, request: Request) -> None:
+        """Checks a request against the tokenizer and the model's context.
+
+        Raises:
+            DataError: see `Prompts`.
+        """
+        self._places(request, [""])
+        for prompt in request.prompts:
+            self.bench.prompts.target(prompt, request.target, self.settings.terminator)
+        for text in request.protect:
+            self.bench.prompts.ids(text)
+
+    def alone(self, request: Request) -> Found:
+        """One edit's pairs."""
+        prefixes = self.prefixes() if request.subject is not None else [""]
+        key = self.bench.keys(self._places(request, prefixes)).mean(1)
+        bare = Problem(self.bench, request, self.settings, self.metric(), key, key.new_zeros(len(key), 0))
+        return STRATEGIES[self.values](replace(bare, fixed=self._fixed(bare)))
+
+    def _places(self, request: Request, prefixes: Sequence[str]) -> list[Place]:
+        """The places whose keys are averaged: prompt and paraphrases, each bare and behind every prefix."""
+        prompts = self.bench.prompts
+        named = [p for p in request.prompts if request.subject is None or request.subject in p]
+        return [prompts.place(prompt, request.subject, prefix) for prompt in named for prefix in prefixes]
+
+    def _fixed(self, problem: Problem) -> torch.Tensor:
+        """Keys of the protected prompts, (f, m): of each text the token that the edit would move most."""
+        texts = problem.request.protect
+        if not texts:
+            return problem.fixed
+        row, rows = problem.row(), [self.bench.prompts.ids(text) for text in texts]
+        keys = []
+        for part in chunks(rows):
+            inputs = self.bench.inside(part).inputs.cpu().double()
+            for i, ids in enumerate(part):
+                own = inputs[i, : len(ids)]
+                keys.append(own[int((own @ row).abs().argmax())])
+        return torch.stack(keys, 1)

@@ -1,0 +1,197 @@
+"""Each strategy's value does what its formula says, on the package's small model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from npt.builtin import model_folder
+from npt.editing.bench import Bench
+from npt.editing.requests import Request, continued
+from npt.editing.solve import Metric, solve
+from npt.editing.statistics import begins_with_bos, moments_of, token_rows
+from npt.editing.values import STRATEGIES, Problem, Trial, margins, settings_of, word_ends
+from npt.errors import NPTError
+
+TEXTS = [
+    "Once upon a time, there was a little girl named Lily. She liked to play.",
+    "Tom had a ball.",
+    "It was a big dog.",
+]
+REQUEST = Request("One day, Tim saw a big", "cat", "Tim")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Any, Any]:
+    folder = model_folder("builtin:tiny")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
+        folder
+    )
+
+
+@pytest.fixture
+def problem(tiny: tuple[Any, Any]) -> Iterator[Callable[..., Problem]]:
+    """Builds the problem of one edit, with a strategy's settings."""
+    benches: list[Bench] = []
+
+    def build(name: str, layer: int = 2, request: Request = REQUEST, **settings: Any) -> Problem:
+        bench = Bench(*tiny, layer)
+        benches.append(bench)
+        moment = moments_of(bench.base, {layer: bench.down}, token_rows(tiny[1], TEXTS, "t"), progress=False)[layer]
+        key = bench.keys([bench.prompts.place(request.prompt, request.subject)])[:, 0]
+        given = settings_of(name, {"terminator": None, **settings})
+        return Problem(bench, request, given, Metric(moment), key, key.new_zeros(len(key), 0))
+
+    yield build
+    for bench in benches:
+        bench.adapter.close()
+
+
+def least_margin(problem: Problem, delta: torch.Tensor) -> float:
+    """The least margin over the target's tokens with a weight delta at work, from the whole model."""
+    row = problem.targets()[0]
+    with torch.no_grad(), problem.bench.adapter.trying(lambda x: x @ delta.to(x).T):
+        logits = problem.bench.base(**problem.bench.batch([row.ids])).logits[0, row.start - 1 : -1]
+    return float(margins(logits, torch.tensor(row.targets)).min())
+
+
+def test_newton_reaches_its_margin(problem: Callable[..., Problem]) -> None:
+    one = problem("newton", layer=4, clamp=50.0, decay=0.0, steps=30, margin=3.0)
+    found = STRATEGIES["newton"](one)
+    nothing = least_margin(one, torch.zeros(one.bench.size, one.bench.width))
+    assert nothing < -1 < 2.8 < least_margin(one, solve(found.pairs).delta) and found.passes < 30
+
+
+def test_newton_keeps_to_its_clamp_and_its_decay(problem: Callable[..., Problem]) -> None:
+    lengths = []
+    for settings in ({"clamp": 2.0}, {"clamp": 50.0}, {"clamp": 50.0, "decay": 0.3}):
+        one = problem("newton", **{"decay": 0.0, **settings})
+        lengths.append(float(STRATEGIES["newton"](one).pairs.values.norm()))
+        unit = Trial(one, one.targets()).length
+        one.bench.adapter.close()
+        assert lengths[0] <= 2.0 * unit * 1.0001
+    assert lengths[0] < lengths[2] < lengths[1]
+
+
+def test_every_token_of_target_and_terminator_is_aimed_at(problem: Callable[..., Problem]) -> None:
+    one = problem("newton", request=replace(REQUEST, target="red cat"), terminator=".")
+    (row,) = one.targets()
+    tokenizer = one.bench.tokenizer
+    assert tokenizer.decode(row.targets).strip() == "red cat." and row.words == len(row.targets) - 1
+    trial = Trial(one, [row])
+    assert trial.target.tolist() == list(row.targets)
+    assert trial.at.tolist() == list(range(row.start - 1, len(row.ids) - 1))
+
+
+def test_a_trial_is_what_is_written(problem: Callable[..., Problem]) -> None:
+    one = problem("newton")
+    trial = Trial(one, one.targets())
+    value = torch.randn(one.bench.size, generator=torch.Generator().manual_seed(0))
+    delta = solve(one.pairs(one.key[:, None], value.double()[:, None])).delta
+    with torch.no_grad():
+        tried = trial.logits(value)
+        with one.bench.adapter.trying(lambda x: x @ delta.to(x).T):
+            written = one.bench.base(**trial.inside.recording.batch).logits
+    assert torch.allclose(tried, written, atol=1e-3)
+
+
+def test_optimised_makes_the_target_likelier_and_heeds_its_clamp(problem: Callable[..., Problem]) -> None:
+    one = problem("optimised", layer=4)
+    found = STRATEGIES["optimised"](one)
+    assert (
+        least_margin(one, solve(found.pairs).delta)
+        > least_margin(one, torch.zeros(one.bench.size, one.bench.width)) + 1
+    )
+    assert float(found.pairs.values.norm()) <= 4.0 * Trial(one, one.targets()).length * 1.0001
+
+
+def test_margin_is_met_at_every_token_without_a_pass_through_the_model(problem: Callable[..., Problem]) -> None:
+    one = problem("margin", layer=5, request=Request("The boy is called", "Ben Bo"), margin=4.0)
+    found = STRATEGIES["margin"](one)
+    assert found.passes == 0 and len(found.pairs) == len(one.targets()[0].targets) > 1
+    assert least_margin(one, solve(found.pairs, 1e-9).delta) > 3.5
+
+
+def test_margin_is_for_the_last_block(problem: Callable[..., Problem]) -> None:
+    with pytest.raises(NPTError, match="is for the last block, layer=5, and the store edits block 2"):
+        STRATEGIES["margin"](problem("margin"))
+
+
+def test_naive_is_the_transient_delta_of_the_statements_last_token(problem: Callable[..., Problem]) -> None:
+    one = problem("naive", alpha=0.5)
+    block, seen = one.bench.blocks[2], {}
+    handles = [
+        block.self_attn.o_proj.register_forward_hook(lambda m, a, output: seen.__setitem__("a", output[0, -1])),
+        block.mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.__setitem__("i", args[0][0, -1])),
+    ]
+    with torch.no_grad():
+        one.bench.base(**one.bench.batch([one.bench.prompts.ids(continued(REQUEST.prompt, REQUEST.target))]))
+    for handle in handles:
+        handle.remove()
+    found = STRATEGIES["naive"](replace(one, metric=Metric(None)))
+    expected = 0.5 * torch.outer(seen["a"], seen["i"]) / seen["i"].square().sum()
+    assert torch.allclose(solve(found.pairs).delta.float(), expected, atol=1e-6)
+
+
+def test_margins_are_over_all_other_tokens() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    others = torch.tensor([1.0, 0.0]).logsumexp(0)
+    assert float(margins(logits, torch.tensor([0]))) == pytest.approx(2.0 - float(others))
+
+
+def test_a_word_ends_where_the_next_token_is_no_part_of_it(problem: Callable[..., Problem]) -> None:
+    prompts = problem("newton").bench.prompts
+    tokenizer = prompts.tokenizer
+    pieces = {piece: tokenizer.convert_tokens_to_ids(piece) for piece in tokenizer.get_vocab()}
+    starts = [id for piece, id in pieces.items() if piece[:1] in "Ġ▁" and piece[1:2].isalpha()]
+    goes_on = [id for piece, id in pieces.items() if piece.isascii() and piece.isalpha() and len(piece) > 1]
+    assert len(starts) > 100 and not prompts.continuing[starts].any()
+    assert len(goes_on) > 20 and prompts.continuing[goes_on].all()
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    lead = word_ends(logits, torch.tensor([False, True]))  # the last number has no token
+    assert float(lead) == pytest.approx(float(torch.tensor([1.0, 2.0]).logsumexp(0)) - 3.0)
+
+
+def test_the_end_of_the_word_is_aimed_at(problem: Callable[..., Problem]) -> None:
+    one = problem("newton", layer=4, clamp=50.0, decay=0.0, steps=30, margin=3.0)
+    trial = Trial(one, one.targets())
+    value = STRATEGIES["newton"](one).pairs.values[:, 0].float()
+    with torch.no_grad():
+        logits = trial.logits(value)
+    assert float(word_ends(logits[0, -1:], one.bench.prompts.continuing)) > 1.8
+    assert len(trial.margins(logits)) == len(trial.target) + 1
+    stopped = replace(one, settings=replace(one.settings, terminator="."))
+    assert not len(Trial(stopped, stopped.targets()).last[0])
+
+
+# -- statistics ------------------------------------------------------------------------------------------------------------
+
+
+def test_moments_count_every_real_token_from_the_first_on(tiny: tuple[Any, Any]) -> None:
+    model, tokenizer = tiny
+    rows = token_rows(tokenizer, TEXTS, "t")
+    assert begins_with_bos(tokenizer) and all(row[0] == tokenizer.bos_token_id for row in rows)
+    down = model.model.layers[3].mlp.down_proj
+    inputs: list[torch.Tensor] = []
+    handle = down.register_forward_pre_hook(lambda m, args: inputs.append(args[0][0].double()))
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row]))
+    handle.remove()
+    every = torch.cat(inputs)
+    found = moments_of(model, {3: down}, rows, progress=False)[3]
+    assert torch.allclose(found, every.T @ every / len(every), rtol=1e-4, atol=1e-6)
+    without_first = torch.cat([each[1:] for each in inputs])
+    assert float(found.trace()) != pytest.approx(float(without_first.square().sum() / len(without_first)), rel=0.02)
+
+
+def test_a_long_text_is_read_in_pieces(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npt.editing.statistics.LENGTH", 10)
+    monkeypatch.setattr("npt.editing.statistics.MOST_TOKENS", 35)
+    rows = token_rows(tiny[1], ["Tom had a big red ball and a dog. " * 10], "t")
+    assert [len(row) for row in rows] == [10, 10, 10, 5]
