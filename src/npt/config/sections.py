@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     StringConstraints,
     ValidationError,
     WrapValidator,
@@ -108,7 +109,8 @@ MOST = 2**31 - 1
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_writable)]
-Rate = Annotated[Real, Field(gt=0), WrapValidator(_or_auto)]
+#: A serializer of its own: pydantic's, of a float, warns of `auto`.
+Rate = Annotated[Real, Field(gt=0), WrapValidator(_or_auto), PlainSerializer(lambda value: value)]
 Projections = Annotated[list[Projection], Field(min_length=1), AfterValidator(_no_duplicates)]
 Indices = Annotated[list[Annotated[int, Field(ge=-MOST, le=MOST)]], Field(min_length=1)]
 Automatic = Annotated[str, StringConstraints(pattern=r"^auto:[1-9][0-9]{0,8}$")]
