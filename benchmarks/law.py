@@ -30,6 +30,7 @@ from npt import EquivalenceTrainer, NPTConfig, Objective
 from npt.block.modes import Mode, running_as
 from npt.equivalence.calibration import fit_components
 from npt.equivalence.prediction import PROBE_TEXTS, measure_interactions
+from npt.runs.arguments import automatic_rate
 from npt.tuner.converted import active_layers
 from scripts.marked import write_section
 
@@ -214,7 +215,7 @@ class Bench:
         )
         options = TrainingArguments(
             output_dir=str(self.work / "trainer"), max_steps=self.arguments.steps, per_device_train_batch_size=4,
-            learning_rate=self.arguments.learning_rate, lr_scheduler_type="cosine", warmup_steps=5, save_strategy="no",
+            learning_rate=automatic_rate(self.base.config.hidden_size), lr_scheduler_type="cosine", warmup_steps=5, save_strategy="no",
             report_to=[], logging_steps=10, use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         EquivalenceTrainer(model, options, Objective("logits"), train_dataset=rows).train()
@@ -235,7 +236,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
     parser.add_argument("--random", type=int, default=5, help="random sets of blocks")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--tables", action="store_true")
     return parser.parse_args()

@@ -82,17 +82,22 @@ def with_precision(config: RunConfig, precision: str) -> RunConfig:
 
 
 def with_learning_rate(config: RunConfig, arguments: TrainingArguments) -> RunConfig:
-    """The configuration with `training.learning_rate: auto` as a number, which the arguments get too.
+    """The configuration with `training.learning_rate: auto` as a number, which the arguments get too."""
+    if not isinstance(config.training.learning_rate, str):
+        return config
+    size = getattr(base_config(config.model, config.paths.cache_dir).get_text_config(), "hidden_size", None)
+    rate = automatic_rate(size or AUTO_SIZE)
+    arguments.learning_rate = rate
+    return with_overrides(config, {"training.learning_rate": rate})
+
+
+def automatic_rate(hidden_size: int) -> float:
+    """The learning rate of `auto`.
 
     A step of Adam moves each of the d weights of a sum by the learning rate, and the sum by up to d times as much; so the
     rate that serves hidden size `AUTO_SIZE` falls with 1 / d beyond it (arXiv 2203.03466, table 3).
     """
-    if not isinstance(config.training.learning_rate, str):
-        return config
-    size = getattr(base_config(config.model, config.paths.cache_dir).get_text_config(), "hidden_size", None)
-    rate = AUTO_RATE * min(1.0, AUTO_SIZE / (size or AUTO_SIZE))
-    arguments.learning_rate = rate
-    return with_overrides(config, {"training.learning_rate": rate})
+    return AUTO_RATE * min(1.0, AUTO_SIZE / hidden_size)
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
