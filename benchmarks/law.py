@@ -146,6 +146,10 @@ class Bench:
         cut(model, rank)
         return model
 
+    def prepare(self) -> None:
+        """Calibrates, where that was not done yet."""
+        self.base = self.calibrated().unload()
+
     def sets(self, found: Any) -> dict[str, list[int]]:
         """The sets of blocks whose KL is predicted and measured."""
         every, draw = list(range(self.blocks)), random.Random(0)
@@ -215,7 +219,8 @@ class Bench:
         )
         options = TrainingArguments(
             output_dir=str(self.work / "trainer"), max_steps=self.arguments.steps, per_device_train_batch_size=4,
-            learning_rate=automatic_rate(self.base.config.hidden_size), lr_scheduler_type="cosine", warmup_steps=5, save_strategy="no",
+            learning_rate=automatic_rate(self.base.config.hidden_size), lr_scheduler_type="cosine", warmup_steps=5,
+            save_strategy="no",
             report_to=[], logging_steps=10, use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         EquivalenceTrainer(model, options, Objective("logits"), train_dataset=rows).train()
@@ -245,7 +250,7 @@ def parts_of(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, method) of each part, in their order."""
     for name in PARTS:
         if bench.arguments.part is None or name in bench.arguments.part:
-            yield name, getattr(bench, name)
+            yield name, getattr(bench, "prepare" if name == "calibrated" else name)
 
 
 def write_tables() -> None:
