@@ -1,8 +1,7 @@
 """Measures methods of editing: python -m benchmarks.editing --records FILE [--method NAME ...] [--limit N]
 
-Prints one row per method, with standard errors. Every method edits the same model, at the same blocks unless it is told
-otherwise, with the same statistics. --option METHOD.NAME=VALUE sets an option of one method; --output keeps the figures of every
-record.
+Prints one row per method, with standard errors. Every method edits the same model at the same blocks, with the same statistics.
+--option METHOD.NAME=VALUE sets an option of one method; --output keeps the figures of every record.
 """
 
 from __future__ import annotations

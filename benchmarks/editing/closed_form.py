@@ -6,8 +6,9 @@
     AlphaEdit    the same                              R K^T P (K_p K_p^T P + K K^T P + rho I)^-1
     UltraEdit    every token that predicts the target  V H^T (H H^T + rho I)^-1
 
-k_0 is the bare prompt's key, as in the code of ROME's authors: v was tried at it. With no prefixes the row is equation 2 of the
-paper. R holds what is missing at the last block's output, divided by the number of blocks still to come.
+k_0 is the bare prompt's key, as in the code of ROME's authors: v was tried at it. With no prefixes that is equation 2 of the
+paper. R holds what is missing at the last block's output, divided by the number of blocks still to come. Published defaults
+such as MEMIT's rho belong to models with keys of a certain length, and have to be tuned on others.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.editing.methods import Method, Setup, block_outputs, targets_at
 from npt.common.precision import wide
 from npt.editing.bench import Bench
 from npt.editing.requests import Request
-from npt.editing.solve import Factors, Metric, Pairs, solve
+from npt.editing.solve import Factors, Pairs, solve
 from npt.editing.values import Settings, settings_of
 from npt.errors import NPTError
 
@@ -165,8 +166,8 @@ def null_space(moment: Tensor | None, threshold: float | None, share: float, lay
 class UltraEdit(Method):
     """UltraEdit (arXiv 2505.14679) over the setup's layers: one gradient an edit, normalised by running statistics.
 
-    h and g are `down`'s input and the loss's gradient at its output, at each token that predicts a part of the target. Both are
-    normalised number by number with the mean and deviation over all tokens so far, which `undo` keeps, since they outlive
+    h and g are `down`'s input and the loss's gradient at its output, at each token that predicts a part of the target. Both
+    are normalised number by number with the mean and deviation over all tokens so far, which `undo` keeps, since they outlive
     turns in the method too. V = -rate |h^|^2 g^. The very first token alone has no deviation, and its edit is nothing.
 
     Args:

@@ -6,7 +6,8 @@ locality     behind a neighbour's prompt, the base and the edited model write th
 ordering     behind a neighbour's prompt, what is right stays likelier than the target; of records that say what is right
 S            harmonic mean of efficacy, paraphrase and locality
 forced       share of the target's tokens that are the likeliest with those before given; `gap` is forced less efficacy
-kl           mean divergence of next-token distributions from the base's over running text, in nats
+kl           mean divergence of next-token distributions from the base's over running text, in nats; 0 for the context, which
+             is put in front of prompts alone
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         count = len(blocks_of(base_of(self.model)))
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or not 0 <= self.layers[0]:
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise NPTError(f"layers={self.layers}: use block indices from 0, each once, in rising order")
         if self.layers[-1] >= count:
             raise NPTError(f"layers={self.layers}: the model has {count} blocks; use 0 to {count - 1}")
