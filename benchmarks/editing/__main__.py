@@ -1,6 +1,6 @@
 """Measures methods of editing: python -m benchmarks.editing --records FILE [--method NAME ...] [--limit N]
 
-Prints one row per method, with standard errors. Every method edits the same model at the same blocks, with the same statistics.
+Prints one row per method, with standard errors. All edit the same model at the same blocks, with the same statistics.
 --option METHOD.NAME=VALUE sets an option of one method; --output keeps the figures of every record.
 """
 
@@ -97,18 +97,26 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _running_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--text {path}: can't be read ({one_line(error, 60)}); name a UTF-8 text file") from error
+
+
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """{method: outcomes} of the command."""
     options = options_of(given.option)
     if given.limit is not None and given.limit < 1:
         raise NPTError(f"--limit {given.limit}: use a whole number from 1")
     records = read_records(given.records)[: given.limit]
+    text = None if given.text is None else _running_text(given.text)
     model, tokenizer = load_base(given.model)
     source = Source(model, tokenizer, given.metric, "self", None, given.cache, True)
     rows = (
         own_text(model, tokenizer, 128, given.cache, _TEXT_SEED)
-        if given.text is None
-        else token_rows(tokenizer, [given.text.read_text(encoding="utf-8")], "--text")
+        if text is None
+        else token_rows(tokenizer, [text], "--text")
     )
     asker = Asker(model, tokenizer, rows)
     records = kept_records(records, asker)
