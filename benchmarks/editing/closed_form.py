@@ -27,6 +27,9 @@ from npt.editing.solve import Factors, Pairs, solve
 from npt.editing.values import Settings, settings_of
 from npt.errors import NPTError
 
+#: Share of a value by which the block's output may differ from it.
+_UNCHANGED = 1e-2
+
 
 class Rome(Method):
     """ROME (arXiv 2202.05262) at the setup's last layer.
@@ -77,8 +80,18 @@ class Spread(Method):
 
     def _goal(self, bench: Bench, request: Request) -> Tensor:
         """z (d,): the block's output at the subject's token that makes the target follow."""
-        now = block_outputs(bench, self.places(bench, request)[:1])[:, 0]
-        return now + self.best_output(bench, request, self.settings, length=float(now.norm()))
+        (bare,) = self.places(bench, request)[:1]
+        now = block_outputs(bench, [bare])[:, 0]
+        value = self.best_output(bench, request, self.settings, length=float(now.norm()))
+        added = value.new_zeros(1, len(bare.ids), len(value)).index_fill(1, torch.tensor(bare.position), 1.0) * value
+        with bench.adapter.trying(lambda x: added.to(x)):
+            moved = block_outputs(bench, [bare])[:, 0] - now
+        if float((moved - value).norm()) > _UNCHANGED * float(value.norm()):
+            raise NPTError(
+                "MEMIT and AlphaEdit are for blocks whose output holds that of `down` as it is; "
+                f"{bench.base.config.model_type} changes it first; leave both out"
+            )
+        return now + value
 
     def step(self, layer: int, keys: Tensor, residual: Tensor) -> Factors:
         """The weight delta of one block.

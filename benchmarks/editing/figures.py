@@ -211,27 +211,48 @@ def with_error(outcomes: Sequence[Outcome], figure: Callable[[Sequence[Outcome]]
     Records of a batch share a model, so batches are what is independent: single edits are batches of one. For a mean over
     batches of equal size this is the usual standard error. NaN with a single batch.
     """
+    return _leaving_out(outcomes, lambda group: figure(_without(outcomes, group)))
+
+
+def ahead(outcomes: Sequence[Outcome], others: Sequence[Outcome]) -> tuple[float, float]:
+    """(S of a method less that of another on the same batches, the standard error of this paired difference).
+
+    Raises:
+        NPTError: the two were not measured in the same batches.
+    """
+    if [outcome.group for outcome in outcomes] != [outcome.group for outcome in others]:
+        raise NPTError("two methods can be compared on the same records in the same batches only; measure them so")
+    return _leaving_out(outcomes, lambda group: score(_without(outcomes, group)) - score(_without(others, group)))
+
+
+def _without(outcomes: Sequence[Outcome], group: int | None) -> list[Outcome]:
+    return [outcome for outcome in outcomes if outcome.group != group]
+
+
+def _leaving_out(outcomes: Sequence[Outcome], figure: Callable[[int | None], float]) -> tuple[float, float]:
+    """(a figure of everything, its standard error), of a figure without a batch; None leaves out nothing."""
     groups = sorted({outcome.group for outcome in outcomes})
-    whole, count = figure(outcomes), len(groups)
+    whole, count = figure(None), len(groups)
     if count < 2:
         return whole, math.nan
-    left = [figure([outcome for outcome in outcomes if outcome.group != group]) for group in groups]
+    left = [figure(group) for group in groups]
     centre = fmean(left)
     return whole, math.sqrt((count - 1) / count * sum((value - centre) ** 2 for value in left))
 
 
 def table(results: dict[str, Sequence[Outcome]]) -> str:
-    """One row per method: every figure, with its standard error where there is one."""
-    rows = []
+    """One row per method: every figure, with its standard error where there is one; behind them, S less the first row's."""
+    rows, first = [], next(iter(results.values()))
     for name, outcomes in results.items():
-        cells = []
-        for figure in FIGURES.values():
-            value, error = with_error(outcomes, figure)
-            cells.append(
-                "-" if math.isnan(value) else f"{value:.3g}" + ("" if math.isnan(error) else f" ± {error:.2g}")
-            )
-        rows.append([name, str(len(outcomes)), *cells])
-    return markdown(["method", "records", *FIGURES], rows)
+        figures = [*(with_error(outcomes, figure) for figure in FIGURES.values()), ahead(outcomes, first)]
+        rows.append([name, str(len(outcomes)), *(_cell(*figure) for figure in figures)])
+    return markdown(["method", "records", *FIGURES, "S less the first row's"], rows)
+
+
+def _cell(value: float, error: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3g}" if math.isnan(error) else f"{value:.3g} ± {error:.2g}"
 
 
 def as_json(results: dict[str, Sequence[Outcome]]) -> dict[str, list[dict[str, Any]]]:

@@ -18,6 +18,7 @@ from benchmarks.editing.__main__ import kept_records, main, options_of
 from benchmarks.editing.figures import (
     Asker,
     Outcome,
+    ahead,
     first_sentence,
     gap,
     harmonic,
@@ -120,12 +121,24 @@ def test_the_score_is_the_harmonic_mean_of_means() -> None:
     assert gap(found) == pytest.approx(0.5)
 
 
+def test_a_paired_difference_knows_what_two_methods_have_in_common() -> None:
+    one = [replace(OUTCOME, efficacy=e, paraphrase=e, locality=e, group=g) for g, e in enumerate([1.0, 0.2, 0.6])]
+    other = [replace(o, efficacy=o.efficacy - 0.1, paraphrase=o.efficacy - 0.1, locality=o.efficacy - 0.1) for o in one]
+    value, error = ahead(one, other)
+    assert value == pytest.approx(0.1) and error == pytest.approx(0.0, abs=1e-9) and with_error(one, score)[1] > 0.1
+    value, error = ahead(one, list(reversed([replace(o, group=2 - o.group) for o in other])))
+    assert value == pytest.approx(0.1) and error > 0.1
+    with pytest.raises(NPTError, match="same batches"):
+        ahead(one, other[:2])
+
+
 def test_a_table_has_a_row_for_each_method_and_leaves_out_what_is_not_known() -> None:
-    lines = table({"one": [OUTCOME, replace(OUTCOME, group=1, efficacy=0.0)], "two": [OUTCOME]}).splitlines()
+    two = [OUTCOME, replace(OUTCOME, group=1)]
+    lines = table({"one": [OUTCOME, replace(OUTCOME, group=1, efficacy=0.0)], "two": two}).splitlines()
     assert lines[0].startswith("| method | records | efficacy | paraphrase | locality | ordering | S |")
-    assert lines[2].startswith("| one | 2 | 0.5 ± 0.5 | 0.5 ± 0 | 1 ± 0 | - |") and lines[3].startswith(
-        "| two | 1 | 1 | 0.5 |"
-    )
+    assert lines[2].startswith("| one | 2 | 0.5 ± 0.5 | 0.5 ± 0 | 1 ± 0 | - |") and lines[2].endswith("| 0 ± 0 |")
+    assert lines[3].startswith("| two | 2 | 1 ± 0 | 0.5 ± 0 |") and lines[3].endswith("| 0.15 ± 0.38 |")
+    assert table({"one": [OUTCOME]}).splitlines()[2].startswith("| one | 1 | 1 | 0.5 | 1 | - |")
 
 
 # -- on a model ------------------------------------------------------------------------------------------------------------

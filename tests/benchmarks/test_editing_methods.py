@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from benchmarks.editing.closed_form import AlphaEdit, Memit, Rome, Running, UltraEdit
 from benchmarks.editing.finetuning import FineTuning
@@ -269,6 +270,19 @@ def test_alphaedit_takes_a_share_of_the_directions(setup: Setup) -> None:
     del setup.moments
     with pytest.raises(NPTError, match="has to know C"):
         AlphaEdit(setup)
+
+
+def test_memit_refuses_a_block_that_changes_what_down_gives() -> None:
+    config = GraniteConfig(
+        vocab_size=96, hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=3,
+        num_key_value_heads=3, residual_multiplier=0.4, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, tokenizer = GraniteForCausalLM(config).double().eval(), spelling_tokenizer()
+    found = Setup(model, tokenizer, Source(model, tokenizer, "text", TEXTS, None, None, False), LAYERS, prefixes=0)
+    with pytest.raises(NPTError, match="MEMIT and AlphaEdit are for blocks .* granite changes it"):
+        Memit(found, **STEPS).write_many(REQUESTS[:1])
+    Rome(found, **STEPS).write_many(REQUESTS[:1])
 
 
 def test_ultraedit_is_one_ridge_regression(setup: Setup, plain: Plain) -> None:
