@@ -217,7 +217,7 @@ class UltraEdit(Method):
             start = torch.zeros(
                 len(inputs), bench.size, dtype=bench.adapter.dtype, device=inputs.device, requires_grad=True
             )
-            with bench.adapter.trying(lambda x, start=start: start):
+            with bench.adapter.trying(lambda x, start=start: start):  # type: ignore[misc]
                 aimed = trial.aimed(bench.again(trial.inside.recording))
             loss = torch.nn.functional.cross_entropy(aimed, trial.target.to(aimed.device))
             (gradient,) = torch.autograd.grad(loss, start)

@@ -43,7 +43,7 @@ class FineTuning(Method):
         super().__init__(setup)
         if rows < 1 or steps < 1:
             raise NPTError(f"rows={rows}, steps={steps}: use whole numbers from 1")
-        self.rate, self.steps, self.rows, self.breadth = rate, steps, rows, breadth
+        self.rate, self.steps, self.size, self.breadth = rate, steps, rows, breadth
         self.enough, self.limit = enough, limit
 
     def write_many(self, requests: Sequence[Request]) -> None:
@@ -53,7 +53,7 @@ class FineTuning(Method):
             weight = torch.zeros(
                 bench.size, bench.width, device=adapter.device, dtype=adapter.dtype, requires_grad=True
             )
-            trials = [targets_at(bench, part, Settings()) for part in chunks(requests, self.rows)]
+            trials = [targets_at(bench, part, Settings()) for part in chunks(requests, self.size)]
             for group in [trials] if self.breadth else [[trial] for trial in trials]:
                 self._descend(bench, weight, group)
         delta = weight.detach().cpu().double()

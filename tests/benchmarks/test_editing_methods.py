@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM
 
@@ -303,6 +305,20 @@ def test_ultraedit_is_one_ridge_regression(setup: Setup, plain: Plain) -> None:
         v = -0.02 * h_hat.square().sum(1, keepdim=True) * g_hat
         expected = torch.linalg.inv(h.T @ h + 0.5 * torch.eye(96, dtype=torch.float64)) @ h.T @ v
         assert off(method.deltas.of(layer), expected.T) < TOLERANCE
+
+
+def test_ultraedits_statistics_outlive_an_undo(setup: Setup) -> None:
+    """A first token alone has no deviation, so its edit is nothing; after other turns it is something."""
+    one, method = Request("the home of Ada begins with", "O", "Ada"), UltraEdit(setup)
+    setup.tokenizer.backend_tokenizer.pre_tokenizer = Split(Regex(r"\s*."), "isolated")  # space and letter: one unknown token
+    with method.at(2) as bench:
+        assert len(bench.prompts.target(one.prompt, one.target, None).targets) == 1
+    changes = []
+    for requests in ([one], REQUESTS, [one]):
+        method.write_many(requests)
+        changes.append(float(method.deltas.of(2).norm()))
+        method.undo()
+    assert changes[0] == 0 and changes[2] > 0
 
 
 def test_running_statistics_are_those_of_everything_seen() -> None:
