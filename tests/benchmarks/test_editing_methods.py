@@ -308,9 +308,12 @@ def test_ultraedit_is_one_ridge_regression(setup: Setup, plain: Plain) -> None:
 
 
 def test_ultraedits_statistics_outlive_an_undo(setup: Setup) -> None:
-    """A first token alone has no deviation, so its edit is nothing; after other turns it is something."""
+    """A first token alone has no deviation, so its edit is nothing; after other turns it is something.
+
+    The tokenizer makes one unknown token of a space and a letter here, so that the target is a single token.
+    """
     one, method = Request("the home of Ada begins with", "O", "Ada"), UltraEdit(setup)
-    setup.tokenizer.backend_tokenizer.pre_tokenizer = Split(Regex(r"\s*."), "isolated")  # space and letter: one unknown token
+    setup.tokenizer.backend_tokenizer.pre_tokenizer = Split(Regex(r"\s*."), "isolated")
     with method.at(2) as bench:
         assert len(bench.prompts.target(one.prompt, one.target, None).targets) == 1
     changes = []
