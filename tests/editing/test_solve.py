@@ -55,6 +55,20 @@ def test_a_ridge_is_memits() -> None:
     assert torch.allclose(solve(several, 0.3).delta, memit)
 
 
+def test_keys_left_as_long_as_they_are_give_memits_own_ridge() -> None:
+    c = moment()
+    several = pairs(4, Metric(c))
+    memit = several.values @ several.keys.T @ torch.linalg.inv(several.keys @ several.keys.T + 0.3 * full(c))
+    assert torch.allclose(solve(several, 0.3, scaled=False).delta, memit)
+    assert not torch.allclose(solve(several, 0.3).delta, memit)
+    assert torch.allclose(solve(several, scaled=False).delta, solve(several).delta)
+    short = Pairs(several.keys * 1e-6, several.whitened * 1e-6, several.values)
+    assert torch.allclose(solve(short, scaled=False).delta * 1e-6, solve(several).delta)
+    with pytest.raises(NPTError, match="keys 1 and 2 of 2 are the same"):
+        twice = joined([pairs(1, Metric(c))] * 2)
+        solve(Pairs(twice.keys * 1e6, twice.whitened * 1e6, twice.values), scaled=False)
+
+
 def test_constraints_hold_and_no_other_solution_costs_less() -> None:
     c = moment()
     several = pairs(5, Metric(c))

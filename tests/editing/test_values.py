@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npt.builtin import model_folder
 from npt.editing.bench import Bench
+from npt.editing.keys import Prompts
 from npt.editing.requests import Request, continued
 from npt.editing.solve import Metric, solve
 from npt.editing.statistics import begins_with_bos, moments_of, token_rows
 from npt.editing.values import STRATEGIES, Problem, Trial, margins, settings_of, word_ends
-from npt.errors import NPTError
+from npt.errors import DataError, NPTError
+from tests.helpers import random_base, spelling_tokenizer
 
 TEXTS = [
     "Once upon a time, there was a little girl named Lily. She liked to play.",
@@ -98,6 +100,45 @@ def test_a_trial_is_what_is_written(problem: Callable[..., Problem]) -> None:
         with one.bench.adapter.trying(lambda x: x @ delta.to(x).T):
             written = one.bench.base(**trial.inside.recording.batch).logits
     assert torch.allclose(tried, written, atol=1e-3)
+
+
+def test_a_trial_can_add_at_one_token_of_each_text_alone(problem: Callable[..., Problem]) -> None:
+    one = problem("optimised")
+    place = one.bench.prompts.place("Tim is a", "Tim")
+    at = [one.bench.prompts.place(REQUEST.prompt, "Tim").position, place.position]
+    trial = Trial(one, one.targets(), [place], at)
+    value = torch.randn(one.bench.size, generator=torch.Generator().manual_seed(0))
+    shares = trial.scores(trial.inside.inputs)
+    assert shares.sum(1).tolist() == [1, 1] and [row.argmax().item() for row in shares] == at
+    assert trial.length == pytest.approx(float(trial.inside.outputs[0, at[0]].norm()))
+    expected = torch.zeros(*trial.inside.inputs.shape[:2], one.bench.size)
+    expected[[0, 1], at] = value
+    with torch.no_grad(), one.bench.adapter.trying(lambda x: expected):
+        whole = one.bench.base(**trial.inside.recording.batch).logits
+    with torch.no_grad():
+        assert torch.allclose(trial.logits(value), whole, atol=1e-4)
+
+
+def test_the_last_pass_of_the_descent_only_looks(problem: Callable[..., Problem]) -> None:
+    one = problem("optimised", steps=1)
+    found = STRATEGIES["optimised"](one)
+    assert found.passes == 1 and not bool(found.pairs.values.any())
+
+
+def test_the_descent_heeds_the_essence(problem: Callable[..., Problem]) -> None:
+    values = []
+    for essence in (0.0, 5.0):
+        one = problem("optimised", layer=4, essence=essence, clamp=50.0)
+        values.append(STRATEGIES["optimised"](one).pairs.values)
+        one.bench.adapter.close()
+    assert float((values[0] - values[1]).norm()) > 1e-3 * float(values[0].norm())
+
+
+def test_a_subject_that_is_the_first_token_can_be_asked_for() -> None:
+    prompts = Prompts(spelling_tokenizer(bos=False), random_base("gpt2").config, 96)
+    with pytest.raises(DataError, match="is the first token"):
+        prompts.place("A is a", "A")
+    assert prompts.place("A is a", "A", first=True).position == 0
 
 
 def test_optimised_makes_the_target_likelier_and_heeds_its_clamp(problem: Callable[..., Problem]) -> None:

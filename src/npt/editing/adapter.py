@@ -22,7 +22,8 @@ class DownAdapter:
     """The hook that adds to one projection's output: nothing, the factors that were set, or for a trial something of its own.
 
     Args:
-        down: the projection, Linear, Conv1D or a quantised linear. base: the causal LM that it is in.
+        down: the projection, Linear, Conv1D or a quantised linear. base: the causal LM that it is in; the
+            projection itself where several blocks have an adapter each.
 
     Raises:
         NPTError: edits are at work on it already.

@@ -105,10 +105,15 @@ class Bench:
 
     def write(self, prompt: str, new_tokens: int) -> str:
         """The text that the model puts behind a prompt, greedily; special tokens are left out."""
-        with eval_mode(self.base):
-            new = continue_text(self.base, self.tokenizer, prompt, new_tokens)[1]
-        text: str = self.tokenizer.decode(new, skip_special_tokens=True)
-        return text
+        return written(self.base, self.tokenizer, prompt, new_tokens)
+
+
+def written(base: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    """The text that a causal LM puts behind a prompt, greedily; special tokens are left out."""
+    with eval_mode(base):
+        new = continue_text(base, tokenizer, prompt, new_tokens)[1]
+    text: str = tokenizer.decode(new, skip_special_tokens=True)
+    return text
 
 
 def check_whole(base: Any) -> None:

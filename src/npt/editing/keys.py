@@ -71,11 +71,12 @@ class Prompts:
         check_length(self.config, len(found) + 1, f"{shown}: tokens")
         return tuple(found)
 
-    def place(self, prompt: str, subject: str | None, prefix: str = "") -> Place:
+    def place(self, prompt: str, subject: str | None, prefix: str = "", first: bool = False) -> Place:
         """The last token of the subject's last mention in a prompt; the prompt's last token without a subject.
 
         Args:
             prefix: text to put in front.
+            first: take the text's first token too.
 
         Raises:
             DataError: the subject's last token is the text's first one.
@@ -86,7 +87,7 @@ class Prompts:
             return Place(ids, len(ids) - 1)
         begin = len(prefix) + prompt.rindex(subject)
         position = self._token_at(text, ids, begin + len(subject))
-        if position == 0:
+        if position == 0 and not first:
             raise DataError(
                 f"{one_line(repr(prompt), 80)}: the subject {one_line(repr(subject), 40)} is the first token, whose key is "
                 "the same for every text; put words in front of it, such as 'About X: X was born in'"

@@ -110,20 +110,26 @@ def lengths(pairs: Pairs) -> Tensor:
     return found
 
 
-def solve(pairs: Pairs, ridge: float = 0.0) -> Factors:
+def solve(pairs: Pairs, ridge: float = 0.0, scaled: bool = True) -> Factors:
     """The weight delta of n pairs, in the format that they are in.
 
     Args:
         ridge: rho, beside keys of length 1: 0 puts every value exactly, more lets keys that overlap give way.
+        scaled: False leaves keys as long as they are, so that rho is that of published formulas.
 
     Raises:
         NPTError: without a ridge, two keys are the same up to a factor.
     """
-    scale = lengths(pairs).rsqrt()
-    gram = gram_of(pairs)
-    eye = torch.eye(len(pairs), dtype=gram.dtype)
-    factor, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
-    if int(failed) or float(factor.diagonal().min()) ** 2 < _SMALLEST[gram.dtype]:
+    if scaled:
+        scale, gram = lengths(pairs).rsqrt(), gram_of(pairs)
+    else:
+        gram = pairs.keys.T @ pairs.whitened
+        scale, gram = torch.ones(len(pairs), dtype=gram.dtype), (gram + gram.T) / 2
+    full = gram + ridge * torch.eye(len(pairs), dtype=gram.dtype)
+    factor, failed = torch.linalg.cholesky_ex(full)
+    if int(failed) or float(factor.diagonal().min()) ** 2 < _SMALLEST[gram.dtype] * (
+        1.0 if scaled else float(full.diagonal().max())
+    ):
         one, other = nearest(gram)
         raise NPTError(
             f"keys {one + 1} and {other + 1} of {len(pairs)} are the same up to a factor, so no weight delta gives each its "

@@ -93,15 +93,22 @@ class Trial:
     """Texts with a target behind them, and what the model says of them when v is written at the key.
 
     Args:
-        problem: the edit. rows: prompts with their targets. extra: other texts, whose last token is asked too.
+        problem: the edit. rows: prompts with their targets. extra: other texts, whose last token is asked too. only: the
+            one token of each row and other text at which v is added, whole, as ROME and MEMIT try it; without them it is
+            added as the finished weight delta will.
     """
 
-    def __init__(self, problem: Problem, rows: Sequence[Target], extra: Sequence[Place] = ()):
+    def __init__(
+        self,
+        problem: Problem,
+        rows: Sequence[Target],
+        extra: Sequence[Place] = (),
+        only: Sequence[int] | None = None,
+    ):
         bench = problem.bench
         self.bench, self.rows = bench, rows
         self.inside = bench.inside([*(row.ids for row in rows), *(place.ids for place in extra)])
         adapter, self.margin = bench.adapter, problem.settings.margin
-        self.a = problem.row().to(device=adapter.device, dtype=adapter.dtype)
         # Indices stay on the CPU, from where they serve logits on any device.
         spots = [(i, row.start - 1 + t, token) for i, row in enumerate(rows) for t, token in enumerate(row.targets)]
         self.row_of, self.at, self.target = (torch.tensor(part) for part in zip(*spots, strict=True))
@@ -112,12 +119,21 @@ class Trial:
             torch.tensor([len(rows[i].ids) - 1 for i in words], dtype=torch.long),
         )
         self.ends = torch.tensor([len(place.ids) - 1 for place in extra], dtype=torch.long)
-        # The output at the key, where the key itself is: the first row's token that is moved most.
-        moved = self.scores(self.inside.inputs[0]).abs()[: rows[0].start]
-        self.length = float(wide(self.inside.outputs[0, int(moved.argmax())]).norm())
+        if only is None:
+            self.a = problem.row().to(device=adapter.device, dtype=adapter.dtype)
+            self._spots: Tensor | None = None
+            # The key itself is at the first row's token that is moved most.
+            place = int(self.scores(self.inside.inputs[0]).abs()[: rows[0].start].argmax())
+        else:
+            one = torch.zeros(self.inside.inputs.shape[:2], dtype=adapter.dtype)
+            one[torch.arange(len(only)), torch.tensor(only)] = 1
+            self._spots, place = one.to(adapter.device), only[0]
+        self.length = float(wide(self.inside.outputs[0, place]).norm())
 
     def scores(self, inputs: Tensor) -> Tensor:
-        """a x of the projection's inputs (..., f)."""
+        """The share of v that each token gets, of the projection's inputs (..., f): a x, or 1 at its spot alone."""
+        if self._spots is not None:
+            return self._spots.reshape(inputs.shape[:-1])
         return cast(inputs, self.a.dtype) @ self.a
 
     def logits(self, value: Tensor) -> Tensor:
@@ -203,32 +219,41 @@ def newton(problem: Problem) -> Found:
 
 
 def optimised(problem: Problem) -> Found:
-    """ROME's v*: Adam on the target's negative log-likelihood, the KL of "SUBJECT is a" and the value's own length."""
-    settings, request, bench = problem.settings, problem.request, problem.bench
-    essence = [] if request.subject is None else [bench.prompts.place(f"{request.subject} is a", None)]
-    trial, value = Trial(problem, problem.targets(), essence), _start(problem)
-    rows = torch.arange(len(trial.rows), len(trial.rows) + len(essence))
+    """ROME's v*, tried as it will be written: at every token, by its share of the key."""
+    request, prompts = problem.request, problem.bench.prompts
+    essence = [] if request.subject is None else [prompts.place(f"{request.subject} is a", None)]
+    value, passes = descend(problem, Trial(problem, problem.targets(), essence))
+    return Found(problem.pairs(problem.key[:, None], value[:, None]), passes)
+
+
+def descend(problem: Problem, trial: Trial) -> tuple[Tensor, int]:
+    """(v (d,) float64, passes) by Adam: the target's negative log-likelihood, the KL of the trial's other texts, v's length.
+
+    The objective of ROME (arXiv 2202.05262, equation 4) with the weight decay and clamp of its authors. The last pass only
+    looks, and so does one whose loss is below 0.05.
+    """
+    settings, value = problem.settings, _start(problem)
+    rows = torch.arange(len(trial.rows), len(trial.rows) + len(trial.ends))
     before = wide(trial.inside.recording.logits[rows, trial.ends]).log_softmax(-1)
     optimizer = torch.optim.Adam([value], lr=settings.rate)
     passes = 0
-    for _ in range(settings.steps):
+    for step in range(settings.steps):
         logits = trial.logits(value)
         aimed = trial.aimed(logits).log_softmax(-1)
         loss = -aimed.gather(-1, trial.target.to(aimed.device)[:, None]).mean()
-        done = float(loss.detach()) < 5e-2
-        if essence:
+        if len(rows):
             now = wide(logits[rows, trial.ends]).log_softmax(-1)
             loss = loss + settings.essence * (before.exp() * (before - now)).sum(-1).mean()
         loss = loss + settings.weight_decay * value.norm() / max(trial.length, 1e-6) ** 2
         passes += 1
-        if done:
+        if float(loss.detach()) < 5e-2 or step == settings.steps - 1:
             break
         optimizer.zero_grad()
         value.grad = torch.autograd.grad(loss, value)[0].nan_to_num()
         optimizer.step()
         with torch.no_grad():
             value.copy_(_at_most(value, settings.clamp * trial.length))
-    return Found(problem.pairs(problem.key[:, None], _checked(value, problem)[:, None]), passes)
+    return _checked(value, problem), passes
 
 
 def margin(problem: Problem) -> Found:
