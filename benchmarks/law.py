@@ -136,7 +136,7 @@ class Bench:
 
     def calibrated(self, rank: int = 16) -> Any:
         """The model with all blocks converted and calibrated, cut to a rank."""
-        folder = self.work / f"{self.name}-all"
+        folder = self.work / f"{self.name}-{len(self.calibration)}"  # of other text: another --work
         if not folder.is_dir():
             model: Any = get_peft_model(self.base, NPTConfig(npt_layers="all", rank=RANK))
             fit_components(model, batches_of(self.calibration[PROBE_TEXTS:]), progress=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from itertools import combinations
+from threading import Event, Thread
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from peft import get_peft_model
@@ -57,6 +59,49 @@ def test_the_cost_of_a_block_alone_is_its_kl(family: str) -> None:
         assert cost == pytest.approx(kl(model, text(), [block]), rel=1e-5)
         assert found.predict([block])[0] == pytest.approx(cost)
     assert not any("forward" in layer.get_base_layer().__dict__ for layer in active_layers(model))
+
+
+def test_another_thread_computes_as_always() -> None:
+    """While blocks are measured, a thread that uses the model gets its outputs, and the measured costs stay what they are."""
+    model = converted()
+    ids, expected, wrong, stop = text(seed=9)[0]["input_ids"], None, [], Event()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+
+    @torch.no_grad()
+    def serve() -> None:
+        while not stop.is_set():
+            wrong.append(not torch.equal(model(input_ids=ids).logits, expected))
+
+    thread = Thread(target=serve)
+    alone = measure_interactions(model, text(rows=8)).gram
+    thread.start()
+    try:
+        beside = measure_interactions(model, text(rows=8)).gram
+    finally:
+        stop.set()
+        thread.join()
+    assert len(wrong) > 3 and not any(wrong)
+    assert torch.equal(alone, beside)
+
+
+def test_the_blocks_that_are_not_chosen_get_no_other_adapter() -> None:
+    model: Any = get_peft_model(random_base("llama", torch.float64), NPTConfig(npt_layers="auto:1", rank=2))
+    model.add_adapter("other", NPTConfig(npt_layers="all", rank=1))
+    model.set_adapter("default")
+    calibrate(model, text(rows=24, length=20))
+    assert len(active_layers(model)) == 1 and set(model.peft_config) == {"default", "other"}
+    model.set_adapter("other")
+    assert len(active_layers(model)) > 1
+
+
+def test_text_that_measured_the_blocks_is_text_that_was_seen() -> None:
+    model: Any = get_peft_model(random_base("llama", torch.float64), NPTConfig(npt_layers="auto:1", rank=2))
+    batches = text(rows=24, length=60)
+    calibrate(model, batches)
+    record = adapter_config(model).text_record
+    data = datasets.Dataset.from_list([{"input_ids": row.tolist()} for part in batches for row in part["input_ids"]])
+    assert record is not None and record.trained.covers(data).all() and len(data) == 24
 
 
 def test_small_changes_add_up_as_predicted() -> None:

@@ -54,7 +54,8 @@ def test_the_scale_is_a_ridge_regression_chosen_on_stretches_left_out(monkeypatc
             u = torch.linalg.solve(scatter + ridge * identity, (x - mean).T @ (w[:, 0] * (y - mean_y)))
             return u, mean_y - mean @ u
 
-        checks, errors = torch.arange(count) * 64 // count % 8 == 7, []
+        places = torch.arange(count)
+        checks, errors = places * 64 // count % 8 == 7 if count >= 64 else places >= count * 3 // 4, []
         for ridge in RIDGES:
             u, b0 = solve(w[~checks], x[~checks], y[~checks], ridge)
             errors.append(w[checks, 0] @ (y - x @ u - b0)[checks] ** 2)
@@ -84,6 +85,13 @@ def test_hidden_units_learn_what_is_not_linear_and_stay_out_where_nothing_is(sha
         assert error < 0.08 and linear > 2 * error, (error, linear)
     else:
         assert error < 0.021 and (p.scale_out == 0).all(), error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [3, 16, 40, 63])
+def test_of_few_tokens_the_last_quarter_checks(count: int) -> None:
+    checks = scale._checks(torch.arange(count), count)
+    assert checks.tolist() == [i >= count * 3 // 4 for i in range(count)] and 0 < checks.sum() < count
 
 
 @torch.no_grad()

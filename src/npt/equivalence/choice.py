@@ -32,6 +32,11 @@ def hold_back(batches: Iterable[Batch]) -> tuple[list[Batch], Iterator[Batch]]:
             source = chain([rest] if len(rest["input_ids"]) else [], source)
             break
     first = next(source, None)
+    if first is None:
+        logger.warning(
+            "the calibration text has %d blocks: the prediction is made on the text that is calibrated on, and is too low; "
+            "give more than %d (data.num_calibration_samples)", rows, PROBE_TEXTS,
+        )  # fmt: skip
     return held, iter(held) if first is None else chain([first], source)
 
 

@@ -11,12 +11,13 @@ block alone, exactly; the rest is the covariance over tokens that p draws.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from math import comb
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from npt.common.processes import is_first
 from npt.common.progress import tracked
 from npt.data.batches import with_mask
 from npt.errors import NPTError
-from npt.tuner.converted import ConvertedModel, active_layers, base_of, device_of, eval_mode
+from npt.tuner.converted import ConvertedModel, active_layers, adapter_config, base_of, device_of, eval_mode
 
 #: Blocks of text that G is measured on.
 PROBE_TEXTS = 8
@@ -101,6 +102,8 @@ def measure_interactions(
 ) -> Interactions:
     """Measures G of the active adapter's blocks: per text one pass of the original, and one with each block alone converted.
 
+    The text is added to the adapter's record of what it was made with.
+
     Args:
         batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}: a little text of the kind to predict.
         progress: shows a bar.
@@ -113,6 +116,9 @@ def measure_interactions(
     texts = [text for text in texts if text["input_ids"].shape[1] > 1]
     if not texts:
         raise NPTError("no text of two tokens or more to measure the blocks on: pass more text")
+    if (record := adapter_config(model).text_record) is not None:
+        for text in texts:
+            record.add_batch(with_mask(text))
     generator = torch.Generator(device).manual_seed(0)
     found = []
     with eval_mode(model):
@@ -137,7 +143,13 @@ def _of_text(
 ) -> tuple[Tensor, Tensor]:
     """Returns half the covariances (n, n) and the KL of each block alone (n,), summed over the text's positions, float64."""
     blocks, outputs = list(blocks_of(base_of(model))), list[Any]()
-    hooks = [block.register_forward_hook(lambda *call: outputs.append(call[-1])) for block in blocks]
+    thread = get_ident()
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        if get_ident() == thread:  # of other threads nothing is kept, and nothing is given to them
+            outputs.append(output)
+
+    hooks = [block.register_forward_hook(keep) for block in blocks]
     try:
         with running_as(layers, Mode.ORIGINAL):
             original = _log_probabilities(model, text)
@@ -164,7 +176,7 @@ def _giving(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[Non
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for block, output in zip(blocks, outputs, strict=False):
-            block.forward = partial(_given, output)
+            block.forward = partial(_given, get_ident(), output, block.forward)
         yield
     finally:
         for block, forward in zip(blocks, before, strict=True):
@@ -173,8 +185,9 @@ def _giving(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[Non
                 block.forward = forward
 
 
-def _given(output: Any, *_: Any, **__: Any) -> Any:
-    return output
+def _given(thread: int, output: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The output, in that thread; in others what the block computes."""
+    return output if get_ident() == thread else forward(*args, **kwargs)
 
 
 def _log_probabilities(model: ConvertedModel, text: dict[str, Tensor]) -> Tensor:

@@ -85,14 +85,16 @@ def _samples(layer: NPTLayer, component: NPComponent, chunk: list[Part], cutoff:
         a, x, (size, overlap, *_) = component.features(a, z)
         h = component.centered(h.to(x.dtype))
         y = -h.square().mean(-1).clamp_min(1e-30).log() / 2
-        carried = a if weight is None else weight.to(a.dtype) * a
+        carried = a if weight is None else weight.to(a) * a
         moved = scale_sensitivity(x, carried, y.exp()[:, None], size, overlap)
         yield Samples(x, y, (weights * moved)[:, 0])
 
 
 def _checks(places: Tensor, tokens: int) -> Tensor:
-    """Returns which places of a text of so many tokens check the fit to the others."""
-    return places * STRETCHES // max(1, tokens) % CHECKED_EVERY == CHECKED_EVERY - 1
+    """Returns which places of a text of so many tokens check the fit to the others: of few tokens the last quarter."""
+    if tokens < STRETCHES:
+        return places >= max(1, tokens * 3 // 4)
+    return places * STRETCHES // tokens % CHECKED_EVERY == CHECKED_EVERY - 1
 
 
 def _gathered(mine: list[Samples], chunk: list[Part]) -> Samples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from npt.equivalence.choice import check_undivided, hold_back, settle_blocks
 from npt.equivalence.prediction import measure_interactions
 from npt.runs.estimate import CALIBRATION, PREDICTION
 from npt.training.callbacks import BEST_METRIC
+from npt.tuner.converted import adapter_config
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ def calibrate_run(
     """
     check_undivided(model)
     probes, rest = hold_back(text)
+    asked = adapter_config(model).undecided
     with spent.timing(CALIBRATION):
         errors = through(model, lambda: fit_components(model, rest, progress=is_first()))
     for name, figures in errors.items():
@@ -45,10 +48,10 @@ def calibrate_run(
     logger.info("predicted mean KL of the calibrated model: %.5f ± %.5f (docs/law.md)", mean, error)
     return errors, {
         "mean_kl": mean,
-        "standard_error": error,
+        "standard_error": error if isfinite(error) else None,
         "texts": len(found.tokens),
         "tokens": int(found.tokens.sum()),
-        "chosen": None if kept == found.blocks else kept,
+        "chosen": None if asked is None else kept,
         "alone": {f"layer_{block}": kl for block, kl in found.alone().items()},
     }
 

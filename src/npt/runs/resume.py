@@ -33,6 +33,8 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
         "optimization.use_8bit": config.optimization.use_8bit,
         "optimization.use_4bit": config.optimization.use_4bit,
     }
+    if is_automatic(config.model.npt_layers):
+        found["model.npt_layers (as asked for)"] = config.model.npt_layers
     if training.calibrate:
         found["data.num_calibration_samples"] = data.num_calibration_samples
         found["data.calibration_files (their content)"] = content_of(data.calibration_files or ())

@@ -154,7 +154,7 @@ def _adapter(checkpoint: Path) -> dict[str, Any]:
     found = _read_json(path)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: not a JSON object; resume from an earlier checkpoint")
-    return found
+    return {"gain_units": 0, **found}  # a file of format 1 does not name them
 
 
 def _ordered(options: Settings) -> dict[str, Any]:

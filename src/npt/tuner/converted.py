@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from npt.block.layer import NPTLayer
@@ -71,7 +70,8 @@ def keep_blocks(model: ConvertedModel, blocks: Collection[int]) -> None:
     config = adapter_config(model)
     for layer in active_layers(model):
         if layer.index not in blocks:
-            BaseTunerLayer.delete_adapter(layer, layer.active_name or "")
+            # PEFT's delete_adapter would activate another adapter of the block in its place.
+            del layer.npt_components[layer.active_name or ""]
     take_off([layer for layer in npt_layers(model) if not layer.npt_components])
     kept = sorted(blocks)
     dropped = {name for name in config.target_modules or () if int(name.rpartition(".")[2]) not in blocks}
