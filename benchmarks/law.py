@@ -29,7 +29,7 @@ from benchmarks.tables import RESULTS
 from npt import EquivalenceTrainer, NPTConfig, Objective
 from npt.block.modes import Mode, running_as
 from npt.equivalence.calibration import fit_components
-from npt.equivalence.prediction import PROBE_TEXTS, measure_interactions
+from npt.equivalence.prediction import measure_interactions, probe_texts
 from npt.runs.arguments import automatic_rate
 from npt.tuner.converted import active_layers
 from scripts.marked import write_section
@@ -126,6 +126,7 @@ class Bench:
             self.calibration, self.texts = written[:count], {"self": written[count:]}
         self.blocks: int = self.base.config.num_hidden_layers
         self.half = self.blocks - self.blocks // 2
+        self.held = probe_texts(self.blocks, len(self.calibration))
 
     def keep(self, **found: Any) -> None:
         """Adds results to the file."""
@@ -139,7 +140,7 @@ class Bench:
         folder = self.work / f"{self.name}-{len(self.calibration)}"  # of other text: another --work
         if not folder.is_dir():
             model: Any = get_peft_model(self.base, NPTConfig(npt_layers="all", rank=RANK))
-            fit_components(model, batches_of(self.calibration[PROBE_TEXTS:]), progress=True)
+            fit_components(model, batches_of(self.calibration[self.held :]), progress=True)
             model.save_pretrained(str(folder))
             self.base = model.unload()
         model = PeftModel.from_pretrained(self.base, str(folder), is_trainable=True).eval()
@@ -164,7 +165,7 @@ class Bench:
         for rank in self.arguments.ranks:
             model = self.calibrated(rank)
             parameters = sum(p.numel() for p in active_layers(model)[0].own.parameters())
-            found = measure_interactions(model, batches_of(self.calibration[:PROBE_TEXTS], 1), progress=True)
+            found = measure_interactions(model, batches_of(self.calibration[: self.held], 1), progress=True)
             sets = self.sets(found)
             if rank != 16:
                 sets = {name: blocks for name, blocks in sets.items() if not name.startswith("random")}
@@ -175,7 +176,7 @@ class Bench:
                                  "predicted_standard_error": error, **figures})  # fmt: skip
             if rank == 16:
                 self.keep(alone=found.alone())
-            self.keep(rows=rows, calibration_tokens=(len(self.calibration) - PROBE_TEXTS) * LENGTH, blocks=self.blocks,
+            self.keep(rows=rows, calibration_tokens=(len(self.calibration) - self.held) * LENGTH, blocks=self.blocks,
                       hidden_size=self.base.config.hidden_size, parameters_per_block_rank_64=parameters)  # fmt: skip
             self.base = model.unload()
 
@@ -185,7 +186,7 @@ class Bench:
         rows = []
         for share in (8, 4, 2, 1):
             model: Any = get_peft_model(self.base, NPTConfig(npt_layers="all", rank=16)).eval()
-            part = self.calibration[PROBE_TEXTS:][: len(self.calibration) // share]
+            part = self.calibration[self.held :][: len(self.calibration) // share]
             fit_components(model, batches_of(part))
             figures = compare(model, ids, {"all": list(range(self.blocks))})["all"]
             rows.append({"calibration_tokens": part.numel(), "text": text, **figures})
@@ -213,7 +214,7 @@ class Bench:
 
     def train(self, model: Any) -> None:
         """Trains in place."""
-        ids = self.calibration[PROBE_TEXTS:].tolist()
+        ids = self.calibration[self.held :].tolist()
         rows = datasets.Dataset.from_dict(
             {"input_ids": ids, "attention_mask": [[1] * LENGTH] * len(ids), "labels": ids}
         )

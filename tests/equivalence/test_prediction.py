@@ -177,7 +177,7 @@ def test_auto_keeps_the_blocks_that_cost_least() -> None:
     config = adapter_config(model)
     assert config.npt_layers == [kept.index] and config.target_modules == [f"model.layers.{kept.index}"]
     whole: Any = get_peft_model(random_base("llama", torch.float64), NPTConfig(npt_layers="all", rank=2))
-    probes, rest = hold_back(batches)
+    probes, rest = hold_back(batches, 8)
     calibrate(whole, list(rest))
     costs = {i: kl(whole, probes, [i]) for i in range(count)}
     assert kept.index == min(costs, key=lambda i: costs[i])
@@ -200,7 +200,7 @@ def test_blocks_that_cost_nothing_are_not_chosen_from() -> None:
 @pytest.mark.parametrize("rows, held, left", [(24, 8, 16), (9, 8, 1), (8, 8, 8), (3, 3, 3)])
 def test_rows_held_back(rows: int, held: int, left: int) -> None:
     """The first eight; all text where nothing would be left."""
-    probes, rest = hold_back(text(rows=rows))
+    probes, rest = hold_back(text(rows=rows), 8)
     all_rows = torch.cat([batch["input_ids"] for batch in text(rows=rows)])
     assert torch.equal(torch.cat([batch["input_ids"] for batch in probes]), all_rows[:held])
     assert torch.equal(torch.cat([batch["input_ids"] for batch in rest]), all_rows[-left:])

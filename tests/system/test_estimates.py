@@ -43,6 +43,7 @@ RATES = Rates(
     draw_rows=256,
     forward=0.001,
     fit=FitSeconds(once=7.0, chunk=0.002, later=0.001, chunk_tokens=2000, step=0.01),
+    blocks=3,
     alone=0.02,
     compare=0.01,
     step={"logits": 0.1},
@@ -67,7 +68,7 @@ def test_the_parts_of_a_run_add_up() -> None:
         {
             SAMPLING: 99 * (3 * 0.976 + 360 * 0.004),
             CALIBRATION: 30 * 100 * 0.001 + 7 + 2000 * 0.002 + 1000 * 0.001 + 500 * 0.01,
-            PREDICTION: 8 * 100 * 0.02,
+            PREDICTION: 12 * 100 * 0.02,
             TARGETS: 288 * 100 * 0.001,
             TRAINING: 20 * 8 * 100 * 0.1 + 2 * chosen_by + 4 * 3.0,
             EVALUATION: chosen_by + 40 * 100 * 0.01 + 32 * 100 * 0.05 + 11 + 8 * 3.0,

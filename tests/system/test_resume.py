@@ -50,7 +50,7 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
     ({"model__target_projections": "[gate]"}, "model.target_projections is"),
     ({"model__rank": 2}, "model.rank is 2 here and 3 in the checkpoint"),
     ({"model__dtype": "bfloat16"}, 'model.dtype is "bfloat16" here and "float32" in the checkpoint'),
-    ({"training__learning_rate": 0.1}, "training.learning_rate is 0.1 here and 0.001 in the checkpoint"),
+    ({"training__learning_rate": 0.1}, "training.learning_rate is 0.1 here and 0.0003 in the checkpoint"),
     ({"training__lr_scheduler_type": "linear"}, "training.lr_scheduler_type is"),
     ({"training__warmup_steps": 1}, "training.warmup_steps is 1 here and 0"),
     ({"training__weight_decay": 0.1}, "training.weight_decay is 0.1 here and 0.0"),

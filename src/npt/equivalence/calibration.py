@@ -33,7 +33,7 @@ from npt.data.inputs import as_batches
 from npt.equivalence.block_fit import BlockFit, first_tokens
 from npt.equivalence.choice import check_undivided, hold_back, settle_blocks
 from npt.equivalence.parts import TextPart
-from npt.equivalence.prediction import measure_interactions
+from npt.equivalence.prediction import measure_interactions, probe_texts
 from npt.errors import REMEDY, NPTError, RunError
 from npt.tuner.checks import renew_record
 from npt.tuner.converted import (
@@ -64,7 +64,7 @@ def calibrate(
 ) -> dict[str, dict[str, float]]:
     """Fits the active adapter of a converted model to the model it was made from, in place.
 
-    With npt_layers "auto" it then keeps the blocks that cost least KL together; the first 8 rows of the text measure that.
+    With npt_layers "auto" it then keeps the blocks that cost least KL together; the first 8 to 32 rows of text tell.
 
     Several processes share the batches, and their sums are added: the fit is that of one process. All call it with the
     same batches; a sharded model's inside `npt.common.sharded.through`.
@@ -88,7 +88,9 @@ def calibrate(
     batches = as_batches(batches, tokenizer, min(256, context_length_of(model) or 256), "calibrate(batches=...)")
     if adapter_config(model).undecided is None:
         return fit_components(model, batches, chunk_tokens=chunk_tokens, progress=progress)
-    probes, batches = hold_back(batches)
+    texts = list(batches)
+    count = probe_texts(len(active_layers(model)), sum(len(batch["input_ids"]) for batch in texts))
+    probes, batches = hold_back(texts, count)
     errors = fit_components(model, batches, chunk_tokens=chunk_tokens, progress=progress)
     settle_blocks(model, measure_interactions(model, probes, progress=progress))
     return errors

@@ -11,7 +11,7 @@ from torch import Tensor
 from npt.common.display import blocks_text
 from npt.common.processes import from_first
 from npt.common.sharded import is_sharded
-from npt.equivalence.prediction import PROBE_TEXTS, Interactions
+from npt.equivalence.prediction import Interactions
 from npt.errors import ConversionError
 from npt.tuner.converted import ConvertedModel, adapter_config, keep_blocks
 
@@ -20,22 +20,22 @@ logger = logging.getLogger(__name__)
 Batch = Mapping[str, Tensor]
 
 
-def hold_back(batches: Iterable[Batch]) -> tuple[list[Batch], Iterator[Batch]]:
-    """Returns (batches with the first `PROBE_TEXTS` rows, the others). Text that has no more rows than those is in both."""
+def hold_back(batches: Iterable[Batch], count: int) -> tuple[list[Batch], Iterator[Batch]]:
+    """Returns (batches with the first `count` rows, the others). Text that has no more rows than those is in both."""
     source, held, rows = iter(batches), list[Batch](), 0
     for batch in source:
-        wanted = PROBE_TEXTS - rows
+        wanted = count - rows
         rows += min(wanted, len(batch["input_ids"]))
         held.append({name: x[:wanted] for name, x in batch.items()})
         rest = {name: x[wanted:] for name, x in batch.items()}
-        if rows == PROBE_TEXTS:
+        if rows == count:
             source = chain([rest] if len(rest["input_ids"]) else [], source)
             break
     first = next(source, None)
     if first is None:
         logger.warning(
             "the calibration text has %d blocks: the prediction is made on the text that is calibrated on, and is too low; "
-            "give more than %d (data.num_calibration_samples)", rows, PROBE_TEXTS,
+            "give more than %d (data.num_calibration_samples)", rows, count,
         )  # fmt: skip
     return held, iter(held) if first is None else chain([first], source)
 

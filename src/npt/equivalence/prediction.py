@@ -32,8 +32,8 @@ from npt.data.batches import with_mask
 from npt.errors import NPTError
 from npt.tuner.converted import ConvertedModel, active_layers, adapter_config, base_of, device_of, eval_mode
 
-#: Blocks of text that G is measured on.
-PROBE_TEXTS = 8
+#: Blocks of text that G is measured on: between these, so many that measuring takes no longer than calibrating.
+LEAST_TEXTS, MOST_TEXTS = 8, 32
 #: Tokens drawn from p at each position, for the covariance of two blocks.
 DRAWS = 64
 #: Most sets of blocks that are compared one by one.
@@ -94,6 +94,11 @@ class Interactions:
             if not cost(best) < cost(kept):
                 return sorted(self.blocks[i] for i in kept)
             kept = best
+
+
+def probe_texts(blocks: int, texts: int) -> int:
+    """Returns how many of so many texts G of so many blocks is measured on, each taking half a forward pass of the model."""
+    return max(LEAST_TEXTS, min(MOST_TEXTS, 2 * texts // (blocks + 2)))
 
 
 @torch.no_grad()

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 #: Where accelerate's configuration says how many micro-batches make a step.
 _ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 PRECISIONS: tuple[str, ...] = get_args(OptimizationSection.model_fields["mixed_precision"].annotation)
-#: `training.learning_rate: auto`, up to this hidden size.
-AUTO_RATE, AUTO_SIZE = 1e-3, 64
+#: `training.learning_rate: auto` is the second over the hidden size, at most the first.
+MOST_RATE, RATE_TIMES_SIZE = 3e-4, 0.064
 #: TrainingArguments of `optimization.fsdp`; an FSDP configuration of accelerate's own decides the details itself.
 FSDP_ARGUMENTS: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
 
@@ -86,7 +86,7 @@ def with_learning_rate(config: RunConfig, arguments: TrainingArguments) -> RunCo
     if not isinstance(config.training.learning_rate, str):
         return config
     size = getattr(base_config(config.model, config.paths.cache_dir).get_text_config(), "hidden_size", None)
-    rate = automatic_rate(size or AUTO_SIZE)
+    rate = MOST_RATE if size is None else automatic_rate(size)
     arguments.learning_rate = rate
     return with_overrides(config, {"training.learning_rate": rate})
 
@@ -95,9 +95,9 @@ def automatic_rate(hidden_size: int) -> float:
     """The learning rate of `auto`.
 
     A step of Adam moves each of the d weights of a sum by the learning rate, and the sum by up to d times as much; so the
-    rate that serves hidden size `AUTO_SIZE` falls with 1 / d beyond it (arXiv 2203.03466, table 3).
+    rate falls with 1 / d (arXiv 2203.03466, table 3). Its size was measured: docs/experiments.md.
     """
-    return AUTO_RATE * min(1.0, AUTO_SIZE / hidden_size)
+    return min(MOST_RATE, RATE_TIMES_SIZE / hidden_size)
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
@@ -108,7 +108,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         per_device_train_batch_size=t.batch_size,
         per_device_eval_batch_size=t.batch_size,
         gradient_accumulation_steps=t.gradient_accumulation_steps,
-        learning_rate=AUTO_RATE if isinstance(t.learning_rate, str) else t.learning_rate,
+        learning_rate=MOST_RATE if isinstance(t.learning_rate, str) else t.learning_rate,
         lr_scheduler_type=t.lr_scheduler_type,
         num_train_epochs=t.num_epochs,
         max_steps=-1 if t.num_train_steps is None else t.num_train_steps,

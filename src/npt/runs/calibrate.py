@@ -14,10 +14,10 @@ from npt.common.sharded import through
 from npt.common.stopwatch import Stopwatch
 from npt.equivalence.calibration import fit_components
 from npt.equivalence.choice import check_undivided, hold_back, settle_blocks
-from npt.equivalence.prediction import measure_interactions
+from npt.equivalence.prediction import measure_interactions, probe_texts
 from npt.runs.estimate import CALIBRATION, PREDICTION
 from npt.training.callbacks import BEST_METRIC
-from npt.tuner.converted import adapter_config
+from npt.tuner.converted import active_layers, adapter_config
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def calibrate_run(
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Calibrates all blocks, measures what each costs, and keeps those that `npt_layers: auto` chooses.
 
-    The first rows of the text (`PROBE_TEXTS`) are not calibrated on: they are what the blocks are measured on.
+    The first rows of the text (`probe_texts`) are not calibrated on: they are what the blocks are measured on.
 
     Returns:
         The errors by block, as `npt.calibrate` gives them, and the prediction as a report holds it: mean_kl and
@@ -35,7 +35,8 @@ def calibrate_run(
         was asked for), and alone: {layer_<i>: mean KL of converting that block alone}.
     """
     check_undivided(model)
-    probes, rest = hold_back(text)
+    count = probe_texts(len(active_layers(model)), sum(len(batch["input_ids"]) for batch in text))
+    probes, rest = hold_back(text, count)
     asked = adapter_config(model).undecided
     with spent.timing(CALIBRATION):
         errors = through(model, lambda: fit_components(model, rest, progress=is_first()))

@@ -16,7 +16,7 @@ from npt.common.precision import DTYPE_REASON
 from npt.common.processes import world
 from npt.common.stopwatch import Stopwatch
 from npt.config import RunConfig
-from npt.equivalence.prediction import PROBE_TEXTS
+from npt.equivalence.prediction import probe_texts
 from npt.evaluation.generation import DEFAULT_PROMPTS
 from npt.runs.corpora import Corpus
 from npt.runs.timing import Rates
@@ -107,7 +107,7 @@ def _parts(config: RunConfig, sizes: Sizes, rates: Rates) -> Iterator[Part]:
     tokens = length * sizes.calibration
     fitting = (tokens * rates.forward + rates.fit.of(tokens)) / processes if tokens else 0.0
     yield Part(CALIBRATION, f"{tokens:,} tokens", fitting)
-    tokens = length * min(PROBE_TEXTS, sizes.calibration)
+    tokens = length * min(probe_texts(rates.blocks, sizes.calibration), sizes.calibration)
     yield Part(PREDICTION, f"{tokens:,} tokens, each block", tokens * rates.alone)
     steps = sizes.steps
     if steps and config.paths.teacher_cache is not None:
