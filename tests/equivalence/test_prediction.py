@@ -15,7 +15,7 @@ from torch import Tensor
 from npt import NPTConfig, calibrate
 from npt.block.modes import Mode, running_as
 from npt.equivalence.choice import hold_back
-from npt.equivalence.prediction import Interactions, measure_interactions
+from npt.equivalence.prediction import Interactions, measure_interactions, probe_texts
 from npt.errors import ConversionError
 from npt.tuner.converted import active_layers, adapter_config
 from tests.helpers import random_base, randomize
@@ -195,6 +195,14 @@ def test_a_wrong_choice_is_refused(choice: str, match: str) -> None:
 def test_blocks_that_cost_nothing_are_not_chosen_from() -> None:
     with pytest.raises(ConversionError, match="gain='denominator'"):
         get_peft_model(random_base("llama", torch.float64), NPTConfig(npt_layers="auto", gain="denominator"))
+
+
+@pytest.mark.parametrize(
+    "blocks, texts, count", [(3, 384, 32), (15, 384, 32), (30, 384, 24), (30, 64, 8), (3, 12, 6), (2, 1, 1)]
+)
+def test_how_many_texts_are_held_back(blocks: int, texts: int, count: int) -> None:
+    """Between 8 and 32, so that measuring takes no longer than calibrating, and never more than half of the text."""
+    assert probe_texts(blocks, texts) == count
 
 
 @pytest.mark.parametrize("rows, held, left", [(24, 8, 16), (9, 8, 1), (8, 8, 8), (3, 3, 3)])

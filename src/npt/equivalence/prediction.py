@@ -97,8 +97,12 @@ class Interactions:
 
 
 def probe_texts(blocks: int, texts: int) -> int:
-    """Returns how many of so many texts G of so many blocks is measured on, each taking half a forward pass of the model."""
-    return max(LEAST_TEXTS, min(MOST_TEXTS, 2 * texts // (blocks + 2)))
+    """Returns how many of so many texts G of so many blocks is measured on, each taking half a forward pass of the model.
+
+    At most half of them, and at least one.
+    """
+    wanted = max(LEAST_TEXTS, min(MOST_TEXTS, 2 * texts // (blocks + 2)))
+    return max(1, min(wanted, texts // 2))
 
 
 @torch.no_grad()
