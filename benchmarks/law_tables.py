@@ -65,5 +65,5 @@ def _readme_rows(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _row(label: str, after: str, row: Mapping[str, Any]) -> str:
     ratio = f"{row['perplexity_ratio']:.4f} ± {row['perplexity_ratio_standard_error']:.4f}"
-    kl = f"{row['mean_kl']:.5f} ± {row['mean_kl_standard_error']:.5f}"
+    kl = f"{max(0.0, row['mean_kl']):.5f} ± {row['mean_kl_standard_error']:.5f}"  # below zero by rounding alone
     return f"| {label} | {after} | {row['tokens']:,} | {ratio} | {kl} | {100 * row['top1_agreement']:.1f} % |"
