@@ -118,7 +118,7 @@ def test_a_signal_during_training_saves_and_resumes_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    "where", ["npt.runs.train.load_corpus", "npt.runs.train.calibrate", "npt.runs.evaluate.evaluate"]
+    "where", ["npt.runs.train.load_corpus", "npt.runs.calibrate.fit_components", "npt.runs.evaluate.evaluate"]
 )
 def test_a_signal_elsewhere_leaves_at_once(
     where: str, local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -134,7 +134,7 @@ def test_resume_begins_again_where_no_checkpoint_was_reached(
 ) -> None:
     arguments = ["--quiet", "train", *settings(local_model, tmp_path), "--resume"]
     assert main(arguments) == 2  # nothing ever began there
-    monkeypatch.setattr("npt.runs.train.calibrate", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("npt.runs.calibrate.fit_components", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     assert main(arguments[:-1]) == 143
     monkeypatch.undo()
     assert main(arguments) == 0
@@ -170,7 +170,7 @@ def test_no_memory_is_one_line(
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr("npt.runs.train.calibrate", fail)
+    monkeypatch.setattr("npt.runs.calibrate.fit_components", fail)
     assert main(["--quiet", "train", *settings(local_model, tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "npt: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)" in error and "npt memory" in error

@@ -32,8 +32,9 @@ from npt.errors import NPTError
 #: Tokens kept per block for gain and carry: at least so many, and so many per channel of the hidden state, each of which has a
 #: coefficient in the regression of the norm.
 CHUNK_TOKENS, CHUNK_TOKENS_PER_CHANNEL = 8_192, 4
-#: With hidden units, which learn from more: up to so many, as long as those of all blocks take no more than so many bytes.
-UNIT_TOKENS, UNIT_BYTES = 65_536, 2**32
+#: With hidden units, which learn from more: up to so many, as long as h and a take no more than so many bytes. Nothing here
+#: depends on which other blocks are converted: blocks fitted by separate jobs are those of one.
+UNIT_TOKENS, UNIT_BYTES = 65_536, 2**27
 #: Tokens on which a block's error is measured.
 PROBE_TOKENS = 512
 
@@ -45,7 +46,7 @@ def first_tokens(layers: Sequence[NPTLayer]) -> int:
     if all(layer.own.hidden_units is None for layer in layers):
         return least
     itemsize = weight.dtype.itemsize if weight.is_floating_point() else 4
-    room: int = UNIT_BYTES // (len(layers) * 2 * hidden * itemsize)
+    room: int = UNIT_BYTES // (2 * hidden * itemsize)
     return max(least, min(UNIT_TOKENS, room))
 
 

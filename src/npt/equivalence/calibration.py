@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from npt.block.component import NPComponent
+from npt.block.families import blocks_of
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import Mode, running_as, watching
 from npt.common.processes import world
@@ -89,7 +90,7 @@ def calibrate(
     if adapter_config(model).undecided is None:
         return fit_components(model, batches, chunk_tokens=chunk_tokens, progress=progress)
     texts = list(batches)
-    count = probe_texts(len(active_layers(model)), sum(len(batch["input_ids"]) for batch in texts))
+    count = probe_texts(len(blocks_of(base_of(model))), sum(len(batch["input_ids"]) for batch in texts))
     probes, batches = hold_back(texts, count)
     errors = fit_components(model, batches, chunk_tokens=chunk_tokens, progress=progress)
     settle_blocks(model, measure_interactions(model, probes, progress=progress))

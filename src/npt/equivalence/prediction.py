@@ -97,9 +97,9 @@ class Interactions:
 
 
 def probe_texts(blocks: int, texts: int) -> int:
-    """Returns how many of so many texts G of so many blocks is measured on, each taking half a forward pass of the model.
+    """Returns how many of so many texts G is measured on, where each of a model's blocks takes half a forward pass of it.
 
-    At most half of them, and at least one.
+    At most half of them, and at least one. blocks: of the model, converted or not, so that separate jobs hold back the same.
     """
     wanted = max(LEAST_TEXTS, min(MOST_TEXTS, 2 * texts // (blocks + 2)))
     return max(1, min(wanted, texts // 2))

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from npt.block.families import blocks_of
 from npt.common.processes import is_first
 from npt.common.sharded import through
 from npt.common.stopwatch import Stopwatch
@@ -17,7 +18,7 @@ from npt.equivalence.choice import check_undivided, hold_back, settle_blocks
 from npt.equivalence.prediction import measure_interactions, probe_texts
 from npt.runs.estimate import CALIBRATION, PREDICTION
 from npt.training.callbacks import BEST_METRIC
-from npt.tuner.converted import active_layers, adapter_config
+from npt.tuner.converted import adapter_config, base_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def calibrate_run(
         was asked for), and alone: {layer_<i>: mean KL of converting that block alone}.
     """
     check_undivided(model)
-    count = probe_texts(len(active_layers(model)), sum(len(batch["input_ids"]) for batch in text))
+    count = probe_texts(len(blocks_of(base_of(model))), sum(len(batch["input_ids"]) for batch in text))
     probes, rest = hold_back(text, count)
     asked = adapter_config(model).undecided
     with spent.timing(CALIBRATION):

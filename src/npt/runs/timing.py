@@ -12,6 +12,7 @@ import datasets
 import torch
 from torch import Tensor
 
+from npt.block.families import blocks_of
 from npt.common.display import quiet
 from npt.common.options import is_calibrated
 from npt.common.processes import any_process, first_does, world
@@ -46,8 +47,8 @@ class Rates:
     """Seconds of a run's parts on this machine.
 
     timed_tokens: of the text that was timed. draw: a token of each of `draw_rows` texts that the model writes, draw_one: of
-    a single one. forward: a token through the original's blocks. blocks: converted. alone: a token through the model with
-    each of them converted alone. fit: of the calibration of all blocks, above the forward. compare: a token through both
+    a single one. forward: a token through the original's blocks. blocks: of the model. alone: a token through the model
+    with each converted block alone. fit: of the calibration of all blocks, above the forward. compare: a token through both
     models. step: {objective: a token through a training step}. detail: a token of the report's figures by block, and
     detail_once once. sample: a prompt continued by both models.
     """
@@ -110,7 +111,7 @@ def _measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool) -> Rat
         draw_rows=draw_rows,
         forward=forward / tokens,
         fit=fit_seconds(active_layers(model)) if calibrates and world()[1] == 1 else FitSeconds(),
-        blocks=len(active_layers(model)),
+        blocks=len(blocks_of(base)),
         alone=(len(active_layers(model)) + 1) * compare / tokens / 2 if calibrates else 0.0,
         compare=compare / tokens,
         step={name: _step(model, name, batch, forward, config) / tokens for name in objectives},

@@ -95,17 +95,19 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     texts, spent = RunTexts.of(config), Stopwatch()
     texts.check_enough(config.model)
     arguments = start(config)
-    config = with_learning_rate(as_launched(config), arguments)
+    config = as_launched(config)
     last = first_does(lambda: checkpoint_to_resume(output, checkpoints)) if resume else None
     texts.check()
     check_trackers(config.training.report_to)
     if last is not None:
+        config = with_learning_rate(config, arguments)
         first_does(lambda: check_configuration(config, arguments, last))
     set_seed(config.training.seed)
     same = continued(output, trackers(config)) if resume else nullcontext()
     with StopSignals() as signals, same:
         with spent.timing("reading text"):
             corpus = given_corpus(config, texts)
+        config = with_learning_rate(config, arguments)  # it reads the base's configuration
         with spent.timing("loading the base"):
             model, tokenizer = convert_base(config, last)
         if last is not None:
