@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor, nn
 
 from npt.common.display import one_line, ranges
+from npt.common.options import is_automatic
 from npt.errors import ConversionError
 
 
@@ -261,11 +262,6 @@ def resolve_layers(choice: str | list[int], num_blocks: int) -> list[int]:
     if not layers:
         raise ConversionError(f"npt_layers={choice!r} selects no block of {num_blocks}; name at least one")
     return layers
-
-
-def is_automatic(choice: str | list[int]) -> TypeGuard[str]:
-    """True for "auto" and "auto:N"."""
-    return isinstance(choice, str) and choice.partition(":")[0] == "auto"
 
 
 def automatic_count(choice: str | list[int], num_blocks: int) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 Key = Literal["input", "tied", "learned"]
 Carry = Literal["none", "diagonal", "exact"]
@@ -45,6 +45,11 @@ DEFAULTS = Options()
 OPTIONS = tuple(field.name for field in fields(Options))
 #: {option: its allowed values}, of the options that name one of a few.
 ALLOWED = {"key": KEYS, "carry": CARRIES, "gain": GAINS, "low_rank_at": LOW_RANK_SITES}
+
+
+def is_automatic(npt_layers: str | list[int]) -> TypeGuard[str]:
+    """True for "auto" and "auto:N"."""
+    return isinstance(npt_layers, str) and npt_layers.partition(":")[0] == "auto"
 
 
 def is_calibrated(carry: str, gain: str) -> bool:

@@ -29,6 +29,7 @@ from npt.common.options import (
     LowRankSite,
     Projection,
     Score,
+    is_automatic,
     is_calibrated,
     tied_targets_down,
 )
@@ -303,7 +304,7 @@ class RunConfig(Section):
         if self.data.streaming and self.paths.teacher_cache is not None:
             text = "is for a fixed set of blocks, which data.streaming=true has not; set one of them off"
             yield ("paths.teacher_cache", "data.streaming"), text
-        if isinstance(self.model.npt_layers, str) and self.model.npt_layers.startswith("auto"):
+        if is_automatic(self.model.npt_layers):
             yield from self._conflicts_of_choice()
 
     def _conflicts_of_choice(self) -> Iterator[Conflict]:

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from npt.block.component import NPComponent
-from npt.block.families import blocks_of
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import Mode, running_as, watching
 from npt.common.processes import world
@@ -32,9 +31,9 @@ from npt.common.sharded import full_tensor, like, same_everywhere
 from npt.data.batches import with_mask
 from npt.data.inputs import as_batches
 from npt.equivalence.block_fit import BlockFit, first_tokens
-from npt.equivalence.choice import check_undivided, hold_back, settle_blocks
+from npt.equivalence.choice import check_undivided, settle_blocks, without_probes
 from npt.equivalence.parts import TextPart
-from npt.equivalence.prediction import measure_interactions, probe_texts
+from npt.equivalence.prediction import measure_interactions
 from npt.errors import REMEDY, NPTError, RunError
 from npt.tuner.checks import renew_record
 from npt.tuner.converted import (
@@ -89,9 +88,7 @@ def calibrate(
     batches = as_batches(batches, tokenizer, min(256, context_length_of(model) or 256), "calibrate(batches=...)")
     if adapter_config(model).undecided is None:
         return fit_components(model, batches, chunk_tokens=chunk_tokens, progress=progress)
-    texts = list(batches)
-    count = probe_texts(len(blocks_of(base_of(model))), sum(len(batch["input_ids"]) for batch in texts))
-    probes, batches = hold_back(texts, count)
+    probes, batches = without_probes(model, list(batches))
     errors = fit_components(model, batches, chunk_tokens=chunk_tokens, progress=progress)
     settle_blocks(model, measure_interactions(model, probes, progress=progress))
     return errors

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from torch import Tensor
 
+from npt.block.families import blocks_of
 from npt.common.display import blocks_text
 from npt.common.processes import from_first
 from npt.common.sharded import is_sharded
-from npt.equivalence.prediction import Interactions
+from npt.equivalence.prediction import Interactions, probe_texts
 from npt.errors import ConversionError
-from npt.tuner.converted import ConvertedModel, adapter_config, keep_blocks
+from npt.tuner.converted import ConvertedModel, adapter_config, base_of, keep_blocks
 
 logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
+
+
+def without_probes(model: ConvertedModel, batches: Sequence[Batch]) -> tuple[list[Batch], Iterator[Batch]]:
+    """Returns (batches that the blocks are measured on, those to calibrate on) of a calibration text (`probe_texts`)."""
+    texts = sum(len(batch["input_ids"]) for batch in batches)
+    return hold_back(batches, probe_texts(len(blocks_of(base_of(model))), texts))
 
 
 def hold_back(batches: Iterable[Batch], count: int) -> tuple[list[Batch], Iterator[Batch]]:

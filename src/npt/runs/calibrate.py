@@ -9,16 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from npt.block.families import blocks_of
 from npt.common.processes import is_first
 from npt.common.sharded import through
 from npt.common.stopwatch import Stopwatch
 from npt.equivalence.calibration import fit_components
-from npt.equivalence.choice import check_undivided, hold_back, settle_blocks
-from npt.equivalence.prediction import measure_interactions, probe_texts
+from npt.equivalence.choice import check_undivided, settle_blocks, without_probes
+from npt.equivalence.prediction import measure_interactions
 from npt.runs.estimate import CALIBRATION, PREDICTION
 from npt.training.callbacks import BEST_METRIC
-from npt.tuner.converted import adapter_config, base_of
+from npt.tuner.converted import adapter_config
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +35,7 @@ def calibrate_run(
         was asked for), and alone: {layer_<i>: mean KL of converting that block alone}.
     """
     check_undivided(model)
-    count = probe_texts(len(blocks_of(base_of(model))), sum(len(batch["input_ids"]) for batch in text))
-    probes, rest = hold_back(text, count)
+    probes, rest = without_probes(model, text)
     asked = adapter_config(model).undecided
     with spent.timing(CALIBRATION):
         errors = through(model, lambda: fit_components(model, rest, progress=is_first()))

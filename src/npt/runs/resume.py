@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from npt.block.families import is_automatic, resolve_layers
+from npt.block.families import resolve_layers
 from npt.common.launch import world_size
-from npt.common.options import OPTIONS
+from npt.common.options import OPTIONS, is_automatic
 from npt.config import DataSection, RunConfig
 from npt.data.sources import expand_files
 from npt.equivalence.resume import objective_settings

@@ -15,10 +15,9 @@ from transformers.integrations import TensorBoardCallback
 from npt.adapters.folder import RUN_CONFIG
 from npt.adapters.settings import as_recorded
 from npt.adapters.weights import load_weights, share_record
-from npt.block.families import is_automatic
 from npt.common.display import blocks_text
 from npt.common.files import append_json, only_run, write_json
-from npt.common.options import is_calibrated
+from npt.common.options import is_automatic, is_calibrated
 from npt.common.processes import any_process, first_does, is_first
 from npt.common.sharded import full_tensor, through
 from npt.common.stopwatch import Stopwatch
