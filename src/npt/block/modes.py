@@ -27,21 +27,21 @@ __all__ = ["Mode", "running_as", "watching", "watching_deltas"]
 
 def running_as(layers: Sequence[NPTLayer], mode: Mode | None) -> AbstractContextManager[None]:
     """Blocks run as `mode` says; None is the active adapter, as configured."""
-    return _having(layers, "mode", mode)
+    return having(layers, "mode", mode)
 
 
 def watching(layers: Sequence[NPTLayer], see: BlockObserver | None) -> AbstractContextManager[None]:
     """Hands h, a and y of every pass through a block's own forward to `see(layer, record)`; None: nobody watches."""
-    return _having([layer.hooks.thread.now for layer in layers], "on_block", see)
+    return having([layer.hooks.thread.now for layer in layers], "on_block", see)
 
 
 def watching_deltas(layers: Sequence[NPTLayer], see: DeltaObserver | None) -> AbstractContextManager[None]:
     """Hands the weight deltas of every pass to `see(layer, {projection: delta})`, gate and up before down."""
-    return _having([layer.hooks.thread.now for layer in layers], "on_deltas", see)
+    return having([layer.hooks.thread.now for layer in layers], "on_deltas", see)
 
 
 @contextmanager
-def _having(owners: Sequence[object], name: str, value: object) -> Iterator[None]:
+def having(owners: Sequence[object], name: str, value: object) -> Iterator[None]:
     """An attribute of all owners has a value, and afterwards each its own again."""
     before = [getattr(owner, name) for owner in owners]
     try:

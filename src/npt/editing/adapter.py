@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from npt.block.modes import having
 from npt.block.probing import execution_device
 from npt.common.precision import cast, wide_dtype
 from npt.editing.solve import Factors
@@ -84,29 +85,14 @@ class DownAdapter:
         added = nn.functional.linear(nn.functional.linear(cast(args[0], right.dtype), right), left)
         return output + cast(added, output.dtype).view_as(output)
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
+    def off(self) -> AbstractContextManager[None]:
         """The base alone within a `with` block."""
-        before, self.on = self.on, False
-        try:
-            yield
-        finally:
-            self.on = before
+        return having([self], "on", False)
 
-    @contextmanager
-    def trying(self, add: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def trying(self, add: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
         """Adds `add(x)` of the projection's input x instead of the edits."""
-        before, self._trial = self._trial, add
-        try:
-            yield
-        finally:
-            self._trial = before
+        return having([self], "_trial", add)
 
-    @contextmanager
-    def watching(self, see: Callable[[Tensor], None]) -> Iterator[None]:
+    def watching(self, see: Callable[[Tensor], None]) -> AbstractContextManager[None]:
         """Shows the projection's input of every forward."""
-        before, self._see = self._see, see
-        try:
-            yield
-        finally:
-            self._see = before
+        return having([self], "_see", see)
