@@ -66,9 +66,9 @@ def previewed(bench: Bench, text: str, new_tokens: int) -> Preview:
 
 
 def divergences(base: Tensor, edited: Tensor) -> Tensor:
-    """KL(base || edited) in nats of logits (tokens, vocabulary), (tokens,) in float64."""
-    one, other = (logits.cpu().double().log_softmax(-1) for logits in (base, edited))
-    return (one.exp() * (one - other)).sum(-1).clamp_min(0)
+    """KL(base || edited) in nats of logits (tokens, vocabulary), (tokens,): sums in float64 of terms in float32 or wider."""
+    one, other = (wide(logits).log_softmax(-1) for logits in (base, edited.to(base.device)))
+    return (one.exp() * (one - other)).sum(-1, dtype=torch.float64).clamp_min(0).cpu()
 
 
 @torch.no_grad()
