@@ -239,7 +239,8 @@ def newton(problem: Problem) -> Found:
 def optimised(problem: Problem) -> Found:
     """ROME's v*, tried as it will be written: at every token, by its share of the key."""
     request, prompts = problem.request, problem.bench.prompts
-    essence = [] if request.subject is None else [prompts.place(f"{request.subject} is a", None)]
+    weighed = request.subject is not None and problem.settings.essence > 0
+    essence = [prompts.place(f"{request.subject} is a", None)] if weighed else []
     value, passes = descend(problem, Trial(problem, problem.targets(), essence))
     return Found(problem.pairs(problem.key[:, None], value[:, None]), passes)
 

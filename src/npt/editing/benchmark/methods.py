@@ -194,7 +194,7 @@ class Method:
 
     def _searched(self, bench: Bench, request: Request, settings: Settings, length: float | None) -> tuple[Tensor, int]:
         extra = []
-        if request.subject is not None:
+        if request.subject is not None and settings.essence > 0:
             extra = [bench.prompts.place(f"{request.subject} is a", request.subject, first=True)]
         problem = _problem(bench, request, settings)
         places = self.places(bench, request)[: len(self._contexts_of_values())]
