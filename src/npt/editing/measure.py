@@ -67,8 +67,17 @@ def previewed(bench: Bench, text: str, new_tokens: int) -> Preview:
 
 def divergences(base: Tensor, edited: Tensor) -> Tensor:
     """KL(base || edited) in nats of logits (tokens, vocabulary), (tokens,) in float64."""
-    one, other = (logits.cpu().double().log_softmax(-1) for logits in (base, edited))
-    return (one.exp() * (one - other)).sum(-1).clamp_min(0)
+    return apart(likelihoods(base), likelihoods(edited))
+
+
+def likelihoods(logits: Tensor) -> Tensor:
+    """Log-likelihoods (tokens, vocabulary) in float64 on the CPU."""
+    return logits.cpu().double().log_softmax(-1)
+
+
+def apart(base: Tensor, edited: Tensor) -> Tensor:
+    """KL(base || edited) in nats of log-likelihoods (tokens, vocabulary), (tokens,)."""
+    return (base.exp() * (base - edited)).sum(-1).clamp_min(0)
 
 
 @torch.no_grad()
