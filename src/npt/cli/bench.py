@@ -64,18 +64,25 @@ def editing(
     ] = None,
     tuned_on: Annotated[
         Path | None,
-        typer.Option("--tuned-on", help="Records that choices were made on; none may be in --records.", callback=place_of),
+        typer.Option(
+            "--tuned-on", help="Records that choices were made on; none may be in --records.", callback=place_of
+        ),
     ] = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="A folder that keeps statistics.", callback=place_of)
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="A JSON file of all figures, from which a second call goes on.", callback=place_of),
+        typer.Option(
+            "--output", help="A JSON file of all figures, from which a second call goes on.", callback=place_of
+        ),
     ] = None,
-    page: Annotated[Path | None, typer.Option("--page", help="An HTML file: table, plot, texts.", callback=place_of)] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="An HTML file: table, plot, texts.", callback=place_of)
+    ] = None,
     from_: Annotated[
-        list[Path] | None, typer.Option("--from", help="Files of --output, joined; measures nothing.", callback=place_of)
+        list[Path] | None,
+        typer.Option("--from", help="Files of --output, joined; measures nothing.", callback=place_of),
     ] = None,
     set_: Set = None,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -108,7 +109,8 @@ class Bench:
             "--option": list(self.options), "--text": None if self.text is None else self.text.name,
             "--with": sorted(set(self.extras)), "--tuned-on": None if self.tuned_on is None else self.tuned_on.name,
         }  # fmt: skip
-        contents = {"the records' content": names_of([records]), "the text's content": text and digest_of([[*text.encode()]])}
+        digest = None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
+        contents = {"the records' content": names_of([records]), "the text's content": digest}
         return found | contents
 
 
@@ -136,6 +138,8 @@ def measure_editing(bench: Bench) -> Kept:
     """
     bench.check()
     records = read_records(bench.records)[: bench.limit]
+    for size in bench.batches:
+        _check_size(size, len(records))
     if bench.tuned_on is not None:
         check_apart(records, bench.records, read_records(bench.tuned_on), bench.tuned_on)
     text = None if bench.text is None else _running_text(bench.text)
@@ -172,7 +176,7 @@ class Measuring:
         self.plan = self._plan()
         self.kept = Kept(about(material.model, bench.model, text), dict(arguments), self._rows())
         if before is not None:
-            self._take(before)
+            self._check_same(before)
         self.setup = self._setup()
         self.options = options_of(bench.options)
         self.methods: dict[str, Method] = {name: self._made(name) for name in bench.names()}
@@ -180,6 +184,8 @@ class Measuring:
         self.asker = Asker(material.model, material.tokenizer, text, lowest)
         self.extras = Extras(bench.extras)
         self._saved = time.monotonic()
+        if before is not None:
+            self._take(before)
 
     def run(self) -> Kept:
         """Measures what is not measured yet."""
@@ -216,11 +222,13 @@ class Measuring:
         """{batch size: its batches}; single edits are always all records, one after the other."""
         bench = self.bench
         sizes = list(dict.fromkeys(bench.batches)) or [len(self.records) if bench.sequential else 1]
+        numbers = {id(record): number for number, record in enumerate(self.material.records, 1)}
         plan = {}
         for size in sizes:
+            _check_size(size, len(self.records))
             plan[size] = batches_of(self.records, size, bench.draws if size > 1 else None)
             for part in plan[size] if size > 1 else ():
-                check_together([r.request for r in part], [f"--batch {size}: {r.request.prompt!r}" for r in part])
+                check_together([r.request for r in part], [f"--records record {numbers[id(r)]}" for r in part])
         return plan
 
     def _rows(self) -> list[Row]:
@@ -230,22 +238,22 @@ class Measuring:
             for name in self.bench.names()
         ]
 
-    def _take(self, before: Kept) -> None:
-        """Takes over what is measured already; a method that carries its past along begins each row anew."""
+    def _check_same(self, before: Kept) -> None:
         for name in ("base_fingerprint", "text"):
             if before.about.get(name) != self.kept.about[name]:
                 what = "another base" if name == "base_fingerprint" else "other running text"
                 raise NPTError(f"--output {self.bench.output}: is of {what}; name another file")
+
+    def _take(self, before: Kept) -> None:
+        """Takes over what is measured already; a method that carries its past along begins a half-done row anew."""
         there = {(row.method, row.batch): row for row in before.rows}
         for number, row in enumerate(self.kept.rows):
             old = there.get((row.method, row.batch))
-            if old is not None and (old.asked, old.sizes) == (row.asked, row.sizes) and self._goes_on(old):
+            if old is None or (old.asked, old.sizes) != (row.asked, row.sizes):
+                continue
+            if old.done == len(old.sizes) or not self.methods[row.method].carries:
                 self.kept.rows[number] = old
         self.kept.about = before.about
-
-    def _goes_on(self, row: Row) -> bool:
-        carries = getattr(METHODS[row.method].make, "carries", False)
-        return row.done == len(row.sizes) or not carries
 
     def _setup(self) -> Setup:
         bench, material = self.bench, self.material
@@ -255,6 +263,11 @@ class Measuring:
         last = tuple(bench.layers) or choose_layer(source, [self.records[0].request])
         layers = tuple(range(max(0, last - SPREAD + 1), last + 1)) if isinstance(last, int) else last
         return Setup(material.model, material.tokenizer, source, layers)
+
+
+def _check_size(size: int, records: int) -> None:
+    if size > records:
+        raise NPTError(f"--batch {size}: more than the {records} records there are; use a smaller batch")
 
 
 def _begun(path: Path, arguments: Mapping[str, Any]) -> Kept | None:
@@ -334,5 +347,3 @@ def joined_figures(paths: Sequence[Path]) -> Kept:
     if len({path.resolve() for path in paths}) < len(paths):
         raise NPTError("--from: names a file twice; name each once")
     return joined({path: read_kept(path, "--from") for path in paths})
-
-

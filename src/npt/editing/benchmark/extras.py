@@ -1,6 +1,6 @@
 """Figures that cost more: how varied the text is that an edited model writes, and what it still learns from a prompt.
 
-fluency   mean of the weighted 2- and 3-gram entropies, in bits, of 40 tokens behind a paraphrase; low where text repeats itself
+fluency   weighted 2- and 3-gram entropies, in bits, of 40 tokens behind a paraphrase; low where text repeats itself
 skill     share right on prompts of random tokens: a list begun again, and a table of pairs asked in another order
 """
 

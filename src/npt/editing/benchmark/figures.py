@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -101,7 +101,7 @@ def measured(
     extras: Extras | None = None,
     first: int = 0,
     wrong: int = 0,
-) -> Iterator[Measured]:
+) -> Generator[Measured, None, None]:
     """Measures batch after batch: its records are written, then all are asked, then they are taken back.
 
     Args:
@@ -115,9 +115,7 @@ def measured(
     with progress_bar(label, sum(sizes), progress, unit="records", done=sum(sizes[:first])) as advance:
         for group in range(first, len(batches)):
             limits = max(0, SHOWN - sum(sizes[:group])), WRONG - wrong
-            found = _of_batch(
-                method, asker, batches[group], group, sequential, extras or Extras(), limits, advance
-            )
+            found = _of_batch(method, asker, batches[group], group, sequential, extras or Extras(), limits, advance)
             wrong += sum(not example.right for example in found.examples)
             yield found
 

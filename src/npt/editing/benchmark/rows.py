@@ -132,7 +132,9 @@ class _Row(_Strict):
         for names, found in ((OF_RECORD, self.records), (OF_BATCH, self.batches)):
             if set(found) != set(names):
                 odd = sorted(set(names) ^ set(found))[0]
-                raise ValueError(f"the figures lack {odd}" if odd in names else f"no figure is named {one_line(odd, 40)}")
+                raise ValueError(
+                    f"the figures lack {odd}" if odd in names else f"no figure is named {one_line(odd, 40)}"
+                )
             for name, values in found.items():
                 if None in values and name not in _OPTIONAL:
                     raise ValueError(f"{name} has a record without a figure")
@@ -170,7 +172,11 @@ def write_kept(path: Path, kept: Kept) -> None:
     Raises:
         RunError: the disk is full or gone; the old file is as it was.
     """
-    lines = [f'{{"format_version": {FORMAT},', f'"about": {_line(kept.about)},', f'"arguments": {_line(kept.arguments)},']
+    lines = [
+        f'{{"format_version": {FORMAT},',
+        f'"about": {_line(kept.about)},',
+        f'"arguments": {_line(kept.arguments)},',
+    ]
     rows = []
     for row in kept.rows:
         own = {name: getattr(row, name) for name in ("method", "batch", "sequential", "sizes", "asked")}
@@ -211,7 +217,9 @@ def read_kept(path: Path, option: str) -> Kept:
             raise DataError(f"{option} {path}: format_version={version} was written by a newer npt; upgrade npt")
         file = _File.model_validate(found)
     except OSError as error:
-        raise DataError(f"{option} {path}: can't be read ({error.strerror or error}); name a file of --output") from error
+        raise DataError(
+            f"{option} {path}: can't be read ({error.strerror or error}); name a file of --output"
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -274,5 +282,3 @@ def joined(files: Mapping[Path, Kept]) -> Kept:
             labels.add((row.method, row.batch, row.sequential))
             rows.append(row)
     return Kept(whole.about, whole.arguments, rows)
-
-
