@@ -255,7 +255,8 @@ def test_texts_are_kept_of_the_first_records_and_of_what_came_out_wrong(
     batches = [[base_record(asker)], [base_record(asker)], [RECORD]]
     found = list(measured(Said(setup, 0.0), asker, batches, progress=False))
     assert kinds(found) == [("prompt", True), ("paraphrase", True), ("neighbour", True), ("prompt", False)]
-    assert found[0].examples[0].before == found[0].examples[0].after != ""
+    prompt = found[0].examples[0]
+    assert prompt.before == prompt.after == asker.tokenizer.decode(asker.said(prompt.prompt)).strip() != ""
     found = list(measured(Said(setup, 5.0), asker, [[RECORD]] * 2, progress=False, wrong=2))
     assert [not right for _, right in kinds(found)] == [True] * 3  # of the second record none is left to show
 

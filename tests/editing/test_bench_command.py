@@ -26,7 +26,8 @@ RECORDS = [FLAT, *({**FLAT, "prompt": f"the {thing} of Ada is"} for thing in ("w
 
 @pytest.fixture(autouse=True)
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder and cache of its own, and no baselines left in the registry."""
+    """A folder and cache of its own, few words to write, and no baselines left in the registry."""
+    monkeypatch.setattr("npt.editing.benchmark.asking.WRITTEN", 2)
     monkeypatch.setenv("NPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.json").write_text(json.dumps(RECORDS))

@@ -57,6 +57,7 @@ class Asker:
         self.prompts = Prompts(tokenizer, self.base.config, vocabulary_size(self.base))
         self.blocks = list(blocks_of(self.base))
         self._said: dict[str, tuple[int, ...]] = {}
+        self._first_words: dict[str, str] = {}
         self._below: dict[tuple[tuple[int, ...], ...], Recording] = {}
 
     # -- what is written ---------------------------------------------------------------------------------------------------
@@ -91,7 +92,18 @@ class Asker:
 
     def first_words(self, text: str) -> str:
         """The first sentence that the model writes behind a text, or its beginning."""
-        return first_sentence(written(self.base, self.tokenizer, text, WRITTEN + 4))
+
+        def ended(said: str) -> bool:
+            return len(first_sentence(said)) < len(said.strip())
+
+        return first_sentence(written(self.base, self.tokenizer, text, WRITTEN, ended))
+
+    def first_words_of_base(self, method: Method, prompt: str) -> str:
+        """The same of the base, remembered."""
+        if prompt not in self._first_words:
+            with method.disabled():
+                self._first_words[prompt] = self.first_words(prompt)
+        return self._first_words[prompt]
 
     # -- what is the likeliest ---------------------------------------------------------------------------------------------
 

@@ -219,8 +219,7 @@ def _examples(
         # A paraphrase or neighbour among several is shown as wrong only where all of them are.
         failed = wrong and {"prompt": outcome.efficacy, "neighbour": outcome.locality}.get(kind) == 0
         if shown or failed:
-            with method.disabled():
-                before = asker.first_words(prompt)
+            before = asker.first_words_of_base(method, prompt)
             after = asker.first_words(method.text(prompt))
             holds = before == after if kind == "neighbour" else right[kind]
             yield Example(kind, prompt, record.request.target, one_line(before), one_line(after), holds and not failed)
