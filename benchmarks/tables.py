@@ -165,3 +165,18 @@ def command_table(kept: Mapping[str, Mapping[str, float]]) -> str:
         cells = (f"{f[name]:.2f} s ({f[name] / f[REFERENCE]:.1f})" if name in f else "none" for f in kept.values())
         rows.append([f"`{name}`", *cells])
     return markdown(["CPU time (times the first row)", *kept], rows)
+
+
+def cost_table(kept: Mapping[str, Mapping[str, Any]]) -> str:
+    """An edit's cost beside a forward of the frozen base, for each model of benchmarks/results/editing-cost.json."""
+    head = ["model", "block", "edit: operations", "edit: seconds", "passes", "statistics: seconds", "solve of 1,000 edits"]
+    rows = [
+        [
+            f"`{name}`", str(found["layer"]),
+            f"{found['edit']['products']:.1f} ± {found['edit']['products_standard_error']:.1f} forwards",
+            f"{found['edit']['seconds']:.1f} forwards", f"{found['edit']['passes']:.1f}",
+            f"{found['statistics']['seconds']:.2f} forwards", f"{found['solve']['seconds']:.2f} s",
+        ]
+        for name, found in kept.items()
+    ]  # fmt: skip
+    return markdown(head, rows)

@@ -32,6 +32,28 @@ class _ReachedError(Exception):
     """Ends a forward at the module that it was asked for."""
 
 
+@contextmanager
+def ending_at(model: nn.Module, module: nn.Module | None) -> Iterator[None]:
+    """Forwards within a `with` block end behind a module, which ends the block too; None changes nothing.
+
+    A model whose weights accelerate moves in and out around each module runs to its end.
+    """
+    if module is None or any(hasattr(part, "_hf_hook") for part in model.modules()):
+        yield
+        return
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        raise _ReachedError
+
+    handle = module.register_forward_hook(end)
+    try:
+        yield
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
+
+
 @torch.no_grad()
 def record(
     model: Any, blocks: Sequence[nn.Module], first: int, batch: Mapping[str, Tensor], until: nn.Module | None = None
@@ -49,26 +71,15 @@ def record(
         hidden[:] = [first_tensor(output)]
         rests.append(output[1:] if isinstance(output, tuple) else None)
 
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        raise _ReachedError
-
     logits: Tensor | None = None
     handles = [block.register_forward_hook(keep) for block in blocks[:first]]
-    if until is not None and not offloaded(model):
-        handles.append(until.register_forward_hook(end))
     try:
-        logits = model(**batch, use_cache=False).logits
-    except _ReachedError:
-        pass
+        with ending_at(model, until):
+            logits = model(**batch, use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()
     return Recording(batch, hidden[0] if hidden else None, tuple(rests), logits)
-
-
-def offloaded(model: nn.Module) -> bool:
-    """True where accelerate moves weights in and out around each module; such a forward has to run to its end."""
-    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def run_again(model: Any, blocks: Sequence[nn.Module], recording: Recording, positions: Tensor | None = None) -> Tensor:

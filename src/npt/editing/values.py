@@ -28,6 +28,8 @@ from npt.errors import NPTError, RunError
 _NEAR = 0.05
 #: Nats by which the end of the target's last word shall lead a longer word.
 _WORD_END = 2.0
+#: Settings that are whole numbers, and the least one.
+_LEAST = {"steps": 1, "contexts": 0}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Settings:
 
     margin: nats by which every token of the target shall lead the log-sum-exp of all others. steps: the most passes.
     decay: share of the value given up in each Newton step. clamp: the value's length, at most, in lengths of the projection's
-    own output at that token. terminator: text that shall follow the target; None for whatever does. rate, weight_decay and
+    own output at that token. terminator: text that shall follow the target; None for whatever does. contexts:
+    short texts of the base behind which the target shall follow too, beside bare prompts. rate, weight_decay and
     essence: of `optimised`, as ROME names them (Adam's step, the value's own length, KL of "SUBJECT is a"). alpha: of `naive`.
     """
 
@@ -45,6 +48,7 @@ class Settings:
     decay: float = 0.05
     clamp: float = 8.0
     terminator: str | None = None
+    contexts: int = 0
     rate: float = 0.5
     weight_decay: float = 0.5
     essence: float = 0.0625
@@ -63,7 +67,8 @@ class Found:
 class Problem:
     """One edit alone.
 
-    key: (f,), the subject's. fixed: (f, m), keys that get no value. metric: M.
+    key: (f,), the subject's. fixed: (f, m), keys that get no value. metric: M. prefixes: nothing, and short texts of the
+    base.
     """
 
     bench: Bench
@@ -72,11 +77,15 @@ class Problem:
     metric: Metric
     key: Tensor
     fixed: Tensor
+    prefixes: tuple[str, ...] = ("",)
 
     def targets(self) -> list[Target]:
-        """Prompt and paraphrases, each with the target and its terminator behind it."""
-        terminator = self.settings.terminator
-        return [self.bench.prompts.target(prompt, self.request.target, terminator) for prompt in self.request.prompts]
+        """Prompt and paraphrases, each with the target and its terminator behind it; bare first, then behind prefixes."""
+        settings, target = self.settings, self.bench.prompts.target
+        texts = [
+            prefix + prompt for prefix in self.prefixes[: 1 + settings.contexts] for prompt in self.request.prompts
+        ]
+        return [target(text, self.request.target, settings.terminator) for text in texts]
 
     def pairs(self, keys: Tensor, values: Tensor) -> Pairs:
         """Keys (f, n) with values (d, n), and the fixed keys with none."""
@@ -338,9 +347,9 @@ def settings_of(name: str, given: dict[str, Any]) -> Settings:
         if key == "terminator":
             if not (value is None or (isinstance(value, str) and value)):
                 raise NPTError(f"terminator={value!r}: use text, or None for whatever follows")
-        elif key == "steps":
-            if type(value) is not int or value < 1:
-                raise NPTError(f"steps={value!r}: use a whole number from 1")
+        elif key in _LEAST:
+            if type(value) is not int or value < _LEAST[key]:
+                raise NPTError(f"{key}={value!r}: use a whole number from {_LEAST[key]}")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise NPTError(f"{key}={value!r}: use a number from 0")
     return replace(start, **given)

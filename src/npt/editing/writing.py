@@ -93,7 +93,9 @@ class Writer:
     def _find(self, request: Request) -> Found:
         prefixes = self.prefixes() if request.subject is not None else [""]
         key = self.bench.keys(self._places(request, prefixes)).mean(1)
-        bare = Problem(self.bench, request, self.settings, self.metric(), key, key.new_zeros(len(key), 0))
+        nothing = key.new_zeros(len(key), 0)
+        contexts = tuple(self.prefixes()) if self.settings.contexts else ("",)
+        bare = Problem(self.bench, request, self.settings, self.metric(), key, nothing, contexts)
         return STRATEGIES[self.values](replace(bare, fixed=self._fixed(bare)))
 
     def _places(self, request: Request, prefixes: Sequence[str]) -> list[Place]:

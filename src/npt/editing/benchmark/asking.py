@@ -183,7 +183,8 @@ class Asker:
                 for i, row in enumerate(part):
                     one, other = likelihoods(base[i, : len(row)]), likelihoods(edited[i, : len(row)])
                     kl += float(apart(one, other).sum())
-                    rise += float((one - other)[:-1].gather(-1, torch.tensor(row[1:], dtype=torch.long)[:, None]).sum())
+                    following = torch.tensor(row[1:], dtype=torch.long, device=one.device)[:, None]
+                    rise += float((one - other)[:-1].gather(-1, following).sum(dtype=torch.float64))
         return kl / sum(map(len, self.text)), rise / max(1, sum(len(row) - 1 for row in self.text))
 
 

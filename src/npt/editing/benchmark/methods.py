@@ -33,7 +33,8 @@ class Setup:
     """The model that every method edits, and the text that none shall disturb.
 
     layers: the blocks of methods that edit several, in order; the last one is that of methods that edit one. prefixes: how
-    many short texts of the base keys and values are averaged behind, beside nothing. epsilon: see `Metric`.
+    many short texts of the base keys are averaged behind, beside nothing. value_prefixes: the same for values that are
+    searched for; None for as many. epsilon: see `Metric`.
     """
 
     model: Any
@@ -41,6 +42,7 @@ class Setup:
     source: Source
     layers: tuple[int, ...]
     prefixes: int = PREFIXES
+    value_prefixes: int | None = None
     epsilon: float = EPSILON
     #: {(block, request, settings): (value, passes)} of `best_output` on the base, for methods that share it.
     known: dict[Any, tuple[Tensor, int]] = field(default_factory=dict)
@@ -176,8 +178,15 @@ class Method:
         return [bench.prompts.place(request.prompt, request.subject, prefix) for prefix in self.setup.contexts]
 
     def rows(self, bench: Bench, request: Request) -> list[Target]:
-        """The prompt with its target, bare first and behind every prefix."""
-        return [bench.prompts.target(prefix + request.prompt, request.target, None) for prefix in self.setup.contexts]
+        """The prompt with its target, bare first and behind the prefixes of values."""
+        return [
+            bench.prompts.target(prefix + request.prompt, request.target, None)
+            for prefix in self._contexts_of_values()
+        ]
+
+    def _contexts_of_values(self) -> list[str]:
+        count = self.setup.value_prefixes
+        return self.setup.contexts if count is None else self.setup.contexts[: count + 1]
 
     def mean_key(self, bench: Bench, request: Request) -> Tensor:
         """The mean of the keys at `places`, (f,)."""
@@ -189,7 +198,7 @@ class Method:
         Args:
             length: of what weight decay and clamp are relative to; None for that of the projection's own output.
         """
-        name = (bench.layer, request, settings, self.setup.prefixes, length)
+        name = (bench.layer, request, settings, len(self._contexts_of_values()), length)
         if len(self.deltas):  # the model is not the base any more
             value, passes = self._searched(bench, request, settings, length)
         else:
@@ -204,7 +213,8 @@ class Method:
         if request.subject is not None:
             extra = [bench.prompts.place(f"{request.subject} is a", request.subject, first=True)]
         problem = _problem(bench, request, settings)
-        only = [place.position for place in (*self.places(bench, request), *extra)]
+        places = self.places(bench, request)[: len(self._contexts_of_values())]
+        only = [place.position for place in (*places, *extra)]
         trial = Trial(problem, self.rows(bench, request), extra, only)
         trial.length = trial.length if length is None else length
         return descend(problem, trial)
