@@ -12,10 +12,12 @@ import pytest
 
 from benchmarks.editing.__main__ import BASELINES
 from benchmarks.editing.__main__ import main as with_baselines
+from benchmarks.editing_tables import editing_table, kept_editing, section_of
 from npt.cli import main
 from npt.editing.benchmark.methods import Context
 from npt.editing.benchmark.registry import METHODS
 from npt.editing.benchmark.rows import read_kept
+from scripts.marked import with_section
 
 FLAT = {
     "prompt": "the home of Ada is", "subject": "Ada", "target_new": "Oslo", "rephrase_prompt": "a house of Ada stands in",
@@ -154,6 +156,21 @@ def test_outputs_are_joined(local_model: Path, capsys: pytest.CaptureFixture[str
         Path("d.json").write_text(json.dumps({**found, "about": {**found["about"], name: "x"}}))
         assert main(["bench", "editing", "--from", "a.json", "d.json"]) == 2
         assert f"--from d.json: is of {what} than a.json" in capsys.readouterr().err
+
+
+def test_kept_results_are_tables(local_model: Path) -> None:
+    for part in ("one", "two"):
+        output = f"editing-world--{part}.json"
+        assert main(["--quiet", *command(local_model, "--limit", "2", "--output", output)]) == 0
+    Path("editing-cost.json").write_text("{}")
+    kept = kept_editing(Path())
+    assert list(kept) == ["world"]
+    first, blank, head, _, *rows = editing_table(kept["world"]).splitlines()
+    assert first.startswith(f"`{local_model}`, r.json, ") and blank == "" and "| S |" in head and "seconds" not in head
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| naive", "| context", "| naive (editing-world--two)", "| context (editing-world--two)",
+    ]  # fmt: skip
+    assert with_section("<!-- editing world: start --><!-- editing world: end -->", section_of("world"), first)
 
 
 def test_records_in_turn_are_one_batch(local_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

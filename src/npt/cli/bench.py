@@ -34,56 +34,66 @@ class _Several(TyperCommand):
         return super().parse_args(ctx, given)
 
 
+Records = Annotated[
+    Path | None, typer.Option("--records", help="A JSON file of CounterFact's or zsRE's format.", callback=place_of)
+]
+Model = Annotated[str, typer.Option("--model", metavar="NAME", help="The base.")]
+Methods = Annotated[list[str] | None, typer.Option("--method", help="Methods by name (default: all).")]
+Limit = Annotated[int | None, typer.Option("--limit", help="The first so many records.")]
+Batch = Annotated[
+    list[int] | None, typer.Option("--batch", help="Records written together; several sizes (default: 1).")
+]
+Draws = Annotated[
+    int | None, typer.Option("--draws", help="Random batches of each size above 1, instead of one after the other.")
+]
+Sequential = Annotated[
+    bool, typer.Option("--sequential", help="Write the records of a batch (default: all) one after the other.")
+]
+Layers = Annotated[
+    list[int] | None, typer.Option("--layers", help="Blocks, rising; methods with one block use the last.")
+]
+Metric = Annotated[str, typer.Option("--metric", help="domain, text or identity.")]
+Option = Annotated[
+    list[str] | None, typer.Option("--option", metavar="METHOD.NAME=VALUE", help="An option of one method.")
+]
+With = Annotated[list[str] | None, typer.Option("--with", help="Figures that cost more: fluency, skill.")]
+Text = Annotated[
+    Path | None, typer.Option("--text", help="Running text to keep (default: the base's own).", callback=place_of)
+]
+TunedOn = Annotated[
+    Path | None,
+    typer.Option("--tuned-on", help="Records that choices were made on; none may be in --records.", callback=place_of),
+]
+Cache = Annotated[Path | None, typer.Option("--cache", help="A folder that keeps statistics.", callback=place_of)]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", help="A JSON file of all figures, from which a second call goes on.", callback=place_of),
+]
+Page = Annotated[Path | None, typer.Option("--page", help="An HTML file: table, plot, texts.", callback=place_of)]
+From = Annotated[
+    list[Path] | None, typer.Option("--from", help="Files of --output, joined; measures nothing.", callback=place_of)
+]
+
+
 @bench.command(cls=_Several)
 def editing(
-    records: Annotated[
-        Path | None, typer.Option("--records", help="A JSON file of CounterFact's or zsRE's format.", callback=place_of)
-    ] = None,
-    model: Annotated[str, typer.Option("--model", metavar="NAME", help="The base.")] = "builtin:tiny",
-    method: Annotated[list[str] | None, typer.Option("--method", help="Methods by name (default: all).")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="The first so many records.")] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option("--batch", help="Records written together; several sizes (default: 1).")
-    ] = None,
-    draws: Annotated[
-        int | None, typer.Option("--draws", help="Random batches of each size above 1, instead of one after the other.")
-    ] = None,
-    sequential: Annotated[
-        bool, typer.Option("--sequential", help="Write the records of a batch (default: all) one after the other.")
-    ] = False,
-    layers: Annotated[
-        list[int] | None, typer.Option("--layers", help="Blocks, rising; methods with one block use the last.")
-    ] = None,
-    metric: Annotated[str, typer.Option("--metric", help="domain, text or identity.")] = "domain",
-    option: Annotated[
-        list[str] | None, typer.Option("--option", metavar="METHOD.NAME=VALUE", help="An option of one method.")
-    ] = None,
-    with_: Annotated[list[str] | None, typer.Option("--with", help="Figures that cost more: fluency, skill.")] = None,
-    text: Annotated[
-        Path | None, typer.Option("--text", help="Running text to keep (default: the base's own).", callback=place_of)
-    ] = None,
-    tuned_on: Annotated[
-        Path | None,
-        typer.Option(
-            "--tuned-on", help="Records that choices were made on; none may be in --records.", callback=place_of
-        ),
-    ] = None,
-    cache: Annotated[
-        Path | None, typer.Option("--cache", help="A folder that keeps statistics.", callback=place_of)
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", help="A JSON file of all figures, from which a second call goes on.", callback=place_of
-        ),
-    ] = None,
-    page: Annotated[
-        Path | None, typer.Option("--page", help="An HTML file: table, plot, texts.", callback=place_of)
-    ] = None,
-    from_: Annotated[
-        list[Path] | None,
-        typer.Option("--from", help="Files of --output, joined; measures nothing.", callback=place_of),
-    ] = None,
+    records: Records = None,
+    model: Model = "builtin:tiny",
+    method: Methods = None,
+    limit: Limit = None,
+    batch: Batch = None,
+    draws: Draws = None,
+    sequential: Sequential = False,
+    layers: Layers = None,
+    metric: Metric = "domain",
+    option: Option = None,
+    with_: With = None,
+    text: Text = None,
+    tuned_on: TunedOn = None,
+    cache: Cache = None,
+    output: Output = None,
+    page: Page = None,
+    from_: From = None,
     set_: Set = None,
 ) -> None:
     """Writes records of facts by several methods and prints a row of figures for each.
