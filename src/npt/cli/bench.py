@@ -77,6 +77,7 @@ From = Annotated[
 
 @bench.command(cls=_Several)
 def editing(
+    ctx: typer.Context,
     records: Records = None,
     model: Model = "builtin:tiny",
     method: Methods = None,
@@ -108,10 +109,7 @@ def editing(
     if page is not None:
         check_file("--page", page, ".html")
     if from_:
-        given = {"--records": records, "--output": output, "--method": method, "--batch": batch, "--tuned-on": tuned_on}
-        for name, value in given.items():
-            if value:
-                raise NPTError(f"--from: goes without {name}; its figures are measured already")
+        _only_shows(ctx)
         kept = editing_bench.joined_figures(from_)
     elif records is None:
         raise NPTError("npt bench editing: give --records FILE to measure, or --from FILE to show what was kept")
@@ -127,3 +125,15 @@ def editing(
         from npt.editing.benchmark.page import write_page
 
         say(f"page: {write_page(kept, page)}")
+
+
+def _only_shows(ctx: typer.Context) -> None:
+    """Checks that --from stands beside --page alone.
+
+    Raises:
+        NPTError: names another option.
+    """
+    for param in ctx.command.params:
+        source = ctx.get_parameter_source(str(param.name))
+        if param.name not in ("from_", "page") and source is not None and source.name == "COMMANDLINE":
+            raise NPTError(f"--from: goes without {param.opts[0]}; its figures are measured already")

@@ -95,6 +95,10 @@ class Bench:
                     raise NPTError(f"{option} {value}: use a whole number from 1")
         if self.draws is not None and not any(size > 1 for size in self.batches):
             raise NPTError(f"--draws {self.draws}: draws batches of more than one record; give their size with --batch")
+        if self.sequential and self.batches and max(self.batches) == 1:
+            raise NPTError(
+                "--sequential: a batch of 1 has no order; leave --batch out for all records, or give a larger size"
+            )
         if list(self.layers) != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
             raise NPTError(f"--layers {' '.join(map(str, self.layers))}: use block indices from 0, each once, rising")
         if self.output is not None:
@@ -116,7 +120,7 @@ class Bench:
 
 @dataclass
 class Material:
-    """What is edited and what is asked, from a file or from a world of its own.
+    """A base, the records that are written into it and the text beside them: from a file, or from a world of its own.
 
     text: token ids of running text; None for text of the base's own. statistics, domain: as `EditStore` takes them.
     """
@@ -149,10 +153,14 @@ def measure_editing(bench: Bench) -> Kept:
         if before is not None and before.rows and all(row.done == len(row.sizes) for row in before.rows):
             logger.info("%s: holds every figure already", bench.output)
             return before
-        config = config_for(Options(bench.model, bench.overrides), None)
-        model, tokenizer = load_base(config.model, config.optimization, config.paths.cache_dir)
-        rows = None if text is None else token_rows(tokenizer, [text], "--text")
-        return Measuring(bench, Material(model, tokenizer, records, rows), arguments, before).run()
+        return Measuring(bench, material_of(bench, records, text), arguments, before).run()
+
+
+def material_of(bench: Bench, records: list[Record], text: str | None) -> Material:
+    """The base that is named, and the records of a file."""
+    config = config_for(Options(bench.model, bench.overrides), None)
+    model, tokenizer = load_base(config.model, config.optimization, config.paths.cache_dir)
+    return Material(model, tokenizer, records, None if text is None else token_rows(tokenizer, [text], "--text"))
 
 
 class Measuring:
