@@ -189,6 +189,8 @@ class UltraEdit(Method):
         ridge: beside H H^T.
     """
 
+    carries = True
+
     def __init__(self, setup: Setup, rate: float = 1e-3, ridge: float = 1.0):
         super().__init__(setup)
         self.rate, self.ridge = rate, ridge

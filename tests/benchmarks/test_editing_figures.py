@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from benchmarks.editing.__main__ import kept_records, main, options_of
 from npt import load_base
 from npt.editing.benchmark.asking import Asker, first_sentence
 from npt.editing.benchmark.figures import (
+    FIGURES,
+    Measured,
     Outcome,
     ahead,
     batches_of,
     gap,
     harmonic,
+    largest_kl,
     mean_of,
     measure,
+    measured,
+    perplexity,
     score,
-    table,
     with_error,
 )
-from npt.editing.benchmark.methods import Method, Setup
-from npt.editing.benchmark.records import Neighbour, Record, read_records, record_of
+from npt.editing.benchmark.methods import Method, Setup, Store
+from npt.editing.benchmark.records import Neighbour, Record, check_apart, read_records, record_of
+from npt.editing.benchmark.registry import options_of
+from npt.editing.benchmark.rows import LESS, Row, table
 from npt.editing.measure import mean_kl
 from npt.editing.metrics import Source
 from npt.editing.requests import Request
 from npt.editing.solve import Factors
 from npt.errors import DataError, NPTError
+from npt.runs.editing_bench import kept_records
 from tests.helpers import random_base, spelling_tokenizer
 
 FLAT = {
@@ -58,7 +65,10 @@ RECORD = Record(
     ("In the park, Tim met a",),
     (Neighbour("One day, Sara saw a big", "box"),),
 )
-OUTCOME = Outcome(0, 1.0, 0.5, 1.0, None, 1.0, 0.1, 2.0, 3.0)
+OUTCOME = Outcome(
+    group=0, efficacy=1.0, paraphrase=0.5, locality=1.0, ordering=None, forced=0.9, forced_all=1.0, fluency=None,
+    fluency_change=None, kl=0.1, rise=0.0, skill=None, skill_change=None, seconds=2.0, passes=3.0, bytes=4.0,
+)  # fmt: skip
 
 
 # -- records ---------------------------------------------------------------------------------------------------------------
@@ -132,13 +142,26 @@ def test_a_paired_difference_knows_what_two_methods_have_in_common() -> None:
         ahead(one, other[:2])
 
 
+def test_a_largest_value_has_no_error_and_a_ratio_is_of_geometric_means() -> None:
+    found = [replace(OUTCOME, group=g, kl=kl, rise=rise) for g, kl, rise in ((0, 0.1, 0.2), (1, 0.4, 0.0))]
+    assert largest_kl(found) == 0.4 and math.isnan(with_error(found, largest_kl)[1])
+    assert perplexity(found) == pytest.approx(math.exp(0.1)) and with_error(found, perplexity)[1] > 0
+    assert FIGURES["forced"](found) == pytest.approx(0.9) and FIGURES["forced all"](found) == 1
+
+
+def row(method: str, outcomes: Sequence[Outcome], batch: int = 1) -> Row:
+    return Row(method, batch, False, [1] * len(outcomes), "", list(outcomes))
+
+
 def test_a_table_has_a_row_for_each_method_and_leaves_out_what_is_not_known() -> None:
     two = [OUTCOME, replace(OUTCOME, group=1)]
-    lines = table({"one": [OUTCOME, replace(OUTCOME, group=1, efficacy=0.0)], "two": two}).splitlines()
-    assert lines[0].startswith("| method | records | efficacy | paraphrase | locality | ordering | S |")
-    assert lines[2].startswith("| one | 2 | 0.5 ± 0.5 | 0.5 ± 0 | 1 ± 0 | - |") and lines[2].endswith("| 0 ± 0 |")
-    assert lines[3].startswith("| two | 2 | 1 ± 0 | 0.5 ± 0 |") and lines[3].endswith("| 0.15 ± 0.38 |")
-    assert table({"one": [OUTCOME]}).splitlines()[2].startswith("| one | 1 | 1 | 0.5 | 1 | - |")
+    one = row("one", [OUTCOME, replace(OUTCOME, group=1, efficacy=0.0)])
+    lines = table([one, row("two", two), row("three", [OUTCOME], 8)]).splitlines()
+    assert lines[0].startswith("| method | batch | records | efficacy | paraphrase | locality | S |")
+    assert "ordering" not in lines[0] and "skill" not in lines[0] and lines[0].endswith(f"| {LESS} |")
+    assert lines[2].startswith("| one | 1 | 2 | 0.5 ± 0.5 | 0.5 ± 0 | 1 ± 0 | ") and lines[2].endswith("| - |")
+    assert lines[3].startswith("| two | 1 | 2 | 1 ± 0 | 0.5 ± 0 |") and lines[3].endswith("| 0.15 ± 0.38 |")
+    assert lines[4].startswith("| three | 8 | 1 | 1 | 0.5 | 1 | ") and lines[4].endswith("| - |")
 
 
 # -- on a model ------------------------------------------------------------------------------------------------------------
@@ -213,24 +236,82 @@ def test_a_change_shows_in_locality_and_divergence_and_is_taken_back(setup: Setu
     assert torch.equal(logits(asker), before)
 
 
+def test_records_of_a_batch_can_be_written_in_turn_and_measuring_can_begin_later(setup: Setup, asker: Asker) -> None:
+    method = Said(setup, 0.0)
+    batches = batches_of([RECORD, RECORD, RECORD, RECORD], 2)
+    found = list(measured(method, asker, batches, progress=False, sequential=True, first=1))
+    assert method.calls == [1, 1] and [o.group for one in found for o in one.outcomes] == [1, 1]
+    assert {o.passes for o in found[0].outcomes} == {2}
+
+
+def test_texts_are_kept_of_the_first_records_and_of_what_came_out_wrong(
+    setup: Setup, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("npt.editing.benchmark.figures.SHOWN", 1)
+
+    def kinds(found: Sequence[Measured]) -> list[tuple[str, bool]]:
+        return [(example.kind, example.right) for one in found for example in one.examples]
+
+    batches = [[base_record(asker)], [base_record(asker)], [RECORD]]
+    found = list(measured(Said(setup, 0.0), asker, batches, progress=False))
+    assert kinds(found) == [("prompt", True), ("paraphrase", True), ("neighbour", True), ("prompt", False)]
+    prompt = found[0].examples[0]
+    assert prompt.before == prompt.after == asker.tokenizer.decode(asker.said(prompt.prompt)).strip() != ""
+    found = list(measured(Said(setup, 5.0), asker, [[RECORD]] * 2, progress=False, wrong=2))
+    assert [not right for _, right in kinds(found)] == [True] * 3  # of the second record none is left to show
+
+
+def test_bytes_are_those_of_the_saved_lora(setup: Setup, tmp_path: Path) -> None:
+    method = Store(setup, values="naive")
+    method.write_many([RECORD.request])
+    method._store.save(tmp_path / "store")
+    weights = load_file(tmp_path / "store" / "adapter_model.safetensors")
+    assert method.bytes == sum(4 * tensor.numel() for tensor in weights.values()) > 0
+    method.undo()
+    assert method.bytes == 0
+
+
+def test_development_records_are_not_reported() -> None:
+    other = replace(RECORD, request=replace(RECORD.request, prompt="One day, Tim had a"), case="CounterFact 3")
+    here, there = Path("test.json"), Path("dev.json")
+    check_apart([RECORD], here, [other], there)
+    with pytest.raises(DataError, match=r"record 2 \('One day, Tim saw a big'\) is record 1 of --tuned-on dev.json"):
+        check_apart([other, RECORD], here, [RECORD], there)
+    with pytest.raises(DataError, match="record 1 .* is record 2 of"):
+        check_apart([replace(RECORD, case="CounterFact 3")], here, [replace(other, case="zsRE 3"), other], there)
+    assert record_of({**FLAT, "case_id": 7}, "here").case == "CounterFact 7"
+
+
 def test_divergence_is_that_of_the_whole_text(setup: Setup, asker: Asker) -> None:
     method = Said(setup, 0.5)
     texts = ["Once upon a time, there was a dog.", "Tom ran."]
     with method.once():
-        found = asker.divergence(method)
+        kl, rise = asker.on_text(method)
         factors = method.deltas._factors[3]
     with method.at(3) as bench:
         bench.adapter.set(factors)
-        assert found == pytest.approx(mean_kl(bench, texts), rel=1e-4) and found > 1e-4
+        assert kl == pytest.approx(mean_kl(bench, texts), rel=1e-4) and kl > 1e-4
+        edited = losses(asker)
+    assert rise == pytest.approx(edited - losses(asker), rel=1e-3) and rise > 1e-4
+
+
+@torch.no_grad()
+def losses(asker: Asker) -> float:
+    """Mean negative log-likelihood of the asker's text, in nats a token."""
+    found = []
+    for ids in map(torch.tensor, asker.text):
+        likely = asker.base(ids[None]).logits[0, :-1].log_softmax(-1)
+        found += [-float(likely[i, token]) for i, token in enumerate(ids[1:])]
+    return fmean(found)
 
 
 def test_a_batch_that_fails_is_taken_back(setup: Setup, asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     method, before = Said(setup, 5.0), logits(asker)
 
-    def fail(self: Asker, method: Method) -> float:
+    def fail(self: Asker, method: Method) -> tuple[float, float]:
         raise NPTError("no")
 
-    monkeypatch.setattr(Asker, "divergence", fail)
+    monkeypatch.setattr(Asker, "on_text", fail)
     with pytest.raises(NPTError, match="no"):
         measure(method, asker, [[RECORD]], progress=False)
     assert torch.equal(logits(asker), before)
@@ -253,63 +334,27 @@ def test_a_sentence_ends_at_its_stop_or_line() -> None:
     assert first_sentence("no end") == "no end"
 
 
-def test_records_that_editors_refuse_are_left_out_aloud(capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_that_editors_refuse_are_left_out_aloud(caplog: pytest.LogCaptureFixture) -> None:
     asker = Asker(random_base("gpt2"), spelling_tokenizer(bos=False), [])
     first, other = (Record(Request("A is the name of", "B", subject), (), ()) for subject in ("A", "name"))
     assert kept_records([first, other], asker) == [other]
-    assert "record 1 is left out: 'A is the name of': the subject 'A' is the first token" in capsys.readouterr().err
+    assert "record 1 is left out: 'A is the name of': the subject 'A' is the first token" in caplog.text
     with pytest.raises(DataError, match="no record can be written"):
         kept_records([first], asker)
 
 
-# -- the command -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_command_prints_a_row_for_each_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records, text, output = tmp_path / "records.json", tmp_path / "text.txt", tmp_path / "out.json"
-    records.write_text(json.dumps([FLAT, {**FLAT, "target_new": "dog"}, FLAT]))
-    text.write_text("Tom had a ball. It was red.")
-    given = [
-        "--records",
-        str(records),
-        "--limit",
-        "2",
-        "--layers",
-        "2",
-        "3",
-        "--metric",
-        "identity",
-        "--text",
-        str(text),
-    ]
-    methods = ["--method", "ft-m", "--method", "context", "--option", "ft-m.rate=0.02", "--option", "ft-m.steps=40"]
-    assert main([*given, *methods, "--output", str(output)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| ft-m | 2 | 1 ± 0 |") and lines[3].startswith("| context | 2 | ")
-    kept = json.loads(output.read_text())
-    assert [row["efficacy"] for row in kept["ft-m"]] == [1, 1] and len(kept["context"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--option", "rome.clamp"], "METHOD.NAME=VALUE"),
-        (["--option", "none.clamp=3"], "METHOD.NAME=VALUE"),
-        (["--limit", "0"], "--limit 0"),
-        (["--text", "none.txt"], "--text none.txt"),
-    ],
-)
-def test_a_wrong_argument_is_one_line(
-    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records = tmp_path / "records.json"
-    records.write_text(json.dumps([FLAT]))
-    assert main(["--records", str(records), *given]) == 1
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1].startswith("error: ") and message in said[-1]
-
-
-def test_options_are_literals_or_text() -> None:
-    assert options_of(["rome.clamp=3", "newton.terminator=.", "locft.limit=None"]) == {
-        "rome": {"clamp": 3}, "newton": {"terminator": "."}, "locft": {"limit": None},
+def test_options_are_literals_or_text_and_known_to_their_method() -> None:
+    assert options_of(["newton.clamp=3", "newton.terminator=.", "margin.layers=(1,2)", "newton.ridge=0.1"]) == {
+        "newton": {"clamp": 3, "terminator": ".", "ridge": 0.1}, "margin": {"layers": (1, 2)},
     }  # fmt: skip
+    for text, message in (
+        ("newton.clamp", "use METHOD.NAME=VALUE"),
+        ("none.clamp=3", "use METHOD.NAME=VALUE"),
+        ("newton.clam=3", "--option newton.clam=3: no setting"),
+        ("newton.metric='text'", "newton.metric='text': no setting"),
+        ("newton.steps=0", "--option newton.steps=0: use a whole number"),
+        ("context.clamp=3", "context takes no such option; use none"),
+        ("newton.layers=3", "use blocks in brackets"),
+    ):
+        with pytest.raises(NPTError, match=re.escape(message)):
+            options_of([text])

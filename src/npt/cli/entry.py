@@ -14,7 +14,7 @@ from npt.common.launch import process_label
 from npt.errors import NPTError, RunError, Stopped
 
 # The commands, in the order of npt --help.
-from npt.cli import runs, adapters, edits, reports, installation  # noqa: F401  # isort: skip
+from npt.cli import runs, adapters, edits, bench, reports, installation  # noqa: F401  # isort: skip
 
 #: Newer versions of typer carry click inside, older ones import it; the exported exception has the same parent.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]

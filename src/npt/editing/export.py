@@ -56,13 +56,18 @@ def lora_of(store: EditStore) -> Lora:
     if len(pairs) > RANKS[-1]:
         factors = truncated(factors, pairs, RANKS[-1])
         lost = _lost(store, factors)
-    rank = next(rank for rank in RANKS if rank >= len(factors.right))
+    rank = rank_for(len(factors.right))
     a = torch.zeros(rank, bench.width, dtype=torch.float64)
     b = torch.zeros(bench.size, rank, dtype=torch.float64)
     a[: len(factors.right)], b[:, : len(factors.right)] = factors.right, factors.left
     # Both factors of one size: neither leaves half precision's range.
     scale = _balance(a, b)
     return Lora((a * scale[:, None]).float(), (b / scale).float(), lost)
+
+
+def rank_for(keys: int) -> int:
+    """The rank of the LoRA that so many keys are saved as."""
+    return next((rank for rank in RANKS if rank >= keys), RANKS[-1])
 
 
 def _balance(a: Tensor, b: Tensor) -> Tensor:

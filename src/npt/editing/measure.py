@@ -67,8 +67,17 @@ def previewed(bench: Bench, text: str, new_tokens: int) -> Preview:
 
 def divergences(base: Tensor, edited: Tensor) -> Tensor:
     """KL(base || edited) in nats of logits (tokens, vocabulary), (tokens,): sums in float64 of terms in float32 or wider."""
-    one, other = (wide(logits).log_softmax(-1) for logits in (base, edited.to(base.device)))
-    return (one.exp() * (one - other)).sum(-1, dtype=torch.float64).clamp_min(0).cpu()
+    return apart(likelihoods(base), likelihoods(edited.to(base.device)))
+
+
+def likelihoods(logits: Tensor) -> Tensor:
+    """Log-likelihoods (tokens, vocabulary) in float32 or wider."""
+    return wide(logits).log_softmax(-1)
+
+
+def apart(base: Tensor, edited: Tensor) -> Tensor:
+    """KL(base || edited) in nats of log-likelihoods (tokens, vocabulary), (tokens,) in float64 on the CPU."""
+    return (base.exp() * (base - edited)).sum(-1, dtype=torch.float64).clamp_min(0).cpu()
 
 
 @torch.no_grad()

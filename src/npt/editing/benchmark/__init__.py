@@ -3,6 +3,10 @@
 module       in -> out
 records      a file of CounterFact's or zsRE's format -> facts, their paraphrases and neighbours
 methods      what a method of editing is: `write_many`, a model to call, `undo`; EditStore and the context as such
+registry     a method's name and its options as text -> the method
 asking       a model with edits -> the text that it writes, what it holds likely, its divergence from the base
+extras       the same -> how varied its text is, what it learns from a prompt
 figures      a method and records -> figures on generated text, with standard errors
+rows         figures -> a table, and a file that keeps them
+page         rows -> one HTML page
 """

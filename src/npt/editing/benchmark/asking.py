@@ -17,7 +17,7 @@ from npt.editing.bench import chunks, written
 from npt.editing.benchmark.methods import Method
 from npt.editing.benchmark.records import Record
 from npt.editing.keys import Prompts
-from npt.editing.measure import divergences, follows
+from npt.editing.measure import apart, follows, likelihoods
 from npt.editing.replay import Recording, record, run_again
 from npt.editing.statistics import padded
 from npt.evaluation.generation import continue_text
@@ -55,8 +55,9 @@ class Asker:
     def __init__(self, model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], first: int = 0):
         self.base, self.tokenizer, self.text, self.first = base_of(model), tokenizer, list(rows), first
         self.prompts = Prompts(tokenizer, self.base.config, vocabulary_size(self.base))
-        self._blocks = list(blocks_of(self.base))
+        self.blocks = list(blocks_of(self.base))
         self._said: dict[str, tuple[int, ...]] = {}
+        self._first_words: dict[str, str] = {}
         self._below: dict[tuple[tuple[int, ...], ...], Recording] = {}
 
     # -- what is written ---------------------------------------------------------------------------------------------------
@@ -89,6 +90,21 @@ class Asker:
         tokens = WRITTEN + len(self.prompts.target(text, target, None).targets)
         return follows(written(self.base, self.tokenizer, text, tokens, known), target)
 
+    def first_words(self, text: str) -> str:
+        """The first sentence that the model writes behind a text, or its beginning."""
+
+        def ended(said: str) -> bool:
+            return len(first_sentence(said)) < len(said.strip())
+
+        return first_sentence(written(self.base, self.tokenizer, text, WRITTEN, ended))
+
+    def first_words_of_base(self, method: Method, prompt: str) -> str:
+        """The same of the base, remembered."""
+        if prompt not in self._first_words:
+            with method.disabled():
+                self._first_words[prompt] = self.first_words(prompt)
+        return self._first_words[prompt]
+
     # -- what is the likeliest ---------------------------------------------------------------------------------------------
 
     def rows_of(self, method: Method, item: Record) -> list[Row]:
@@ -119,7 +135,7 @@ class Asker:
         asked = torch.arange(start, max(len(row.ids) for row in rows) - 1)
         recording = self._recorded(method, tuple(row.ids for row in rows))
         with eval_mode(self.base):
-            logits = run_again(self.base, self._blocks, recording, asked).cpu()
+            logits = run_again(self.base, self.blocks, recording, asked).cpu()
         told = [_told(logits[i, row.start - 1 - start : len(row.ids) - 1 - start], row) for i, row in enumerate(rows)]
         kept, ordered, at = list[float](), list[float](), 1
         for near in item.neighbours:
@@ -133,9 +149,9 @@ class Asker:
         """The rows up to the first block that is edited, kept for the next method and setting."""
         if rows not in self._below:
             batch = padded(rows, device_of(self.base))
-            until = self._blocks[self.first - 1] if self.first else self.base.get_input_embeddings()
+            until = self.blocks[self.first - 1] if self.first else self.base.get_input_embeddings()
             with eval_mode(self.base), method.disabled():
-                self._below[rows] = record(self.base, self._blocks, self.first, batch, until)
+                self._below[rows] = record(self.base, self.blocks, self.first, batch, until)
         return self._below[rows]
 
     # -- running text ------------------------------------------------------------------------------------------------------
@@ -145,27 +161,31 @@ class Asker:
         """Running text, recorded on the base: logits of the first tokens are kept, the others are made again each time."""
         found, tokens = [], 0
         for part in chunks(self.text, _ROWS):
-            recording = record(self.base, self._blocks, self.first, padded(part, device_of(self.base)))
+            recording = record(self.base, self.blocks, self.first, padded(part, device_of(self.base)))
             tokens += sum(map(len, part))
             found.append((part, recording if tokens <= _KEPT else replace(recording, logits=None)))
         return found
 
     @torch.no_grad()
-    def divergence(self, method: Method) -> float:
-        """Mean KL of the edited model from the base over the running text, in nats a token."""
-        total = 0.0
+    def on_text(self, method: Method) -> tuple[float, float]:
+        """(mean KL of the edited model from the base, rise of the text's own negative log-likelihood), both over the running
+        text, in nats a token.
+        """
+        kl = rise = 0.0
         with eval_mode(self.base):
             with method.disabled():
                 recordings = self._recordings
             for part, recording in recordings:
-                edited, base = run_again(self.base, self._blocks, recording), recording.logits
+                edited, base = run_again(self.base, self.blocks, recording), recording.logits
                 if base is None:
                     with method.disabled():
-                        base = run_again(self.base, self._blocks, recording)
-                total += sum(
-                    float(divergences(base[i, : len(row)], edited[i, : len(row)]).sum()) for i, row in enumerate(part)
-                )
-        return total / sum(map(len, self.text))
+                        base = run_again(self.base, self.blocks, recording)
+                for i, row in enumerate(part):
+                    one, other = likelihoods(base[i, : len(row)]), likelihoods(edited[i, : len(row)])
+                    kl += float(apart(one, other).sum())
+                    following = torch.tensor(row[1:], dtype=torch.long, device=one.device)[:, None]
+                    rise += float((one - other)[:-1].gather(-1, following).sum(dtype=torch.float64))
+        return kl / sum(map(len, self.text)), rise / max(1, sum(len(row) - 1 for row in self.text))
 
 
 def _told(logits: Tensor, row: Row) -> tuple[float, float]:

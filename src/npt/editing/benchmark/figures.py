@@ -5,9 +5,14 @@ paraphrase   the same behind the paraphrases
 locality     behind a neighbour's prompt, the base and the edited model write the same up to the sentence's end
 ordering     behind a neighbour's prompt, what is right stays likelier than the target; of records that say what is right
 S            harmonic mean of efficacy, paraphrase and locality
-forced       share of the target's tokens that are the likeliest with those before given; `gap` is forced less efficacy
+forced       share of the target's tokens that are the likeliest with those before given
+forced all   share of records of which all of them are; `gap` is that less efficacy
 kl           mean divergence of next-token distributions from the base's over running text, in nats; 0 for the context, which
-             is put in front of prompts alone
+             is put in front of prompts alone. `largest kl` is that of the worst batch
+perplexity   of the running text, edited over base
+bytes        of what is written, as it is saved
+
+`fluency` and `skill` are made by `npt.editing.benchmark.extras` where they are asked for.
 """
 
 from __future__ import annotations
@@ -15,58 +20,112 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-from npt.common.display import markdown
+from npt.common.display import one_line
 from npt.common.progress import progress_bar
 from npt.editing.bench import chunks
 from npt.editing.benchmark.asking import Asker
+from npt.editing.benchmark.extras import Extras
 from npt.editing.benchmark.methods import Method
 from npt.editing.benchmark.records import Record
 from npt.errors import NPTError
 
+#: Records of a row whose texts are shown, and records shown at most of those that came out wrong.
+SHOWN, WRONG = 3, 5
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """The figures of one record; `ordering` is None where the record does not say what is right.
+    """The figures of one record; None where a record does not say what is right, or a figure was not asked for.
 
-    group: the batch that it was written in. kl, seconds and passes are those of the batch: divergence, and cost of one edit.
+    group: the batch that it was written in. From kl on they are those of the batch: divergence, rise of the running text's
+    negative log-likelihood, skill and its change, cost of one edit, bytes of all.
     """
 
     group: int
     efficacy: float
-    paraphrase: float
-    locality: float
+    paraphrase: float | None
+    locality: float | None
     ordering: float | None
     forced: float
+    forced_all: float
+    fluency: float | None
+    fluency_change: float | None
     kl: float
+    rise: float
+    skill: float | None
+    skill_change: float | None
     seconds: float
     passes: float
+    bytes: float
+
+
+#: Figures that the records of a batch share.
+OF_BATCH = ("kl", "rise", "skill", "skill_change", "seconds", "passes", "bytes")
+
+
+@dataclass(frozen=True)
+class Example:
+    """Text before and after of one prompt of a record.
+
+    kind: "prompt", "paraphrase" or "neighbour". right: the target follows, or the neighbour's text is the same.
+    """
+
+    kind: str
+    prompt: str
+    target: str
+    before: str
+    after: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A batch that is done."""
+
+    outcomes: list[Outcome]
+    examples: list[Example]
+
+
+def measured(
+    method: Method,
+    asker: Asker,
+    batches: Sequence[Sequence[Record]],
+    *,
+    label: str = "Editing",
+    progress: bool = True,
+    sequential: bool = False,
+    extras: Extras | None = None,
+    first: int = 0,
+    wrong: int = 0,
+) -> Generator[Measured, None, None]:
+    """Measures batch after batch: its records are written, then all are asked, then they are taken back.
+
+    Args:
+        sequential: write the records of a batch one after the other instead of together.
+        extras: makes the figures that cost more.
+        first: the batch to begin with; those before are done. wrong: examples of what came out wrong in them.
+    """
+    for near in (near for batch in batches[first:] for record in batch for near in record.neighbours):
+        asker.said(near.prompt)  # while nothing is written
+    sizes = [len(part) for part in batches]
+    with progress_bar(label, sum(sizes), progress, unit="records", done=sum(sizes[:first])) as advance:
+        for group in range(first, len(batches)):
+            limits = max(0, SHOWN - sum(sizes[:group])), WRONG - wrong
+            found = _of_batch(method, asker, batches[group], group, sequential, extras or Extras(), limits, advance)
+            wrong += sum(not example.right for example in found.examples)
+            yield found
 
 
 def measure(
-    method: Method, asker: Asker, batches: Sequence[Sequence[Record]], label: str = "", progress: bool = True
+    method: Method, asker: Asker, batches: Sequence[Sequence[Record]], label: str = "Editing", progress: bool = True
 ) -> list[Outcome]:
-    """The outcome of every record: those of a batch are written together, then all are asked, then they are taken back."""
-    for near in (near for batch in batches for record in batch for near in record.neighbours):
-        asker.said(near.prompt)  # while nothing is written
-    found = []
-    with progress_bar(label or "Editing", sum(map(len, batches)), progress, unit="records") as advance:
-        for group, part in enumerate(batches):
-            start, passes = time.perf_counter(), method.passes
-            try:
-                method.write_many([record.request for record in part])
-                cost = (time.perf_counter() - start) / len(part), (method.passes - passes) / len(part)
-                kl = asker.divergence(method)
-                for record in part:
-                    found.append(_outcome(method, asker, record, group, kl, *cost))
-                    advance(1)
-            finally:
-                method.undo()
-    return found
+    """The outcome of every record; see `measured`."""
+    found = measured(method, asker, batches, label=label, progress=progress)
+    return [outcome for one in found for outcome in one.outcomes]
 
 
 def batches_of(records: Sequence[Record], size: int, draws: int | None = None, seed: int = 0) -> list[list[Record]]:
@@ -85,26 +144,90 @@ def batches_of(records: Sequence[Record], size: int, draws: int | None = None, s
     return [chance.sample(list(records), size) for _ in range(draws)]
 
 
+def _of_batch(
+    method: Method,
+    asker: Asker,
+    part: Sequence[Record],
+    group: int,
+    sequential: bool,
+    extras: Extras,
+    limits: tuple[int, int],
+    advance: Callable[[int], None],
+) -> Measured:
+    """limits: records to show, and examples of what came out wrong."""
+    outcomes, examples = list[Outcome](), list[Example]()
+    start, passes = time.perf_counter(), method.passes
+    try:
+        for requests in chunks([record.request for record in part], 1 if sequential else len(part)):
+            method.write_many(requests)
+        seconds, passes = (time.perf_counter() - start) / len(part), method.passes - passes
+        kl, rise = asker.on_text(method)
+        skill, change = extras.skill(asker, method)
+        shared = {
+            "kl": kl, "rise": rise, "skill": skill, "skill_change": change, "seconds": seconds,
+            "passes": passes / len(part), "bytes": method.bytes,
+        }  # fmt: skip
+        for number, record in enumerate(part):
+            outcome = _outcome(method, asker, record, extras, group, shared)
+            outcomes.append(outcome)
+            more = sum(not example.right for example in examples) < limits[1]
+            examples += _examples(method, asker, record, outcome, number < limits[0], more)
+            advance(1)
+    finally:
+        method.undo()
+    return Measured(outcomes, examples)
+
+
 def _outcome(
-    method: Method, asker: Asker, record: Record, group: int, kl: float, seconds: float, passes: float
+    method: Method, asker: Asker, record: Record, extras: Extras, group: int, shared: dict[str, float | None]
 ) -> Outcome:
     target = record.request.target
     said = [asker.says(method.text(text), target) for text in record.paraphrases]
     forced, locality, ordering = asker.answers(method, record)
-    return Outcome(
-        group=group,
-        efficacy=float(asker.says(method.text(record.request.prompt), target)),
-        paraphrase=fmean(said) if said else math.nan,
-        locality=locality,
-        ordering=ordering,
-        forced=forced,
-        kl=kl,
-        seconds=seconds,
-        passes=passes,
-    )
+    fluency, change = extras.fluency(asker, method, record)
+    values = {
+        "efficacy": float(asker.says(method.text(record.request.prompt), target)),
+        "paraphrase": fmean(said) if said else None,
+        "locality": locality,
+        "ordering": ordering,
+        "forced": forced,
+        "forced_all": float(forced == 1),
+        "fluency": fluency,
+        "fluency_change": change,
+        **shared,
+    }
+    return Outcome(group, **{name: rounded(value) for name, value in values.items()})  # type: ignore[arg-type]
+
+
+def rounded(value: float | None) -> float | None:
+    """Six significant digits, as figures are kept; None for NaN."""
+    return None if value is None or math.isnan(value) else float(f"{value:.6g}")
+
+
+def _examples(
+    method: Method, asker: Asker, record: Record, outcome: Outcome, shown: bool, wrong: bool
+) -> Iterator[Example]:
+    """The texts of a record that is shown, or of what came out wrong in it."""
+    near = next(iter(record.neighbours), None)
+    right = {
+        "prompt": outcome.efficacy == 1,
+        "paraphrase": outcome.paraphrase == 1,
+        "neighbour": outcome.locality == 1,
+    }
+    texts = [("prompt", record.request.prompt), *(("paraphrase", text) for text in record.paraphrases[:1])]
+    for kind, prompt in [*texts, *([("neighbour", near.prompt)] if near else [])]:
+        # A paraphrase or neighbour among several is shown as wrong only where all of them are.
+        failed = wrong and {"prompt": outcome.efficacy, "neighbour": outcome.locality}.get(kind) == 0
+        if shown or failed:
+            before = asker.first_words_of_base(method, prompt)
+            after = asker.first_words(method.text(prompt))
+            holds = before == after if kind == "neighbour" else right[kind]
+            yield Example(kind, prompt, record.request.target, one_line(before), one_line(after), holds and not failed)
 
 
 # -- over records ----------------------------------------------------------------------------------------------------------
+
+Figure = Callable[[Sequence[Outcome]], float]
 
 
 def harmonic(values: Sequence[float]) -> float:
@@ -112,11 +235,15 @@ def harmonic(values: Sequence[float]) -> float:
     return len(values) / sum(1 / value for value in values) if min(values) > 0 else 0.0
 
 
-def mean_of(name: str) -> Callable[[Sequence[Outcome]], float]:
+def _known(outcomes: Sequence[Outcome], name: str) -> list[float]:
+    return [value for outcome in outcomes if (value := getattr(outcome, name)) is not None]
+
+
+def mean_of(name: str) -> Figure:
     """The mean of one figure over the records that have it; NaN where none has."""
 
     def over(outcomes: Sequence[Outcome]) -> float:
-        values = [v for v in (getattr(outcome, name) for outcome in outcomes) if v is not None and not math.isnan(v)]
+        values = _known(outcomes, name)
         return fmean(values) if values else math.nan
 
     return over
@@ -128,24 +255,42 @@ def score(outcomes: Sequence[Outcome]) -> float:
 
 
 def gap(outcomes: Sequence[Outcome]) -> float:
-    """The teacher-forced figure less that of generated text."""
-    return mean_of("forced")(outcomes) - mean_of("efficacy")(outcomes)
+    """The share of records whose whole target is right when it is forced, less the share that the model writes itself."""
+    return mean_of("forced_all")(outcomes) - mean_of("efficacy")(outcomes)
 
 
-FIGURES: dict[str, Callable[[Sequence[Outcome]], float]] = {
+def perplexity(outcomes: Sequence[Outcome]) -> float:
+    """Perplexity of the running text over the base's, the geometric mean over batches."""
+    return math.exp(mean_of("rise")(outcomes))
+
+
+def largest_kl(outcomes: Sequence[Outcome]) -> float:
+    """The divergence of the batch that disturbs most; of single edits, of the worst one."""
+    return max(_known(outcomes, "kl"))
+
+
+FIGURES: dict[str, Figure] = {
     **{name: mean_of(name) for name in ("efficacy", "paraphrase", "locality", "ordering")},
     "S": score,
-    **{"forced": mean_of("forced"), "gap": gap, "kl": mean_of("kl")},
-    **{name: mean_of(name) for name in ("passes", "seconds")},
+    "forced": mean_of("forced"),
+    "forced all": mean_of("forced_all"),
+    "gap": gap,
+    "kl": mean_of("kl"),
+    "largest kl": largest_kl,
+    "perplexity": perplexity,
+    **{name.replace("_", " "): mean_of(name) for name in ("fluency", "fluency_change", "skill", "skill_change")},
+    **{name: mean_of(name) for name in ("passes", "seconds", "bytes")},
 }
 
 
-def with_error(outcomes: Sequence[Outcome], figure: Callable[[Sequence[Outcome]], float]) -> tuple[float, float]:
+def with_error(outcomes: Sequence[Outcome], figure: Figure) -> tuple[float, float]:
     """(a figure, its standard error by leaving out one batch at a time).
 
     Records of a batch share a model, so batches are what is independent: single edits are batches of one. For a mean over
-    batches of equal size this is the usual standard error. NaN with a single batch.
+    batches of equal size this is the usual standard error. NaN with a single batch, and for a largest value.
     """
+    if figure is largest_kl:
+        return figure(outcomes), math.nan
     return _leaving_out(outcomes, lambda group: figure(_without(outcomes, group)))
 
 
@@ -173,23 +318,3 @@ def _leaving_out(outcomes: Sequence[Outcome], figure: Callable[[int | None], flo
     left = [figure(group) for group in groups]
     centre = fmean(left)
     return whole, math.sqrt((count - 1) / count * sum((value - centre) ** 2 for value in left))
-
-
-def table(results: dict[str, Sequence[Outcome]]) -> str:
-    """One row per method: every figure, with its standard error where there is one; behind them, S less the first row's."""
-    rows, first = [], next(iter(results.values()))
-    for name, outcomes in results.items():
-        figures = [*(with_error(outcomes, figure) for figure in FIGURES.values()), ahead(outcomes, first)]
-        rows.append([name, str(len(outcomes)), *(_cell(*figure) for figure in figures)])
-    return markdown(["method", "records", *FIGURES, "S less the first row's"], rows)
-
-
-def _cell(value: float, error: float) -> str:
-    if math.isnan(value):
-        return "-"
-    return f"{value:.3g}" if math.isnan(error) else f"{value:.3g} ± {error:.2g}"
-
-
-def as_json(results: dict[str, Sequence[Outcome]]) -> dict[str, list[dict[str, Any]]]:
-    """{method: figures of every record}, for paired differences."""
-    return {name: [asdict(outcome) for outcome in outcomes] for name, outcomes in results.items()}

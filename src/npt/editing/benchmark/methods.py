@@ -17,6 +17,7 @@ from npt.block.hooks import first_tensor
 from npt.block.probing import find
 from npt.editing.adapter import DownAdapter
 from npt.editing.bench import Bench, chunks
+from npt.editing.export import rank_for
 from npt.editing.keys import Place, Target
 from npt.editing.metrics import Source
 from npt.editing.requests import Request, continued
@@ -100,6 +101,13 @@ class Deltas:
     def __len__(self) -> int:
         return len(self._adapters)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weight deltas in float32, each in two factors or whole, whichever is less."""
+        return sum(
+            4 * min(f.left.numel() + f.right.numel(), len(f.left) * f.right.shape[1]) for f in self._factors.values()
+        )
+
     def clear(self) -> None:
         """Takes all of them off: the base, bit for bit."""
         for adapter in self._adapters.values():
@@ -121,6 +129,9 @@ class Method:
     Args:
         setup: the model and what belongs to it; nothing may be written on it.
     """
+
+    #: True where edits that were taken back still decide how later ones come out.
+    carries = False
 
     def __init__(self, setup: Setup):
         self.setup, self.model = setup, setup.model
@@ -145,6 +156,11 @@ class Method:
     def text(self, prompt: str) -> str:
         """The text that `model` is given for a prompt."""
         return prompt
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of what is written now."""
+        return self.deltas.bytes
 
     # -- shared by methods that look for values --------------------------------------------------------------------------
 
@@ -253,6 +269,12 @@ class Store(Method):
         self._store.restore([], {}, 0.0)
         self._store.close()
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights of the LoRA that `EditStore.save` writes."""
+        pairs, bench = self._store.pairs, self._store.bench
+        return 0 if pairs is None else 4 * rank_for(len(pairs)) * (bench.width + bench.size)
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         with self._store.disabled():
@@ -274,3 +296,8 @@ class Context(Method):
 
     def text(self, prompt: str) -> str:
         return " ".join([*self._statements, prompt])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the statements' text."""
+        return sum(len(statement.encode()) for statement in self._statements)

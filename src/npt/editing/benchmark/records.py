@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ class Record:
     """One fact to write, and what is asked of it.
 
     request: the edit; it holds no paraphrase, since those below are asked. paraphrases: other prompts for the target.
-    neighbours: prompts of other facts.
+    neighbours: prompts of other facts. case: the format and number by which its data set names it; None where it has none.
     """
 
     request: Request
     paraphrases: tuple[str, ...]
     neighbours: tuple[Neighbour, ...]
+    case: str | None = field(default=None, kw_only=True)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -60,9 +61,10 @@ def record_of(values: Any, where: str) -> Record:
     if not isinstance(values, Mapping):
         raise DataError(f"{where}: not a JSON object but {type(values).__name__}; write {{...}}")
     try:
-        if "requested_rewrite" in values:
-            return _counterfact(values, where)
-        return _flat_counterfact(values, where) if "prompt" in values else _zsre(values, where)
+        counterfact = "requested_rewrite" in values or "prompt" in values
+        read = _zsre if not counterfact else _counterfact if "requested_rewrite" in values else _flat_counterfact
+        case = f"{'CounterFact' if counterfact else 'zsRE'} {values['case_id']}" if "case_id" in values else None
+        return replace(read(values, where), case=case)
     except (KeyError, TypeError, IndexError) as error:
         raise DataError(
             f"{where}: {one_line(repr(error), 60)}; use CounterFact's format (requested_rewrite, paraphrase_prompts, "
@@ -91,3 +93,20 @@ def _zsre(values: Mapping[str, Any], where: str) -> Record:
     names = {"src": "prompt", "subject": "subject", "alt": "target"}
     request = request_of({own: values[name] for name, own in names.items()}, where)
     return Record(request, (values["rephrase"],), (Neighbour(values["loc"], values.get("loc_ans")),))
+
+
+def check_apart(records: Sequence[Record], path: Path, others: Sequence[Record], tuned_on: Path) -> None:
+    """Checks that no record that is reported is among those that choices were made on.
+
+    Raises:
+        DataError: the two share a case, or a prompt with its subject.
+    """
+    cases = {record.case: number for number, record in enumerate(others, 1) if record.case is not None}
+    facts = {record.request.fact: number for number, record in enumerate(others, 1)}
+    for number, record in enumerate(records, 1):
+        other = cases.get(record.case) if record.case in cases else facts.get(record.request.fact)
+        if other is not None:
+            raise DataError(
+                f"--records {path}: record {number} ({one_line(repr(record.request.prompt), 80)}) is record {other} of "
+                f"--tuned-on {tuned_on} too; report on records that nothing was chosen on"
+            )
