@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from npt.common.precision import wide
-from npt.editing.bench import Bench, chunks
+from npt.common.progress import tracked
+from npt.editing.bench import Bench, chunks, written
 from npt.editing.requests import Request
 from npt.editing.solve import Pairs, solve
 from npt.editing.statistics import token_rows
+
+if TYPE_CHECKING:
+    from npt.editing.writing import Edit
 
 #: Ridges that `ridge="auto"` tries, largest first; the last one only keeps equal keys apart.
 RIDGES = (0.3, 0.1, 0.03, 0.01, 1e-6)
@@ -120,3 +125,31 @@ def largest_ridge(bench: Bench, pairs: Pairs, requests: Sequence[Request]) -> fl
         if count == len(requests):
             break
     return best[1]
+
+
+def automatic_ridge(bench: Bench, pairs: Pairs, requests: Sequence[Request]) -> float:
+    """The ridge that `ridge="auto"` takes: the largest at which all hold, none for a single edit without protected prompts."""
+    if len(requests) > 1:
+        return largest_ridge(bench, pairs, requests)
+    return RIDGES[-1] if requests[0].protect else 0.0
+
+
+def verified(
+    base: Any, tokenizer: Any, edits: Sequence[Edit], shown: Callable[[Request], int], progress: bool
+) -> list[Verification]:
+    """Every edit's text before and after, and whether it holds.
+
+    Args:
+        base: the causal LM, with all edits at work.
+        tokenizer: the model's.
+        edits: those that are read back.
+        shown: the tokens that are written behind a request's prompt.
+        progress: show a progress bar.
+    """
+    found = []
+    for edit in tracked(edits, "Verifying", progress and len(edits) > 8, unit="edits"):
+        request = edit.request
+        after = written(base, tokenizer, request.prompt, shown(request))
+        held = follows(after, request.target)
+        found.append(Verification(edit.id, request.prompt, request.target, edit.before, after, held))
+    return found

@@ -51,13 +51,13 @@ def record(model: Any, blocks: Sequence[nn.Module], first: int, batch: Mapping[s
 
 def run_again(model: Any, blocks: Sequence[nn.Module], recording: Recording) -> Tensor:
     """The logits (rows, tokens, vocabulary) of a recorded batch; the blocks below the first one are not computed."""
-    with _skipping(blocks, recording):
+    with skipping(blocks, recording):
         logits: Tensor = model(**recording.batch, use_cache=False).logits
     return logits
 
 
 @contextmanager
-def _skipping(blocks: Sequence[nn.Module], recording: Recording) -> Iterator[None]:
+def skipping(blocks: Sequence[nn.Module], recording: Recording) -> Iterator[None]:
     """Gives the blocks below a forward that returns what was recorded."""
     count = len(recording.rests)
     own = [block.__dict__.get("forward") for block in blocks[:count]]

@@ -19,7 +19,7 @@ from npt.common.places import place
 from npt.common.writable import check_file, check_folders
 from npt.config import RunConfig, load_config
 from npt.data.sources import TextFiles
-from npt.editing.export import gguf_name, read_lora, write_gguf
+from npt.editing.export import gguf_name, read_loras, write_gguf
 from npt.editing.folder import EDITS, copy_lora, read_record
 from npt.editing.requests import Request, check_together
 from npt.editing.store import EditStore
@@ -181,8 +181,7 @@ def export(folder: Path, output: Path, kind: str, options: Options) -> None:
         NPTError: a bad output, or llama.cpp has no model of this family. CheckpointError: a damaged store.
     """
     record = read_record(folder)
-    module = record["module"]
-    lora = read_lora(folder, module)
+    loras = read_loras(folder, record["modules"])
     if kind == "peft":
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise NPTError(f"--output {output}: is there and not empty; name a new folder")
@@ -191,8 +190,9 @@ def export(folder: Path, output: Path, kind: str, options: Options) -> None:
         return
     check_file("--output", output, ".gguf")
     config = base_config(config_for(options, record["base"]).model)
-    gguf_name(module, config)
-    write_gguf(lora, output, module, config)
+    for module in loras:
+        gguf_name(module, config)
+    write_gguf(loras, output, config)
 
 
 def merge(folders: Sequence[Path], output: Path, options: Options) -> EditStore:
