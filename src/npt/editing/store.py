@@ -302,8 +302,9 @@ class EditStore:
         return previewed(self.bench, text, new_tokens)
 
     def verify(self) -> list[Verification]:
-        """Every fact's text before and after, with all edits at work, and whether it holds."""
-        return verified(self.contexts.blocks.base, self.tokenizer, self.facts, self._shown, self.progress)
+        """Every edit's text before and after, with all edits at work, and whether it holds."""
+        facts = verified(self.contexts.blocks.base, self.tokenizer, self.facts, self._shown, self.progress)
+        return facts + self.contexts.verified()
 
     def divergence(self, texts: Sequence[str]) -> float:
         """Mean KL of the edited model's next-token distributions from the base's over texts, in nats a token."""

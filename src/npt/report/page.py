@@ -70,30 +70,37 @@ def write_page(output_dir: Path, report_path: Path | None = None, destination: P
     return target
 
 
-def render_page(report: Report, rows: Rows, missing: list[str]) -> str:
-    """The page's HTML. missing: the parts that the page lists as missing or damaged."""
-    environment = Environment(
+def environment() -> Environment:
+    """The templates of pages: all text is escaped and made visible."""
+    found = Environment(
         loader=PackageLoader("npt.report"), autoescape=True, undefined=ChainableUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup | Undefined) else visible(value),
     )  # fmt: skip
-    environment.filters |= {
+    found.filters |= {
         "fig": _figure, "percent": _percent, "error": _error, "marked": _marked, "quoted": _quoted, "ranges": ranges,
         "extremes": _extremes, "rows_of": _rows_of, "by_projection": _by_projection,
     }  # fmt: skip
+    return found
+
+
+def images_of(pictures: Sequence[Picture]) -> list[dict[str, str]]:
+    """Pictures as a template takes them."""
+    return [{"name": p.name, "alt": p.alt, "data": base64.b64encode(p.svg.encode()).decode("ascii")} for p in pictures]
+
+
+def render_page(report: Report, rows: Rows, missing: list[str]) -> str:
+    """The page's HTML. missing: the parts that the page lists as missing or damaged."""
     pictures: list[Picture] = []
     singles: list[Single] = []
     try:
         pictures, singles = draw_all(rows, report, png=False)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         missing = [*missing, f"plots: a figure in the run's files is malformed ({type(error).__name__}: {error})"]
-    images = [
-        {"name": p.name, "alt": p.alt, "data": base64.b64encode(p.svg.encode()).decode("ascii")} for p in pictures
-    ]
-    template = environment.get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     return template.render(
         **{"model": {}, "evaluations": {}, **report},
         headline=headline(section(report, "model_config")),
-        images=images,
+        images=images_of(pictures),
         singles=singles,
         missing=missing,
         scale=QUANTISATION_SCALE,

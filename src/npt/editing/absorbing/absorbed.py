@@ -34,7 +34,7 @@ class Figures:
     """Means over questions that neither solved for the weight deltas nor chose their setting.
 
     kl_before, kl_after: over the answers' tokens, in nats. text_kl: from the base on text that it writes itself, in nats a
-    token, with everything in the store at work. seconds: that absorbing took.
+    token, with all contexts of the store at work. seconds: that absorbing took.
     """
 
     kl_before: float
@@ -58,7 +58,7 @@ class Absorbed(Edit):
 
     context: as it was given. setting: its own, which other contexts do not change. learnt: conversations that are solved for.
     reported: those that figures are of. compared: what came out of them when it was absorbed. left_out: questions that were
-    left out, each with the reason.
+    left out, each with the reason. style: how questions are put. new_tokens: the longest answer.
     """
 
     context: Context = ""
@@ -68,6 +68,8 @@ class Absorbed(Edit):
     compared: tuple[Compared, ...] = ()
     figures: Figures = field(default=Figures(0.0, 0.0, 0.0, 0.0))
     left_out: tuple[str, ...] = ()
+    style: str = "chat"
+    new_tokens: int = 48
 
 
 def id_of(context: Context, questions: Sequence[str] | None, answers: Sequence[str] | None) -> str:

@@ -19,23 +19,27 @@ from npt.common.display import one_line
 from npt.editing.absorbing.absorbed import Absorbed, Compared, Figures, id_of
 from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.choice import Choice, Trial, block_sets
-from npt.editing.absorbing.dialogue import Conversation, Dialogue, context_from, shown
+from npt.editing.absorbing.dialogue import Dialogue, context_from, shown
 from npt.editing.absorbing.general import GeneralText
 from npt.editing.absorbing.lesson import Lesson
 from npt.editing.absorbing.patches import Patches
+from npt.editing.absorbing.questions import Asked
 from npt.editing.absorbing.settings import Options, Setting, blocks_of_choice, options_of
 from npt.editing.absorbing.stream import Blocks
 from npt.editing.absorbing.teaching import Taught, Teacher, questions_from
 from npt.editing.adapter import DownAdapter
 from npt.editing.bench import check_whole
 from npt.editing.export import RANKS
+from npt.editing.measure import Verification
 from npt.editing.requests import Request
 from npt.editing.solve import Factors
-from npt.errors import NPTError
+from npt.errors import DataError, NPTError
 from npt.tuner.converted import vocabulary_size
 
 #: The least effect of a context, in nats, that is worth absorbing; below it, the edit's note says so.
 LEAST = 0.1
+#: The share of a context's effect that has to be recovered for it to hold.
+HOLDS = 0.5
 
 
 class Contexts:
@@ -171,7 +175,8 @@ class Contexts:
             self.ledger[id] = Absorbed(
                 id, Request(shown(whole), ""), best.setting.blocks[0], "absorb", tried, "", "", False,
                 context=whole, setting=best.setting, learnt=(*taught.learn, *taught.choose),
-                reported=tuple(taught.report), left_out=tuple(taught.left_out),
+                reported=tuple(taught.report), left_out=tuple(taught.left_out), style=teacher.dialogue.style,
+                new_tokens=options.new_tokens,
             )  # fmt: skip
             self.resolve()
             self._tell(id, options, start)
@@ -200,14 +205,10 @@ class Contexts:
         one = self.ledger[id]
         with self.facts_off():
             text_kl = self.text_kl()
-            compared = self.compare(one.reported, options.new_tokens)
-        tokens = sum(row.tokens for row in compared)
-        before, after = (
-            sum(getattr(row, name) * row.tokens for row in compared) / tokens for name in ("kl_before", "kl_after")
-        )
-        figures = Figures(before, after, text_kl, time.monotonic() - start)
+            compared = self.compare(one)
+        figures = _means(compared, text_kl, time.monotonic() - start)
         self.ledger[id] = replace(
-            one, before=compared[0].before, after=compared[0].after, holds=figures.recovered >= 0.5, figures=figures,
+            one, before=compared[0].before, after=compared[0].after, holds=figures.recovered >= HOLDS, figures=figures,
             compared=tuple(compared), note=self._note(figures, one, options),
         )  # fmt: skip
 
@@ -225,6 +226,15 @@ class Contexts:
             notes.append(f"{len(one.left_out)} questions without an answer are left out")
         return "; ".join(notes)
 
+    def verified(self) -> list[Verification]:
+        """The first reported question of every context, asked again with everything in the store at work."""
+        found = []
+        for one in self.ledger.values():
+            rows = self.compare(one)
+            held = _means(rows, 0.0, 0.0).recovered >= HOLDS
+            found.append(Verification(one.id, rows[0].question, rows[0].taught, rows[0].before, rows[0].after, held))
+        return found
+
     def text_kl(self) -> float:
         """Mean KL from the base on text that it writes itself, in nats a token, with what is at work."""
         if "watched" not in self.__dict__:
@@ -233,30 +243,37 @@ class Contexts:
         found = self.watched.kl()
         return float(found.sum() / self.watched.tokens.sum())
 
-    def compare(self, conversations: Sequence[Conversation], new_tokens: int) -> list[Compared]:
-        """Compares what the model writes to questions without the context, with it, and with what is at work.
+    def compare(self, one: Absorbed, questions: Sequence[str] | None = None) -> list[Compared]:
+        """Compares what the model writes to questions without a context, with it, and with what is at work.
 
         Args:
-            conversations: the questions with the teacher's answers.
-            new_tokens: the longest answer.
+            one: the context.
+            questions: any; None for those that were reported.
+
+        Raises:
+            DataError: the model with the context answers none of the questions.
         """
+        conversations, dialogue = one.reported, self.dialogue(one.style)
+        if questions is not None:
+            teacher = Teacher(self.blocks, dialogue, Options(new_tokens=one.new_tokens), self.progress)
+            teacher.check(questions)
+            with self.facts_off(), self.patches.off():
+                found, _ = teacher.answered(
+                    teacher.chunks(one.context), [Asked(q, i) for i, q in enumerate(questions)], {}
+                )
+            conversations = tuple(conversation for _, conversation in found)
+        if not conversations:
+            raise DataError("questions: the model with the context answers none of them; give others")
         prompts = [c.student[: len(c.student) - c.answer] for c in conversations]
-        dialogue = self.dialogue("auto")
-        counts = [dialogue.room(len(prompt), new_tokens) for prompt in prompts]
+        counts = [dialogue.room(len(prompt), one.new_tokens) for prompt in prompts]
 
         def said() -> list[str]:
             ids = continued(
-                self.blocks.base,
-                self.tokenizer,
-                prompts,
-                counts,
-                dialogue.ends,
-                label="Reading back",
-                progress=self.progress,
-            )
+                self.blocks.base, self.tokenizer, prompts, counts, dialogue.ends, label="Reading back", progress=self.progress
+            )  # fmt: skip
             return [dialogue.text(row).strip() for row in ids]
 
-        with self.patches.off():
+        with self.facts_off(), self.patches.off():
             lesson = Lesson(self.blocks, conversations)
             before, kl_before = said(), lesson.kl()
         after, kl_after, tokens = said(), lesson.kl(), lesson.tokens.clamp_min(1)
@@ -265,3 +282,12 @@ class Contexts:
             Compared(c.question, one, c.reply, other, float(kl_one), float(kl_other), int(n))
             for c, one, other, kl_one, kl_other, n in rows
         ]
+
+
+def _means(rows: Sequence[Compared], text_kl: float, seconds: float) -> Figures:
+    """The figures of compared questions, each weighted by the tokens of its answer."""
+    tokens = sum(row.tokens for row in rows)
+    before, after = (
+        sum(getattr(row, name) * row.tokens for row in rows) / tokens for name in ("kl_before", "kl_after")
+    )
+    return Figures(before, after, text_kl, seconds)

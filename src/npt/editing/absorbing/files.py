@@ -24,6 +24,7 @@ _GROUPS = ("learnt", "reported")
 #: The names of a context in edits.json and the type of each.
 _PLAIN: dict[str, type] = {
     "id": str, "layer": int, "values": str, "passes": int, "before": str, "after": str, "holds": bool, "note": str,
+    "style": str, "new_tokens": int,
 }  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def split(sources: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """Indices to solve for, to choose by and to report, of questions given by their sources.
 
     The first wording of a source is solved for; of the further ones every third chooses and every third is reported. Where
-    none is left for one of these, the last questions are taken.
+    that gives one of these less than an eighth of all questions, the last ones are taken: those about anything come last.
 
     Args:
         sources: of every question, equal ones side by side.
@@ -210,7 +210,7 @@ def split(sources: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
         else:
             parts[0].append(i)
     for part in parts[1:]:
-        if not part and len(parts[0]) > 1:
+        while len(part) < max(1, len(sources) // 8) and len(parts[0]) > 1:
             part.append(parts[0].pop())
     return parts
 
