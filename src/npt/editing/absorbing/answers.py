@@ -41,18 +41,18 @@ def continued(
         base: the causal LM.
         tokenizer: the model's.
         prompts: token ids, at least one each.
-        counts: the most tokens that are written behind each prompt.
+        counts: the most tokens that are written behind each prompt; a prompt with 0 is not read.
         over: says of the ids written so far if the text is over.
         seed: draws from the distribution; None takes the likeliest token.
         temperature: of the draws.
         label: names the work.
         progress: show a progress bar.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    order = sorted((i for i, count in enumerate(counts) if count), key=lambda i: (len(prompts[i]), i))
     found: list[list[int]] = [[] for _ in prompts]
     generator = torch.Generator().manual_seed(0 if seed is None else seed)
     ends = end_tokens(base, tokenizer)
-    with eval_mode(base), progress_bar(label, len(prompts), progress, unit="texts") as advance:
+    with eval_mode(base), progress_bar(label, len(order), progress, unit="texts") as advance:
         for start in range(0, len(order), ROWS):
             part = order[start : start + ROWS]
             uniforms = torch.rand(
@@ -79,7 +79,7 @@ def _batch(
     """`continued` for the prompts of one batch."""
     device, cache = device_of(base), DynamicCache(config=base.config)
     written: list[list[int]] = [[] for _ in prompts]
-    done = [count == 0 for count in counts]
+    done = [False] * len(prompts)
     shortest = min(map(len, prompts))
     shared = next((n for n in range(shortest - 1) if len({row[n] for row in prompts}) > 1), shortest - 1)
     if len(prompts) > 1 and shared >= PREFIX and all(isinstance(layer, DynamicLayer) for layer in cache.layers):

@@ -110,7 +110,12 @@ class Questions:
             )
             picked = [(statements[i % len(statements)], OPENINGS[(i + i // len(statements)) % len(OPENINGS)])
                       for i in range(SPARE * count)]  # fmt: skip
-            prompts = [self._ids(f"{self.dialogue.after(ASKING, text, chunk)}{opening}") for text, opening in picked]
+            bare, _ = self.dialogue.around(chunk)
+            prompts = []
+            for text, opening in picked:
+                ids = self._ids(f"{self.dialogue.after(ASKING, text, chunk)}{opening}")
+                # A small window may not hold the examples.
+                prompts.append(ids if self.dialogue.room(len(ids), 1) else self._ids(f"{bare}{opening}"))
             texts = self._fresh(self._written(prompts, [opening for _, opening in picked]))[:count]
         return [Asked(text, source + i, number) for i, text in enumerate(texts)]
 
@@ -132,16 +137,17 @@ class Questions:
         temperature: float = TEMPERATURE,
         most: int = TOKENS,
     ) -> list[str]:
-        """The openings with what the model writes behind each prompt."""
+        """The openings with what the model writes behind each prompt; nothing where the window ends before."""
         self._seed += 1
         room = [self.dialogue.room(len(prompt), most) for prompt in prompts]
         ids = continued(
             self.base, self.dialogue.tokenizer, prompts, room, self._over, seed=self._seed, temperature=temperature,
             label="Writing questions", progress=self.progress,
         )  # fmt: skip
-        return [
-            " ".join(f"{opening}{self.dialogue.text(row)}".split()) for opening, row in zip(openings, ids, strict=True)
+        texts = [
+            f"{opening}{self.dialogue.text(row)}" if row else "" for opening, row in zip(openings, ids, strict=True)
         ]
+        return [" ".join(text.split()) for text in texts]
 
     def _over(self, ids: list[int]) -> bool:
         last = self.dialogue.text(ids[-1:])
