@@ -33,11 +33,13 @@ IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 FAMILIES = ("llama", "gpt2", "falcon", "gemma2", "granite")
 
 OPEN: list[EditStore] = []
+SHARED: dict[str, Any] = {}
 
 
 @pytest.fixture(autouse=True)
-def closing() -> Iterator[None]:
-    """Takes the stores of a test off their models."""
+def closing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Takes the stores of a test off their models. What the models write is kept for the next test."""
+    SHARED["cache_dir"] = tmp_path_factory.getbasetemp() / "absorbing"
     yield
     while OPEN:
         OPEN.pop().close()
@@ -53,7 +55,7 @@ def llama() -> Any:
 
 
 def store(base: Any, **options: Any) -> EditStore:
-    options = {"layer": 1, "metric": "text", "statistics": TEXTS, "progress": False, "steps": 3, **options}
+    options = {"layer": 1, "metric": "text", "statistics": TEXTS, "progress": False, "steps": 3, **SHARED, **options}
     OPEN.append(EditStore(base, spelling_tokenizer(), **options))
     return OPEN[-1]
 
