@@ -37,8 +37,9 @@ SHARED: dict[str, Any] = {}
 
 
 @pytest.fixture(autouse=True)
-def closing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Takes the stores of a test off their models. What the models write is kept for the next test."""
+def closing(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Takes the stores of a test off their models. What the models write is short, and kept for the next test."""
+    monkeypatch.setattr("npt.editing.absorbing.questions.TOKENS", 6)
     SHARED["cache_dir"] = tmp_path_factory.getbasetemp() / "absorbing"
     yield
     while OPEN:
