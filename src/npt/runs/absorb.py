@@ -31,7 +31,7 @@ class Asked:
 
 
 def asked_for(context: Path, questions: Path | None, blocks: str | None, options: Mapping[str, Any]) -> Asked:
-    """What is asked for, checked as far as it can be without a model.
+    """Reads what is asked for, and checks it as far as it can be without a model.
 
     Args:
         context: a file of text, or of messages.
