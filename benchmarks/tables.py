@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from npt.common.display import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
 #: {label of a row: its figures} of one model, as `benchmarks.equivalence` keeps them.
@@ -156,12 +158,6 @@ def linear_table(result: dict[str, Any]) -> str:
     return f"{table}\n\nFitted at 1,024 tokens: {line}."
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table."""
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
-
-
 def command_table(kept: Mapping[str, Mapping[str, float]]) -> str:
     """CPU seconds of the command's quick answers, and how many times the reference of the same run that is."""
     rows = []
@@ -169,3 +165,18 @@ def command_table(kept: Mapping[str, Mapping[str, float]]) -> str:
         cells = (f"{f[name]:.2f} s ({f[name] / f[REFERENCE]:.1f})" if name in f else "none" for f in kept.values())
         rows.append([f"`{name}`", *cells])
     return markdown(["CPU time (times the first row)", *kept], rows)
+
+
+def cost_table(kept: Mapping[str, Mapping[str, Any]]) -> str:
+    """An edit's cost beside a forward of the frozen base, for each model of benchmarks/results/editing-cost.json."""
+    head = ["model", "block", "edit: operations", "edit: seconds", "passes", "statistics: seconds", "solve of 1,000 edits"]
+    rows = [
+        [
+            f"`{name}`", str(found["layer"]),
+            f"{found['edit']['products']:.1f} ± {found['edit']['products_standard_error']:.1f} forwards",
+            f"{found['edit']['seconds']:.1f} forwards", f"{found['edit']['passes']:.1f}",
+            f"{found['statistics']['seconds']:.2f} forwards", f"{found['solve']['seconds']:.2f} s",
+        ]
+        for name, found in kept.items()
+    ]  # fmt: skip
+    return markdown(head, rows)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from npt.common.precision import wide
 from npt.common.progress import tracked
-from npt.editing.bench import Bench, chunks, written
+from npt.editing.bench import Bench, chunks
 from npt.editing.requests import Request
 from npt.editing.solve import Pairs, solve
 from npt.editing.statistics import token_rows
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Ridges that `ridge="auto"` tries, largest first; the last one only keeps equal keys apart.
 RIDGES = (0.3, 0.1, 0.03, 0.01, 1e-6)
+#: Tokens that are written behind a prompt, beside those of its target.
+SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ def previewed(bench: Bench, text: str, new_tokens: int) -> Preview:
 
 
 def divergences(base: Tensor, edited: Tensor) -> Tensor:
-    """KL(base || edited) in nats of logits (tokens, vocabulary), (tokens,) in float64."""
-    one, other = (logits.cpu().double().log_softmax(-1) for logits in (base, edited))
-    return (one.exp() * (one - other)).sum(-1).clamp_min(0)
+    """KL(base || edited) in nats of logits (tokens, vocabulary), (tokens,): sums in float64 of terms in float32 or wider."""
+    one, other = (wide(logits).log_softmax(-1) for logits in (base, edited.to(base.device)))
+    return (one.exp() * (one - other)).sum(-1, dtype=torch.float64).clamp_min(0).cpu()
 
 
 @torch.no_grad()
@@ -96,18 +98,17 @@ def holding(bench: Bench, requests: Sequence[Request]) -> Callable[[], list[bool
     one does not go on with its last word; so one pass from the edited block on stands for the generation.
     """
     rows = [bench.prompts.target(request.prompt, request.target, None) for request in requests]
-    recorded = []
-    for part in chunks(rows):
-        recording = bench.inside([row.ids for row in part]).recording
-        recorded.append((part, type(recording)(recording.batch, recording.hidden, recording.rests, torch.empty(0))))
+    recorded = [(part, bench.inside([row.ids for row in part], whole=False).recording) for part in chunks(rows)]
 
     @torch.no_grad()
     def ask() -> list[bool]:
         right: list[bool] = []
         for part, recording in recorded:
-            best = wide(bench.again(recording)).argmax(-1).cpu()
+            first = min(row.start for row in part) - 1
+            asked = torch.arange(first, max(len(row.ids) for row in part))
+            best = wide(bench.again(recording, asked)).argmax(-1).cpu()
             for i, row in enumerate(part):
-                said = best[i, row.start - 1 : len(row.ids)].tolist()
+                said = best[i, row.start - 1 - first : len(row.ids) - first].tolist()
                 ends = not (row.in_word and bool(bench.prompts.continuing[said[-1]]))
                 right.append(said[:-1] == list(row.targets) and ends)
         return right
@@ -134,22 +135,23 @@ def automatic_ridge(bench: Bench, pairs: Pairs, requests: Sequence[Request]) -> 
     return RIDGES[-1] if requests[0].protect else 0.0
 
 
-def verified(
-    base: Any, tokenizer: Any, edits: Sequence[Edit], shown: Callable[[Request], int], progress: bool
-) -> list[Verification]:
-    """Every edit's text before and after, and whether it holds.
+def shown(bench: Bench, request: Request) -> int:
+    """Tokens that are written behind a request's prompt to show the text before and after."""
+    return SHOWN + len(bench.prompts.target(request.prompt, request.target, None).targets)
+
+
+def verified(bench: Bench, edits: Sequence[Edit], progress: bool) -> list[Verification]:
+    """Every fact's text before and after, with all edits at work, and whether it holds.
 
     Args:
-        base: the causal LM, with all edits at work.
-        tokenizer: the model's.
+        bench: the model at the facts' block.
         edits: those that are read back.
-        shown: the tokens that are written behind a request's prompt.
         progress: show a progress bar.
     """
     found = []
     for edit in tracked(edits, "Verifying", progress and len(edits) > 8, unit="edits"):
         request = edit.request
-        after = written(base, tokenizer, request.prompt, shown(request))
+        after = bench.write(request.prompt, shown(bench, request))
         held = follows(after, request.target)
         found.append(Verification(edit.id, request.prompt, request.target, edit.before, after, held))
     return found

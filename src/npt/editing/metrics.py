@@ -66,6 +66,7 @@ class Source:
         self.cache_dir = None if cache_dir is None else place(cache_dir)
         self.progress = progress
         self._known: Moments = {}
+        self._prefixes: dict[tuple[int, int], list[str]] = {}
         own = metric != "identity" and statistics == "self"
         self._given = None if own or metric == "identity" else token_rows(tokenizer, list(statistics), "statistics")
         near = None if metric != "domain" else probes.texts() if domain is None else list(domain)
@@ -116,9 +117,11 @@ class Source:
         return self._given
 
     def prefixes(self, count: int, tokens: int) -> list[str]:
-        """Short texts that the base writes, to put in front of a prompt."""
-        found = sample_blocks(
-            self.model, self.tokenizer, count, tokens + 1, seed=_SEED, label="prefixes", progress=False
-        )
-        texts = [self.tokenizer.decode(row[1:], skip_special_tokens=True).strip() for row in found["input_ids"]]
-        return [f"{' '.join(text.split())}. " for text in texts if text]
+        """Short texts that the base writes, to put in front of a prompt; written once."""
+        if (count, tokens) not in self._prefixes:
+            found = sample_blocks(
+                self.model, self.tokenizer, count, tokens + 1, seed=_SEED, label="prefixes", progress=False
+            )
+            texts = [self.tokenizer.decode(row[1:], skip_special_tokens=True).strip() for row in found["input_ids"]]
+            self._prefixes[count, tokens] = [f"{' '.join(text.split())}. " for text in texts if text]
+        return self._prefixes[count, tokens]

@@ -21,6 +21,7 @@ from npt.common.files import replace_file
 from npt.common.precision import wide
 from npt.common.progress import progress_bar
 from npt.data.sampling import sample_blocks
+from npt.editing.replay import ending_at
 from npt.errors import DataError
 from npt.tuner.converted import device_of, eval_mode, run_backbone
 
@@ -108,7 +109,8 @@ def moments_of(
             for start in range(0, len(rows), _ROWS):
                 part = rows[start : start + _ROWS]
                 batch = padded(part, device_of(model))
-                run_backbone(model, batch)  # no logits are needed
+                with ending_at(model, downs[max(downs)]):  # the blocks above and the head are not needed
+                    run_backbone(model, batch)
                 lengths = torch.tensor([len(row) for row in part])
                 real = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).flatten()
                 for block, x in seen.items():

@@ -12,12 +12,13 @@ from typing import Any
 from npt.common.display import one_line
 from npt.common.places import place
 from npt.common.progress import tracked
+from npt.editing import measure
 from npt.editing.absorbing.contexts import Contexts
 from npt.editing.absorbing.whole import mean_kl_whole, previewed_whole
 from npt.editing.adapter import DownAdapter
 from npt.editing.bench import Bench
 from npt.editing.checks import check_layer, checked_ridge, known_ids
-from npt.editing.measure import Preview, Verification, automatic_ridge, follows, mean_kl, previewed, verified
+from npt.editing.measure import Preview, Verification
 from npt.editing.metrics import Source
 from npt.editing.requests import NAMES, Request, check_together, request_of
 from npt.editing.scan import choose_layer
@@ -27,9 +28,6 @@ from npt.editing.writing import Edit, Writer, note_on
 from npt.errors import NPTError
 
 logger = logging.getLogger(__name__)
-
-#: Tokens that are written behind a prompt, beside those of its target, to show the text before and after.
-SHOWN = 12
 
 
 class EditStore:
@@ -48,6 +46,7 @@ class EditStore:
         values: the strategy: "newton", "optimised", "margin" or "naive".
         ridge: how far edits whose keys overlap give way to each other; "auto" is the largest at which all hold.
         cache_dir: a folder that keeps statistics for the next store; None keeps them in memory alone.
+        read_back: write down the text before and after each new edit; False leaves both blank, and asks one pass if it holds.
         progress: show progress bars.
         settings: of the strategy: see `npt.editing.values.Settings`.
 
@@ -68,12 +67,13 @@ class EditStore:
         values: str = "newton",
         ridge: float | str = "auto",
         cache_dir: str | Path | None = None,
+        read_back: bool = True,
         progress: bool = True,
         **settings: Any,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.settings: Settings = settings_of(values, settings)
-        self.values, self.ridge, self.progress = values, checked_ridge(ridge), progress
+        self.values, self.ridge, self.read_back, self.progress = values, checked_ridge(ridge), read_back, progress
         check_layer(layer)
         self.source = Source(model, tokenizer, metric, statistics, domain, cache_dir, progress)
         self._together: list[DownAdapter] = []
@@ -273,8 +273,6 @@ class EditStore:
     def merge(self, other: EditStore) -> None:
         """Takes over the edits of another store of the same base, and of one layer and metric where both hold facts.
 
-        Afterwards this one is their union.
-
         Raises:
             NPTError: another layer or metric, or the same prompt with two targets.
         """
@@ -299,18 +297,18 @@ class EditStore:
         """
         if self.contexts.ledger:
             return previewed_whole(self.contexts.blocks.base, self.tokenizer, self.disabled, text, new_tokens)
-        return previewed(self.bench, text, new_tokens)
+        return measure.previewed(self.bench, text, new_tokens)
 
     def verify(self) -> list[Verification]:
         """Every edit's text before and after, with all edits at work, and whether it holds."""
-        facts = verified(self.contexts.blocks.base, self.tokenizer, self.facts, self._shown, self.progress)
+        facts = measure.verified(self.bench, self.facts, self.progress) if self._pairs else []
         return facts + self.contexts.verified()
 
     def divergence(self, texts: Sequence[str]) -> float:
         """Mean KL of the edited model's next-token distributions from the base's over texts, in nats a token."""
         if self.contexts.ledger:
             return mean_kl_whole(self.contexts.blocks.base, self.tokenizer, self.disabled, texts)
-        return mean_kl(self.bench, texts)
+        return measure.mean_kl(self.bench, texts)
 
     # -- files -------------------------------------------------------------------------------------------------------------
 
@@ -377,7 +375,7 @@ class EditStore:
         self.chosen_ridge = self.ridge if self._pairs else 0.0  # type: ignore[assignment]
         if self._pairs and self.ridge == "auto":
             ids = sorted(self._pairs)
-            self.chosen_ridge = automatic_ridge(
+            self.chosen_ridge = measure.automatic_ridge(
                 self.bench, joined([self._pairs[id] for id in ids]), [self._edits[id].request for id in ids]
             )
         self._set()
@@ -386,15 +384,16 @@ class EditStore:
         if self._bench is not None:
             self._bench.adapter.set(self.factors)
 
-    def _shown(self, request: Request) -> int:
-        return SHOWN + len(self.bench.prompts.target(request.prompt, request.target, None).targets)
-
     def _tell(self, requests: Sequence[Request]) -> None:
         """Writes down the text before and after of new edits."""
+        if not self.read_back:
+            for request, holds in zip(requests, measure.holding(self.bench, requests)(), strict=True):
+                self._edits[request.id] = replace(self._edits[request.id], holds=holds)
+            return
         for request in tracked(requests, "Reading back", self.progress and len(requests) > 1, unit="edits"):
             with self.disabled():
-                before = self.bench.write(request.prompt, self._shown(request))
-            after = self.bench.write(request.prompt, self._shown(request))
+                before = self.bench.write(request.prompt, measure.shown(self.bench, request))
+            after = self.bench.write(request.prompt, measure.shown(self.bench, request))
             self._edits[request.id] = replace(
-                self._edits[request.id], before=before, after=after, holds=follows(after, request.target)
+                self._edits[request.id], before=before, after=after, holds=measure.follows(after, request.target)
             )

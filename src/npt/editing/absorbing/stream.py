@@ -15,16 +15,12 @@ from npt.block.hooks import first_tensor
 from npt.block.probing import BlockParts, linear_shape, probe_norm
 from npt.common.fingerprint import base_record
 from npt.common.precision import wide
-from npt.editing.replay import Recording, skipping
+from npt.editing.replay import Recording, ending_at, skipping
 from npt.editing.statistics import padded
 from npt.tuner.converted import base_of, device_of, eval_mode, run_backbone
 
 #: Rows of a batch.
 ROWS = 8
-
-
-class Reached(Exception):  # noqa: N818  it ends a forward, and is no error
-    """The forward has come as far as was asked."""
 
 
 class Blocks:
@@ -120,7 +116,7 @@ class Stream:
             ]
             own, at = (torch.tensor(column) for column in zip(*spots, strict=True))
             self._spots.append((own, at))
-            self._at.append(Recording(padded(part, device_of(blocks.base)), None, (), torch.empty(0)))
+            self._at.append(Recording(padded(part, device_of(blocks.base)), None, (), None))
 
     def copy(self) -> Stream:
         """The same rows at the same block; the two go on apart."""
@@ -150,18 +146,16 @@ class Stream:
                 x.reshape(*shape, -1)[rows.to(x.device), tokens.to(x.device)] for x in (args[0], output)
             )
 
-        def stop(module: nn.Module, args: Any, output: Any) -> None:
+        def last(module: nn.Module, args: Any, output: Any) -> None:
             y = first_tensor(output)
             seen["hidden"] = y[rows.to(y.device), tokens.to(y.device)]
-            raise Reached
 
         handles = [module.register_forward_hook(keep) for module in modules[at:layer]]
-        handles += [self.blocks.down(layer).register_forward_hook(look), modules[layer].register_forward_hook(stop)]
+        handles += [self.blocks.down(layer).register_forward_hook(look), modules[layer].register_forward_hook(last)]
         try:
-            with eval_mode(self.blocks.base), skipping(modules, recording):
-                run_backbone(self.blocks.base, recording.batch)
-        except Reached:
-            pass
+            base = self.blocks.base
+            with eval_mode(base), skipping(modules, recording), ending_at(base, modules[layer]):
+                run_backbone(base, recording.batch)
         finally:
             for handle in handles:
                 handle.remove()
