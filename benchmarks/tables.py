@@ -169,7 +169,15 @@ def command_table(kept: Mapping[str, Mapping[str, float]]) -> str:
 
 def cost_table(kept: Mapping[str, Mapping[str, Any]]) -> str:
     """An edit's cost beside a forward of the frozen base, for each model of benchmarks/results/editing-cost.json."""
-    head = ["model", "block", "edit: operations", "edit: seconds", "passes", "statistics: seconds", "solve of 1,000 edits"]
+    head = [
+        "model",
+        "block",
+        "edit: operations",
+        "edit: seconds",
+        "passes",
+        "statistics: seconds",
+        "solve of 1,000 edits",
+    ]
     rows = [
         [
             f"`{name}`", str(found["layer"]),

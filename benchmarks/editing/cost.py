@@ -136,7 +136,9 @@ def measure(name: str, layer: int, rounds: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 1 for an error that is said in one line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.editing.cost", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.editing.cost", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--model", default="builtin:smollm2-135m", help="default: builtin:smollm2-135m")
     parser.add_argument("--layer", type=int, default=5, help="the block that is edited (default: 5)")
     parser.add_argument("--rounds", type=int, default=5, help="of the interleaved times (default: 5)")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from tests.catalogue.absorbing import ABSORBING
 from tests.catalogue.bench import BENCH
 from tests.catalogue.commands import ARGUMENTS, RUNS
 from tests.catalogue.configurations import CONFIG_FILES, OVERRIDES
@@ -14,6 +15,6 @@ from tests.catalogue.entries import Entry, Kit, tensors
 from tests.catalogue.models import ADAPTERS, BASES
 from tests.catalogue.texts import DATA
 
-CATALOGUE = [*CONFIG_FILES, *OVERRIDES, *DATA, *BASES, *ADAPTERS, *ARGUMENTS, *RUNS, *EDITS, *BENCH]
+CATALOGUE = [*CONFIG_FILES, *OVERRIDES, *DATA, *BASES, *ADAPTERS, *ARGUMENTS, *RUNS, *EDITS, *BENCH, *ABSORBING]
 
 __all__ = ["CATALOGUE", "Entry", "Kit", "tensors"]

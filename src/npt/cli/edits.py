@@ -11,10 +11,11 @@ import typer
 
 from npt.cli.app import app, say
 from npt.cli.options import Set, place_of
-from npt.common.display import one_line
+from npt.common.display import blocks_text, one_line
 from npt.errors import NPTError
 
 if TYPE_CHECKING:
+    from npt.editing.absorbing.absorbed import Absorbed
     from npt.editing.requests import Request
     from npt.editing.writing import Edit
 
@@ -100,22 +101,78 @@ def write(
     say(f"store: {store}")
 
 
+@app.command()
+def absorb(
+    context: Annotated[
+        Path, typer.Option("--context", help="A file of text, or the messages of a chat as .json.", callback=place_of)
+    ],
+    store: Store,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            "--questions",
+            help="One question a line, or JSON lines with question and answer; else the model's own.",
+            callback=place_of,
+        ),
+    ] = None,
+    model: Model = None,
+    blocks: Annotated[str | None, typer.Option("--blocks", help="auto (default), or indices such as 15,17,19.")] = None,
+    number: Annotated[int | None, typer.Option("--number", help="Questions that the model writes (48).")] = None,
+    limit: Annotated[float | None, typer.Option("--limit", help="Mean KL allowed on general text (0.02 nats).")] = None,
+    mu: Annotated[float | None, typer.Option("--mu", help="The weight of general text; else chosen.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="The largest rank of a block's weight delta (128).")
+    ] = None,
+    new_tokens: Annotated[int | None, typer.Option("--new-tokens", help="The longest answer (48).")] = None,
+    style: Annotated[str | None, typer.Option("--style", help="auto (default), chat, question or text.")] = None,
+    statistics: Annotated[
+        list[str] | None, typer.Option("--statistics", help="Text files not to disturb; without, the base's own text.")
+    ] = None,
+    set_: Set = None,
+) -> None:
+    """Absorbs a context: without it, the model answers as with it.
+
+    Shows answers to held-out questions before, with the context, and after; the store's report.html has all of them.
+    """
+    from npt.runs.absorb import absorb as absorb_into
+    from npt.runs.absorb import asked_for
+    from npt.runs.edits import Options
+
+    given = {"number": number, "limit": limit, "mu": mu, "rank": rank, "new_tokens": new_tokens, "style": style}
+    asked = asked_for(context, questions, blocks, given)
+    found, page = absorb_into(store, asked, Options(model, set_ or (), statistics=statistics or ()))
+    _show_absorbed(found)
+    say(f"store: {store}")
+    say(f"page: {page}")
+
+
 @edit.command("list")
 def list_(store: Store) -> None:
     """Lists the edits of a store; loads no model."""
+    from npt.editing.absorbing.absorbed import Absorbed
     from npt.runs.edits import edits_in
 
     for found in edits_in(store):
         state = "holds" if found.holds else "does not hold"
+        if isinstance(found, Absorbed):
+            say(
+                f"{found.id}  context {one_line(found.request.prompt, 80)}  ({state}, {found.figures.recovered:.0%} recovered)"
+            )
+            continue
         say(f"{found.id}  {one_line(found.request.prompt)} -> {one_line(found.request.target)}  ({state})")
 
 
 @edit.command()
 def show(id: Annotated[str, typer.Argument(help="An edit's id.")], store: Store) -> None:
     """Shows one edit, as it was asked and as it came out."""
+    from npt.editing.absorbing.absorbed import Absorbed
     from npt.runs.edits import edit_in
 
     found = edit_in(store, id)
+    if isinstance(found, Absorbed):
+        say(f"context: {one_line(found.request.prompt)}")
+        _show_absorbed(found)
+        return
     request = found.request
     say(f"{found.id}  block {found.layer}, values {found.values}, {found.passes} passes")
     for name in ("prompt", "subject", "target", "paraphrases", "protect"):
@@ -152,7 +209,9 @@ def undo(
     set_: Set = None,
 ) -> None:
     """Takes edits back, as if they had never been written."""
+    from npt.report.run_files import PAGE
     from npt.runs import edits
+    from npt.runs.absorb import write_page
 
     for id in ids:
         edits.edit_in(store, id)
@@ -161,6 +220,8 @@ def undo(
         for id in dict.fromkeys(ids):
             there.undo(id)
         there.save(store)
+        if (store / PAGE).is_file():
+            write_page(store)
     say(f"{store}: {len(there.edits)} edits left")
 
 
@@ -209,6 +270,21 @@ def _requests(
     if prompt is None or target is None:
         raise NPTError("npt edit write: give --prompt and --target, or --file with many edits")
     return [request_of(said, "npt edit write")], ["npt edit write"]
+
+
+def _show_absorbed(found: Absorbed) -> None:
+    for row in found.compared:
+        say(f"{one_line(row.question)}  (KL {row.kl_before:.3f} -> {row.kl_after:.3f})")
+        say(f"  before   {one_line(row.before)}")
+        say(f"  context  {one_line(row.taught)}")
+        say(f"  after    {one_line(row.after)}")
+    figures, setting = found.figures, found.setting
+    say(f"{found.id}  {figures.recovered:.0%} recovered: KL to the model with the context {figures.kl_before:.3f} -> "
+        f"{figures.kl_after:.3f} on {len(found.compared)} held-out questions; general text {figures.text_kl:.4f}")  # fmt: skip
+    say(f"  {blocks_text(setting.blocks)}, mu {setting.mu:.3g}, lambda {setting.lam:.2g}, {figures.seconds:.0f} s")
+    for line in (*found.left_out, found.note):
+        if line:
+            say(f"  note     {one_line(line)}")
 
 
 def _show(found: Edit) -> None:

@@ -167,7 +167,7 @@ def chat_ids(chat: Chat, tokenizer: Any, score: str = "all") -> tuple[list[int],
             "into the model's folder, or write each chat as one text into a column and name that in data.text_column"
         )
     if score == "all":
-        ids = tokenizer(_rendered(chat, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(rendered(chat, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
         return ids, np.ones(len(ids), dtype=bool)
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
@@ -180,7 +180,7 @@ def chat_ids(chat: Chat, tokenizer: Any, score: str = "all") -> tuple[list[int],
             return_assistant_tokens_mask=True, return_dict=True, tokenizer_kwargs={"verbose": False},
         )  # fmt: skip
         return found["input_ids"], np.array(found["assistant_masks"], dtype=bool)
-    text = _rendered(chat, tokenizer)
+    text = rendered(chat, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     begin, end = np.array(encoded["offset_mapping"], dtype=int).reshape(-1, 2).T
     scored = np.zeros(len(begin), dtype=bool)
@@ -201,8 +201,8 @@ def _replies(chat: Chat, text: str, tokenizer: Any) -> list[tuple[int, int]]:
             continue
         before = Chat(chat.messages[:number], chat.place, chat.tools)
         upto = Chat(chat.messages[: number + 1], chat.place, chat.tools)
-        prompt = _rendered(before, tokenizer, prompt=True) if number else None
-        reply = _rendered(upto, tokenizer)
+        prompt = rendered(before, tokenizer, prompt=True) if number else None
+        reply = rendered(upto, tokenizer)
         if prompt is None or not (text.startswith(reply) and reply.startswith(prompt)):
             raise DataError(
                 f"{chat.place}, message {number + 1}: data.score=replies can't tell the reply from its prompt, as the chat "
@@ -213,7 +213,7 @@ def _replies(chat: Chat, text: str, tokenizer: Any) -> list[tuple[int, int]]:
     return found
 
 
-def _rendered(chat: Chat, tokenizer: Any, prompt: bool = False) -> str:
+def rendered(chat: Chat, tokenizer: Any, prompt: bool = False) -> str:
     """The text of a chat. prompt: with the beginning of the assistant's next message."""
     text: str = _called(
         chat, tokenizer.apply_chat_template, chat.messages, tools=chat.tools, tokenize=False, add_generation_prompt=prompt

@@ -1,4 +1,4 @@
-"""Phase 3: permanent weight deltas on one `down` projection, written, proved, undone and shipped as a LoRA.
+"""Phase 3: permanent weight deltas on `down` projections, written, proved, undone and shipped as a LoRA.
 
 module       in -> out
 requests     a prompt, a target and what belongs to them -> Request, checked
@@ -14,7 +14,10 @@ bench        a model laid open at one block: its inputs, passes from there on, t
 values       a key and a target -> the output that has to be added (a table of strategies)
 writing      a request -> its keys and values, found on the base alone
 measure      text before and after, divergence, the largest ridge at which all edits hold
+absorbing    a context -> weight deltas of several blocks (a package)
 store        `EditStore`, which joins all of these
+merging      two stores -> one
+checks       arguments of `EditStore`, checked
 export       the factors -> a PEFT LoRA, a GGUF LoRA
 folder       a store -> files and back
 """

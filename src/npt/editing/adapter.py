@@ -15,7 +15,7 @@ from npt.common.precision import cast, wide_dtype
 from npt.editing.solve import Factors
 from npt.errors import NPTError
 
-#: The attribute of a model that holds the edits at work on it.
+#: The attribute of a model that holds the adapters at work on it, which belong together.
 _OWNER = "_npt_edits"
 
 
@@ -25,13 +25,19 @@ class DownAdapter:
     Args:
         down: the projection, Linear, Conv1D or a quantised linear. base: the causal LM that it is in; the
             projection itself where several blocks have an adapter each.
+        together: the adapters of one store, a list that they share; None for an adapter alone.
+        first: its part is added before those of the projection's other adapters, in whatever order they came.
 
     Raises:
         NPTError: edits are at work on it already.
     """
 
-    def __init__(self, down: nn.Module, base: nn.Module):
+    def __init__(
+        self, down: nn.Module, base: nn.Module, *, together: list[DownAdapter] | None = None, first: bool = False
+    ):
         self.down, self.base, self.on = down, base, True
+        self._together: list[DownAdapter] = [] if together is None else together
+        self._first = first
         self._factors: Factors | None = None
         self._trial: Callable[[Tensor], Tensor] | None = None
         self._see: Callable[[Tensor], None] | None = None
@@ -62,17 +68,20 @@ class DownAdapter:
         Raises:
             NPTError: another store's is there.
         """
-        if getattr(self.base, _OWNER, self) is not self:
+        if getattr(self.base, _OWNER, self._together) is not self._together:
             raise NPTError("the model has an edit store at work; use that one, or take it off with its close()")
-        if not hasattr(self.base, _OWNER):
-            self._handle = self.down.register_forward_hook(self._add)
-            setattr(self.base, _OWNER, self)
+        if self not in self._together:
+            self._handle = self.down.register_forward_hook(self._add, prepend=self._first)
+            self._together.append(self)
+            setattr(self.base, _OWNER, self._together)
 
     def close(self) -> None:
         """Takes the hook off."""
-        if getattr(self.base, _OWNER, None) is self:
+        if self in self._together:
             self._handle.remove()
-            delattr(self.base, _OWNER)
+            self._together.remove(self)
+            if not self._together:
+                delattr(self.base, _OWNER)
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._see is not None:

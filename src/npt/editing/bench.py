@@ -42,13 +42,13 @@ class Bench:
     """One block of a causal LM, plain or inside a PEFT model, and its `down`.
 
     Args:
-        model: as `EditStore` takes it. tokenizer: the model's. layer: the block's index.
+        model: as `EditStore` takes it. tokenizer: the model's. layer: the block's index. together: see `DownAdapter`.
 
     Raises:
         ConversionError: no such block, or its projection is neither Linear nor Conv1D. NPTError: edits are at work already.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, layer: int):
+    def __init__(self, model: Any, tokenizer: Any, layer: int, together: list[DownAdapter] | None = None):
         self.model, self.tokenizer, self.layer = model, tokenizer, layer
         self.base = base_of(model)
         check_whole(self.base)
@@ -60,7 +60,7 @@ class Bench:
         self.down = find(self.blocks[layer], family_of(self.base), "down")
         self.width, self.size = linear_shape(self.down)
         self.prompts = Prompts(tokenizer, self.base.config, vocabulary_size(self.base))
-        self.adapter = DownAdapter(self.down, self.base)
+        self.adapter = DownAdapter(self.down, self.base, together=together)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from npt.adapters.folder import WEIGHTS
 from npt.builtin import recorded_name
 from npt.common.display import one_line
 from npt.common.files import write_file, write_tensors
+from npt.common.writable import check_file
 from npt.editing.measure import holding
 from npt.editing.solve import Factors, Pairs, gram_of, lengths, solve
 from npt.errors import CheckpointError, NPTError
@@ -48,7 +50,7 @@ class Lora:
 
 
 def lora_of(store: EditStore) -> Lora:
-    """The store's weight delta in float32, of a rank that servers accept."""
+    """The weight delta of the store's facts in float32, of a rank that servers accept."""
     bench, pairs = store.bench, store.pairs
     if pairs is None:
         return Lora(torch.zeros(RANKS[0], bench.width), torch.zeros(bench.size, RANKS[0]))
@@ -56,13 +58,7 @@ def lora_of(store: EditStore) -> Lora:
     if len(pairs) > RANKS[-1]:
         factors = truncated(factors, pairs, RANKS[-1])
         lost = _lost(store, factors)
-    rank = rank_for(len(factors.right))
-    a = torch.zeros(rank, bench.width, dtype=torch.float64)
-    b = torch.zeros(bench.size, rank, dtype=torch.float64)
-    a[: len(factors.right)], b[:, : len(factors.right)] = factors.right, factors.left
-    # Both factors of one size: neither leaves half precision's range.
-    scale = _balance(a, b)
-    return Lora((a * scale[:, None]).float(), (b / scale).float(), lost)
+    return _padded(factors, rank_for(len(factors.right)), lost)
 
 
 def rank_for(keys: int) -> int:
@@ -94,7 +90,7 @@ def truncated(factors: Factors, pairs: Pairs, rank: int) -> Factors:
 
 def _lost(store: EditStore, factors: Factors) -> tuple[str, ...]:
     """Ids of edits that hold with the whole weight delta and not with `factors`."""
-    edits = store.edits
+    edits = store.facts
     ask = holding(store.bench, [edit.request for edit in edits])
     whole = ask()
     try:
@@ -105,41 +101,97 @@ def _lost(store: EditStore, factors: Factors) -> tuple[str, ...]:
     return tuple(edit.id for edit, one, other in zip(edits, whole, left, strict=True) if one and not other)
 
 
-def write_lora(store: EditStore, lora: Lora, folder: Path) -> None:
+def loras_of(store: EditStore) -> dict[str, Lora]:
+    """{projection: LoRA} of everything in a store, all of one rank that servers accept; of nothing, one of zeros."""
+    blocks, parts = store.contexts.blocks, dict[int, list[Factors]]()
+    lost: tuple[str, ...] = ()
+    for layer, factors in store.contexts.factors.items():
+        parts[layer] = [Factors(factors.left.double(), factors.right.double())]
+    if not parts and store.layer is None:
+        width, size = blocks.shape(0)
+        parts[0] = [Factors(torch.zeros(size, 0, dtype=torch.float64), torch.zeros(0, width, dtype=torch.float64))]
+    elif store.pairs is not None or not parts:
+        facts = lora_of(store)
+        lost = facts.lost
+        parts.setdefault(store.bench.layer, []).append(Factors(facts.b.double(), facts.a.double()))
+    whole = {layer: _within_ranks(_joined(own)) for layer, own in sorted(parts.items())}
+    rank = next(rank for rank in RANKS if rank >= max(len(one.right) for one in whole.values()))
+    return {blocks.name(layer): _padded(one, rank, lost) for layer, one in whole.items()}
+
+
+def _joined(parts: Sequence[Factors]) -> Factors:
+    """The sum of weight deltas, rows that are zero left out."""
+    left, right = torch.cat([part.left for part in parts], 1), torch.cat([part.right for part in parts])
+    used = (right != 0).any(1)
+    return Factors(left[:, used], right[used])
+
+
+def _within_ranks(factors: Factors) -> Factors:
+    """The weight delta, or the nearest one of the largest rank that servers accept."""
+    if len(factors.right) <= RANKS[-1]:
+        return factors
+    q, r = torch.linalg.qr(factors.right.T)
+    left, values, right = torch.linalg.svd(factors.left @ r.T, full_matrices=False)
+    kept = slice(0, RANKS[-1])
+    return Factors(left[:, kept] * values[kept], right[kept] @ q.T)
+
+
+def _padded(factors: Factors, rank: int, lost: tuple[str, ...] = ()) -> Lora:
+    """A LoRA of a rank, in float32."""
+    a = torch.zeros(rank, factors.right.shape[1], dtype=torch.float64)
+    b = torch.zeros(len(factors.left), rank, dtype=torch.float64)
+    a[: len(factors.right)], b[:, : len(factors.right)] = factors.right, factors.left
+    # Both factors of one size: neither leaves half precision's range.
+    scale = _balance(a, b)
+    return Lora((a * scale[:, None]).float(), (b / scale).float(), lost)
+
+
+def write_lora(store: EditStore, loras: Mapping[str, Lora], folder: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, which plain PEFT reads."""
-    bench = store.bench
+    base = store.contexts.blocks.base
+    rank = max(lora.rank for lora in loras.values())
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.rank, target_modules=[bench.module], fan_in_fan_out=hasattr(bench.down, "nf"),
+        r=rank, lora_alpha=rank, target_modules=sorted(loras), fan_in_fan_out=hasattr(store.contexts.blocks.down(0), "nf"),
         bias="none", task_type="CAUSAL_LM", inference_mode=True, lora_dropout=0.0,
-        base_model_name_or_path=recorded_name(getattr(bench.base.config, "_name_or_path", None)),
+        base_model_name_or_path=recorded_name(getattr(base.config, "_name_or_path", None)),
     )  # fmt: skip
-    # PEFT makes a set of the list, and writes that in any order; there is one name.
+    config.target_modules = sorted(loras)  # PEFT makes a set of the list, and writes that in any order
     config.save_pretrained(str(folder))
-    name = f"base_model.model.{bench.module}"
-    write_tensors(
-        folder / WEIGHTS, {f"{name}.lora_A.weight": lora.a.contiguous(), f"{name}.lora_B.weight": lora.b.contiguous()}
-    )
+    tensors: dict[str, Tensor] = {}
+    for module, lora in loras.items():
+        name = f"base_model.model.{module}"
+        tensors |= {f"{name}.lora_A.weight": lora.a.contiguous(), f"{name}.lora_B.weight": lora.b.contiguous()}
+    write_tensors(folder / WEIGHTS, tensors)
 
 
-def write_gguf(lora: Lora, path: Path, module: str, config: Any) -> None:
+def store_as_gguf(store: EditStore, path: Path) -> Path:
+    """See `EditStore.export_gguf`."""
+    check_file("export_gguf", path, ".gguf")
+    write_gguf(loras_of(store), path, store.contexts.blocks.base.config)
+    return path
+
+
+def write_gguf(loras: Mapping[str, Lora], path: Path, config: Any) -> None:
     """Writes a LoRA as a GGUF file, for llama.cpp's --lora.
 
     Args:
-        module: the projection's name. config: the base's own configuration.
+        loras: of each projection, by its name; all of one rank.
+        config: the base's own configuration.
 
     Raises:
         NPTError: llama.cpp has no model of this family, or no such projection in it.
     """
-    name, architecture = gguf_name(module, config)
+    names = {module: gguf_name(module, config) for module in loras}
     import gguf  # here, because it takes a second to import
 
     def fill(temporary: Path) -> None:
-        writer = gguf.GGUFWriter(temporary, architecture)
+        writer = gguf.GGUFWriter(temporary, next(architecture for _, architecture in names.values()))
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.rank))
-        writer.add_tensor(f"{name}.weight.lora_a", lora.a.contiguous().numpy())
-        writer.add_tensor(f"{name}.weight.lora_b", lora.b.contiguous().numpy())
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(max(lora.rank for lora in loras.values())))
+        for module, lora in loras.items():
+            writer.add_tensor(f"{names[module][0]}.weight.lora_a", lora.a.contiguous().numpy())
+            writer.add_tensor(f"{names[module][0]}.weight.lora_b", lora.b.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -169,25 +221,33 @@ def gguf_name(module: str, config: Any) -> tuple[str, str]:
     return name, wanted
 
 
-def read_lora(folder: Path, module: str) -> Lora:
-    """The LoRA that `write_lora` left in a folder.
+def read_loras(folder: Path, modules: Sequence[str]) -> dict[str, Lora]:
+    """{projection: LoRA} that `write_lora` left in a folder.
 
     Raises:
         CheckpointError: missing or damaged.
     """
+    found = {}
     try:
         tensors = load_file(folder / WEIGHTS)
-        a, b = (tensors[f"base_model.model.{module}.lora_{part}.weight"] for part in ("A", "B"))
+        for module in modules:
+            a, b = (tensors[f"base_model.model.{module}.lora_{part}.weight"] for part in ("A", "B"))
+            if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
+                raise CheckpointError(
+                    f"store {folder}: {WEIGHTS} is no LoRA of {one_line(module, 80)}; restore it from a backup"
+                )
+            found[module] = Lora(a, b)
     except (SafetensorError, OSError, KeyError) as error:
         reason = one_line(error, 100)
         raise CheckpointError(
             f"store {folder}: {WEIGHTS} can't be read ({reason}); restore it from a backup"
         ) from error
-    if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
-        raise CheckpointError(f"store {folder}: {WEIGHTS} is no LoRA of {module}; restore it from a backup")
-    return Lora(a, b)
+    return found
 
 
-def described(lora: Lora) -> dict[str, Any]:
+def described(loras: Mapping[str, Lora]) -> dict[str, Any]:
     """The LoRA, as edits.json describes it."""
-    return {"rank": lora.rank, "lost": list(lora.lost)}
+    return {
+        "rank": max(lora.rank for lora in loras.values()),
+        "lost": sorted({id for lora in loras.values() for id in lora.lost}),
+    }

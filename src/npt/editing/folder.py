@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from npt.adapters.folder import CONFIG, WEIGHTS
 from npt.builtin import recorded_name
@@ -22,7 +23,8 @@ from npt.common.files import new_folder, replace_files, write_json, write_tensor
 from npt.common.fingerprint import difference, is_record, tensor_digest
 from npt.common.places import place
 from npt.common.writable import check_folders
-from npt.editing.export import described, lora_of, write_lora
+from npt.editing.absorbing import files as absorbed
+from npt.editing.export import described, loras_of, write_lora
 from npt.editing.requests import NAMES, request_of
 from npt.editing.solve import Pairs
 from npt.editing.writing import Edit
@@ -35,7 +37,8 @@ EDITS = "edits.json"
 #: The file with keys and values: its name comes from its content, so a save that was cut off leaves the old one for the old
 #: edits.json.
 PAIRS = re.compile(r"edits-[0-9a-f]{12}\.safetensors")
-FORMAT_VERSION = 1
+#: Of stores with absorbed contexts; those with facts alone have version 1, which older programs read.
+FORMAT_VERSION = 2
 MOST_BYTES = 256 * 2**20
 _PARTS = ("keys", "whitened", "values")
 #: The names of an edit in edits.json and the type of each.
@@ -48,30 +51,34 @@ def save_store(store: EditStore, folder: Path) -> Path:
     """See `EditStore.save`."""
     folder = place(folder)
     check_target(folder)
-    bench, lora = store.bench, lora_of(store)
-    record = {
-        "format_version": FORMAT_VERSION,
-        "base": recorded_name(getattr(bench.base.config, "_name_or_path", None)),
-        "layer": bench.layer,
-        "module": bench.module,
+    blocks, loras = store.contexts.blocks, loras_of(store)
+    ledger = store.contexts.ledger
+    record: dict[str, Any] = {
+        "format_version": FORMAT_VERSION if ledger or store.layer is None else 1,
+        "base": recorded_name(getattr(blocks.base.config, "_name_or_path", None)),
+        "layer": store.layer,
+        "module": "" if store.layer is None else store.bench.module,
         "metric": store.source.name,
         "ridge": store.ridge,
         "chosen_ridge": store.chosen_ridge,
-        "lora": described(lora),
+        "lora": described(loras),
         "pairs": "",
-        "edits": [_written(edit) for edit in store.edits],
-        "base_fingerprint": bench.fingerprint,
+        "edits": [_written(edit) for edit in store.facts],
+        "base_fingerprint": blocks.fingerprint,
     }
+    if record["format_version"] == FORMAT_VERSION:
+        record |= {"modules": sorted(loras), "contexts": [absorbed.described(one) for one in ledger.values()]}
+        record["order"] = [edit.id for edit in store.edits]
     tensors = {
         f"{edit.id}.{part}": getattr(store.pairs_of(edit.id), part).contiguous()
-        for edit in store.edits
+        for edit in store.facts
         for part in _PARTS
-    }
+    } | absorbed.tensors_of(store.contexts)
     digest = hashlib.sha256(b"".join(name.encode() + tensor_digest(tensors[name]) for name in sorted(tensors)))
     record["pairs"] = f"edits-{digest.hexdigest()[:12]}.safetensors"
 
     def fill(temporary: Path) -> None:
-        write_lora(store, lora, temporary)
+        write_lora(store, loras, temporary)
         write_tensors(temporary / str(record["pairs"]), tensors)
         write_json(temporary / EDITS, record)
         for path in temporary.iterdir():  # safetensors gives its files to their owner alone
@@ -109,18 +116,21 @@ def load_store(
 ) -> EditStore:
     """See `EditStore.load`."""
     record = read_record(folder)
-    pairs = _read_pairs(place(folder), record)
+    tensors = _read_tensors(place(folder), record)
+    pairs = _pairs_in(folder, record, tensors)
     options = {"metric": record["metric"].split()[0], "ridge": record["ridge"], **options}
-    store = kind(model, tokenizer, layer=record["layer"], **options)
+    if record["layer"] is not None:
+        options["layer"] = record["layer"]
+    store = kind(model, tokenizer, **options)
     try:
-        here, there = store.bench.fingerprint, record["base_fingerprint"]
+        here, there = store.contexts.blocks.fingerprint, record["base_fingerprint"]
         if here is not None and there is not None and (told := difference(there, here)) is not None:
             raise CheckpointError(
                 f"store {folder}: it was written for another base than this one: {told}; load the base that {EDITS} names, "
                 f"{one_line(record['base'], 80)}"
             )
-        sizes = store.bench.width, store.bench.size
         for id, found in pairs.items():
+            sizes = store.bench.width, store.bench.size
             if (len(found.keys), len(found.values)) != sizes:
                 raise CheckpointError(
                     f"store {folder}: edit {id} is for a projection of {len(found.keys)} to {len(found.values)} numbers, and "
@@ -131,6 +141,13 @@ def load_store(
                 f"the store in {folder} has the metric {one_line(repr(record['metric']), 100)}, and this one "
                 f"{one_line(repr(store.source.name), 100)}; load it with the same metric, statistics and domain to write more"
             )
+        try:
+            absorbed.put_back(store.contexts, record.get("contexts", ()), tensors)
+        except (DataError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"store {folder}: {record['pairs']} and {EDITS} differ in an absorbed context ({one_line(error, 80)}); "
+                "restore both from a backup"
+            ) from error
         store.restore(read_edits(record), pairs, record["chosen_ridge"])
     except BaseException:
         store.close()
@@ -163,7 +180,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     problem = _problem(record)
     if problem is not None:
         raise CheckpointError(f"store {folder}: {EDITS}: {problem}; restore it from a backup")
-    return dict(record)
+    return {**record, "modules": record.get("modules") or [record["module"]]}
 
 
 def _problem(record: Any) -> str | None:
@@ -178,13 +195,14 @@ def _problem(record: Any) -> str | None:
     ridge, chosen = record.get("ridge"), record.get("chosen_ridge")
     checks = {
         "base": isinstance(record.get("base"), str | None),
-        "layer": type(record.get("layer")) is int,
+        "layer": type(record.get("layer")) is int or (version > 1 and record.get("layer") is None),
         "module": isinstance(record.get("module"), str),
         "metric": isinstance(record.get("metric"), str) and bool(record["metric"].strip()),
         "ridge": ridge == "auto" or _is_number(ridge),
         "chosen_ridge": _is_number(chosen),
         "pairs": isinstance(record.get("pairs"), str) and PAIRS.fullmatch(record["pairs"]) is not None,
         "edits": isinstance(record.get("edits"), list),
+        **{name: isinstance(record.get(name), list) for name in ("contexts", "modules", "order") if version > 1},
         "base_fingerprint": record.get("base_fingerprint") is None or is_record(record["base_fingerprint"]),
     }
     wrong = next((name for name, right in checks.items() if not right), None)
@@ -201,6 +219,22 @@ def _problem(record: Any) -> str | None:
         if found.id != found.request.id or found.id in seen:
             return f"edit {number} has the id {one_line(repr(found.id), 20)}, which does not belong to its words"
         seen.add(found.id)
+    return _problem_of_contexts(record, seen) if version > 1 else None
+
+
+def _problem_of_contexts(record: Mapping[str, Any], seen: set[str]) -> str | None:
+    """The first problem with the absorbed contexts of edits.json; None for none."""
+    for number, one in enumerate(record["contexts"], 1):
+        try:
+            id = absorbed.read(one).id
+        except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
+            return f"context {number} is damaged ({one_line(error, 100)})"
+        if id in seen or not re.fullmatch("[0-9a-f]{8}", id):
+            return f"context {number} has the id {one_line(repr(id), 20)}, which is no id of its own"
+        seen.add(id)
+    for name in ("modules", "order"):
+        if not all(isinstance(value, str) for value in record[name]) or (name == "order" and set(record[name]) != seen):
+            return f"{name}={one_line(repr(record[name]), 60)} does not name what the store holds"
     return None
 
 
@@ -219,8 +253,11 @@ def _read(edit: Mapping[str, Any]) -> Edit:
 
 
 def read_edits(record: Mapping[str, Any]) -> list[Edit]:
-    """The edits of a checked edits.json."""
-    return [_read(edit) for edit in record["edits"]]
+    """The edits of a checked edits.json, absorbed contexts without their token ids among them, in their order."""
+    found: list[Edit] = [_read(edit) for edit in record["edits"]]
+    found += [absorbed.read(one) for one in record.get("contexts", ())]
+    by_id = {edit.id: edit for edit in found}
+    return [by_id[id] for id in record.get("order", by_id)]
 
 
 def copy_lora(folder: Path, target: Path) -> None:
@@ -229,29 +266,41 @@ def copy_lora(folder: Path, target: Path) -> None:
         shutil.copy2(folder / name, target / name)
 
 
-def _read_pairs(folder: Path, record: Mapping[str, Any]) -> dict[str, Pairs]:
-    """{id: pairs} of a store's edits.
+def _read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a store's edits and contexts.
 
     Raises:
-        CheckpointError: missing, damaged, or not of these edits.
+        CheckpointError: missing, damaged, or others.
     """
     name = record["pairs"]
     try:
-        tensors = load_file(folder / name)
+        tensors: dict[str, Tensor] = load_file(folder / name)
     except (SafetensorError, OSError) as error:
         reason = one_line(error, 100)
         raise CheckpointError(f"store {folder}: {name} can't be read ({reason}); restore it from a backup") from error
     wanted = {f"{edit['id']}.{part}" for edit in record["edits"] for part in _PARTS}
+    wanted |= absorbed.names_in(record.get("contexts", ()))
     if wanted != set(tensors):
         odd = min(wanted ^ set(tensors))
         raise CheckpointError(
             f"store {folder}: {name} and {EDITS} differ in {one_line(odd, 40)}; restore both from a backup"
         )
+    return tensors
+
+
+def _pairs_in(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Pairs]:
+    """{id: pairs} of a store's facts.
+
+    Raises:
+        CheckpointError: damaged.
+    """
     found = {}
     for edit in record["edits"]:
         parts = [tensors[f"{edit['id']}.{part}"] for part in _PARTS]
         whole = all(part.dim() == 2 and part.dtype == torch.float64 and bool(part.isfinite().all()) for part in parts)
         if not whole or len({part.shape[1] for part in parts}) != 1 or parts[0].shape != parts[1].shape:
-            raise CheckpointError(f"store {folder}: {name} is damaged at edit {edit['id']}; restore it from a backup")
+            raise CheckpointError(
+                f"store {folder}: {record['pairs']} is damaged at edit {edit['id']}; restore it from a backup"
+            )
         found[edit["id"]] = Pairs(*parts)
     return found

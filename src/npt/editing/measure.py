@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from npt.common.precision import wide
+from npt.common.progress import tracked
 from npt.editing.bench import Bench, chunks
 from npt.editing.requests import Request
 from npt.editing.solve import Pairs, solve
 from npt.editing.statistics import token_rows
 
+if TYPE_CHECKING:
+    from npt.editing.writing import Edit
+
 #: Ridges that `ridge="auto"` tries, largest first; the last one only keeps equal keys apart.
 RIDGES = (0.3, 0.1, 0.03, 0.01, 1e-6)
+#: Tokens that are written behind a prompt, beside those of its target.
+SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -128,3 +135,32 @@ def largest_ridge(bench: Bench, pairs: Pairs, requests: Sequence[Request]) -> fl
         if count == len(requests):
             break
     return best[1]
+
+
+def automatic_ridge(bench: Bench, pairs: Pairs, requests: Sequence[Request]) -> float:
+    """The ridge that `ridge="auto"` takes: the largest at which all hold, none for a single edit without protected prompts."""
+    if len(requests) > 1:
+        return largest_ridge(bench, pairs, requests)
+    return RIDGES[-1] if requests[0].protect else 0.0
+
+
+def shown(bench: Bench, request: Request) -> int:
+    """Tokens that are written behind a request's prompt to show the text before and after."""
+    return SHOWN + len(bench.prompts.target(request.prompt, request.target, None).targets)
+
+
+def verified(bench: Bench, edits: Sequence[Edit], progress: bool) -> list[Verification]:
+    """Every fact's text before and after, with all edits at work, and whether it holds.
+
+    Args:
+        bench: the model at the facts' block.
+        edits: those that are read back.
+        progress: show a progress bar.
+    """
+    found = []
+    for edit in tracked(edits, "Verifying", progress and len(edits) > 8, unit="edits"):
+        request = edit.request
+        after = bench.write(request.prompt, shown(bench, request))
+        held = follows(after, request.target)
+        found.append(Verification(edit.id, request.prompt, request.target, edit.before, after, held))
+    return found

@@ -93,7 +93,7 @@ def run_again(model: Any, blocks: Sequence[nn.Module], recording: Recording, pos
     options: dict[str, Any] = {}
     if positions is not None and "logits_to_keep" in signature(type(model).forward).parameters:
         options["logits_to_keep"] = positions.to(recording.batch["input_ids"].device)
-    with _skipping(blocks, recording):
+    with skipping(blocks, recording):
         logits: Tensor = model(**recording.batch, use_cache=False, **options).logits
     if positions is not None and not options:
         logits = logits[:, positions.to(logits.device)]
@@ -101,7 +101,7 @@ def run_again(model: Any, blocks: Sequence[nn.Module], recording: Recording, pos
 
 
 @contextmanager
-def _skipping(blocks: Sequence[nn.Module], recording: Recording) -> Iterator[None]:
+def skipping(blocks: Sequence[nn.Module], recording: Recording) -> Iterator[None]:
     """Gives the blocks below a forward that returns what was recorded."""
     count = len(recording.rests)
     own = [block.__dict__.get("forward") for block in blocks[:count]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -124,22 +124,37 @@ def check_together(requests: Sequence[Request], where: Sequence[str], written: S
         known[request.fact] = request, place
 
 
-def read_requests(path: Path) -> tuple[list[Request], list[str]]:
-    """(requests, their places) of a file with one JSON object a line.
+def file_text(path: Path, wanted: str) -> str:
+    """The text of a file.
+
+    Args:
+        path: the file.
+        wanted: the kind of file that is meant, for errors.
 
     Raises:
-        DataError: missing, unreadable, too large or empty; a line that is no request.
+        DataError: missing, unreadable or too large.
     """
     try:
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise DataError(f"{path}: has {size:,} bytes; split it into files of at most {MOST_BYTES:,}")
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror or error}); name a file of JSON lines") from error
+        raise DataError(f"{path}: can't be read ({error.strerror or error}); name {wanted}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    requests, places = [], []
+
+
+def json_lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) of every line of JSON that is not blank.
+
+    Args:
+        path: the file, for errors.
+        text: its text.
+
+    Raises:
+        DataError: a line that is no JSON object.
+    """
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -150,6 +165,17 @@ def read_requests(path: Path) -> tuple[list[Request], list[str]]:
             raise DataError(f"{where}: not JSON ({one_line(error, 80)}); write one object a line") from error
         if not isinstance(values, dict):
             raise DataError(f"{where}: not a JSON object but {type(values).__name__}; write one object a line")
+        yield where, values
+
+
+def read_requests(path: Path) -> tuple[list[Request], list[str]]:
+    """(requests, their places) of a file with one JSON object a line.
+
+    Raises:
+        DataError: missing, unreadable, too large or empty; a line that is no request.
+    """
+    requests, places = [], []
+    for where, values in json_lines(path, file_text(path, "a file of JSON lines")):
         requests.append(request_of(values, where))
         places.append(where)
     if not requests:

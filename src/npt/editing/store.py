@@ -1,10 +1,10 @@
-"""`EditStore`: facts written into one block of a model, proved, undone, saved and loaded."""
+"""`EditStore`: facts written into one block of a model and contexts absorbed by several; proved, undone, saved and loaded."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,13 @@ from typing import Any
 from npt.common.display import one_line
 from npt.common.places import place
 from npt.common.progress import tracked
-from npt.common.writable import check_file
+from npt.editing import measure
+from npt.editing.absorbing.contexts import Contexts
+from npt.editing.absorbing.whole import mean_kl_whole, previewed_whole
+from npt.editing.adapter import DownAdapter
 from npt.editing.bench import Bench
-from npt.editing.measure import RIDGES, Preview, Verification, follows, holding, largest_ridge, mean_kl, previewed
+from npt.editing.checks import check_layer, checked_ridge, known_ids
+from npt.editing.measure import Preview, Verification
 from npt.editing.metrics import Source
 from npt.editing.requests import NAMES, Request, check_together, request_of
 from npt.editing.scan import choose_layer
@@ -25,18 +29,17 @@ from npt.errors import NPTError
 
 logger = logging.getLogger(__name__)
 
-#: Tokens that are written behind a prompt, beside those of its target, to show the text before and after.
-SHOWN = 12
-
 
 class EditStore:
-    """Permanent weight deltas on one block of a model: an adapter that is on or off, never a write to the base's weights.
+    """Permanent weight deltas: an adapter that is on or off, never a write to the base's weights.
+
+    Facts (`write`) are in one block, absorbed contexts (`absorb`) in several.
 
     Args:
         model: a causal language model, or a PEFT model around one. Its keys and values are found with its adapters as they
             are now.
         tokenizer: the model's.
-        layer: the block to edit, 0-based; "auto" finds it at the first edit, by the overlap of keys.
+        layer: the block for facts, 0-based; "auto" finds it at the first one, by the overlap of keys.
         metric: the text that edits must not disturb: "domain" (text, and prompts like the edits'), "text" or "identity".
         statistics: that text: "self" (the base writes it) or a list of texts.
         domain: prompts like the edits'; None for those of the package.
@@ -70,10 +73,13 @@ class EditStore:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.settings: Settings = settings_of(values, settings)
-        self.values, self.ridge, self.read_back, self.progress = values, _ridge(ridge), read_back, progress
-        _check_layer(layer)
+        self.values, self.ridge, self.read_back, self.progress = values, checked_ridge(ridge), read_back, progress
+        check_layer(layer)
         self.source = Source(model, tokenizer, metric, statistics, domain, cache_dir, progress)
-        self._bench: Bench | None = None if layer == "auto" else Bench(model, tokenizer, int(layer))
+        self._together: list[DownAdapter] = []
+        self._bench: Bench | None = None if layer == "auto" else self._opened(int(layer))
+        shared = statistics, self.source.cache_dir, progress, self._together, self._facts_off
+        self.contexts = Contexts(model, tokenizer, *shared)
         self._finds: Writer | None = None
         self._edits: dict[str, Edit] = {}
         self._pairs: dict[str, Pairs] = {}
@@ -84,17 +90,22 @@ class EditStore:
 
     @property
     def edits(self) -> list[Edit]:
-        """The edits, in the order in which they were written."""
-        return list(self._edits.values())
+        """The edits, in the order in which they were written; those of `absorb` are `Absorbed`."""
+        return [self.contexts.ledger.get(id, edit) for id, edit in self._edits.items()]
+
+    @property
+    def facts(self) -> list[Edit]:
+        """The edits of `write` alone."""
+        return [edit for id, edit in self._edits.items() if id in self._pairs]
 
     @property
     def layer(self) -> int | None:
-        """The block that is edited; None until `layer="auto"` has chosen one."""
+        """The block that facts are in; None until `layer="auto"` has chosen one."""
         return None if self._bench is None else self._bench.layer
 
     @property
     def pairs(self) -> Pairs | None:
-        """The keys and values of all edits, in an order that does not depend on that of writing; None without an edit."""
+        """The keys and values of all facts, in an order that does not depend on that of writing; None without one."""
         return joined([self._pairs[id] for id in sorted(self._pairs)]) if self._pairs else None
 
     def pairs_of(self, id: str) -> Pairs:
@@ -103,7 +114,7 @@ class EditStore:
 
     @property
     def factors(self) -> Factors | None:
-        """The weight delta of all edits, left (d, n) and right (n, f), float64; None without an edit."""
+        """The weight delta of all facts, left (d, n) and right (n, f), float64; None without one."""
         pairs = self.pairs
         return None if pairs is None else solve(pairs, self.chosen_ridge)
 
@@ -121,14 +132,15 @@ class EditStore:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base without edits within a `with` block."""
-        if self._bench is None:
+        with self._facts_off(), self.contexts.patches.off():
             yield
-            return
-        with self._bench.adapter.off():
-            yield
+
+    def _facts_off(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._bench is None else self._bench.adapter.off()
 
     def close(self) -> None:
         """Takes the edits off the model, until `reopen`."""
+        self.contexts.patches.close()
         if self._bench is not None:
             self._bench.adapter.close()
 
@@ -140,6 +152,7 @@ class EditStore:
         """
         if self._bench is not None:
             self._bench.adapter.open()
+        self.contexts.patches.open()
 
     # -- writing -----------------------------------------------------------------------------------------------------------
 
@@ -185,17 +198,18 @@ class EditStore:
         records = list(records)
         where = [f"edit {number}" for number in range(1, len(records) + 1)]
         requests = [r if isinstance(r, Request) else request_of(r, w) for r, w in zip(records, where, strict=True)]
-        check_together(requests, where, [edit.request for edit in self.edits])
+        check_together(requests, where, [edit.request for edit in self.facts])
         if not requests:
             return []
-        if self._bench is None:
-            self._bench = Bench(self.model, self.tokenizer, choose_layer(self.source, requests))
-        writer = self._writer()
-        for request in requests:  # before any long work
-            writer.check(request)
         found = {}
-        for request in tracked(requests, "Writing edits", self.progress and len(requests) > 1, unit="edits"):
-            found[request.id] = writer.alone(request)
+        with self.contexts.patches.off():  # keys and values are the base's
+            if self._bench is None:
+                self._bench = self._opened(choose_layer(self.source, requests))
+            writer = self._writer()
+            for request in requests:  # before any long work
+                writer.check(request)
+            for request in tracked(requests, "Writing edits", self.progress and len(requests) > 1, unit="edits"):
+                found[request.id] = writer.alone(request)
         before = dict(self._edits), dict(self._pairs), self.chosen_ridge
         try:
             for request in requests:
@@ -219,32 +233,59 @@ class EditStore:
             NPTError: no edit has that id.
         """
         if id not in self._edits:
-            raise NPTError(f"{one_line(repr(id), 40)}: no edit has that id; {_known(self._edits)}")
-        del self._edits[id], self._pairs[id]
+            raise NPTError(f"{one_line(repr(id), 40)}: no edit has that id; {known_ids(self._edits)}")
+        if id in self.contexts.ledger:
+            self.contexts.undo(id)
+        self._pairs.pop(id, None)
+        del self._edits[id]
         self._apply()
 
+    def absorb(
+        self,
+        context: str | Sequence[Mapping[str, str]],
+        questions: Sequence[str] | None = None,
+        answers: Sequence[str] | None = None,
+        blocks: str | Sequence[int] = "auto",
+        **options: Any,
+    ) -> Edit:
+        """Absorbs a context: without it, the model answers as it does with it in front. No gradient is taken.
+
+        Contexts are solved for together, so their order does not matter, and each can be undone.
+
+        Args:
+            context: a text (a page of facts, a system prompt), or the messages of a chat (examples). A text that is longer
+                than the model's window is taught in chunks.
+            questions: questions that matter; None has the model write them.
+            answers: of the questions; None takes those that the model gives with the context in front.
+            blocks: the blocks to patch; "auto" chooses them by questions that the model writes and holds out.
+            options: see `npt.editing.absorbing.settings.Options`.
+
+        Raises:
+            DataError: a blank or contradictory argument, one that the model's window does not hold, too few answers.
+            NPTError: an unknown option or a value out of range, or the context is absorbed already. Nothing is absorbed then.
+        """
+        with self.contexts.unchanged_unless_done():
+            found = self.contexts.absorb(context, questions, answers, blocks, options)
+            self._apply()
+        self._edits[found.id] = found
+        return found
+
     def merge(self, other: EditStore) -> None:
-        """Takes over the edits of another store of the same base, layer and metric: afterwards this one is their union.
+        """Takes over the edits of another store of the same base, and of one layer and metric where both hold facts.
 
         Raises:
             NPTError: another layer or metric, or the same prompt with two targets.
         """
-        if other.layer is None or not other._pairs:
-            return
-        if self.layer not in (None, other.layer):
-            raise NPTError(
-                f"the stores edit blocks {self.layer} and {other.layer}; write one's edits anew in the other"
-            )
-        if self.source.name != other.source.name:
-            raise NPTError(
-                f"the stores have the metrics {self.source.name} and {other.source.name}; write one's edits anew in the other"
-            )
-        new = [edit for edit in other.edits if edit.id not in self._edits]
-        check_together([e.request for e in new], [f"edit {e.id}" for e in new], [e.request for e in self.edits])
-        if self._bench is None:
-            self._bench = Bench(self.model, self.tokenizer, other.layer)
-        self._edits.update({edit.id: edit for edit in new})
-        self._pairs.update({edit.id: other._pairs[edit.id] for edit in new})
+        from npt.editing.merging import take_over
+
+        take_over(self, other)
+
+    def adopt(self, edits: Sequence[Edit], pairs: Mapping[str, Pairs], layer: int | None) -> None:
+        """Puts edits of another store to work too, for `merge`; those that were absorbed are at work already."""
+        if pairs and self._bench is None and layer is not None:
+            self._bench = self._opened(layer)
+        self._edits.update({edit.id: edit for edit in edits})
+        self._pairs.update(pairs)
         self._apply()
 
     # -- proving -----------------------------------------------------------------------------------------------------------
@@ -254,20 +295,20 @@ class EditStore:
 
         The logits of both come from one pass of the base, of which the edited model runs the blocks from the edited one on.
         """
-        return previewed(self.bench, text, new_tokens)
+        if self.contexts.ledger:
+            return previewed_whole(self.contexts.blocks.base, self.tokenizer, self.disabled, text, new_tokens)
+        return measure.previewed(self.bench, text, new_tokens)
 
     def verify(self) -> list[Verification]:
         """Every edit's text before and after, with all edits at work, and whether it holds."""
-        found = []
-        for edit in tracked(self.edits, "Verifying", self.progress and len(self._edits) > 8, unit="edits"):
-            after = self.bench.write(edit.request.prompt, self._shown(edit.request))
-            holds = follows(after, edit.request.target)
-            found.append(Verification(edit.id, edit.request.prompt, edit.request.target, edit.before, after, holds))
-        return found
+        facts = measure.verified(self.bench, self.facts, self.progress) if self._pairs else []
+        return facts + self.contexts.verified()
 
     def divergence(self, texts: Sequence[str]) -> float:
         """Mean KL of the edited model's next-token distributions from the base's over texts, in nats a token."""
-        return mean_kl(self.bench, texts)
+        if self.contexts.ledger:
+            return mean_kl_whole(self.contexts.blocks.base, self.tokenizer, self.disabled, texts)
+        return measure.mean_kl(self.bench, texts)
 
     # -- files -------------------------------------------------------------------------------------------------------------
 
@@ -287,12 +328,9 @@ class EditStore:
         Raises:
             NPTError: another suffix than .gguf, or llama.cpp has no model of this family. RunError: as `save`.
         """
-        from npt.editing.export import lora_of, write_gguf
+        from npt.editing.export import store_as_gguf
 
-        path = place(file)
-        check_file("export_gguf", path, ".gguf")
-        write_gguf(lora_of(self), path, self.bench.module, self.bench.base.config)
-        return path
+        return store_as_gguf(self, place(file))
 
     @classmethod
     def load(cls, model: Any, tokenizer: Any, folder: str | Path, **options: Any) -> EditStore:
@@ -312,7 +350,7 @@ class EditStore:
         return load_store(cls, model, tokenizer, Path(folder), options)
 
     def restore(self, edits: Sequence[Edit], pairs: Mapping[str, Pairs], ridge: float) -> None:
-        """Puts edits to work that were written before, for `load`."""
+        """Puts facts to work that were written before, for `load`; `edits` names those that were absorbed too, in order."""
         self._edits, self._pairs = {edit.id: edit for edit in edits}, dict(pairs)
         self.chosen_ridge = ridge
         self._set()
@@ -323,6 +361,9 @@ class EditStore:
 
     # -- pieces ------------------------------------------------------------------------------------------------------------
 
+    def _opened(self, layer: int) -> Bench:
+        return Bench(self.model, self.tokenizer, layer, self._together)
+
     def _writer(self) -> Writer:
         """Finds the pairs of single edits; made when the block is known."""
         if self._finds is None:
@@ -331,51 +372,28 @@ class EditStore:
 
     def _apply(self) -> None:
         """Chooses the ridge and puts the joint weight delta to work."""
-        if not self._pairs:
-            self.chosen_ridge = 0.0
-        elif self.ridge != "auto":
-            self.chosen_ridge = float(self.ridge)
-        elif len(self._pairs) == 1:
-            self.chosen_ridge = 0.0 if not self.edits[0].request.protect else RIDGES[-1]
-        else:
-            requests = [self._edits[id].request for id in sorted(self._pairs)]
-            pairs = joined([self._pairs[id] for id in sorted(self._pairs)])
-            self.chosen_ridge = largest_ridge(self.bench, pairs, requests)
+        self.chosen_ridge = self.ridge if self._pairs else 0.0  # type: ignore[assignment]
+        if self._pairs and self.ridge == "auto":
+            ids = sorted(self._pairs)
+            self.chosen_ridge = measure.automatic_ridge(
+                self.bench, joined([self._pairs[id] for id in ids]), [self._edits[id].request for id in ids]
+            )
         self._set()
 
     def _set(self) -> None:
-        self.bench.adapter.set(self.factors)
-
-    def _shown(self, request: Request) -> int:
-        return SHOWN + len(self.bench.prompts.target(request.prompt, request.target, None).targets)
+        if self._bench is not None:
+            self._bench.adapter.set(self.factors)
 
     def _tell(self, requests: Sequence[Request]) -> None:
         """Writes down the text before and after of new edits."""
         if not self.read_back:
-            for request, holds in zip(requests, holding(self.bench, requests)(), strict=True):
+            for request, holds in zip(requests, measure.holding(self.bench, requests)(), strict=True):
                 self._edits[request.id] = replace(self._edits[request.id], holds=holds)
             return
         for request in tracked(requests, "Reading back", self.progress and len(requests) > 1, unit="edits"):
             with self.disabled():
-                before = self.bench.write(request.prompt, self._shown(request))
-            after = self.bench.write(request.prompt, self._shown(request))
+                before = self.bench.write(request.prompt, measure.shown(self.bench, request))
+            after = self.bench.write(request.prompt, measure.shown(self.bench, request))
             self._edits[request.id] = replace(
-                self._edits[request.id], before=before, after=after, holds=follows(after, request.target)
+                self._edits[request.id], before=before, after=after, holds=measure.follows(after, request.target)
             )
-
-
-def _known(edits: Mapping[str, Edit]) -> str:
-    return f"use one of {one_line(', '.join(edits), 120)}" if edits else "the store has none"
-
-
-def _ridge(ridge: float | str) -> float | str:
-    if ridge == "auto" or (
-        isinstance(ridge, int | float) and not isinstance(ridge, bool) and 0 <= ridge < float("inf")
-    ):
-        return ridge
-    raise NPTError(f"ridge={ridge!r}: use 'auto', or a number from 0")
-
-
-def _check_layer(layer: int | str) -> None:
-    if layer != "auto" and type(layer) is not int:
-        raise NPTError(f"layer={layer!r}: use 'auto', or the index of a block")

@@ -72,18 +72,13 @@ def write_page(output_dir: Path, report_path: Path | None = None, destination: P
 
 def render_page(report: Report, rows: Rows, missing: list[str]) -> str:
     """The page's HTML. missing: the parts that the page lists as missing or damaged."""
-    environment = page_environment()
-    environment.filters |= {
-        "fig": _figure, "percent": _percent, "error": _error, "marked": _marked, "quoted": _quoted, "ranges": ranges,
-        "extremes": _extremes, "rows_of": _rows_of, "by_projection": _by_projection,
-    }  # fmt: skip
     pictures: list[Picture] = []
     singles: list[Single] = []
     try:
         pictures, singles = draw_all(rows, report, png=False)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         missing = [*missing, f"plots: a figure in the run's files is malformed ({type(error).__name__}: {error})"]
-    template = environment.get_template("report.html.j2")
+    template = page_environment().get_template("report.html.j2")
     return template.render(
         **{"model": {}, "evaluations": {}, **report},
         headline=headline(section(report, "model_config")),
@@ -98,10 +93,15 @@ def render_page(report: Report, rows: Rows, missing: list[str]) -> str:
 
 def page_environment() -> Environment:
     """The templates of pages: every value is escaped and made visible."""
-    return Environment(
+    found = Environment(
         loader=PackageLoader("npt.report"), autoescape=True, undefined=ChainableUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup | Undefined) else visible(value),
     )  # fmt: skip
+    found.filters |= {
+        "fig": _figure, "percent": _percent, "error": _error, "marked": _marked, "quoted": _quoted, "ranges": ranges,
+        "extremes": _extremes, "rows_of": _rows_of, "by_projection": _by_projection,
+    }  # fmt: skip
+    return found
 
 
 def images_of(pictures: Sequence[Picture]) -> list[dict[str, str]]:

@@ -19,7 +19,8 @@ from npt.common.places import place
 from npt.common.writable import check_file, check_folders
 from npt.config import RunConfig, load_config
 from npt.data.sources import TextFiles
-from npt.editing.export import gguf_name, read_lora, write_gguf
+from npt.editing.absorbing.absorbed import Absorbed
+from npt.editing.export import gguf_name, read_loras, write_gguf
 from npt.editing.folder import EDITS, copy_lora, read_record
 from npt.editing.requests import Request, check_together
 from npt.editing.store import EditStore
@@ -123,12 +124,13 @@ def opened(folder: Path, options: Options) -> EditStore:
     if record is not None:
         for name in ("layer", "metric"):
             there = record[name].split()[0] if name == "metric" else record[name]
-            if given.get(name, "auto") not in ("auto", there):
+            if there is not None and given.get(name, "auto") not in ("auto", there):
                 raise NPTError(
                     f"--{name} {given[name]}: the store in {folder} has {name} {there}; leave the option out, or "
                     "name a new folder"
                 )
-        given.pop("layer", None)
+        if record["layer"] is not None:
+            given.pop("layer", None)
     config = config_for(options, record["base"] if record else None)
     base, tokenizer = load_base(config.model, config.optimization, config.paths.cache_dir)
     cache = cache_folder()
@@ -145,7 +147,7 @@ def new_requests(folder: Path, requests: Sequence[Request], places: Sequence[str
     """
     written = []
     if is_store(folder):
-        written = [edit.request for edit in edits_in(folder)]
+        written = [edit.request for edit in edits_in(folder) if not isinstance(edit, Absorbed)]
     known = {request.id for request in written}
     new = [(r, p) for r, p in zip(requests, places, strict=True) if r.id not in known]
     if len(new) < len(requests):
@@ -181,8 +183,7 @@ def export(folder: Path, output: Path, kind: str, options: Options) -> None:
         NPTError: a bad output, or llama.cpp has no model of this family. CheckpointError: a damaged store.
     """
     record = read_record(folder)
-    module = record["module"]
-    lora = read_lora(folder, module)
+    loras = read_loras(folder, record["modules"])
     if kind == "peft":
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise NPTError(f"--output {output}: is there and not empty; name a new folder")
@@ -191,8 +192,9 @@ def export(folder: Path, output: Path, kind: str, options: Options) -> None:
         return
     check_file("--output", output, ".gguf")
     config = base_config(config_for(options, record["base"]).model)
-    gguf_name(module, config)
-    write_gguf(lora, output, module, config)
+    for module in loras:
+        gguf_name(module, config)
+    write_gguf(loras, output, config)
 
 
 def merge(folders: Sequence[Path], output: Path, options: Options) -> EditStore:
@@ -205,13 +207,14 @@ def merge(folders: Sequence[Path], output: Path, options: Options) -> EditStore:
         raise NPTError(f"{', '.join(map(str, folders))}: nothing to join; name two stores or more, each once")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise NPTError(f"--store {output}: is there and not empty; name a new folder")
-    records = [read_record(folder) for folder in folders]
-    for folder, record in zip(folders[1:], records[1:], strict=True):
+    records = [(folder, read_record(folder)) for folder in folders]
+    facts = [(folder, record) for folder, record in records if record["edits"]]
+    for folder, record in facts[1:]:
         for name in ("layer", "metric"):
-            if record[name] != records[0][name]:
+            if record[name] != facts[0][1][name]:
                 raise CheckpointError(
-                    f"store {folder}: its {name} is {record[name]}, and that of {folders[0]} is {records[0][name]}; write the "
-                    "edits of one anew with the other's"
+                    f"store {folder}: its {name} is {record[name]}, and that of {facts[0][0]} is {facts[0][1][name]}; write "
+                    "the edits of one anew with the other's"
                 )
     store = opened(place(folders[0]), options)
     for folder in folders[1:]:

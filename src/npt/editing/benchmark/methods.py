@@ -180,8 +180,7 @@ class Method:
     def rows(self, bench: Bench, request: Request) -> list[Target]:
         """The prompt with its target, bare first and behind the prefixes of values."""
         return [
-            bench.prompts.target(prefix + request.prompt, request.target, None)
-            for prefix in self._contexts_of_values()
+            bench.prompts.target(prefix + request.prompt, request.target, None) for prefix in self._contexts_of_values()
         ]
 
     def _contexts_of_values(self) -> list[str]:

@@ -1,0 +1,109 @@
+"""Text that a context must not change: its second moments at some blocks, and other text on which the damage is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from npt.common.fingerprint import base_fingerprint
+from npt.common.limits import context_of
+from npt.data.sampling import sample_blocks
+from npt.editing.absorbing.lesson import Apart
+from npt.editing.absorbing.stream import Blocks, outputs_of
+from npt.editing.statistics import (
+    LENGTH,
+    Moments,
+    begins_with_bos,
+    digest_of,
+    kept_moment,
+    moments_of,
+    own_text,
+    read_moment,
+    token_rows,
+    write_moment,
+)
+
+#: Texts of `LENGTH` tokens that the base writes, on which the damage is measured.
+WATCHED = 8
+_SEED = 1
+
+
+class GeneralText:
+    """Text of a base, or given, that must stay as it is.
+
+    Args:
+        model: as `EditStore` takes it.
+        tokenizer: the model's.
+        blocks: the model's.
+        statistics: "self" (the base writes it) or a list of texts.
+        cache_dir: a folder that keeps what was computed; None for none.
+        progress: show progress bars.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        blocks: Blocks,
+        statistics: str | Sequence[str],
+        cache_dir: Path | None,
+        progress: bool,
+    ):
+        self.model, self.tokenizer, self.blocks, self.statistics = model, tokenizer, blocks, statistics
+        self.cache_dir, self.progress = cache_dir, progress
+        self._rows: list[list[int]] | None = None
+        self._moments: Moments = {}
+
+    @property
+    def known(self) -> list[list[int]] | None:
+        """Token ids of the text; None before it was asked for."""
+        return self._rows
+
+    def take(self, rows: Sequence[Sequence[int]]) -> None:
+        """Takes token ids of another store's text for its own."""
+        if self._rows != (own := [list(map(int, row)) for row in rows]):
+            self._rows, self._moments = own, {}
+
+    def rows(self) -> list[list[int]]:
+        """Token ids of the text. The base has to be alone where it writes it."""
+        if self._rows is None and isinstance(self.statistics, str):
+            width = self.blocks.shape(0)[0]
+            self._rows = own_text(self.model, self.tokenizer, width, self.cache_dir)
+        elif self._rows is None:
+            self._rows = token_rows(self.tokenizer, list(self.statistics), "statistics")
+        return self._rows
+
+    def moments(self, layers: Sequence[int]) -> Moments:
+        """C (f, f) of some blocks, float64 of the float32 that a file keeps. The base has to be alone."""
+        missing = [layer for layer in layers if layer not in self._moments]
+        files: dict[int, Path | None] = dict.fromkeys(missing)
+        if missing and self.cache_dir is not None:
+            text, base = f"text {digest_of(self.rows())}", base_fingerprint(self.model)
+            files = {layer: kept_moment(self.cache_dir, base, text, layer) for layer in missing}
+        for layer in missing:
+            if (kept := read_moment(files[layer], self.blocks.shape(layer)[0])) is not None:
+                self._moments[layer] = kept
+        downs = {layer: self.blocks.down(layer) for layer in missing if layer not in self._moments}
+        if downs:
+            for layer, found in moments_of(self.blocks.base, downs, self.rows(), progress=self.progress).items():
+                write_moment(files[layer], found)
+                self._moments[layer] = found.float().double()
+        return {layer: self._moments[layer] for layer in layers}
+
+    def watched(self) -> Apart:
+        """Other text that the base writes itself, to be compared with what the base says of it. The base has to be alone."""
+        found = sample_blocks(
+            self.model, self.tokenizer, WATCHED, min(LENGTH, self._longest()), seed=_SEED, cache_dir=self.cache_dir,
+            label="general", progress=self.progress,
+        )  # fmt: skip
+        start = 0 if begins_with_bos(self.tokenizer) else 1
+        rows = [list(row)[start:] for row in found["input_ids"]]
+        kept = [len(row) for row in rows]
+        counted = torch.tensor([i for i, n in enumerate(kept) for _ in range(n)])
+        return Apart(self.blocks, rows, kept, outputs_of(self.blocks, rows, kept, [])[1], counted)
+
+    def _longest(self) -> int:
+        return context_of(self.blocks.base.config) or LENGTH

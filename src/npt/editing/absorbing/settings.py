@@ -1,0 +1,95 @@
+"""Options of `EditStore.absorb`, and the setting that its choice ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from npt.common.display import one_line, ranges
+from npt.editing.absorbing.dialogue import STYLES
+from npt.errors import NPTError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How weight deltas are solved for: the blocks, ascending; mu and lambda of the formula; the largest rank of a block's."""
+
+    blocks: tuple[int, ...]
+    mu: float
+    lam: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a context is absorbed.
+
+    number: questions that the model writes. phrasings: wordings of each. new_tokens: the longest answer. limit: mean KL from
+    the base on general text that is allowed, in nats a token. mu, lam: of the formula; None chooses. rank: the largest of a
+    block's weight delta. style: how questions are put (see `npt.editing.absorbing.dialogue.STYLES`), or "auto". seed: of the
+    questions.
+    """
+
+    number: int = 48
+    phrasings: int = 2
+    new_tokens: int = 48
+    limit: float = 0.02
+    mu: float | None = None
+    lam: float | None = None
+    rank: int = 128
+    style: str = "auto"
+    seed: int = 0
+
+
+#: The smallest value of each whole number.
+_LEAST = {"number": 4, "phrasings": 1, "new_tokens": 1, "rank": 1, "seed": 0}
+_MOST = {"number": 10_000, "phrasings": 16, "new_tokens": 4_096, "rank": 512, "seed": 2**31 - 1}
+
+
+def options_of(given: dict[str, Any]) -> Options:
+    """The options, checked.
+
+    Raises:
+        NPTError: an unknown name, or a value out of range.
+    """
+    names = [field.name for field in fields(Options)]
+    for name, value in given.items():
+        shown = f"{name}={one_line(repr(value), 40)}"
+        if name not in names:
+            raise NPTError(f"{shown}: absorb has no such option; use {', '.join(names)}")
+        if name in _LEAST:
+            if type(value) is not int or not _LEAST[name] <= value <= _MOST[name]:
+                raise NPTError(f"{shown}: use a whole number from {_LEAST[name]} to {_MOST[name]:,}")
+        elif name == "style":
+            if value != "auto" and value not in STYLES:
+                raise NPTError(f"{shown} is unknown; use auto, {', '.join(STYLES)}")
+        elif not (value is None and name != "limit") and not _positive(value):
+            raise NPTError(f"{shown}: use a number above 0{'' if name == 'limit' else ', or None to have it chosen'}")
+    return Options(**given)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def blocks_of_choice(blocks: Any, count: int) -> tuple[int, ...] | None:
+    """The blocks that are named, ascending; None for "auto".
+
+    Args:
+        blocks: "auto", or a list of indices.
+        count: blocks of the model.
+
+    Raises:
+        NPTError: neither, none, or one that the model does not have.
+    """
+    if isinstance(blocks, str) and blocks == "auto":
+        return None
+    shown = one_line(repr(blocks), 60)
+    if isinstance(blocks, str) or not isinstance(blocks, Sequence) or any(type(b) is not int for b in blocks):
+        raise NPTError(f"blocks={shown}: use 'auto', or a list of the indices of blocks")
+    wrong = [block for block in blocks if not 0 <= block < count]
+    if wrong or not blocks:
+        what = f"names {ranges(wrong)}, and" if wrong else "is empty;"
+        raise NPTError(f"blocks={shown}: {what} the model has {count} blocks; use 0 to {count - 1}, or 'auto'")
+    return tuple(sorted(set(blocks)))

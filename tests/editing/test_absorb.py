@@ -1,0 +1,283 @@
+"""Absorbed contexts on small random models: what is exact holds bit for bit, on several families."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from npt import EditStore
+from npt.editing.absorbing.absorbed import Absorbed
+from npt.editing.absorbing.choice import Choice
+from npt.errors import CheckpointError, NPTError
+from tests.families import CASES
+from tests.helpers import spelling_tokenizer
+
+TEXTS = ["a river flows by the old town", "she reads a long letter", "many ships sail in spring", "no bread is left"]
+FACT = {"prompt": "the home of Ada is", "subject": "Ada", "target": "Oslo"}
+ONE, OTHER = "Bo is a red cat.", "The mill of Tam is old."
+ASKED = {
+    ONE: ["What is Bo?", "Who is red?", "Is Bo a dog?"],
+    OTHER: ["Whose mill is it?", "How old is it?", "Is it new?"],
+}
+OPTIONS: dict[str, Any] = {
+    "blocks": [1, 2], "mu": 1.0, "lam": 0.01, "phrasings": 1, "new_tokens": 5, "limit": 10.0, "style": "question",
+}  # fmt: skip
+IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
+FAMILIES = ("llama", "gpt2", "falcon", "gemma2", "granite")
+
+OPEN: list[EditStore] = []
+SHARED: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def closing(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Takes the stores of a test off their models. What the models write is short, and kept for the next test."""
+    monkeypatch.setattr("npt.editing.absorbing.questions.TOKENS", 6)
+    SHARED["cache_dir"] = tmp_path_factory.getbasetemp() / "absorbing"
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
+def base_of(family: str) -> Any:
+    return next(case for case in CASES if case.model_type == family).build(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return base_of("llama")
+
+
+def store(base: Any, **options: Any) -> EditStore:
+    options = {"layer": 1, "metric": "text", "statistics": TEXTS, "progress": False, "steps": 3, **SHARED, **options}
+    OPEN.append(EditStore(base, spelling_tokenizer(), **options))
+    return OPEN[-1]
+
+
+def absorb(one: EditStore, context: str, **options: Any) -> Absorbed:
+    found = one.absorb(context, ASKED[context], **{**OPTIONS, **options})
+    assert isinstance(found, Absorbed)
+    return found
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_context_is_absorbed_undone_saved_and_is_a_lora(family: str, tmp_path: Path) -> None:
+    base = base_of(family)
+    plain = logits(base)
+    one = store(base)
+    edit = absorb(one, ONE)
+    assert one.edits == [edit] and edit.id in {found.id for found in one.edits}
+    assert edit.figures.kl_after < edit.figures.kl_before and edit.figures.text_kl > 0
+    absorbed = logits(base)
+    assert not torch.allclose(absorbed, plain, atol=1e-3)
+    with one.disabled():
+        assert torch.equal(logits(base), plain)
+    one.save(tmp_path / "s")
+    one.close()
+    assert torch.equal(logits(base), plain)
+    again = EditStore.load(base, one.tokenizer, tmp_path / "s", progress=False)
+    OPEN.append(again)
+    assert torch.equal(logits(base), absorbed) and again.edits == one.edits
+    again.undo(edit.id)
+    assert again.edits == [] and torch.equal(logits(base), plain)
+    again.close()
+    peft = PeftModel.from_pretrained(base, str(tmp_path / "s"))
+    assert torch.allclose(logits(peft), absorbed, atol=1e-4)
+    config = json.loads((tmp_path / "s" / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) == 2 and config["target_modules"] == sorted(config["target_modules"])
+
+
+# -- the ledger ------------------------------------------------------------------------------------------------------------
+
+
+def test_order_does_not_matter_and_undo_is_as_if_never_absorbed(llama: Any) -> None:
+    found = {}
+    for order in ((ONE, OTHER), (OTHER, ONE), (ONE,), (OTHER,)):
+        one = store(llama)
+        ids = [absorb(one, context).id for context in order]
+        found[order] = logits(llama)
+        if order == (ONE, OTHER):
+            one.undo(ids[0])
+            found["one undone"] = logits(llama)
+            one.undo(ids[1])
+            found["both undone"] = logits(llama)
+        one.close()
+    assert torch.equal(found[ONE, OTHER], found[OTHER, ONE])
+    assert torch.equal(found["one undone"], found[OTHER,]) and not torch.equal(found["one undone"], found[ONE, OTHER])
+    assert not torch.equal(found[ONE,], found[OTHER,])
+    assert torch.equal(found["both undone"], logits(llama))
+
+
+def test_a_context_that_was_loaded_is_undone_without_its_text(llama: Any, tmp_path: Path) -> None:
+    """The other context is solved for anew from what the folder holds: no statistics, no questions are needed."""
+    one = store(llama)
+    first = absorb(one, ONE)
+    absorb(one, OTHER)
+    one.save(tmp_path / "s")
+    one.close()
+    alone = store(llama)
+    absorb(alone, OTHER)
+    expected = logits(llama)
+    alone.close()
+    again = EditStore.load(llama, one.tokenizer, tmp_path / "s", progress=False)
+    OPEN.append(again)
+    again.undo(first.id)
+    assert torch.equal(logits(llama), expected)
+
+
+def test_facts_and_contexts_share_a_store(llama: Any, tmp_path: Path) -> None:
+    plain = logits(llama)
+    one = store(llama)
+    edit = absorb(one, ONE)
+    absorbed = logits(llama)
+    fact = one.write(**FACT)
+    both = logits(llama)
+    assert [found.id for found in one.edits] == [edit.id, fact.id] and one.facts == [fact]
+    assert {found.id for found in one.verify()} == {edit.id, fact.id}
+    one.save(tmp_path / "s")
+    one.undo(edit.id)
+    only_fact = logits(llama)
+    one.undo(fact.id)
+    assert torch.equal(logits(llama), plain)
+    one.close()
+    other = store(llama)
+    other.write(**FACT)
+    assert torch.equal(logits(llama), only_fact)  # keys and values are the base's, whatever was absorbed
+    absorb(other, ONE)
+    assert torch.equal(logits(llama), both)
+    other.close()
+    again = EditStore.load(llama, one.tokenizer, tmp_path / "s", progress=False)
+    OPEN.append(again)
+    assert torch.equal(logits(llama), both) and [found.id for found in again.edits] == [edit.id, fact.id]
+    again.undo(fact.id)
+    assert torch.equal(logits(llama), absorbed)
+    again.close()
+    peft = PeftModel.from_pretrained(llama, str(tmp_path / "s"))
+    assert torch.allclose(logits(peft), both, atol=1e-4)
+    peft.unload()
+
+
+def test_a_merge_is_the_union(llama: Any) -> None:
+    one, parts = store(llama), list[EditStore]()
+    absorb(one, ONE)
+    absorb(one, OTHER)
+    one.write(**FACT)
+    union = logits(llama)
+    one.close()
+    for context in (ONE, OTHER):
+        parts.append(store(llama))
+        absorb(parts[-1], context)
+        if context == OTHER:
+            parts[-1].write(**FACT)
+        parts[-1].close()
+    parts[0].reopen()
+    parts[0].merge(parts[1])
+    assert torch.equal(logits(llama), union) and len(parts[0].edits) == 3
+    parts[0].close()
+    strange = store(llama, statistics=["other words are here"])
+    absorb(strange, ONE)
+    strange.close()
+    parts[1].undo(parts[1].facts[0].id)  # the metric of facts would be refused first
+    with pytest.raises(NPTError, match="beside different text"):
+        strange.merge(parts[1])
+
+
+def test_what_fails_leaves_the_store_as_it_was(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = store(llama)
+    absorb(one, ONE)
+    before = logits(llama)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("npt.editing.absorbing.contexts.Contexts._tell", fail)
+    with pytest.raises(MemoryError):
+        absorb(one, OTHER)
+    assert len(one.edits) == 1 and torch.equal(logits(llama), before)
+    monkeypatch.undo()
+    monkeypatch.setattr("npt.editing.absorbing.contexts.Contexts.resolve", fail)
+    with pytest.raises(MemoryError):
+        one.undo(one.edits[0].id)
+    assert len(one.edits) == 1 and torch.equal(logits(llama), before)
+
+
+def test_a_damaged_context_is_refused(llama: Any, tmp_path: Path) -> None:
+    one = store(llama)
+    absorb(one, ONE)
+    folder = one.save(tmp_path / "s")
+    one.close()
+    record = json.loads((folder / "edits.json").read_text())
+    for path, value in (
+        (("setting", "blocks"), []), (("setting", "blocks"), [1]), (("setting", "rank"), 0), (("learnt",), []), (("id",), 3),
+        (("figures", "kl_before"), "x"), (("context",), " "),
+    ):  # fmt: skip
+        damaged = json.loads(json.dumps(record))
+        place = damaged["contexts"][0]
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        (folder / "edits.json").write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match="restore"):
+            EditStore.load(llama, one.tokenizer, folder, progress=False)
+    store(llama)  # nothing was left at work
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_model(llama: Any) -> None:
+    """KL of the reported questions from logits of whole passes, teacher with the context and student without."""
+    one = store(llama)
+    edit = absorb(one, ONE)
+    assert len(edit.reported) == len(edit.compared) >= 1
+    for conversation, row in zip(edit.reported, edit.compared, strict=True):
+        n = conversation.answer
+        assert conversation.student[-n:] == conversation.teacher[-n:]
+        with torch.no_grad():
+            after = llama(torch.tensor([conversation.student])).logits[0, -n - 1 : -1].double().log_softmax(-1)
+            with one.disabled():
+                before = llama(torch.tensor([conversation.student])).logits[0, -n - 1 : -1].double().log_softmax(-1)
+                taught = llama(torch.tensor([conversation.teacher])).logits[0, -n - 1 : -1].double().log_softmax(-1)
+        for name, found in (("kl_before", before), ("kl_after", after)):
+            assert getattr(row, name) == pytest.approx(
+                float((taught.exp() * (taught - found)).sum(-1).mean()), rel=1e-4
+            )
+    assert one.divergence(TEXTS) > 0 and one.preview("a river", 2).kl > 0
+
+
+def test_the_choice_keeps_the_limit_and_never_sees_what_is_reported(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    best = Choice.best
+
+    def watched(self: Choice, sets: Any) -> Any:
+        seen.append((self, best(self, sets)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(Choice, "best", watched)
+    one = store(llama)
+    edit = absorb(one, ONE, blocks="auto", mu=None, lam=None, limit=0.05, phrasings=2)
+    ((choice, chosen),) = seen
+    assert edit.setting == chosen.setting and len({trial.setting.blocks for trial in choice.trials.values()}) > 1
+    within = [trial for trial in choice.trials.values() if trial.text <= 0.05]
+    assert (
+        chosen.held == min(trial.held for trial in within)
+        if within
+        else chosen.text == min(trial.text for trial in choice.trials.values())
+    )
+    used = {c.question for c in (*choice.lesson.conversations, *choice.held.conversations)}
+    assert not used & {c.question for c in edit.reported} and used == {c.question for c in edit.learnt}
