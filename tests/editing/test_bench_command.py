@@ -185,12 +185,17 @@ def test_draws_are_of_batches_and_single_edits_are_all_records(local_model: Path
     assert sizes == {1: [1, 1, 1, 1], 2: [2, 2, 2]}
 
 
-def test_a_batch_that_contradicts_itself_is_named(local_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("r.json").write_text(json.dumps([FLAT, {**FLAT, "target_new": "Rome"}]))
-    assert main(["--quiet", *command(local_model)]) == 0
-    capsys.readouterr()
-    assert main(["--quiet", *command(local_model, "--batch", "2")]) == 2
-    assert "--records record 2: 'the home of Ada is' has the target 'Oslo' already, by" in capsys.readouterr().err
+def test_of_two_targets_for_one_fact_a_batch_holds_the_first(
+    local_model: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("r.json").write_text(json.dumps([*RECORDS[:2], {**FLAT, "target_new": "Rome"}]))
+    assert main(["--quiet", *command(local_model, "--output", "o.json")]) == 0 and "left out" not in caplog.text
+    assert read_kept(Path("o.json"), "").rows[0].sizes == [1, 1, 1]
+    assert main(["--quiet", *command(local_model, "--batch", "2", "--output", "p.json")]) == 0
+    assert read_kept(Path("p.json"), "").rows[0].sizes == [2]
+    assert "record 3 is left out: its prompt and subject are those of record 1" in capsys.readouterr().err
+    assert main(["--quiet", *command(local_model, "--batch", "3")]) == 2
+    assert "--batch 3: more than the 2 records there are" in capsys.readouterr().err
 
 
 def test_the_baselines_join_the_same_command(local_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,6 @@ from npt.editing.benchmark.records import Record, check_apart, read_records
 from npt.editing.benchmark.registry import METHODS, known_method, made, options_of
 from npt.editing.benchmark.rows import Kept, Row, joined, names_of, read_kept, write_kept
 from npt.editing.metrics import METRICS, Source
-from npt.editing.requests import check_together
 from npt.editing.scan import choose_layer
 from npt.editing.statistics import digest_of, own_text, token_rows
 from npt.errors import DataError, NPTError
@@ -171,7 +170,7 @@ class Measuring:
         before: the figures that an earlier call of the same command kept; None for none.
 
     Raises:
-        DataError: no record can be written, or those of a batch contradict each other. NPTError: another base than before.
+        DataError: no record can be written. NPTError: another base than before, or a batch larger than the records left.
     """
 
     def __init__(self, bench: Bench, material: Material, arguments: Mapping[str, Any], before: Kept | None):
@@ -180,7 +179,8 @@ class Measuring:
         if text is None:
             text = own_text(material.model, material.tokenizer, _TEXT_WIDTH, bench.cache, _TEXT_SEED)
         asker = Asker(material.model, material.tokenizer, text)
-        self.records = kept_records(material.records, asker)
+        together = bench.sequential or any(size > 1 for size in bench.batches)
+        self.records = kept_records(material.records, asker, together)
         self.plan = self._plan()
         self.kept = Kept(about(material.model, bench.model, text), dict(arguments), self._rows())
         if before is not None:
@@ -230,13 +230,10 @@ class Measuring:
         """{batch size: its batches}; single edits are always all records, one after the other."""
         bench = self.bench
         sizes = list(dict.fromkeys(bench.batches)) or [len(self.records) if bench.sequential else 1]
-        numbers = {id(record): number for number, record in enumerate(self.material.records, 1)}
         plan = {}
         for size in sizes:
             _check_size(size, len(self.records))
             plan[size] = batches_of(self.records, size, bench.draws if size > 1 else None)
-            for part in plan[size] if size > 1 else ():
-                check_together([r.request for r in part], [f"--records record {numbers[id(r)]}" for r in part])
         return plan
 
     def _rows(self) -> list[Row]:
@@ -309,18 +306,25 @@ def _running_text(path: Path) -> str:
         raise DataError(f"--text {path}: can't be read ({one_line(error, 60)}); name a UTF-8 text file") from error
 
 
-def kept_records(records: Sequence[Record], asker: Asker) -> list[Record]:
-    """The records that every method can write: the subject's last token is not the text's first one, which is said.
+def kept_records(records: Sequence[Record], asker: Asker, together: bool = False) -> list[Record]:
+    """The records that every method can write; each that is left out is said.
+
+    A subject's last token must not be the text's first one. `together` leaves out those whose prompt and subject an earlier
+    record has, since a model holds one target at a time.
 
     Raises:
         DataError: there is none.
     """
-    found = []
+    found, facts = [], dict[tuple[str, str | None], int]()
     for number, record in enumerate(records, 1):
         try:
             asker.prompts.place(record.request.prompt, record.request.subject)
         except DataError as error:
             logger.warning("record %d is left out: %s", number, error)
+            continue
+        earlier = facts.setdefault(record.request.fact, number)
+        if together and earlier != number:
+            logger.warning("record %d is left out: its prompt and subject are those of record %d", number, earlier)
             continue
         found.append(record)
     if not found:
