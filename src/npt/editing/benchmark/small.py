@@ -1,0 +1,267 @@
+"""Small models that know a FactWorld: trained in minutes on a CPU, kept in the cache, and void unless they pass the gates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from npt.common.kept import SOURCE, keep
+from npt.common.progress import progress_bar
+from npt.editing.benchmark.asking import continued_many
+from npt.editing.benchmark.muon import Muon
+from npt.editing.benchmark.wording import COUNTRY_OF_PERSON, NEWS, RELATIONS, Relation
+from npt.editing.benchmark.world import Person, Size, World, stated
+from npt.editing.measure import follows
+from npt.errors import NPTError, RunError
+
+FAMILIES = ("llama", "gpt2")
+#: Documents that are packed together; more fill rows better and mix less.
+_POOL = 96
+#: Tokens behind a prompt that hold every object and the full stop behind it.
+ANSWER = 5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A small model and its training, all of which goes into its name in the cache.
+
+    seed: of the world, the weights and the order of documents. hidden, inner, blocks, heads: the architecture. rows, length:
+    of a batch of packed documents. rate: of Muon, on matrices; other_rate: of AdamW, on embeddings and norms. Both rise over
+    `warmup` steps and fall to zero from `hold` of all steps on.
+    """
+
+    family: str = "llama"
+    seed: int = 0
+    size: Size = field(default_factory=Size)
+    hidden: int = 128
+    inner: int = 512
+    blocks: int = 4
+    heads: int = 4
+    steps: int = 800
+    rows: int = 16
+    length: int = 128
+    rate: float = 0.02
+    other_rate: float = 5e-3
+    warmup: int = 40
+    hold: float = 0.4
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise NPTError(f"model={self.family!r}: use one of {', '.join(FAMILIES)}")
+        if self.steps < 1:
+            raise NPTError(f"steps={self.steps}: use a whole number from 1")
+
+    def world(self) -> World:
+        """The world that the model knows."""
+        return World(self.seed, self.size)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Shares of right generated answers before any edit.
+
+    recall: facts, behind trained wordings. held_out: behind the held-out wording; reported, no gate. override: what news in
+    front says instead, in another wording. two_hop: the country of the city that news in front names.
+    """
+
+    recall: float
+    held_out: float
+    override: float
+    two_hop: float
+
+    def check(self, name: str) -> None:
+        """Checks that the model is one on which edits mean something.
+
+        Raises:
+            RunError: a figure is below its gate.
+        """
+        low = [
+            f"{key} {getattr(self, key):.1%} (needs {gate:.0%})"
+            for key, gate in GATES.items()
+            if getattr(self, key) < gate
+        ]
+        if low:
+            raise RunError(
+                f"{name}: the run is void, the model does not know its world: {', '.join(low)}; train it for more steps"
+            )
+
+
+GATES = {"recall": 0.99, "override": 0.95, "two_hop": 0.90}
+
+
+def small_model(
+    recipe: Recipe, *, cache_dir: str | Path | None = None, progress: bool = True
+) -> tuple[Any, Any, World]:
+    """(model, tokenizer, world) of a recipe, from the cache or trained now; the gates are not asked.
+
+    Args:
+        recipe: see `Recipe`. The same one gives the same weights on one machine with one number of threads.
+        cache_dir: the folder to keep it in; None for npt's own (see `npt.common.kept`).
+        progress: show progress bars.
+
+    Raises:
+        NPTError: the cache can't be written to. RunError: its disk is full.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    world = recipe.world()
+    record = {SOURCE: f"FactWorld, {recipe.family}, seed {recipe.seed}", **asdict(recipe), "text": digest_of(world)}
+    mark = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+
+    def fill(folder: Path) -> None:
+        model, tokenizer = trained(recipe, world, progress)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    name = f"factworld-{recipe.family}-{recipe.seed}-{mark}"
+    folder = keep(name, json.loads(json.dumps(record)), fill, needed=32 * 2**20, cache_dir=cache_dir)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder), world
+
+
+def digest_of(world: World) -> str:
+    """A digest of the people and of some documents: another generator gives another one."""
+    documents = world.documents(0)
+    parts = [*map(repr, world.people), *(next(documents) for _ in range(400))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+# -- training --------------------------------------------------------------------------------------------------------------
+
+
+def untrained(recipe: Recipe, tokenizer: Any) -> Any:
+    """The model of a recipe with its first weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        if recipe.family == "llama":
+            return LlamaForCausalLM(LlamaConfig(
+                vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.inner,
+                num_hidden_layers=recipe.blocks, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
+                max_position_embeddings=2 * recipe.length, tie_word_embeddings=True, **ends,
+            ))  # fmt: skip
+        return GPT2LMHeadModel(GPT2Config(
+            vocab_size=len(tokenizer), n_embd=recipe.hidden, n_inner=recipe.inner, n_layer=recipe.blocks, n_head=recipe.heads,
+            n_positions=2 * recipe.length, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ends,
+        ))  # fmt: skip
+
+
+def trained(recipe: Recipe, world: World, progress: bool = True) -> tuple[Any, Any]:
+    """(model, tokenizer): next-token cross-entropy on packed documents, without a validation: the gates are that."""
+    tokenizer = world.tokenizer()
+    model = untrained(recipe, tokenizer).train()
+    # Matrices inside the blocks; embeddings, norms and biases are AdamW's.
+    inside = [
+        p
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and not any(part in name for part in ("embed", "wte", "wpe"))
+    ]
+    known = {id(p) for p in inside}
+    others = [p for p in model.parameters() if id(p) not in known]
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(inside, recipe.rate),
+        torch.optim.AdamW(others, recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    peaks = (recipe.rate, recipe.other_rate)
+    batches = packed(world.documents(recipe.seed), tokenizer, recipe)
+    with progress_bar(
+        f"Training FactWorld ({recipe.family}, seed {recipe.seed})", recipe.steps, progress, unit="steps"
+    ) as advance:
+        for step in range(recipe.steps):
+            share = min(1.0, (step + 1) / recipe.warmup, (recipe.steps - step) / (recipe.steps * (1 - recipe.hold)))
+            for optimizer, peak in zip(optimizers, peaks, strict=True):
+                optimizer.param_groups[0]["lr"] = peak * share
+            loss = loss_of(model, next(batches), tokenizer.pad_token_id)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            advance(1)
+    return model.eval(), tokenizer
+
+
+def loss_of(model: Any, ids: Tensor, padding: int) -> Tensor:
+    """Mean cross-entropy in nats of the next tokens of rows (rows, tokens); padding is not predicted."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=padding)
+
+
+def packed(documents: Iterator[str], tokenizer: Any, recipe: Recipe) -> Iterator[Tensor]:
+    """Batches (rows, length) of token ids without end; rows hold whole documents, each from BOS on, and padding behind them."""
+    draw, pool = random.Random(recipe.seed), list[list[int]]()
+    while True:
+        batch = torch.full((recipe.rows, recipe.length), tokenizer.pad_token_id)
+        for row in batch:
+            if len(pool) < _POOL // 2:
+                pool += tokenizer([next(documents) for _ in range(_POOL)])["input_ids"]
+                pool.sort(key=len)
+            ids = list(pool.pop(draw.randrange(len(pool))))
+            while fitting := [i for i, document in enumerate(pool) if len(ids) + len(document) <= recipe.length]:
+                ids += pool.pop(fitting[-1])
+            ids = ids[: recipe.length]
+            row[: len(ids)] = torch.tensor(ids)
+        yield batch
+
+
+# -- gates -----------------------------------------------------------------------------------------------------------------
+
+
+def gates_of(
+    model: Any, tokenizer: Any, world: World, seed: int = 0, count: int = 1000, progress: bool = True
+) -> Gates:
+    """The gates' figures, each on so many drawn questions."""
+    draw = random.Random(f"gates {world.seed} {seed}")
+    people = world.of("editable", "visible", "neighbour")
+    asks = {
+        "recall": lambda p, r: (draw.choice(r.trained).format(p.name), p.facts[r.name]),
+        "held_out": lambda p, r: (r.held_out.format(p.name), p.facts[r.name]),
+        "override": lambda p, r: _overridden(draw, world, p, r),
+        "two_hop": lambda p, r: _hopped(draw, world, p),
+    }
+    return Gates(**{
+        name: _right(model, tokenizer, [ask(draw.choice(people), draw.choice(RELATIONS)) for _ in range(count)], name, progress)
+        for name, ask in asks.items()
+    })  # fmt: skip
+
+
+def _right(model: Any, tokenizer: Any, asked: Sequence[tuple[str, str]], name: str, progress: bool) -> float:
+    """Share of (prompt, answer) whose answer is written behind the prompt."""
+    texts = continued_many(model, tokenizer, [prompt for prompt, _ in asked], ANSWER, f"Gate {name}", progress)
+    return sum(follows(text, answer) for text, (_, answer) in zip(texts, asked, strict=True)) / len(asked)
+
+
+def _overridden(draw: random.Random, world: World, person: Person, relation: Relation) -> tuple[str, str]:
+    """News about a person, and the question in another wording."""
+    new = other_object(draw, world, person, relation.name)
+    told, asked = draw.sample(relation.trained, 2)
+    return f"{NEWS} {stated(told, person.name, new)} {asked.format(person.name)}", new
+
+
+def _hopped(draw: random.Random, world: World, person: Person) -> tuple[str, str]:
+    """News about a person's city, and the question after the country."""
+    city = other_object(draw, world, person, "city")
+    told = stated(draw.choice(RELATIONS[0].trained), person.name, city)
+    return f"{NEWS} {told} {draw.choice(COUNTRY_OF_PERSON).format(person.name)}", world.country[city]
+
+
+def other_object(draw: random.Random, world: World, person: Person, relation: str) -> str:
+    """An object that a fact of a person could have and does not."""
+    return draw.choice(
+        [o for o in world.objects(relation, person.split) if o not in (person.facts[relation], person.name)]
+    )
