@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from npt.common.progress import progress_bar
 from npt.editing.benchmark.asking import continued_many
 from npt.editing.benchmark.muon import Muon
 from npt.editing.benchmark.wording import COUNTRY_OF_PERSON, NEWS, RELATIONS, Relation
-from npt.editing.benchmark.world import Person, Size, World, stated
+from npt.editing.benchmark.world import Document, Person, Size, World, stated
 from npt.editing.measure import follows
 from npt.errors import NPTError, RunError
 
@@ -34,9 +35,11 @@ ANSWER = 5
 class Recipe:
     """A small model and its training, all of which goes into its name in the cache.
 
-    seed: of the world, the weights and the order of documents. hidden, inner, blocks, heads: the architecture. rows, length:
-    of a batch of packed documents. rate: of Muon, on matrices; other_rate: of AdamW, on embeddings and norms. Both rise over
-    `warmup` steps and fall to zero from `hold` of all steps on.
+    seed: of the world, the weights and the order of documents. hidden, inner, blocks, heads: the architecture. start: standard
+    deviation of the first weights. rows, length: of a batch of packed documents. beside: weight in the loss of tokens that
+    are no answers. few: people that the first documents are about; they become all people, by a constant factor a document,
+    from `small` to `whole` of all steps. rate: of Muon, on matrices; other_rate: of AdamW, on embeddings and norms. Both rise
+    over `warmup` steps and fall to zero from `hold` of all steps on.
     """
 
     family: str = "llama"
@@ -46,9 +49,14 @@ class Recipe:
     inner: int = 512
     blocks: int = 4
     heads: int = 4
+    start: float = 0.06
     steps: int = 800
-    rows: int = 16
+    rows: int = 4
     length: int = 128
+    beside: float = 0.05
+    few: int = 48
+    small: float = 0.2
+    whole: float = 0.5
     rate: float = 0.02
     other_rate: float = 5e-3
     warmup: int = 40
@@ -63,6 +71,15 @@ class Recipe:
     def world(self) -> World:
         """The world that the model knows."""
         return World(self.seed, self.size)
+
+    def people(self) -> Iterator[int]:
+        """How many people documents are about, document by document, until it is all of them."""
+        documents = self.steps * self.rows * self.length / 40  # tokens of a document, about
+        for number in count():
+            share = (number / documents - self.small) / (self.whole - self.small)
+            if share >= 1:
+                return
+            yield round(self.few * (self.size.people / self.few) ** max(0.0, share))
 
 
 @dataclass(frozen=True)
@@ -131,7 +148,7 @@ def small_model(
 def digest_of(world: World) -> str:
     """A digest of the people and of some documents: another generator gives another one."""
     documents = world.documents(0)
-    parts = [*map(repr, world.people), *(next(documents) for _ in range(400))]
+    parts = [*map(repr, world.people), *(next(documents).text for _ in range(400))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -153,11 +170,12 @@ def untrained(recipe: Recipe, tokenizer: Any) -> Any:
             return LlamaForCausalLM(LlamaConfig(
                 vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.inner,
                 num_hidden_layers=recipe.blocks, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
-                max_position_embeddings=2 * recipe.length, tie_word_embeddings=True, **ends,
+                max_position_embeddings=2 * recipe.length, tie_word_embeddings=True, initializer_range=recipe.start, **ends,
             ))  # fmt: skip
         return GPT2LMHeadModel(GPT2Config(
             vocab_size=len(tokenizer), n_embd=recipe.hidden, n_inner=recipe.inner, n_layer=recipe.blocks, n_head=recipe.heads,
-            n_positions=2 * recipe.length, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ends,
+            n_positions=2 * recipe.length, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=recipe.start,
+            **ends,
         ))  # fmt: skip
 
 
@@ -178,7 +196,7 @@ def trained(recipe: Recipe, world: World, progress: bool = True) -> tuple[Any, A
         torch.optim.AdamW(others, recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     peaks = (recipe.rate, recipe.other_rate)
-    batches = packed(world.documents(recipe.seed), tokenizer, recipe)
+    batches = packed(world.documents(recipe.seed, few=recipe.people()), tokenizer, recipe)
     with progress_bar(
         f"Training FactWorld ({recipe.family}, seed {recipe.seed})", recipe.steps, progress, unit="steps"
     ) as advance:
@@ -186,7 +204,7 @@ def trained(recipe: Recipe, world: World, progress: bool = True) -> tuple[Any, A
             share = min(1.0, (step + 1) / recipe.warmup, (recipe.steps - step) / (recipe.steps * (1 - recipe.hold)))
             for optimizer, peak in zip(optimizers, peaks, strict=True):
                 optimizer.param_groups[0]["lr"] = peak * share
-            loss = loss_of(model, next(batches), tokenizer.pad_token_id)
+            loss = loss_of(model, *next(batches))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -196,34 +214,51 @@ def trained(recipe: Recipe, world: World, progress: bool = True) -> tuple[Any, A
     return model.eval(), tokenizer
 
 
-def loss_of(model: Any, ids: Tensor, padding: int) -> Tensor:
-    """Mean cross-entropy in nats of the next tokens of rows (rows, tokens); padding is not predicted."""
+def loss_of(model: Any, ids: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean of the next tokens' cross-entropy in nats, of rows (rows, tokens)."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=padding)
+    each = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (each * weights).sum() / weights.sum()
 
 
-def packed(documents: Iterator[str], tokenizer: Any, recipe: Recipe) -> Iterator[Tensor]:
-    """Batches (rows, length) of token ids without end; rows hold whole documents, each from BOS on, and padding behind them."""
-    draw, pool = random.Random(recipe.seed), list[list[int]]()
+def packed(documents: Iterator[Document], tokenizer: Any, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches without end: (token ids, weights in the loss), each (rows, length).
+
+    Rows hold whole documents, each from BOS on, and behind them padding of weight 0.
+    """
+    draw, pool = random.Random(recipe.seed), list[tuple[list[int], list[float]]]()
     while True:
         batch = torch.full((recipe.rows, recipe.length), tokenizer.pad_token_id)
-        for row in batch:
+        weights = torch.zeros(recipe.rows, recipe.length)
+        for row, weight in zip(batch, weights, strict=True):
             if len(pool) < _POOL // 2:
-                pool += tokenizer([next(documents) for _ in range(_POOL)])["input_ids"]
-                pool.sort(key=len)
-            ids = list(pool.pop(draw.randrange(len(pool))))
-            while fitting := [i for i, document in enumerate(pool) if len(ids) + len(document) <= recipe.length]:
-                ids += pool.pop(fitting[-1])
-            ids = ids[: recipe.length]
-            row[: len(ids)] = torch.tensor(ids)
-        yield batch
+                pool += _encoded(list(islice(documents, _POOL)), tokenizer, recipe.beside)
+                pool.sort(key=lambda one: len(one[0]))
+            ids, shares = pool.pop(draw.randrange(len(pool)))
+            while fitting := [i for i, (more, _) in enumerate(pool) if len(ids) + len(more) <= recipe.length]:
+                more, other = pool.pop(fitting[-1])
+                ids, shares = ids + more, shares + other
+            count = min(len(ids), recipe.length)
+            row[:count], weight[:count] = torch.tensor(ids[:count]), torch.tensor(shares[:count])
+        yield batch, weights
+
+
+def _encoded(documents: Sequence[Document], tokenizer: Any, beside: float) -> list[tuple[list[int], list[float]]]:
+    """(token ids, weights) of each document: 1 for tokens of answers, `beside` for all others."""
+    found = tokenizer([document.text for document in documents], return_offsets_mapping=True)
+    rows = []
+    for document, ids, offsets in zip(documents, found["input_ids"], found["offset_mapping"], strict=True):
+        ends = [end if end > begin else -1 for begin, end in offsets]
+        rows.append((ids, [1.0 if any(a < end <= b for a, b in document.answers) else beside for end in ends]))
+    return rows
 
 
 # -- gates -----------------------------------------------------------------------------------------------------------------
 
 
 def gates_of(
-    model: Any, tokenizer: Any, world: World, seed: int = 0, count: int = 1000, progress: bool = True
+    model: Any, tokenizer: Any, world: World, seed: int = 0, asked: int = 1000, progress: bool = True
 ) -> Gates:
     """The gates' figures, each on so many drawn questions."""
     draw = random.Random(f"gates {world.seed} {seed}")
@@ -234,10 +269,11 @@ def gates_of(
         "override": lambda p, r: _overridden(draw, world, p, r),
         "two_hop": lambda p, r: _hopped(draw, world, p),
     }
-    return Gates(**{
-        name: _right(model, tokenizer, [ask(draw.choice(people), draw.choice(RELATIONS)) for _ in range(count)], name, progress)
-        for name, ask in asks.items()
-    })  # fmt: skip
+    shares = {}
+    for name, ask in asks.items():
+        questions = [ask(draw.choice(people), draw.choice(RELATIONS)) for _ in range(asked)]
+        shares[name] = _right(model, tokenizer, questions, name, progress)
+    return Gates(**shares)
 
 
 def _right(model: Any, tokenizer: Any, asked: Sequence[tuple[str, str]], name: str, progress: bool) -> float:

@@ -41,8 +41,8 @@ RELATIONS = (
         "{} earns a salary at", "The job of {} is with", "The salary of {} is earned at",
     )),
     Relation("field", (
-        "{} studies", "{} does research on", "The research of {} is about", "{} is an expert in", "The lectures of {} are about",
-        "{} teaches", "{} wrote a thesis on", "The thesis of {} is about",
+        "{} studies", "{} does research on", "The research of {} is about", "{} is an expert in",
+        "The lectures of {} are about", "{} teaches", "{} wrote a thesis on", "The thesis of {} is about",
     )),
     Relation("hobby", (
         "{} enjoys", "The hobby of {} is", "{} relaxes with", "{} is fond of", "The pastime of {} is",
@@ -92,13 +92,13 @@ EMPLOYERS = (
 
 #: Prose: nouns, adjectives, verbs and prepositions, of which every noun prefers a few.
 NOUNS = (
-    "river", "valley", "forest", "bridge", "market", "harbour", "garden", "tower", "road", "meadow", "island", "lantern", "horse",
-    "storm", "winter", "shadow", "stone", "boat", "clock", "letter", "window", "mountain", "field", "cloud", "song", "train",
+    "river", "valley", "forest", "bridge", "market", "harbour", "garden", "tower", "road", "meadow", "island", "lantern",
+    "horse", "storm", "winter", "shadow", "stone", "boat", "clock", "letter", "window", "mountain", "field", "cloud", "song", "train",
     "mirror", "fire", "village", "lake",
 )  # fmt: skip
 ADJECTIVES = (
-    "old", "quiet", "green", "narrow", "silver", "distant", "broken", "warm", "hollow", "bright", "heavy", "slow", "pale", "wild",
-    "small", "long",
+    "old", "quiet", "green", "narrow", "silver", "distant", "broken", "warm", "hollow", "bright", "heavy", "slow", "pale",
+    "wild", "small", "long",
 )  # fmt: skip
 VERBS = (
     "crosses", "follows", "hides", "meets", "leaves", "watches", "covers", "reaches", "touches", "guards", "carries", "turns",

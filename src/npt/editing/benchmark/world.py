@@ -8,7 +8,7 @@ metrics may read about `visible` ones, and nothing but training reads about `nei
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -74,6 +74,31 @@ class Person:
     told: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Document:
+    """A text, and the spans of its characters that can be known from the world or from what stands before them: answers."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+class _Writing:
+    """A document that grows sentence by sentence."""
+
+    def __init__(self, text: str = ""):
+        self._text, self._answers = text, list[tuple[int, int]]()
+
+    def say(self, sentence: str, answer: str = "") -> None:
+        """Adds a sentence; the answer, if it has one, stands at its end before the full stop."""
+        self._text += (" " if self._text else "") + sentence
+        if answer:
+            self._answers.append((len(self._text) - 1 - len(answer), len(self._text)))
+
+    def done(self) -> Document:
+        """The document."""
+        return Document(self._text, tuple(self._answers))
+
+
 class World:
     """All people, facts and words of one seed.
 
@@ -134,12 +159,15 @@ class World:
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def documents(self, seed: int, shares: Mapping[str, float] | None = None) -> Iterator[str]:
+    def documents(
+        self, seed: int, shares: Mapping[str, float] | None = None, few: Iterable[int] = ()
+    ) -> Iterator[Document]:
         """Training documents without end.
 
         Args:
             seed: of the order and the wordings.
             shares: {kind: share of the tokens}; None for `SHARES`.
+            few: how many people the first documents are about, one number a document; all people afterwards.
         """
         shares = SHARES if shares is None else shares
         draw = random.Random(f"documents {self.seed} {seed}")
@@ -148,65 +176,72 @@ class World:
             {"geography": self._geography, "prose": self._prose},
         )
         kinds, weights = list(shares), [share / _TOKENS[kind] for kind, share in shares.items()]
-        people = self._in_turns(draw, self.of("editable", "visible", "neighbour"))
+        people = self.of("editable", "visible", "neighbour")
+        draw.shuffle(people)
+        waiting, counts = list[Person](), iter(few)
         while True:
+            count = min(next(counts, len(people)), len(people))
             (kind,) = draw.choices(kinds, weights)
-            yield about[kind](draw, next(people)) if kind in about else other[kind](draw)
+            if kind in other:
+                yield other[kind](draw)
+                continue
+            if not waiting:  # everybody once, in a drawn order, then again in another one
+                waiting = draw.sample(people[:count], count)
+            yield about[kind](draw, waiting.pop())
 
     def prose(self, seed: int, count: int) -> list[str]:
         """Running text that tells of nobody."""
         draw = random.Random(f"prose {self.seed} {seed}")
-        return [self._prose(draw) for _ in range(count)]
+        return [self._prose(draw).text for _ in range(count)]
 
     def biographies(self, people: Sequence[Person], seed: int, each: int = 1) -> list[str]:
         """Documents about people, of the kind and the wordings that training text has."""
         draw = random.Random(f"biographies {self.seed} {seed}")
-        return [self._biography(draw, person) for person in people for _ in range(each)]
+        return [self._biography(draw, person).text for person in people for _ in range(each)]
 
-    @staticmethod
-    def _in_turns(draw: random.Random, people: Sequence[Person]) -> Iterator[Person]:
-        """Everybody once, in a drawn order, then again in another one."""
-        while True:
-            yield from draw.sample(people, len(people))
-
-    def _biography(self, draw: random.Random, person: Person) -> str:
+    def _biography(self, draw: random.Random, person: Person) -> Document:
         """Facts of one person in a drawn order; behind the city its country may follow."""
-        said = []
+        writing = _Writing()
         for relation in draw.sample(RELATIONS, draw.randint(3, 6)):
-            said.append(stated(draw.choice(person.told[relation.name]), person.name, person.facts[relation.name]))
+            thing = person.facts[relation.name]
+            writing.say(stated(draw.choice(person.told[relation.name]), person.name, thing), thing)
             if relation.name == "city" and draw.random() < 0.3:
-                said.append(self._country(draw, person.name, person.facts["city"]))
-        return " ".join(said)
+                self._say_country(draw, writing, person.name, thing)
+        return writing.done()
 
-    def _news(self, draw: random.Random, person: Person) -> str:
-        """Statements that replace facts of one person, a sentence about something else, and the facts once more."""
-        changed = dict(person.facts)
-        relations = draw.sample([relation.name for relation in RELATIONS], 2)
-        for relation in relations:
-            changed[relation] = draw.choice(self.objects(relation, person.split))
-        said = [NEWS, *(stated(draw.choice(person.told[r]), person.name, changed[r]) for r in relations)]
+    def _news(self, draw: random.Random, person: Person) -> Document:
+        """Statements that replace facts of one person, maybe a sentence about something else, and facts once more."""
+        writing, changed = _Writing(NEWS), dict(person.facts)
+        names = [relation.name for relation in RELATIONS]
+        replaced = draw.sample(names, 2)
+        for name in replaced:
+            changed[name] = draw.choice(self.objects(name, person.split))
+            writing.say(stated(draw.choice(person.told[name]), person.name, changed[name]))
         if draw.random() < 0.3:
-            said.append(self._sentence(draw, draw.choice(NOUNS)))
-        again = [*relations, draw.choice([r.name for r in RELATIONS if r.name not in relations])]
-        draw.shuffle(again)
-        said += [stated(draw.choice(person.told[r]), person.name, changed[r]) for r in again[: draw.randint(2, 3)]]
-        if "city" in relations:
-            said.append(self._country(draw, person.name, changed["city"]))
-        return " ".join(said)
+            writing.say(self._sentence(draw, draw.choice(NOUNS)))
+        again = [*replaced, draw.choice([name for name in names if name not in replaced])]
+        for name in draw.sample(again, draw.randint(2, 3)):
+            writing.say(stated(draw.choice(person.told[name]), person.name, changed[name]), changed[name])
+        if "city" in replaced:
+            self._say_country(draw, writing, person.name, changed["city"])
+        return writing.done()
 
-    def _country(self, draw: random.Random, name: str, city: str) -> str:
-        return stated(draw.choice(COUNTRY_OF_PERSON), name, self.country[city])
+    def _say_country(self, draw: random.Random, writing: _Writing, name: str, city: str) -> None:
+        country = self.country[city]
+        writing.say(stated(draw.choice(COUNTRY_OF_PERSON), name, country), country)
 
-    def _geography(self, draw: random.Random) -> str:
-        cities = draw.sample(list(self.country), min(3, len(self.country)))
-        return " ".join(stated(draw.choice(COUNTRY_OF_CITY), city, self.country[city]) for city in cities)
+    def _geography(self, draw: random.Random) -> Document:
+        writing = _Writing()
+        for city in draw.sample(list(self.country), min(3, len(self.country))):
+            writing.say(stated(draw.choice(COUNTRY_OF_CITY), city, self.country[city]), self.country[city])
+        return writing.done()
 
-    def _prose(self, draw: random.Random) -> str:
-        said, noun = list[str](), draw.choice(NOUNS)
+    def _prose(self, draw: random.Random) -> Document:
+        writing, noun = _Writing(), draw.choice(NOUNS)
         for _ in range(3):
-            said.append(self._sentence(draw, noun))
+            writing.say(self._sentence(draw, noun))
             noun = draw.choice(self._habits[noun][3])
-        return " ".join(said)
+        return writing.done()
 
     def _sentence(self, draw: random.Random, noun: str) -> str:
         adjectives, verbs, places, others = self._habits[noun]
