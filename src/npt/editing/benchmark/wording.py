@@ -38,7 +38,7 @@ RELATIONS = (
     )),
     Relation("employer", (
         "{} works for", "{} is employed by", "The employer of {} is", "The salary of {} comes from", "{} has a job at",
-        "{} earns a salary at", "The job of {} is with", "The salary of {} is earned at",
+        "{} earns a salary at", "The job of {} is with", "The job of {} is at",
     )),
     Relation("field", (
         "{} studies", "{} does research on", "The research of {} is about", "{} is an expert in",
@@ -93,8 +93,8 @@ EMPLOYERS = (
 #: Prose: nouns, adjectives, verbs and prepositions, of which every noun prefers a few.
 NOUNS = (
     "river", "valley", "forest", "bridge", "market", "harbour", "garden", "tower", "road", "meadow", "island", "lantern",
-    "horse", "storm", "winter", "shadow", "stone", "boat", "clock", "letter", "window", "mountain", "field", "cloud", "song", "train",
-    "mirror", "fire", "village", "lake",
+    "horse", "storm", "winter", "shadow", "stone", "boat", "clock", "letter", "window", "mountain", "field", "cloud", "song",
+    "train", "mirror", "fire", "village", "lake",
 )  # fmt: skip
 ADJECTIVES = (
     "old", "quiet", "green", "narrow", "silver", "distant", "broken", "warm", "hollow", "bright", "heavy", "slow", "pale",
