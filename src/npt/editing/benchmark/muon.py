@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
         steps: of the iteration.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], rate: float, momentum: float = 0.95, steps: int = 4):
+    def __init__(self, parameters: Sequence[nn.Parameter], rate: float, momentum: float = 0.95, steps: int = 3):
         super().__init__(parameters, {"lr": rate})
         self._momentum, self._steps = momentum, steps
         self._groups: dict[torch.Size, list[nn.Parameter]] = {}

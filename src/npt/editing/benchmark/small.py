@@ -50,17 +50,17 @@ class Recipe:
     blocks: int = 4
     heads: int = 4
     start: float = 0.06
-    steps: int = 800
-    rows: int = 4
+    steps: int = 1000
+    rows: int = 8
     length: int = 128
     beside: float = 0.05
     few: int = 48
-    small: float = 0.2
-    whole: float = 0.5
-    rate: float = 0.02
-    other_rate: float = 5e-3
+    small: float = 0.12
+    whole: float = 0.4
+    rate: float = 0.03
+    other_rate: float = 6e-3
     warmup: int = 40
-    hold: float = 0.4
+    hold: float = 0.5
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

@@ -40,7 +40,7 @@ SHARING = (4, 8)
 #: Trained wordings of a relation that a person's training text lacks.
 LACKING = 2
 #: Shares of documents' tokens, by kind.
-SHARES = {"biography": 0.45, "news": 0.30, "geography": 0.10, "prose": 0.15}
+SHARES = {"biography": 0.60, "news": 0.23, "geography": 0.02, "prose": 0.15}
 #: Tokens of a document of each kind, about; shares are of tokens, and documents are drawn.
 _TOKENS = {"biography": 38.0, "news": 40.0, "geography": 23.0, "prose": 29.0}
 
