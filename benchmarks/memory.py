@@ -17,8 +17,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config
 
-from benchmarks.tables import markdown
 from npt.builtin import source_of
+from npt.common.display import markdown
 from npt.config import load_config
 from scripts.marked import write_section
 

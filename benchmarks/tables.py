@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from npt.common.display import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
 #: {label of a row: its figures} of one model, as `benchmarks.equivalence` keeps them.
@@ -154,12 +156,6 @@ def linear_table(result: dict[str, Any]) -> str:
     table = markdown(["rank", *(f"{n} tokens" for n in lengths), "exponent of time over tokens"], rows)
     line = f"{fit['intercept']:.2f} + {fit['slope']:.3f} x rank microseconds per token (R^2 {fit['r_square']:.3f})"
     return f"{table}\n\nFitted at 1,024 tokens: {line}."
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table."""
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
 
 
 def command_table(kept: Mapping[str, Mapping[str, float]]) -> str:

@@ -10,18 +10,20 @@ import argparse
 import ast
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.editing.closed_form import AlphaEdit, Memit, Rome, UltraEdit
-from benchmarks.editing.figures import Asker, as_json, measure, table
 from benchmarks.editing.finetuning import FineTuning
-from benchmarks.editing.methods import Context, Method, Setup, Store
-from benchmarks.editing.records import Record, read_records
 from npt import load_base
 from npt.common.display import one_line
+from npt.editing.benchmark.asking import Asker
+from npt.editing.benchmark.figures import as_json, batches_of, measure, table
+from npt.editing.benchmark.methods import Context, Method, Setup, Store
+from npt.editing.benchmark.records import Record, read_records
 from npt.editing.metrics import METRICS, Source
 from npt.editing.scan import choose_layer
 from npt.editing.statistics import own_text, token_rows
@@ -87,6 +89,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", action="append", choices=list(METHODS), help="default: all")
     parser.add_argument("--limit", type=int, help="the first so many records")
     parser.add_argument("--batch", type=int, default=1, help="records that are written together (default: 1)")
+    parser.add_argument("--draws", type=int, help="so many random batches, instead of one after the other")
     parser.add_argument("--model", default="builtin:tiny", help="default: builtin:tiny")
     parser.add_argument("--layers", type=int, nargs="+", help="blocks, rising; methods with one block use the last")
     parser.add_argument("--metric", default="domain", choices=METRICS)
@@ -118,13 +121,22 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         if text is None
         else token_rows(tokenizer, [text], "--text")
     )
-    asker = Asker(model, tokenizer, rows)
-    records = kept_records(records, asker)
     last = given.layers or choose_layer(source, [records[0].request])
     layers = tuple(range(max(0, last - SPREAD + 1), last + 1)) if isinstance(last, int) else tuple(last)
     setup = Setup(model, tokenizer, source, layers)
-    methods = {name: METHODS[name](setup, **options.get(name, {})) for name in given.method or METHODS}
-    return {name: measure(method, asker, records, given.batch, name) for name, method in methods.items()}
+    methods = {name: made(name, setup, options.get(name, {})) for name in given.method or METHODS}
+    asker = Asker(model, tokenizer, rows, min(method.setup.layers[0] for method in methods.values()))
+    batches = batches_of(kept_records(records, asker), given.batch, given.draws)
+    return {name: measure(method, asker, batches, name) for name, method in methods.items()}
+
+
+def made(name: str, setup: Setup, options: Mapping[str, Any]) -> Method:
+    """A method with its options; `layers` among them takes the place of the setup's."""
+    options = dict(options)
+    layers = options.pop("layers", setup.layers)
+    if not isinstance(layers, tuple) or not all(type(layer) is int for layer in layers):
+        raise NPTError(f"--option {name}.layers={layers!r}: use blocks in brackets, as in (4,5,6)")
+    return METHODS[name](replace(setup, layers=layers), **options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.editing.methods import Method, Setup, block_outputs, targets_at
 from npt.common.precision import wide
 from npt.editing.bench import Bench
+from npt.editing.benchmark.methods import Method, Setup, block_outputs, targets_at
 from npt.editing.requests import Request
 from npt.editing.solve import Factors, Pairs, solve
 from npt.editing.values import Settings, settings_of
@@ -218,7 +218,7 @@ class UltraEdit(Method):
                 len(inputs), bench.size, dtype=bench.adapter.dtype, device=inputs.device, requires_grad=True
             )
             with bench.adapter.trying(lambda x, start=start: start):  # type: ignore[misc]
-                aimed = trial.aimed(bench.again(trial.inside.recording))
+                aimed = trial.aimed(trial.again())
             loss = torch.nn.functional.cross_entropy(aimed, trial.target.to(aimed.device))
             (gradient,) = torch.autograd.grad(loss, start)
             keys.append(wide(inputs[at]).cpu().double().T)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.editing.methods import Method, Setup, targets_at
 from npt.common.precision import cast
 from npt.editing.bench import Bench, chunks
+from npt.editing.benchmark.methods import Method, Setup, targets_at
 from npt.editing.requests import Request
 from npt.editing.solve import Factors
 from npt.editing.values import Settings, Trial
@@ -70,7 +70,7 @@ class FineTuning(Method):
         """One pass; the loss before its step. A batch whose loss is small enough takes none."""
         self.passes += len(trial.rows)
         with bench.adapter.trying(lambda x: torch.nn.functional.linear(cast(x, weight.dtype), weight)):
-            aimed = trial.aimed(bench.again(trial.inside.recording))
+            aimed = trial.aimed(trial.again())
         loss = torch.nn.functional.cross_entropy(aimed, trial.target.to(aimed.device))
         found = float(loss.detach())
         if found >= self.enough:

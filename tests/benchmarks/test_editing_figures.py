@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from benchmarks.editing.__main__ import kept_records, main, options_of
-from benchmarks.editing.figures import (
-    Asker,
+from npt import load_base
+from npt.editing.benchmark.asking import Asker, first_sentence
+from npt.editing.benchmark.figures import (
     Outcome,
     ahead,
-    first_sentence,
+    batches_of,
     gap,
     harmonic,
     mean_of,
@@ -28,9 +29,8 @@ from benchmarks.editing.figures import (
     table,
     with_error,
 )
-from benchmarks.editing.methods import Method, Setup
-from benchmarks.editing.records import Neighbour, Record, read_records, record_of
-from npt import load_base
+from npt.editing.benchmark.methods import Method, Setup
+from npt.editing.benchmark.records import Neighbour, Record, read_records, record_of
 from npt.editing.measure import mean_kl
 from npt.editing.metrics import Source
 from npt.editing.requests import Request
@@ -181,17 +181,22 @@ class Said(Method):
         self.undo()
 
 
+@torch.no_grad()
+def logits(asker: Asker) -> Any:
+    return asker.base(torch.tensor([asker.text[0]])).logits
+
+
 def base_record(asker: Asker) -> Record:
     """A record whose target is what the base writes anyway."""
     prompt = "Once upon a time, there was a little"
-    target = asker.said(prompt).split()[0]
+    target = asker.tokenizer.decode(asker.said(prompt)).split()[0]
     return Record(Request(prompt, target, "time"), (prompt,), (Neighbour("Tom had a", None),))
 
 
 def test_without_a_change_everything_is_as_the_base_has_it(setup: Setup, asker: Asker) -> None:
     method = Said(setup, 0.0)
     records = [base_record(asker), RECORD, RECORD]
-    found = measure(method, asker, records, batch=2, progress=False)
+    found = measure(method, asker, batches_of(records, 2), progress=False)
     assert method.calls == [2, 1] and [outcome.group for outcome in found] == [0, 0, 1]
     assert (found[0].efficacy, found[0].paraphrase, found[0].locality, found[0].forced) == (1, 1, 1, 1)
     assert found[0].ordering is None and found[1].ordering is not None
@@ -202,10 +207,10 @@ def test_without_a_change_everything_is_as_the_base_has_it(setup: Setup, asker: 
 def test_a_change_shows_in_locality_and_divergence_and_is_taken_back(setup: Setup, asker: Asker) -> None:
     method = Said(setup, 5.0)
     record = base_record(asker)
-    before = asker.logits(asker.text)
-    (found,) = measure(method, asker, [record], progress=False)
+    before = logits(asker)
+    (found,) = measure(method, asker, [[record]], progress=False)
     assert found.efficacy == 0 and found.locality == 0 and found.kl > 0.1
-    assert torch.equal(asker.logits(asker.text), before)
+    assert torch.equal(logits(asker), before)
 
 
 def test_divergence_is_that_of_the_whole_text(setup: Setup, asker: Asker) -> None:
@@ -220,17 +225,26 @@ def test_divergence_is_that_of_the_whole_text(setup: Setup, asker: Asker) -> Non
 
 
 def test_a_batch_that_fails_is_taken_back(setup: Setup, asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
-    method, before = Said(setup, 5.0), asker.logits(asker.text)
+    method, before = Said(setup, 5.0), logits(asker)
 
     def fail(self: Asker, method: Method) -> float:
         raise NPTError("no")
 
     monkeypatch.setattr(Asker, "divergence", fail)
     with pytest.raises(NPTError, match="no"):
-        measure(method, asker, [RECORD], progress=False)
-    assert torch.equal(asker.logits(asker.text), before)
-    with pytest.raises(NPTError, match="batch=0"):
-        measure(method, asker, [RECORD], batch=0, progress=False)
+        measure(method, asker, [[RECORD]], progress=False)
+    assert torch.equal(logits(asker), before)
+
+
+def test_batches_are_in_order_or_drawn_from_all_records() -> None:
+    records = [replace(RECORD, paraphrases=(str(i),)) for i in range(5)]
+    assert batches_of(records, 2) == [records[:2], records[2:4], records[4:]]
+    drawn = batches_of(records, 3, draws=4)
+    assert [len({record.paraphrases for record in batch}) for batch in drawn] == [3] * 4
+    assert drawn == batches_of(records, 3, draws=4) != batches_of(records, 3, draws=4, seed=1)
+    for size, draws, message in ((0, None, "batch=0"), (2, 0, "draws=0"), (6, 1, "more than the 5 records")):
+        with pytest.raises(NPTError, match=message):
+            batches_of(records, size, draws)
 
 
 def test_a_sentence_ends_at_its_stop_or_line() -> None:

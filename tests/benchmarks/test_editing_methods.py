@@ -20,7 +20,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 from benchmarks.editing.closed_form import AlphaEdit, Memit, Rome, Running, UltraEdit
 from benchmarks.editing.finetuning import FineTuning
-from benchmarks.editing.methods import Context, Method, Setup, Store
+from npt.editing.benchmark.methods import Context, Method, Setup, Store
 from npt.editing.keys import Prompts
 from npt.editing.metrics import Source
 from npt.editing.requests import Request

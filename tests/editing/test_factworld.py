@@ -13,7 +13,7 @@ import torch
 
 from npt.editing.bench import written
 from npt.editing.benchmark import small
-from npt.editing.benchmark.asking import continued_many
+from npt.editing.benchmark.continuing import continued_many
 from npt.editing.benchmark.factworld import (
     NAMES,
     Examiner,
@@ -243,7 +243,9 @@ def test_a_model_below_the_gates_is_void(kept: Path, tiny: tuple[Any, Any, World
 
 def test_edits_are_measured_and_undone(tiny: tuple[Any, Any, World]) -> None:
     model, tokenizer, world = tiny
-    batch = [fact for fact in facts(world, 12) if fact.relation in ("city", "field", "hobby")][:2]  # objects of one word
+    batch = [fact for fact in facts(world, 12) if fact.relation in ("city", "field", "hobby")][
+        :2
+    ]  # objects of one word
     prompt = batch[0].request.prompt
     before = written(model, tokenizer, prompt, 4)
     options = {"layer": 1, "decay": 0.0, "clamp": 1e3, "steps": 40}

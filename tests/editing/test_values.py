@@ -96,9 +96,9 @@ def test_a_trial_is_what_is_written(problem: Callable[..., Problem]) -> None:
     value = torch.randn(one.bench.size, generator=torch.Generator().manual_seed(0))
     delta = solve(one.pairs(one.key[:, None], value.double()[:, None])).delta
     with torch.no_grad():
-        tried = trial.logits(value)
+        tried = trial.aimed(trial.logits(value))
         with one.bench.adapter.trying(lambda x: x @ delta.to(x).T):
-            written = one.bench.base(**trial.inside.recording.batch).logits
+            written = one.bench.base(**trial.inside.recording.batch).logits[trial.row_of, trial.at]
     assert torch.allclose(tried, written, atol=1e-3)
 
 
@@ -114,9 +114,9 @@ def test_a_trial_can_add_at_one_token_of_each_text_alone(problem: Callable[..., 
     expected = torch.zeros(*trial.inside.inputs.shape[:2], one.bench.size)
     expected[[0, 1], at] = value
     with torch.no_grad(), one.bench.adapter.trying(lambda x: expected):
-        whole = one.bench.base(**trial.inside.recording.batch).logits
+        whole = one.bench.base(**trial.inside.recording.batch).logits[trial.row_of, trial.at]
     with torch.no_grad():
-        assert torch.allclose(trial.logits(value), whole, atol=1e-4)
+        assert torch.allclose(trial.aimed(trial.logits(value)), whole, atol=1e-4)
 
 
 def test_the_last_pass_of_the_descent_only_looks(problem: Callable[..., Problem]) -> None:

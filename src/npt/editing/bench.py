@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -76,30 +76,35 @@ class Bench:
         """Token ids as the model takes them."""
         return padded(rows, device_of(self.base))
 
-    def inside(self, rows: Sequence[Sequence[int]]) -> Inside:
-        """One pass of the base, without any edit."""
+    def inside(self, rows: Sequence[Sequence[int]], whole: bool = True) -> Inside:
+        """One pass of the base, without any edit.
+
+        Args:
+            rows: token ids.
+            whole: False ends it behind the projection, without logits.
+        """
         batch, seen, given = self.batch(rows), list[Tensor](), list[Tensor]()
         handle = self.down.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
         after = self.down.register_forward_hook(lambda module, args, output: given.append(output.detach()))
         try:
             with eval_mode(self.base), self.adapter.off():
-                found = record(self.base, self.blocks, self.layer, batch)
+                found = record(self.base, self.blocks, self.layer, batch, None if whole else self.down)
         finally:
             handle.remove()
             after.remove()
         shape = batch["input_ids"].shape
         return Inside(found, seen[-1].reshape(*shape, -1), given[-1].reshape(*shape, -1))
 
-    def again(self, recording: Recording) -> Tensor:
-        """Logits of a recorded batch with what is at work now: edits, a trial or nothing."""
+    def again(self, recording: Recording, positions: Tensor | None = None) -> Tensor:
+        """Logits of a recorded batch with what is at work now: edits, a trial or nothing; see `run_again`."""
         with eval_mode(self.base):
-            return run_again(self.base, self.blocks, recording)
+            return run_again(self.base, self.blocks, recording, positions)
 
     def keys(self, places: Sequence[Place]) -> Tensor:
         """The projection's input at each place, (f, places), float64 on the CPU."""
         found = []
         for part in chunks(places):
-            inputs = self.inside([place.ids for place in part]).inputs
+            inputs = self.inside([place.ids for place in part], whole=False).inputs
             found += [inputs[row, place.position].cpu().double() for row, place in enumerate(part)]
         return torch.stack(found, 1)
 
@@ -108,12 +113,21 @@ class Bench:
         return written(self.base, self.tokenizer, prompt, new_tokens)
 
 
-def written(base: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    """The text that a causal LM puts behind a prompt, greedily; special tokens are left out."""
+def written(
+    base: Any, tokenizer: Any, prompt: str, new_tokens: int, enough: Callable[[str], bool] | None = None
+) -> str:
+    """The text that a causal LM puts behind a prompt, greedily; special tokens are left out.
+
+    `enough` ends it where it says so of the text so far.
+    """
+
+    def text(ids: list[int]) -> str:
+        found: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return found
+
     with eval_mode(base):
-        new = continue_text(base, tokenizer, prompt, new_tokens)[1]
-    text: str = tokenizer.decode(new, skip_special_tokens=True)
-    return text
+        stop = None if enough is None else lambda ids: enough(text(ids))
+        return text(continue_text(base, tokenizer, prompt, new_tokens, enough=stop)[1])
 
 
 def check_whole(base: Any) -> None:

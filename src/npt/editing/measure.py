@@ -91,18 +91,17 @@ def holding(bench: Bench, requests: Sequence[Request]) -> Callable[[], list[bool
     one does not go on with its last word; so one pass from the edited block on stands for the generation.
     """
     rows = [bench.prompts.target(request.prompt, request.target, None) for request in requests]
-    recorded = []
-    for part in chunks(rows):
-        recording = bench.inside([row.ids for row in part]).recording
-        recorded.append((part, type(recording)(recording.batch, recording.hidden, recording.rests, torch.empty(0))))
+    recorded = [(part, bench.inside([row.ids for row in part], whole=False).recording) for part in chunks(rows)]
 
     @torch.no_grad()
     def ask() -> list[bool]:
         right: list[bool] = []
         for part, recording in recorded:
-            best = wide(bench.again(recording)).argmax(-1).cpu()
+            first = min(row.start for row in part) - 1
+            asked = torch.arange(first, max(len(row.ids) for row in part))
+            best = wide(bench.again(recording, asked)).argmax(-1).cpu()
             for i, row in enumerate(part):
-                said = best[i, row.start - 1 : len(row.ids)].tolist()
+                said = best[i, row.start - 1 - first : len(row.ids) - first].tolist()
                 ends = not (row.in_word and bool(bench.prompts.continuing[said[-1]]))
                 right.append(said[:-1] == list(row.targets) and ends)
         return right

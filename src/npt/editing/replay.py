@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,20 +19,28 @@ class Recording:
     """A batch, the outputs of the blocks below the one that is run again, and the logits of the whole pass.
 
     hidden: (rows, tokens, d), what the block reads; None for the first one. rests: what blocks return beside it, per block.
+    logits: (rows, tokens, vocabulary); None where the pass ended inside the block.
     """
 
     batch: Mapping[str, Tensor]
     hidden: Tensor | None
     rests: tuple[tuple[Any, ...] | None, ...]
-    logits: Tensor
+    logits: Tensor | None
+
+
+class _ReachedError(Exception):
+    """Ends a forward at the module that it was asked for."""
 
 
 @torch.no_grad()
-def record(model: Any, blocks: Sequence[nn.Module], first: int, batch: Mapping[str, Tensor]) -> Recording:
-    """Runs the whole model once and keeps what block `first` reads.
+def record(
+    model: Any, blocks: Sequence[nn.Module], first: int, batch: Mapping[str, Tensor], until: nn.Module | None = None
+) -> Recording:
+    """Runs the model once and keeps what block `first` reads.
 
     Args:
         blocks: the model's decoder blocks. first: the block to start from later. batch: what the model takes.
+        until: the module behind which nothing is computed; None runs the whole model.
     """
     hidden: list[Tensor] = []
     rests: list[tuple[Any, ...] | None] = []
@@ -40,19 +49,43 @@ def record(model: Any, blocks: Sequence[nn.Module], first: int, batch: Mapping[s
         hidden[:] = [first_tensor(output)]
         rests.append(output[1:] if isinstance(output, tuple) else None)
 
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        raise _ReachedError
+
+    logits: Tensor | None = None
     handles = [block.register_forward_hook(keep) for block in blocks[:first]]
+    if until is not None and not offloaded(model):
+        handles.append(until.register_forward_hook(end))
     try:
         logits = model(**batch, use_cache=False).logits
+    except _ReachedError:
+        pass
     finally:
         for handle in handles:
             handle.remove()
     return Recording(batch, hidden[0] if hidden else None, tuple(rests), logits)
 
 
-def run_again(model: Any, blocks: Sequence[nn.Module], recording: Recording) -> Tensor:
-    """The logits (rows, tokens, vocabulary) of a recorded batch; the blocks below the first one are not computed."""
+def offloaded(model: nn.Module) -> bool:
+    """True where accelerate moves weights in and out around each module; such a forward has to run to its end."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def run_again(model: Any, blocks: Sequence[nn.Module], recording: Recording, positions: Tensor | None = None) -> Tensor:
+    """The logits (rows, tokens, vocabulary) of a recorded batch; the blocks below the first one are not computed.
+
+    Args:
+        model, blocks: as `record` had them.
+        recording: of `record`.
+        positions: rising indices of the tokens whose logits are asked for; None for all.
+    """
+    options: dict[str, Any] = {}
+    if positions is not None and "logits_to_keep" in signature(type(model).forward).parameters:
+        options["logits_to_keep"] = positions.to(recording.batch["input_ids"].device)
     with _skipping(blocks, recording):
-        logits: Tensor = model(**recording.batch, use_cache=False).logits
+        logits: Tensor = model(**recording.batch, use_cache=False, **options).logits
+    if positions is not None and not options:
+        logits = logits[:, positions.to(logits.device)]
     return logits
 
 

@@ -107,7 +107,7 @@ class Trial:
     ):
         bench = problem.bench
         self.bench, self.rows = bench, rows
-        self.inside = bench.inside([*(row.ids for row in rows), *(place.ids for place in extra)])
+        self.inside = bench.inside([*(row.ids for row in rows), *(place.ids for place in extra)], whole=False)
         adapter, self.margin = bench.adapter, problem.settings.margin
         # Indices stay on the CPU, from where they serve logits on any device.
         spots = [(i, row.start - 1 + t, token) for i, row in enumerate(rows) for t, token in enumerate(row.targets)]
@@ -119,6 +119,11 @@ class Trial:
             torch.tensor([len(rows[i].ids) - 1 for i in words], dtype=torch.long),
         )
         self.ends = torch.tensor([len(place.ids) - 1 for place in extra], dtype=torch.long)
+        # Logits are made at these tokens alone; places in them are indices among these.
+        self._asked = torch.cat([self.at, self.last[1], self.ends]).unique()
+        self._at = torch.searchsorted(self._asked, self.at)
+        self.last = (self.last[0], torch.searchsorted(self._asked, self.last[1]))
+        self.ends = torch.searchsorted(self._asked, self.ends)
         if only is None:
             self.a = problem.row().to(device=adapter.device, dtype=adapter.dtype)
             self._spots: Tensor | None = None
@@ -137,13 +142,17 @@ class Trial:
         return cast(inputs, self.a.dtype) @ self.a
 
     def logits(self, value: Tensor) -> Tensor:
-        """All logits (rows, tokens, vocabulary) with v (d,)."""
+        """Logits (rows, tokens asked for, vocabulary) with v (d,)."""
         with self.bench.adapter.trying(lambda x: self.scores(x)[..., None] * value):
-            return self.bench.again(self.inside.recording)
+            return self.again()
+
+    def again(self) -> Tensor:
+        """The same with what is at work."""
+        return self.bench.again(self.inside.recording, self._asked)
 
     def aimed(self, logits: Tensor) -> Tensor:
         """Logits (targets, vocabulary) where a target is to be predicted."""
-        return wide(logits[self.row_of, self.at])
+        return wide(logits[self.row_of, self._at])
 
     def margins(self, logits: Tensor) -> Tensor:
         """Nats by which each target leads the log-sum-exp of all other tokens, (targets,).
@@ -232,9 +241,8 @@ def descend(problem: Problem, trial: Trial) -> tuple[Tensor, int]:
     The objective of ROME (arXiv 2202.05262, equation 4) with the weight decay and clamp of its authors. The last pass only
     looks, and so does one whose loss is below 0.05.
     """
-    settings, value = problem.settings, _start(problem)
+    settings, value, before = problem.settings, _start(problem), None
     rows = torch.arange(len(trial.rows), len(trial.rows) + len(trial.ends))
-    before = wide(trial.inside.recording.logits[rows, trial.ends]).log_softmax(-1)
     optimizer = torch.optim.Adam([value], lr=settings.rate)
     passes = 0
     for step in range(settings.steps):
@@ -243,6 +251,7 @@ def descend(problem: Problem, trial: Trial) -> tuple[Tensor, int]:
         loss = -aimed.gather(-1, trial.target.to(aimed.device)[:, None]).mean()
         if len(rows):
             now = wide(logits[rows, trial.ends]).log_softmax(-1)
+            before = now.detach() if before is None else before  # the first value is 0
             loss = loss + settings.essence * (before.exp() * (before - now)).sum(-1).mean()
         loss = loss + settings.weight_decay * value.norm() / max(trial.length, 1e-6) ** 2
         passes += 1
@@ -270,14 +279,14 @@ def margin(problem: Problem) -> Found:
             "use that layer, or values='newton'"
         )
     (row,) = [bench.prompts.target(problem.request.prompt, problem.request.target, settings.terminator)]
-    inside = bench.inside([row.ids])
+    inside = bench.inside([row.ids], whole=False)
     at, target = torch.arange(row.start - 1, len(row.ids) - 1), torch.tensor(row.targets)
     values = torch.zeros(len(at), bench.size, device=bench.adapter.device, dtype=bench.adapter.dtype)
     for _ in range(4):  # the norm's denominator moves with the value
         values.requires_grad_()
         whole = values.new_zeros(inside.inputs.shape[1], bench.size).index_copy(0, at.to(values.device), values)
         with bench.adapter.trying(lambda x, whole=whole: whole):  # type: ignore[misc]
-            found = margins(wide(bench.again(inside.recording)[0, at]), target)
+            found = margins(wide(bench.again(inside.recording, at)[0]), target)
         (gradient,) = torch.autograd.grad(found.sum(), values)
         gap = (settings.margin - found.detach()).clamp_min(0)
         step = gradient * (gap / gradient.square().sum(-1).clamp_min(1e-12))[:, None]
@@ -297,7 +306,7 @@ def naive(problem: Problem) -> Found:
     tap = find(bench.blocks[bench.layer], family_of(bench.base), "tap")
     handle = tap.register_forward_hook(lambda module, args, output: seen.append(first_tensor(output)), prepend=True)
     try:
-        inside = bench.inside([ids])
+        inside = bench.inside([ids], whole=False)
     finally:
         handle.remove()
     attention = seen[-1].reshape(len(ids), -1)[-1].cpu().double()

@@ -56,6 +56,7 @@ class Writer:
         self.source, self.bench, self.values, self.settings = source, bench, values, settings
         self._metric: Metric | None = None
         self._prefixes: list[str] | None = None
+        self._found: dict[Request, Found] = {}
 
     def metric(self) -> Metric:
         """M at the block; the statistics are taken when it is first asked for."""
@@ -84,7 +85,12 @@ class Writer:
             self.bench.prompts.ids(text)
 
     def alone(self, request: Request) -> Found:
-        """One edit's pairs."""
+        """One edit's pairs. They depend on no other edit, so they are found once."""
+        if request not in self._found:
+            self._found[request] = self._find(request)
+        return self._found[request]
+
+    def _find(self, request: Request) -> Found:
         prefixes = self.prefixes() if request.subject is not None else [""]
         key = self.bench.keys(self._places(request, prefixes)).mean(1)
         bare = Problem(self.bench, request, self.settings, self.metric(), key, key.new_zeros(len(key), 0))
@@ -104,7 +110,7 @@ class Writer:
         row, rows = problem.row(), [self.bench.prompts.ids(text) for text in texts]
         keys = []
         for part in chunks(rows):
-            inputs = self.bench.inside(part).inputs.cpu().double()
+            inputs = self.bench.inside(part, whole=False).inputs.cpu().double()
             for i, ids in enumerate(part):
                 own = inputs[i, : len(ids)]
                 keys.append(own[int((own @ row).abs().argmax())])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any
 
@@ -88,12 +88,18 @@ def room(model: ConvertedModel, prompt_tokens: int, max_new_tokens: int) -> int:
 
 @torch.no_grad()
 def continue_text(
-    model: ConvertedModel, tokenizer: Any, prompt: str, max_new_tokens: int = 48, seed: int | None = None
+    model: ConvertedModel,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 48,
+    seed: int | None = None,
+    enough: Callable[[list[int]], bool] | None = None,
 ) -> tuple[str, list[int]]:
     """Returns (the prompt with its continuation, without special tokens; the continuation's token ids).
 
     Greedy, or sampled at temperature 1 from the whole distribution with `seed`. Of the base's generation_config only the
-    tokens that end a text count. The global random state is neither read nor changed.
+    tokens that end a text count. The global random state is neither read nor changed. `enough` ends the text where it says
+    so of the continuation's token ids.
     """
     base = base_of(model)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device_of(model))
@@ -107,7 +113,7 @@ def continue_text(
         logits = base(input_ids=step, past_key_values=cache, use_cache=True, **options).logits[:, -1]
         token = int(logits.argmax() if seed is None else draw(logits, uniform))
         new.append(token)
-        if token in ends:
+        if token in ends or (enough is not None and enough(new)):
             break
         step = ids.new_tensor([[token]])
     return tokenizer.decode([*ids[0].tolist(), *new], skip_special_tokens=True), new

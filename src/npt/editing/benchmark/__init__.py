@@ -1,1 +1,12 @@
-"""Benchmarks of editing."""
+"""How methods of editing are measured: facts of a file, written and asked, with standard errors.
+
+module       in -> out
+records      a file of CounterFact's or zsRE's format -> facts, their paraphrases and neighbours
+methods      what a method of editing is: `write_many`, a model to call, `undo`; EditStore and the context as such
+asking       a model with edits -> the text that it writes, what it holds likely, its divergence from the base
+figures      a method and records -> figures on generated text, with standard errors
+
+wording, world, small and factworld belong together: invented people, small models that know them, edits measured on those.
+continuing   many prompts -> the text behind each, in batches
+muon         the optimizer of the small models
+"""

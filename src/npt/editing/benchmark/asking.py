@@ -1,57 +1,180 @@
-"""Many prompts continued at once: prompts with the same number of tokens share a batch, so no padding is read."""
+"""Questions to a model before and after edits; what the base says is asked once."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from npt.common.progress import progress_bar
-from npt.editing.bench import chunks
-from npt.tuner.converted import base_of, device_of, eval_mode
+from npt.block.families import blocks_of
+from npt.editing.bench import chunks, written
+from npt.editing.benchmark.methods import Method
+from npt.editing.benchmark.records import Record
+from npt.editing.keys import Prompts
+from npt.editing.measure import divergences, follows
+from npt.editing.replay import Recording, record, run_again
+from npt.editing.statistics import padded
+from npt.evaluation.generation import continue_text
+from npt.tuner.converted import base_of, device_of, eval_mode, vocabulary_size
 
-#: Prompts of a batch.
-_ROWS = 256
+#: Tokens that are written behind a neighbour's prompt, and behind others beside those of the target.
+WRITTEN = 12
+#: Rows of running text in a pass, and the most tokens whose logits of the base are kept.
+_ROWS, _KEPT = 4, 2048
 
 
-def continued_many(
-    model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, label: str = "", progress: bool = False
-) -> list[str]:
-    """The text that a causal LM puts behind each prompt, greedily.
+@dataclass(frozen=True)
+class Row:
+    """A text's token ids, of which those from `start` on are the answer that is looked for."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def answer(self) -> Tensor:
+        """The answer's ids."""
+        return torch.tensor(self.ids[self.start :])
+
+
+class Asker:
+    """Puts questions to a model before and after edits; remembers what the base says.
 
     Args:
-        model: plain or inside a PEFT model; edits at work count.
+        model: as a method has it, with nothing written.
         tokenizer: the model's.
-        prompts: any number of texts; equal ones are asked once.
-        new_tokens: behind each prompt.
-        label: of the progress bar.
-        progress: show one.
+        rows: token ids of running text.
+        first: the lowest block that any method edits; the blocks below it are computed once a text.
     """
-    base, different = base_of(model), list(dict.fromkeys(prompts))
-    rows = [tuple(ids) for ids in tokenizer(different, verbose=False)["input_ids"]] if different else []
-    by_length: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        by_length.setdefault(len(row), []).append(i)
-    found: dict[str, str] = {}
-    with eval_mode(base), progress_bar(label, len(rows), progress, unit="prompts") as advance:
-        for group in by_length.values():
-            for part in chunks(group, _ROWS):
-                new = _greedy(base, torch.tensor([rows[i] for i in part], device=device_of(base)), new_tokens)
-                texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-                found |= {different[i]: text for i, text in zip(part, texts, strict=True)}
-                advance(len(part))
-    return [found[prompt] for prompt in prompts]
+
+    def __init__(self, model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], first: int = 0):
+        self.base, self.tokenizer, self.text, self.first = base_of(model), tokenizer, list(rows), first
+        self.prompts = Prompts(tokenizer, self.base.config, vocabulary_size(self.base))
+        self._blocks = list(blocks_of(self.base))
+        self._said: dict[str, tuple[int, ...]] = {}
+        self._below: dict[tuple[tuple[int, ...], ...], Recording] = {}
+
+    # -- what is written ---------------------------------------------------------------------------------------------------
+
+    def said(self, prompt: str) -> tuple[int, ...]:
+        """The tokens that the base writes behind a prompt, to the end of its first sentence; asked with nothing at work."""
+        if prompt not in self._said:
+            with eval_mode(self.base):
+                new = continue_text(self.base, self.tokenizer, prompt, WRITTEN)[1]
+            self._said[prompt] = tuple(new[: self._sentence(new)])
+        return self._said[prompt]
+
+    def _sentence(self, ids: Sequence[int]) -> int:
+        """The number of tokens that hold a text's first sentence."""
+        whole = first_sentence(self._text(ids))
+        return next(n for n in range(1, len(ids) + 1) if first_sentence(self._text(ids[:n])) == whole or n == len(ids))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        found: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return found
+
+    def says(self, text: str, target: str) -> bool:
+        """True where the model writes the target behind a text; no more is written than it takes to know."""
+        wanted = target.strip()
+
+        def known(said: str) -> bool:
+            said = said.lstrip().rstrip("\ufffd")  # half a character
+            return len(said) > len(wanted) if said.startswith(wanted) else not wanted.startswith(said)
+
+        tokens = WRITTEN + len(self.prompts.target(text, target, None).targets)
+        return follows(written(self.base, self.tokenizer, text, tokens, known), target)
+
+    # -- what is the likeliest ---------------------------------------------------------------------------------------------
+
+    def rows_of(self, method: Method, item: Record) -> list[Row]:
+        """The prompt with its target; for each neighbour the base's own text, and what is right and the target if known."""
+        target = item.request.target
+        found = [self._with(method.text(item.request.prompt), target)]
+        for near in item.neighbours:
+            text = method.text(near.prompt)
+            ids = self.prompts.ids(text)
+            found.append(Row((*ids, *self.said(near.prompt)), len(ids)))
+            if near.truth:
+                found += [self._with(text, near.truth), self._with(text, target)]
+        return found
+
+    def _with(self, text: str, answer: str) -> Row:
+        row = self.prompts.target(text, answer, None)
+        return Row(row.ids, row.start)
+
+    @torch.no_grad()
+    def answers(self, method: Method, item: Record) -> tuple[float, float, float | None]:
+        """(share of the target's tokens that are the likeliest, locality, ordering), the answers being given.
+
+        locality: share of the neighbours behind which every token of the base's first sentence is still the likeliest, which
+        is to say that the model writes the same sentence.
+        """
+        rows = self.rows_of(method, item)
+        start = min(row.start for row in rows) - 1
+        asked = torch.arange(start, max(len(row.ids) for row in rows) - 1)
+        recording = self._recorded(method, tuple(row.ids for row in rows))
+        with eval_mode(self.base):
+            logits = run_again(self.base, self._blocks, recording, asked).cpu()
+        told = [_told(logits[i, row.start - 1 - start : len(row.ids) - 1 - start], row) for i, row in enumerate(rows)]
+        kept, ordered, at = list[float](), list[float](), 1
+        for near in item.neighbours:
+            kept.append(float(told[at][0] == 1))
+            if near.truth:
+                ordered.append(float(told[at + 1][1] > told[at + 2][1]))
+            at += 3 if near.truth else 1
+        return told[0][0], fmean(kept) if kept else float("nan"), fmean(ordered) if ordered else None
+
+    def _recorded(self, method: Method, rows: tuple[tuple[int, ...], ...]) -> Recording:
+        """The rows up to the first block that is edited, kept for the next method and setting."""
+        if rows not in self._below:
+            batch = padded(rows, device_of(self.base))
+            until = self._blocks[self.first - 1] if self.first else self.base.get_input_embeddings()
+            with eval_mode(self.base), method.disabled():
+                self._below[rows] = record(self.base, self._blocks, self.first, batch, until)
+        return self._below[rows]
+
+    # -- running text ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _recordings(self) -> list[tuple[Sequence[Sequence[int]], Recording]]:
+        """Running text, recorded on the base: logits of the first tokens are kept, the others are made again each time."""
+        found, tokens = [], 0
+        for part in chunks(self.text, _ROWS):
+            recording = record(self.base, self._blocks, self.first, padded(part, device_of(self.base)))
+            tokens += sum(map(len, part))
+            found.append((part, recording if tokens <= _KEPT else replace(recording, logits=None)))
+        return found
+
+    @torch.no_grad()
+    def divergence(self, method: Method) -> float:
+        """Mean KL of the edited model from the base over the running text, in nats a token."""
+        total = 0.0
+        with eval_mode(self.base):
+            with method.disabled():
+                recordings = self._recordings
+            for part, recording in recordings:
+                edited, base = run_again(self.base, self._blocks, recording), recording.logits
+                if base is None:
+                    with method.disabled():
+                        base = run_again(self.base, self._blocks, recording)
+                total += sum(
+                    float(divergences(base[i, : len(row)], edited[i, : len(row)]).sum()) for i, row in enumerate(part)
+                )
+        return total / sum(map(len, self.text))
 
 
-@torch.no_grad()
-def _greedy(base: Any, ids: Tensor, new_tokens: int) -> Tensor:
-    """The likeliest tokens behind rows of equal length, one after the other: (rows, new_tokens)."""
-    cache, step, new = DynamicCache(config=base.config), ids, list[Tensor]()
-    for _ in range(new_tokens):
-        logits = base(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        step = logits.argmax(-1, keepdim=True)
-        new.append(step)
-    return torch.cat(new, 1)
+def _told(logits: Tensor, row: Row) -> tuple[float, float]:
+    """(share of an answer's tokens that are the likeliest, mean log-likelihood of one), of logits (tokens, vocabulary)."""
+    answer = row.answer
+    likely = logits.double().log_softmax(-1)
+    return float((likely.argmax(-1) == answer).double().mean()), float(likely.gather(-1, answer[:, None]).mean())
+
+
+def first_sentence(text: str) -> str:
+    """A text up to the end of its first sentence or line."""
+    return re.split(r"(?<=[.!?])(?:\s|$)|\n", text.strip(), maxsplit=1)[0]

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.editing.records import Neighbour, Record
-from benchmarks.tables import markdown
+from npt.common.display import markdown
 from npt.common.progress import tracked
 from npt.editing.bench import chunks
-from npt.editing.benchmark.asking import continued_many
+from npt.editing.benchmark.continuing import continued_many
+from npt.editing.benchmark.records import Neighbour, Record
 from npt.editing.benchmark.small import ANSWER, Gates, Recipe, gates_of, other_object, small_model
 from npt.editing.benchmark.wording import RELATIONS
 from npt.editing.benchmark.world import Person, World

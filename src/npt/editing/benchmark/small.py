@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from npt.common.kept import SOURCE, keep
 from npt.common.progress import progress_bar
-from npt.editing.benchmark.asking import continued_many
+from npt.editing.benchmark.continuing import continued_many
 from npt.editing.benchmark.muon import Muon
 from npt.editing.benchmark.wording import COUNTRY_OF_PERSON, NEWS, RELATIONS, Relation
 from npt.editing.benchmark.world import Document, Person, Size, World, stated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -41,6 +41,8 @@ class Setup:
     layers: tuple[int, ...]
     prefixes: int = PREFIXES
     epsilon: float = EPSILON
+    #: {(block, request, settings): (value, passes)} of `best_output` on the base, for methods that share it.
+    known: dict[Any, tuple[Tensor, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = len(blocks_of(base_of(self.model)))
@@ -92,6 +94,9 @@ class Deltas:
     def of(self, layer: int) -> Tensor:
         """A block's weight delta (d, f)."""
         return self._factors[layer].delta
+
+    def __len__(self) -> int:
+        return len(self._adapters)
 
     def clear(self) -> None:
         """Takes all of them off: the base, bit for bit."""
@@ -163,11 +168,22 @@ class Method:
         return bench.keys(self.places(bench, request)).mean(1)
 
     def best_output(self, bench: Bench, request: Request, settings: Settings, length: float | None = None) -> Tensor:
-        """What has to be added to `down`'s output at the subject's token for the target to follow, (d,): ROME's v* less W k.
+        """The vector (d,) that, added to `down`'s output at the subject's token, makes the target follow: ROME's v* less W k.
 
         Args:
             length: of what weight decay and clamp are relative to; None for that of the projection's own output.
         """
+        name = (bench.layer, request, settings, self.setup.prefixes, length)
+        if len(self.deltas):  # the model is not the base any more
+            value, passes = self._searched(bench, request, settings, length)
+        else:
+            if name not in self.setup.known:
+                self.setup.known[name] = self._searched(bench, request, settings, length)
+            value, passes = self.setup.known[name]
+        self.passes += passes
+        return value
+
+    def _searched(self, bench: Bench, request: Request, settings: Settings, length: float | None) -> tuple[Tensor, int]:
         extra = []
         if request.subject is not None:
             extra = [bench.prompts.place(f"{request.subject} is a", request.subject, first=True)]
@@ -175,9 +191,7 @@ class Method:
         only = [place.position for place in (*self.places(bench, request), *extra)]
         trial = Trial(problem, self.rows(bench, request), extra, only)
         trial.length = trial.length if length is None else length
-        value, passes = descend(problem, trial)
-        self.passes += passes
-        return value
+        return descend(problem, trial)
 
 
 def _problem(bench: Bench, request: Request, settings: Settings) -> Problem:
@@ -216,22 +230,18 @@ class Store(Method):
 
     def __init__(self, setup: Setup, **options: Any):
         super().__init__(setup)
-        self._options = {"layer": setup.layers[-1], "progress": False, **options}
-        self._store = self._new()
-
-    def _new(self) -> EditStore:
-        store = EditStore(self.model, self.setup.tokenizer, **self._options)
-        store.source = self.setup.source  # its statistics are known
-        store.close()  # until something is written
-        return store
+        options = {"layer": setup.layers[-1], "progress": False, "read_back": False, **options}
+        self._store = EditStore(self.model, setup.tokenizer, **options)
+        self._store.source = setup.source  # its statistics are known
+        self._store.close()  # until something is written
 
     def write_many(self, requests: Sequence[Request]) -> None:
         self._store.reopen()
         self.passes += sum(edit.passes for edit in self._store.write_many(requests))
 
     def undo(self) -> None:
+        self._store.restore([], {}, 0.0)
         self._store.close()
-        self._store = self._new()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -13,29 +13,20 @@ kl           mean divergence of next-token distributions from the base's over ru
 from __future__ import annotations
 
 import math
-import re
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from benchmarks.editing.methods import Method
-from benchmarks.editing.records import Neighbour, Record
-from benchmarks.tables import markdown
+from npt.common.display import markdown
 from npt.common.progress import progress_bar
-from npt.editing.bench import chunks, written
-from npt.editing.keys import Prompts
-from npt.editing.measure import divergences, follows
-from npt.editing.statistics import padded
+from npt.editing.bench import chunks
+from npt.editing.benchmark.asking import Asker
+from npt.editing.benchmark.methods import Method
+from npt.editing.benchmark.records import Record
 from npt.errors import NPTError
-from npt.tuner.converted import base_of, device_of, eval_mode, vocabulary_size
-
-#: Tokens that are written behind a neighbour's prompt, and behind others beside those of the target.
-WRITTEN = 12
 
 
 @dataclass(frozen=True)
@@ -56,80 +47,15 @@ class Outcome:
     passes: float
 
 
-class Asker:
-    """Puts questions to a model before and after edits; remembers what the base says.
-
-    Args:
-        model, tokenizer: as a method has them, with nothing written. rows: token ids of running text.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]):
-        self.base, self.tokenizer, self.text = base_of(model), tokenizer, list(rows)
-        self.prompts = Prompts(tokenizer, self.base.config, vocabulary_size(self.base))
-        self._said: dict[str, str] = {}
-
-    def sentence(self, text: str, tokens: int = WRITTEN) -> str:
-        """The text that the model writes now, up to the end of its first sentence or line."""
-        return first_sentence(written(self.base, self.tokenizer, text, tokens))
-
-    def said(self, prompt: str) -> str:
-        """What the base writes behind a prompt; asked once, with nothing at work."""
-        if prompt not in self._said:
-            self._said[prompt] = self.sentence(prompt)
-        return self._said[prompt]
-
-    def says(self, text: str, target: str) -> bool:
-        """True where the model writes the target behind a text."""
-        tokens = len(self.prompts.target(text, target, None).targets)
-        return follows(written(self.base, self.tokenizer, text, WRITTEN + tokens), target)
-
-    @torch.no_grad()
-    def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Logits (rows, tokens, vocabulary) of what is at work now."""
-        with eval_mode(self.base):
-            found: Tensor = self.base(**padded(rows, device_of(self.base)), use_cache=False).logits
-        return found
-
-    def forced(self, text: str, target: str) -> tuple[float, float]:
-        """(share of the target's tokens that are the likeliest, mean log-likelihood of a token), the target being given."""
-        row = self.prompts.target(text, target, None)
-        logits = self.logits([row.ids])[0, row.start - 1 : -1].cpu().double().log_softmax(-1)
-        ids = torch.tensor(row.targets)
-        return float((logits.argmax(-1) == ids).double().mean()), float(logits.gather(-1, ids[:, None]).mean())
-
-    def divergence(self, method: Method) -> float:
-        """Mean KL of the edited model from the base over the running text, in nats a token."""
-        total, tokens = 0.0, 0
-        for part in chunks(self.text, 4):
-            edited = self.logits(part)
-            with method.disabled():
-                base = self.logits(part)
-            for i, row in enumerate(part):
-                total += float(divergences(base[i, : len(row)], edited[i, : len(row)]).sum())
-                tokens += len(row)
-        return total / tokens
-
-
-def first_sentence(text: str) -> str:
-    """A text up to the end of its first sentence or line."""
-    return re.split(r"(?<=[.!?])(?:\s|$)|\n", text.strip(), maxsplit=1)[0]
-
-
 def measure(
-    method: Method, asker: Asker, records: Sequence[Record], batch: int = 1, label: str = "", progress: bool = True
+    method: Method, asker: Asker, batches: Sequence[Sequence[Record]], label: str = "", progress: bool = True
 ) -> list[Outcome]:
-    """The outcome of every record: `batch` are written together, then all of these are asked, then they are taken back.
-
-    Raises:
-        NPTError: a batch of no record.
-    """
-    if batch < 1:
-        raise NPTError(f"batch={batch}: use a whole number from 1")
-    for neighbour in (near for record in records for near in record.neighbours):
-        asker.said(neighbour.prompt)  # while nothing is written
+    """The outcome of every record: those of a batch are written together, then all are asked, then they are taken back."""
+    for near in (near for batch in batches for record in batch for near in record.neighbours):
+        asker.said(near.prompt)  # while nothing is written
     found = []
-    with progress_bar(label or "Editing", len(records), progress, unit="records") as advance:
-        for group, part in enumerate(chunks(records, batch)):
+    with progress_bar(label or "Editing", sum(map(len, batches)), progress, unit="records") as advance:
+        for group, part in enumerate(batches):
             start, passes = time.perf_counter(), method.passes
             try:
                 method.write_many([record.request for record in part])
@@ -143,30 +69,39 @@ def measure(
     return found
 
 
+def batches_of(records: Sequence[Record], size: int, draws: int | None = None, seed: int = 0) -> list[list[Record]]:
+    """Records in batches: one after the other, or so many random draws of `size` different ones.
+
+    Raises:
+        NPTError: a size or number of draws below 1, or draws of more records than there are.
+    """
+    if size < 1 or (draws is not None and draws < 1):
+        raise NPTError(f"batch={size}, draws={draws}: use whole numbers from 1")
+    if draws is None:
+        return [list(part) for part in chunks(records, size)]
+    if size > len(records):
+        raise NPTError(f"batch={size}: more than the {len(records)} records there are; use a smaller batch")
+    chance = random.Random(seed)
+    return [chance.sample(list(records), size) for _ in range(draws)]
+
+
 def _outcome(
     method: Method, asker: Asker, record: Record, group: int, kl: float, seconds: float, passes: float
 ) -> Outcome:
-    request = record.request
-    prompt = method.text(request.prompt)
-    said = [asker.says(method.text(text), request.target) for text in record.paraphrases]
-    kept = [asker.sentence(method.text(near.prompt)) == asker.said(near.prompt) for near in record.neighbours]
-    ordered = [_ordered(method, asker, near, request.target) for near in record.neighbours if near.truth]
+    target = record.request.target
+    said = [asker.says(method.text(text), target) for text in record.paraphrases]
+    forced, locality, ordering = asker.answers(method, record)
     return Outcome(
         group=group,
-        efficacy=float(asker.says(prompt, request.target)),
+        efficacy=float(asker.says(method.text(record.request.prompt), target)),
         paraphrase=fmean(said) if said else math.nan,
-        locality=fmean(kept) if kept else math.nan,
-        ordering=fmean(ordered) if ordered else None,
-        forced=asker.forced(prompt, request.target)[0],
+        locality=locality,
+        ordering=ordering,
+        forced=forced,
         kl=kl,
         seconds=seconds,
         passes=passes,
     )
-
-
-def _ordered(method: Method, asker: Asker, near: Neighbour, target: str) -> bool:
-    text, truth = method.text(near.prompt), near.truth or ""
-    return asker.forced(text, truth)[1] > asker.forced(text, target)[1]
 
 
 # -- over records ----------------------------------------------------------------------------------------------------------
