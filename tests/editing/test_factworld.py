@@ -225,7 +225,7 @@ def test_training_lowers_the_loss() -> None:
     recipe = replace(TINY, steps=30)
     world = recipe.world()
     model, tokenizer = small.trained(recipe, world, progress=False)
-    ids, weights = next(small.packed(world.documents(99), tokenizer, recipe))
+    ids, weights = next(small.batches_of(world.documents(99), tokenizer, recipe))
     before = small.loss_of(small.untrained(recipe, tokenizer), ids, weights)
     assert float(small.loss_of(model, ids, weights).detach()) < 0.8 * float(before.detach())
 

@@ -25,8 +25,8 @@ from npt.editing.measure import follows
 from npt.errors import NPTError, RunError
 
 FAMILIES = ("llama", "gpt2")
-#: Documents that are packed together; more fill rows better and mix less.
-_POOL = 96
+#: Documents that are sorted by length together; more need less padding and mix less.
+_POOL = 200
 #: Tokens behind a prompt that hold every object and the full stop behind it.
 ANSWER = 5
 
@@ -35,11 +35,11 @@ ANSWER = 5
 class Recipe:
     """A small model and its training, all of which goes into its name in the cache.
 
-    seed: of the world, the weights and the order of documents. hidden, inner, blocks, heads: the architecture. start: standard
-    deviation of the first weights. rows, length: of a batch of packed documents. beside: weight in the loss of tokens that
-    are no answers. few: people that the first documents are about; they become all people, by a constant factor a document,
-    from `small` to `whole` of all steps. rate: of Muon, on matrices; other_rate: of AdamW, on embeddings and norms. Both rise
-    over `warmup` steps and fall to zero from `hold` of all steps on.
+    seed: of the world, the weights and the order of documents. hidden, inner, blocks, heads: the architecture. context: positions
+    that the model has. start: standard deviation of the first weights. tokens: of a batch. beside: weight in the loss of
+    tokens that are no answers. few: people that the first documents are about; they become all people, by a constant factor
+    a document, from `small` to `whole` of all steps. rate: of Muon, on matrices; other_rate: of AdamW, on embeddings and
+    norms. Both rise over `warmup` steps and fall to zero from `hold` of all steps on.
     """
 
     family: str = "llama"
@@ -50,9 +50,9 @@ class Recipe:
     blocks: int = 4
     heads: int = 4
     start: float = 0.06
-    steps: int = 1000
-    rows: int = 8
-    length: int = 128
+    steps: int = 700
+    tokens: int = 1024
+    context: int = 256
     beside: float = 0.05
     few: int = 48
     small: float = 0.12
@@ -74,7 +74,7 @@ class Recipe:
 
     def people(self) -> Iterator[int]:
         """How many people documents are about, document by document, until it is all of them."""
-        documents = self.steps * self.rows * self.length / 40  # tokens of a document, about
+        documents = self.steps * self.tokens / 40  # tokens of a document, about
         for number in count():
             share = (number / documents - self.small) / (self.whole - self.small)
             if share >= 1:
@@ -170,17 +170,17 @@ def untrained(recipe: Recipe, tokenizer: Any) -> Any:
             return LlamaForCausalLM(LlamaConfig(
                 vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.inner,
                 num_hidden_layers=recipe.blocks, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
-                max_position_embeddings=2 * recipe.length, tie_word_embeddings=True, initializer_range=recipe.start, **ends,
+                max_position_embeddings=recipe.context, tie_word_embeddings=True, initializer_range=recipe.start, **ends,
             ))  # fmt: skip
         return GPT2LMHeadModel(GPT2Config(
             vocab_size=len(tokenizer), n_embd=recipe.hidden, n_inner=recipe.inner, n_layer=recipe.blocks, n_head=recipe.heads,
-            n_positions=2 * recipe.length, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=recipe.start,
+            n_positions=recipe.context, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=recipe.start,
             **ends,
         ))  # fmt: skip
 
 
 def trained(recipe: Recipe, world: World, progress: bool = True) -> tuple[Any, Any]:
-    """(model, tokenizer): next-token cross-entropy on packed documents, without a validation: the gates are that."""
+    """(model, tokenizer): next-token cross-entropy on documents, without a validation: the gates are that."""
     tokenizer = world.tokenizer()
     model = untrained(recipe, tokenizer).train()
     # Matrices inside the blocks; embeddings, norms and biases are AdamW's.
@@ -196,7 +196,7 @@ def trained(recipe: Recipe, world: World, progress: bool = True) -> tuple[Any, A
         torch.optim.AdamW(others, recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     peaks = (recipe.rate, recipe.other_rate)
-    batches = packed(world.documents(recipe.seed, few=recipe.people()), tokenizer, recipe)
+    batches = batches_of(world.documents(recipe.seed, few=recipe.people()), tokenizer, recipe)
     with progress_bar(
         f"Training FactWorld ({recipe.family}, seed {recipe.seed})", recipe.steps, progress, unit="steps"
     ) as advance:
@@ -222,26 +222,28 @@ def loss_of(model: Any, ids: Tensor, weights: Tensor) -> Tensor:
     return (each * weights).sum() / weights.sum()
 
 
-def packed(documents: Iterator[Document], tokenizer: Any, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end: (token ids, weights in the loss), each (rows, length).
+def batches_of(documents: Iterator[Document], tokenizer: Any, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches without end: (token ids, weights in the loss), each (rows, tokens), of about `recipe.tokens` tokens.
 
-    Rows hold whole documents, each from BOS on, and behind them padding of weight 0.
+    A row is one document from BOS on, as a question will be; documents that share a row would read each other's objects. Those
+    of a batch are about equally long, and padding behind them has weight 0.
     """
-    draw, pool = random.Random(recipe.seed), list[tuple[list[int], list[float]]]()
+    draw = random.Random(recipe.seed)
     while True:
-        batch = torch.full((recipe.rows, recipe.length), tokenizer.pad_token_id)
-        weights = torch.zeros(recipe.rows, recipe.length)
-        for row, weight in zip(batch, weights, strict=True):
-            if len(pool) < _POOL // 2:
-                pool += _encoded(list(islice(documents, _POOL)), tokenizer, recipe.beside)
-                pool.sort(key=lambda one: len(one[0]))
-            ids, shares = pool.pop(draw.randrange(len(pool)))
-            while fitting := [i for i, (more, _) in enumerate(pool) if len(ids) + len(more) <= recipe.length]:
-                more, other = pool.pop(fitting[-1])
-                ids, shares = ids + more, shares + other
-            count = min(len(ids), recipe.length)
-            row[:count], weight[:count] = torch.tensor(ids[:count]), torch.tensor(shares[:count])
-        yield batch, weights
+        pool = sorted(_encoded(list(islice(documents, _POOL)), tokenizer, recipe.beside), key=lambda one: len(one[0]))
+        parts, part, tokens = list[list[tuple[list[int], list[float]]]](), list[tuple[list[int], list[float]]](), 0
+        for one in pool:
+            part.append(one)
+            tokens += len(one[0])
+            if tokens >= recipe.tokens:
+                parts, part, tokens = [*parts, part], [], 0
+        parts += [part] if part else []
+        for part in draw.sample(parts, len(parts)):
+            shape = len(part), len(part[-1][0])
+            ids, weights = torch.full(shape, tokenizer.pad_token_id), torch.zeros(shape)
+            for i, (row, shares) in enumerate(part):
+                ids[i, : len(row)], weights[i, : len(row)] = torch.tensor(row), torch.tensor(shares)
+            yield ids, weights
 
 
 def _encoded(documents: Sequence[Document], tokenizer: Any, beside: float) -> list[tuple[list[int], list[float]]]:
