@@ -35,11 +35,11 @@ ANSWER = 5
 class Recipe:
     """A small model and its training, all of which goes into its name in the cache.
 
-    seed: of the world, the weights and the order of documents. hidden, inner, blocks, heads: the architecture. context: positions
-    that the model has. start: standard deviation of the first weights. tokens: of a batch. beside: weight in the loss of
-    tokens that are no answers. few: people that the first documents are about; they become all people, by a constant factor
-    a document, from `small` to `whole` of all steps. rate: of Muon, on matrices; other_rate: of AdamW, on embeddings and
-    norms. Both rise over `warmup` steps and fall to zero from `hold` of all steps on.
+    seed: of the world, the weights and the order of documents. hidden, inner, blocks, heads: the architecture. context: the
+    model's positions. start: standard deviation of the first weights. tokens: of a batch. beside: weight in the loss of tokens
+    that are no answers. few: people that the first documents are about; they become all people, by a constant factor a
+    document, from `small` to `whole` of all steps. rate: of Muon, on matrices; other_rate: of AdamW, on embeddings and norms.
+    Both rise over `warmup` steps and fall to zero from `hold` of all steps on.
     """
 
     family: str = "llama"

@@ -324,8 +324,10 @@ def _shared(draw: random.Random, names: Sequence[str], count: int) -> list[str]:
 def _apart(draw: random.Random, one: list[str], other: list[str]) -> list[tuple[str, str]] | None:
     """Pairs of which no two are the same, by swaps; None where these don't come to an end."""
     for _ in range(200):
-        seen: set[tuple[str, str]] = set()
-        twice = [i for i, pair in enumerate(zip(one, other, strict=True)) if pair in seen or seen.add(pair)]  # type: ignore[func-returns-value]
+        seen, twice = set[tuple[str, str]](), list[int]()
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            twice += [i] if pair in seen else []
+            seen.add(pair)
         if not twice:
             return list(zip(one, other, strict=True))
         for i in twice:
