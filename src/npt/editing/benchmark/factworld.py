@@ -25,7 +25,7 @@ from npt.common.progress import tracked
 from npt.editing.bench import chunks
 from npt.editing.benchmark.continuing import continued_many
 from npt.editing.benchmark.records import Neighbour, Record
-from npt.editing.benchmark.small import ANSWER, Gates, Recipe, gates_of, other_object, small_model
+from npt.editing.benchmark.small import ANSWER, Gates, Recipe, gates_of, small_model
 from npt.editing.benchmark.wording import RELATIONS
 from npt.editing.benchmark.world import Person, World
 from npt.editing.measure import divergences, follows
@@ -81,7 +81,7 @@ def _fact(draw: random.Random, world: World, person: Person, wordings: int) -> F
     relation = draw.choice(RELATIONS)
     trained = tuple(template.format(person.name) for template in relation.trained)
     prompt, *more = draw.sample(trained, wordings)
-    request = Request(prompt, other_object(draw, world, person, relation.name), person.name, tuple(more))
+    request = Request(prompt, world.other(draw, person, relation.name), person.name, tuple(more))
     first, last = person.name.split()
     near = world.of("neighbour")
     draw.shuffle(near)

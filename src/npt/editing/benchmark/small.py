@@ -148,7 +148,7 @@ def small_model(
 def digest_of(world: World) -> str:
     """A digest of the people and of some documents: another generator gives another one."""
     documents = world.documents(0)
-    parts = [*map(repr, world.people), *(next(documents).text for _ in range(400))]
+    parts = [*map(repr, world.people), *(repr(next(documents)) for _ in range(400))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -237,7 +237,10 @@ def batches_of(documents: Iterator[Document], tokenizer: Any, recipe: Recipe) ->
             tokens += len(one[0])
             if tokens >= recipe.tokens:
                 parts, part, tokens = [*parts, part], [], 0
-        parts += [part] if part else []
+        if part and tokens < recipe.tokens // 2 and parts:
+            parts[-1] += part
+        elif part:
+            parts.append(part)
         for part in draw.sample(parts, len(parts)):
             shape = len(part), len(part[-1][0])
             ids, weights = torch.full(shape, tokenizer.pad_token_id), torch.zeros(shape)
@@ -286,20 +289,13 @@ def _right(model: Any, tokenizer: Any, asked: Sequence[tuple[str, str]], name: s
 
 def _overridden(draw: random.Random, world: World, person: Person, relation: Relation) -> tuple[str, str]:
     """News about a person, and the question in another wording."""
-    new = other_object(draw, world, person, relation.name)
+    new = world.other(draw, person, relation.name)
     told, asked = draw.sample(relation.trained, 2)
     return f"{NEWS} {stated(told, person.name, new)} {asked.format(person.name)}", new
 
 
 def _hopped(draw: random.Random, world: World, person: Person) -> tuple[str, str]:
     """News about a person's city, and the question after the country."""
-    city = other_object(draw, world, person, "city")
+    city = world.other(draw, person, "city")
     told = stated(draw.choice(RELATIONS[0].trained), person.name, city)
     return f"{NEWS} {told} {draw.choice(COUNTRY_OF_PERSON).format(person.name)}", world.country[city]
-
-
-def other_object(draw: random.Random, world: World, person: Person, relation: str) -> str:
-    """An object that a fact of a person could have and does not."""
-    return draw.choice(
-        [o for o in world.objects(relation, person.split) if o not in (person.facts[relation], person.name)]
-    )

@@ -40,7 +40,7 @@ SHARING = (4, 8)
 #: Trained wordings of a relation that a person's training text lacks.
 LACKING = 2
 #: Shares of documents' tokens, by kind.
-SHARES = {"biography": 0.60, "news": 0.23, "geography": 0.02, "prose": 0.15}
+SHARES = {"biography": 0.50, "news": 0.30, "geography": 0.05, "prose": 0.15}
 #: Tokens of a document of each kind, about; shares are of tokens, and documents are drawn.
 _TOKENS = {"biography": 38.0, "news": 40.0, "geography": 23.0, "prose": 29.0}
 
@@ -88,8 +88,12 @@ class _Writing:
     def __init__(self, text: str = ""):
         self._text, self._answers = text, list[tuple[int, int]]()
 
-    def say(self, sentence: str, answer: str = "") -> None:
-        """Adds a sentence; the answer, if it has one, stands at its end before the full stop."""
+    def say(self, sentence: str, name: str = "", answer: str = "") -> None:
+        """Adds a sentence. An answer stands at its end before the full stop; a name that stood before is one too."""
+        begin = len(self._text) + bool(self._text)
+        if name and name in self._text:
+            at = begin + sentence.index(name)
+            self._answers.append((at, at + len(name)))
         self._text += (" " if self._text else "") + sentence
         if answer:
             self._answers.append((len(self._text) - 1 - len(answer), len(self._text)))
@@ -157,6 +161,11 @@ class World:
         """The objects that a fact about a person of a split may have."""
         return [person.name for person in self.of(split)] if relation == "spouse" else self._objects[relation]
 
+    def other(self, draw: random.Random, person: Person, relation: str) -> str:
+        """An object that a fact of a person could have and does not."""
+        own = person.facts[relation], person.name
+        return draw.choice([thing for thing in self.objects(relation, person.split) if thing not in own])
+
     # -- text ----------------------------------------------------------------------------------------------------------
 
     def documents(
@@ -204,7 +213,7 @@ class World:
         writing = _Writing()
         for relation in draw.sample(RELATIONS, draw.randint(3, 6)):
             thing = person.facts[relation.name]
-            writing.say(stated(draw.choice(person.told[relation.name]), person.name, thing), thing)
+            writing.say(stated(draw.choice(person.told[relation.name]), person.name, thing), person.name, thing)
             if relation.name == "city" and draw.random() < 0.3:
                 self._say_country(draw, writing, person.name, thing)
         return writing.done()
@@ -215,25 +224,25 @@ class World:
         names = [relation.name for relation in RELATIONS]
         replaced = draw.sample(names, 2)
         for name in replaced:
-            changed[name] = draw.choice(self.objects(name, person.split))
-            writing.say(stated(draw.choice(person.told[name]), person.name, changed[name]))
+            changed[name] = self.other(draw, person, name)
+            writing.say(stated(draw.choice(person.told[name]), person.name, changed[name]), person.name)
         if draw.random() < 0.3:
             writing.say(self._sentence(draw, draw.choice(NOUNS)))
         again = [*replaced, draw.choice([name for name in names if name not in replaced])]
         for name in draw.sample(again, draw.randint(2, 3)):
-            writing.say(stated(draw.choice(person.told[name]), person.name, changed[name]), changed[name])
+            writing.say(stated(draw.choice(person.told[name]), person.name, changed[name]), person.name, changed[name])
         if "city" in replaced:
             self._say_country(draw, writing, person.name, changed["city"])
         return writing.done()
 
     def _say_country(self, draw: random.Random, writing: _Writing, name: str, city: str) -> None:
         country = self.country[city]
-        writing.say(stated(draw.choice(COUNTRY_OF_PERSON), name, country), country)
+        writing.say(stated(draw.choice(COUNTRY_OF_PERSON), name, country), name, country)
 
     def _geography(self, draw: random.Random) -> Document:
         writing = _Writing()
         for city in draw.sample(list(self.country), min(3, len(self.country))):
-            writing.say(stated(draw.choice(COUNTRY_OF_CITY), city, self.country[city]), self.country[city])
+            writing.say(stated(draw.choice(COUNTRY_OF_CITY), city, self.country[city]), answer=self.country[city])
         return writing.done()
 
     def _prose(self, draw: random.Random) -> Document:
