@@ -36,10 +36,10 @@ class Recipe:
     """A small model and its training, all of which goes into its name in the cache.
 
     seed: of the world, the weights and the order of documents. hidden, inner, blocks, heads: the architecture. context: the
-    model's positions. start: standard deviation of the first weights. tokens: of a batch. beside: weight in the loss of tokens
-    that are no answers. few: people that the first documents are about; they become all people, by a constant factor a
-    document, from `small` to `whole` of all steps. rate: of Muon, on matrices; other_rate: of AdamW, on embeddings and norms.
-    Both rise over `warmup` steps and fall to zero from `hold` of all steps on.
+    model's positions. start, embedding: standard deviations of the first weights, of matrices and of embeddings. tokens: of a
+    batch. beside: weight in the loss of tokens that are no answers. few: people that the first documents are about; they
+    become all people, by a constant factor a document, from `small` to `whole` of all steps. rate: of Muon, on the matrices
+    of blocks; other_rate: of AdamW, on all else. Both rise over `warmup` steps and fall to zero from `hold` of all steps on.
     """
 
     family: str = "llama"
@@ -50,6 +50,7 @@ class Recipe:
     blocks: int = 4
     heads: int = 4
     start: float = 0.06
+    embedding: float = 0.3
     steps: int = 700
     tokens: int = 1024
     context: int = 256
@@ -57,7 +58,7 @@ class Recipe:
     few: int = 48
     small: float = 0.12
     whole: float = 0.4
-    rate: float = 0.03
+    rate: float = 0.01
     other_rate: float = 6e-3
     warmup: int = 40
     hold: float = 0.5
@@ -159,24 +160,28 @@ def untrained(recipe: Recipe, tokenizer: Any) -> Any:
     """The model of a recipe with its first weights."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    ends = {
+    ends: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    # Apart from the head, embeddings can be so long that a token is still told from others behind the first blocks.
+    ends |= {"initializer_range": recipe.start, "tie_word_embeddings": False}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         if recipe.family == "llama":
-            return LlamaForCausalLM(LlamaConfig(
+            model: Any = LlamaForCausalLM(LlamaConfig(
                 vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.inner,
                 num_hidden_layers=recipe.blocks, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
-                max_position_embeddings=recipe.context, tie_word_embeddings=True, initializer_range=recipe.start, **ends,
+                max_position_embeddings=recipe.context, **ends,
             ))  # fmt: skip
-        return GPT2LMHeadModel(GPT2Config(
-            vocab_size=len(tokenizer), n_embd=recipe.hidden, n_inner=recipe.inner, n_layer=recipe.blocks, n_head=recipe.heads,
-            n_positions=recipe.context, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=recipe.start,
-            **ends,
-        ))  # fmt: skip
+        else:
+            model = GPT2LMHeadModel(GPT2Config(
+                vocab_size=len(tokenizer), n_embd=recipe.hidden, n_inner=recipe.inner, n_layer=recipe.blocks,
+                n_head=recipe.heads, n_positions=recipe.context, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ends,
+            ))  # fmt: skip
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=recipe.embedding)
+    return model
 
 
 def trained(recipe: Recipe, world: World, progress: bool = True) -> tuple[Any, Any]:
@@ -187,7 +192,7 @@ def trained(recipe: Recipe, world: World, progress: bool = True) -> tuple[Any, A
     inside = [
         p
         for name, p in model.named_parameters()
-        if p.ndim == 2 and not any(part in name for part in ("embed", "wte", "wpe"))
+        if p.ndim == 2 and not any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
     ]
     known = {id(p) for p in inside}
     others = [p for p in model.parameters() if id(p) not in known]
