@@ -51,7 +51,7 @@ class Recipe:
     heads: int = 4
     start: float = 0.06
     embedding: float = 0.3
-    steps: int = 700
+    steps: int = 1500
     tokens: int = 1024
     context: int = 256
     beside: float = 0.05
