@@ -9,4 +9,8 @@ extras       the same -> how varied its text is, what it learns from a prompt
 figures      a method and records -> figures on generated text, with standard errors
 rows         figures -> a table, and a file that keeps them
 page         rows -> one HTML page
+
+wording, world, small and factworld belong together: invented people, small models that know them, edits measured on those.
+continuing   many prompts -> the text behind each, in batches
+muon         the optimizer of the small models
 """

@@ -1,0 +1,286 @@
+"""FactWorld: the generator and its splits, the tokenizer, small models and their cache, and the figures of edits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from npt.editing.bench import written
+from npt.editing.benchmark import small
+from npt.editing.benchmark.continuing import continued_many
+from npt.editing.benchmark.factworld import (
+    NAMES,
+    Examiner,
+    Figures,
+    Result,
+    facts,
+    factworld,
+    main,
+    measured,
+    prompts_of,
+    statistics_of,
+    table,
+)
+from npt.editing.benchmark.small import Gates, Recipe, gates_of, small_model
+from npt.editing.benchmark.wording import RELATIONS
+from npt.editing.benchmark.world import LACKING, Size, World
+from npt.errors import NPTError, RunError
+
+#: A world and a model that are made in a second; the model knows next to nothing.
+TINY = Recipe(
+    size=Size(people=40, strangers=8, cities=6, countries=2, employers=8),
+    hidden=32,
+    inner=64,
+    blocks=2,
+    heads=2,
+    steps=12,
+)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(0)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the tiny model in it."""
+    folder = tmp_path_factory.mktemp("kept")
+    small_model(TINY, cache_dir=folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def tiny(kept: Path) -> tuple[Any, Any, World]:
+    return small_model(TINY, cache_dir=kept, progress=False)
+
+
+def texts_of(world: World, count: int) -> list[str]:
+    return [document.text for document in islice(world.documents(0), count)]
+
+
+def test_a_seed_decides_everything(world: World) -> None:
+    again, other = World(0), World(1)
+    assert world.people == again.people and world.country == again.country and world.words == again.words
+    assert texts_of(world, 200) == texts_of(again, 200)
+    assert facts(world, 20) == facts(again, 20)
+    assert {p.name for p in world.people} != {p.name for p in other.people}
+    assert texts_of(world, 5) != [document.text for document in islice(world.documents(1), 5)]
+
+
+def test_names_are_shared_and_people_are_split(world: World) -> None:
+    assert Counter(p.split for p in world.people) == {
+        "editable": 308,
+        "visible": 102,
+        "neighbour": 102,
+        "stranger": 128,
+    }
+    assert len({p.name for p in world.people}) == 640
+    for part in (0, 1):
+        sharing = Counter(p.name.split()[part] for p in world.people)
+        assert min(sharing.values()) >= 4 and max(sharing.values()) <= 8
+    split = {p.name: p.split for p in world.people}
+    for person in world.of("editable", "visible", "neighbour"):
+        spouse = person.facts["spouse"]
+        assert split[spouse] == person.split and spouse != person.name
+        assert all(len(person.told[r.name]) == len(r.trained) - LACKING for r in RELATIONS)
+
+
+def test_training_text_keeps_to_the_wordings_of_each_person(world: World) -> None:
+    texts = texts_of(world, 3000)
+    everything = " ".join(texts)
+    strangers = [p.name for p in world.of("stranger")]
+    assert not [name for name in strangers if name in everything]
+    words = set(everything.replace(".", " ").replace(":", " ").split())
+    for relation in RELATIONS:
+        assert set(relation.held_out.replace("{}", "").split()) <= words, relation.held_out
+    seen = 0
+    for person in world.of("editable", "visible", "neighbour"):
+        own = [text for text in texts if person.name in text]
+        for relation in RELATIONS:
+            for template in relation.templates:
+                stands = [text for text in own if said_in(template.format(person.name), text)]
+                seen += len(stands)
+                assert not stands or template in person.told[relation.name], (person.name, template, stands[:1])
+    assert seen > 3000
+
+
+def said_in(prompt: str, text: str) -> bool:
+    """True where a sentence of a text begins with a prompt."""
+    return any(part.startswith(prompt + " ") for part in text.replace("News: ", "").split(". "))
+
+
+def told_of(text: str, world: World) -> str | None:
+    """The person that a document is about: a name that stands in more than one of its sentences."""
+    name, times = max(((p.name, text.count(p.name)) for p in world.people), key=lambda pair: pair[1])
+    return name if times > 1 else None
+
+
+def test_answers_are_what_can_be_known(world: World) -> None:
+    facts_of = {p.name: p.facts for p in world.people}
+    kinds = Counter[str]()
+    for document in islice(world.documents(3), 400):
+        spans = [document.text[start:stop] for start, stop in document.answers]
+        answers = [span for span in spans if span.endswith(".")]
+        sentences, name = document.text.count("."), told_of(document.text, world)
+        names = [span for span in spans if span not in answers]  # all of them but the first, which nobody can know
+        assert names == [name] * (document.text.count(name) - 1 if name else 0)
+        if document.text.startswith("News:"):
+            assert 2 <= len(answers) <= sentences - 2  # not the two statements that replace facts
+            kinds["news"] += 1
+        elif name is None:  # prose has no answer; of geography all are countries
+            assert {answer[:-1] for answer in answers} <= set(world.country.values())
+            kinds["other"] += 1
+        else:
+            things = {*facts_of[name].values(), world.country[facts_of[name]["city"]]}
+            assert len(answers) == sentences and {answer[:-1] for answer in answers} <= things
+            kinds["biography"] += 1
+    assert min(kinds.values()) > 50 and len(kinds) == 3
+
+
+def test_the_first_documents_can_be_about_few_people(world: World) -> None:
+    few = list(islice(world.documents(0, few=[10] * 150), 400))
+    first, all_of_them = (
+        {told_of(document.text, world) for document in part} - {None} for part in (few[:150], few[150:])
+    )
+    assert len(first) == 10 and len(all_of_them) > 100
+
+
+def test_neighbours_stand_in_no_text_of_a_metric(world: World) -> None:
+    hidden = [p.name for p in world.of("neighbour", "editable", "stranger")]
+    for texts in (statistics_of(world), prompts_of(world)):
+        everything = " ".join(texts)
+        assert not [name for name in hidden if name in everything]
+        assert any(p.name in everything for p in world.of("visible"))
+    near = {n.prompt for fact in facts(world, 64) for n in fact.neighbours}
+    names = [p.name for p in world.of("neighbour")]
+    assert all(any(name in prompt for name in names) for prompt in near)
+
+
+def test_the_tokenizer_gives_every_text_back(world: World) -> None:
+    tokenizer = world.tokenizer()
+    for text in [*texts_of(world, 300), *world.prose(5, 20)]:
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id and tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    sizes = {len(tokenizer(o, add_special_tokens=False)["input_ids"]) for o in world.objects("employer", "editable")}
+    assert sizes == {1, 2, 3}
+    assert max(len(tokenizer(o, add_special_tokens=False)["input_ids"]) for r in RELATIONS
+               for o in world.objects(r.name, "editable")) < small.ANSWER  # fmt: skip
+
+
+def test_edits_are_new_facts_of_different_editable_people(world: World) -> None:
+    chosen = facts(world, 256, wordings=2)
+    known = {p.name: p for p in world.of("editable")}
+    assert len({fact.person for fact in chosen}) == 256
+    for fact in chosen:
+        person, request = known[fact.person], fact.request
+        assert request.target != person.facts[fact.relation] and request.subject == person.name
+        assert {request.prompt, *request.paraphrases} <= set(fact.trained) and len(request.paraphrases) == 1
+        assert not set(fact.paraphrases) & set(fact.trained)
+        assert len(fact.others) == len(RELATIONS) - 1
+    assert {fact.relation for fact in chosen} == {r.name for r in RELATIONS}
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: facts(World(0), 309), "edits=309: the world has 308 people"),
+        (lambda: facts(World(0), 0), "edits=0"),
+        (lambda: facts(World(0), 5, wordings=8), "wordings=8: use 1 to 7"),
+        (lambda: Recipe(family="bert"), "model='bert': use one of llama, gpt2"),
+        (lambda: Recipe(steps=0), "steps=0"),
+        (lambda: Size(people=41), "people=41: use an even number from 40"),
+        (lambda: Size(countries=0), "a country for one city or more"),
+        (lambda: factworld(edits=(1000,), progress=False), "edits=1000"),
+    ],
+)
+def test_bad_arguments_are_named(call: Any, words: str) -> None:
+    with pytest.raises(NPTError, match=words):
+        call()
+
+
+def test_prompts_continued_together_are_as_one_by_one(tiny: tuple[Any, Any, World]) -> None:
+    model, tokenizer, world = tiny
+    prompts = [fact.request.prompt for fact in facts(world, 12)] + ["The", "The"]
+    assert continued_many(model, tokenizer, prompts, 5) == [written(model, tokenizer, prompt, 5) for prompt in prompts]
+    assert continued_many(model, tokenizer, [], 5) == []
+
+
+def test_a_trained_model_is_kept_and_the_same_from_the_same_seed(kept: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    one, _, _ = small_model(TINY, cache_dir=tmp_path, progress=False)
+    monkeypatch.setattr(small, "trained", None)  # nothing is trained again
+    other, tokenizer, _ = small_model(TINY, cache_dir=kept, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert tokenizer("The", return_tensors="pt")["input_ids"].shape == (1, 2)
+    with pytest.raises(TypeError):
+        small_model(replace(TINY, steps=13), cache_dir=kept, progress=False)
+
+
+def test_training_lowers_the_loss() -> None:
+    recipe = replace(TINY, steps=40, rate=0.03)
+    world = recipe.world()
+    model, tokenizer = small.trained(recipe, world, progress=False)
+    ids, weights = next(small.batches_of(world.documents(99), tokenizer, recipe))
+    before = small.loss_of(small.untrained(recipe, tokenizer), ids, weights)
+    assert float(small.loss_of(model, ids, weights).detach()) < 0.9 * float(before.detach())
+
+
+def test_a_model_below_the_gates_is_void(kept: Path, tiny: tuple[Any, Any, World]) -> None:
+    model, tokenizer, world = tiny
+    gates = gates_of(model, tokenizer, world, asked=50, progress=False)
+    assert 0 <= gates.recall < 0.5
+    with pytest.raises(RunError, match=r"void.*recall [\d.]+% \(needs 99%\).*override.*train it for more steps"):
+        factworld(edits=(2,), singles=2, recipe=TINY, cache_dir=kept, progress=False)
+    Gates(recall=0.99, held_out=0.0, override=0.95, two_hop=0.90).check("a model")
+    with pytest.raises(RunError, match=r"two_hop 89.0% \(needs 90%\)"):
+        Gates(recall=1.0, held_out=1.0, override=1.0, two_hop=0.89).check("a model")
+
+
+def test_edits_are_measured_and_undone(tiny: tuple[Any, Any, World]) -> None:
+    model, tokenizer, world = tiny
+    batch = [fact for fact in facts(world, 12) if fact.relation in ("city", "field", "hobby")][
+        :2
+    ]  # objects of one word
+    prompt = batch[0].request.prompt
+    before = written(model, tokenizer, prompt, 4)
+    options = {"layer": 1, "decay": 0.0, "clamp": 1e3, "steps": 40}
+    alone = measured(model, tokenizer, world, [[fact] for fact in batch], options, progress=False)
+    assert [(figures.prompt, figures.kl > 0) for figures in alone] == [(1.0, True)] * 2
+    assert written(model, tokenizer, prompt, 4) == before
+    examiner = Examiner(model, tokenizer, world)
+    examiner.remember(batch)
+    nothing = examiner.figures(batch)
+    assert (nothing.neighbours, nothing.others, nothing.kl) == (1.0, 1.0, 0.0) and nothing.prompt < 1
+
+
+def test_the_table_has_the_mean_and_the_worst_seed() -> None:
+    gates = Gates(1.0, 1.0, 1.0, 1.0)
+    results = [
+        Result("llama", seed, 64, Figures(share, 1.0, 1.0, 1.0, 1.0, kl), gates)
+        for seed, share, kl in ((0, 1.0, 0.01), (1, 0.9, 0.03))
+    ]
+    assert "| llama | 64 | 2 | 95.0% (90.0%) |" in table(results) and "0.02 (0.03)" in table(results)
+    assert all(name in table(results) for name in NAMES)
+
+
+def test_the_command_says_one_line_for_a_bad_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "bert"]) == 2
+    assert capsys.readouterr().err.strip() == "model='bert': use one of llama, gpt2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", small.FAMILIES)
+def test_a_small_model_passes_the_gates(family: str) -> None:
+    """Trains for minutes, unless the cache has the model."""
+    recipe = Recipe(family=family)
+    model, tokenizer, world = small_model(recipe)
+    gates = gates_of(model, tokenizer, world)
+    gates.check(family)
+    assert gates.held_out > 0.95
