@@ -66,7 +66,7 @@ def previewed(bench: Bench, text: str, new_tokens: int) -> Preview:
     ids = bench.prompts.ids(text)
     inside = bench.inside([ids])
     logits = bench.again(inside.recording)[0]
-    kl = float(divergences(inside.recording.logits[0], logits).mean())
+    kl = float(divergences(inside.recording.whole[0], logits).mean())
     with bench.adapter.off():
         before = bench.write(text, new_tokens)
     return Preview(text, before, bench.write(text, new_tokens), kl, logits)
@@ -95,7 +95,7 @@ def mean_kl(bench: Bench, texts: Sequence[str]) -> float:
         recording = bench.inside(part).recording
         logits = bench.again(recording)
         for i, row in enumerate(part):
-            total += float(divergences(recording.logits[i, : len(row)], logits[i, : len(row)]).sum())
+            total += float(divergences(recording.whole[i, : len(row)], logits[i, : len(row)]).sum())
             tokens += len(row)
     return total / tokens
 

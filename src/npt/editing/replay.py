@@ -27,6 +27,13 @@ class Recording:
     rests: tuple[tuple[Any, ...] | None, ...]
     logits: Tensor | None
 
+    @property
+    def whole(self) -> Tensor:
+        """The logits of a pass that ran to its end."""
+        if self.logits is None:
+            raise RuntimeError("the recorded pass ended inside a block, so it has no logits")
+        return self.logits
+
 
 class _ReachedError(Exception):
     """Ends a forward at the module that it was asked for."""
