@@ -18,7 +18,7 @@ from npt.editing.absorbing.patches import Patches
 from npt.editing.absorbing.questions import Questions
 from npt.editing.absorbing.reading import read_context, read_questions
 from npt.editing.absorbing.settings import Options, Setting, blocks_of_choice, options_of
-from npt.editing.absorbing.stream import Blocks, Stream
+from npt.editing.absorbing.stream import Blocks, Stream, outputs_of
 from npt.editing.absorbing.teaching import Teacher, pieces, questions_from, split
 from npt.errors import DataError, NPTError
 from npt.evaluation.generation import continue_text
@@ -113,6 +113,18 @@ def test_a_stream_gives_what_the_whole_model_gives(family: str) -> None:
     passed = stream.through(2)
     assert torch.allclose(passed.inputs[2:], inputs[-3:], atol=1e-5)
     assert torch.allclose(stream.finish(), torch.cat([outputs[0][-2:], outputs[1][-3:]]), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma2", "granite", "bloom", "qwen3_5_text"])
+def test_a_common_beginning_is_read_once_and_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = next(case for case in CASES if case.model_type == family).build(torch.float64)
+    blocks, front = Blocks(base), list(range(10, 40))
+    rows = [[*front, 5, 6, 7], [*front, 8, 9, 10, 11, 12], [*front, 13]]
+    found, last = outputs_of(blocks, rows, [2, 5, 1], [1, 3])
+    monkeypatch.setattr("npt.editing.absorbing.stream.PREFIX", 1000)
+    whole, plain = outputs_of(blocks, rows, [2, 5, 1], [1, 3])
+    assert torch.allclose(last, plain, atol=1e-9)
+    assert all(torch.allclose(found[layer], whole[layer], atol=1e-9) for layer in (1, 3))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma2", "granite"])

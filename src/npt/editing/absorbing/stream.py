@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from npt.block.families import blocks_of, family_of
 from npt.block.hooks import first_tensor
@@ -21,6 +23,8 @@ from npt.tuner.converted import base_of, device_of, eval_mode, run_backbone
 
 #: Rows of a batch.
 ROWS = 8
+#: The shortest common beginning of a batch's rows that is read once.
+PREFIX = 16
 
 
 class Blocks:
@@ -199,12 +203,30 @@ def outputs_of(
         with eval_mode(blocks.base):
             for start in range(0, len(rows), ROWS):
                 part, tails = rows[start : start + ROWS], kept[start : start + ROWS]
-                hidden = run_backbone(blocks.base, padded(part, device_of(blocks.base)))
+                hidden, skipped = _read(blocks.base, part, tails)
                 for i, (row, tail) in enumerate(zip(part, tails, strict=True)):
-                    last.append(hidden[i, len(row) - tail : len(row)])
+                    own = slice(len(row) - tail - skipped, len(row) - skipped)
+                    last.append(hidden[i, own])
                     for layer in layers:
-                        found[layer].append(seen[layer][i, len(row) - tail : len(row)])
+                        found[layer].append(seen[layer][i, own])
     finally:
         for handle in handles:
             handle.remove()
     return {layer: torch.cat(parts) for layer, parts in found.items()}, torch.cat(last)
+
+
+def _read(base: Any, rows: Sequence[Sequence[int]], kept: Sequence[int]) -> tuple[Tensor, int]:
+    """(the last hidden states (rows, tokens, d) of a batch, so many first tokens left out of them).
+
+    Tokens that all rows begin with, a context say, are read once for all of them.
+    """
+    most = min(len(row) - tail for row, tail in zip(rows, kept, strict=True))
+    shared = next((n for n in range(most) if len({row[n] for row in rows}) > 1), most)
+    cache = DynamicCache(config=base.config)
+    if len(rows) == 1 or shared < PREFIX or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        return run_backbone(base, padded(rows, device_of(base))), 0
+    decoder = getattr(base, base.base_model_prefix, base)
+    decoder(**padded([rows[0][:shared]], device_of(base)), past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(len(rows))
+    rest = padded([row[shared:] for row in rows], device_of(base))
+    return decoder(**rest, past_key_values=cache, use_cache=True).last_hidden_state, shared
