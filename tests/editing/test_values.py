@@ -90,6 +90,17 @@ def test_every_token_of_target_and_terminator_is_aimed_at(problem: Callable[...,
     assert trial.at.tolist() == list(range(row.start - 1, len(row.ids) - 1))
 
 
+def test_contexts_are_texts_behind_which_the_target_shall_follow_too(problem: Callable[..., Problem]) -> None:
+    prefixes = ("", "It was late. ", "Mom came home. ")
+    alone = replace(problem("newton"), prefixes=prefixes)
+    beside = replace(alone, settings=settings_of("newton", {"contexts": 1}))
+    assert [row.targets for row in beside.targets()] == [alone.targets()[0].targets] * 2
+    texts = [beside.bench.tokenizer.decode(row.ids[: row.start]) for row in beside.targets()]
+    assert texts[0] == REQUEST.prompt and texts[1] == "It was late. " + REQUEST.prompt
+    with pytest.raises(NPTError, match="contexts=-1: use a whole number from 0"):
+        settings_of("newton", {"contexts": -1})
+
+
 def test_a_trial_is_what_is_written(problem: Callable[..., Problem]) -> None:
     one = problem("newton")
     trial = Trial(one, one.targets())
