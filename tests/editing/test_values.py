@@ -95,7 +95,7 @@ def test_contexts_are_texts_behind_which_the_target_shall_follow_too(problem: Ca
     alone = replace(problem("newton"), prefixes=prefixes)
     beside = replace(alone, settings=settings_of("newton", {"contexts": 1}))
     assert [row.targets for row in beside.targets()] == [alone.targets()[0].targets] * 2
-    texts = [beside.bench.tokenizer.decode(row.ids[: row.start]) for row in beside.targets()]
+    texts = [beside.bench.tokenizer.decode(row.ids[1 : row.start]) for row in beside.targets()]  # without BOS
     assert texts[0] == REQUEST.prompt and texts[1] == "It was late. " + REQUEST.prompt
     with pytest.raises(NPTError, match="contexts=-1: use a whole number from 0"):
         settings_of("newton", {"contexts": -1})
