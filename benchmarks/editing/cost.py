@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -118,10 +119,10 @@ def solve_seconds(width: int, size: int) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, layer: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, layer: int, rounds: int, cache: Path | None) -> dict[str, Any]:
     """All figures of one model."""
     model, tokenizer = load_base(name)
-    source = Source(model, tokenizer, "domain", "self", None, None, True)
+    source = Source(model, tokenizer, "domain", "self", None, cache, True)
     bench = Bench(model, tokenizer, layer)
     bench.adapter.close()
     source.moment(layer, bench.down)
@@ -142,9 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="builtin:smollm2-135m", help="default: builtin:smollm2-135m")
     parser.add_argument("--layer", type=int, default=5, help="the block that is edited (default: 5)")
     parser.add_argument("--rounds", type=int, default=5, help="of the interleaved times (default: 5)")
+    parser.add_argument("--cache", type=Path, help="a folder that keeps statistics")
     given = parser.parse_args(arguments)
     try:
-        found = measure(given.model, given.layer, given.rounds)
+        found = measure(given.model, given.layer, given.rounds, given.cache)
     except NPTError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

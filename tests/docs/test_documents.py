@@ -16,6 +16,7 @@ from benchmarks.law_tables import README_MODEL, kept_laws, law_readme, law_table
 from benchmarks.tables import (
     RESULTS,
     command_table,
+    cost_table,
     equivalence_table,
     kept_equivalence,
     linear_table,
@@ -201,6 +202,7 @@ def test_tables_are_those_of_the_kept_figures() -> None:
     kept, laws, speed = kept_equivalence(), kept_laws(), json.loads(text_of(RESULTS / "cpu-2-cores.json"))
     expected = {
         ("README.md", "results"): law_readme(laws[README_MODEL]),
+        ("docs/editing.md", "editing cost"): cost_table(json.loads(text_of(RESULTS / "editing-cost.json"))),
         ("docs/law.md", "law"): law_table(laws),
         ("README.md", "speed sentence"): speed_sentence(speed),
         ("docs/results.md", "outcomes"): outcomes_table(kept),
