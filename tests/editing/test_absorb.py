@@ -13,9 +13,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from npt import EditStore
+from npt.editing import export
 from npt.editing.absorbing.absorbed import Absorbed
 from npt.editing.absorbing.choice import Choice
-from npt.errors import CheckpointError, NPTError
+from npt.editing.absorbing.general import CHOOSING, REPORTING, GeneralText
+from npt.editing.solve import Factors
+from npt.errors import CheckpointError, DataError, NPTError
 from tests.families import CASES
 from tests.helpers import spelling_tokenizer
 
@@ -258,6 +261,50 @@ def test_figures_are_those_of_the_model(llama: Any) -> None:
     assert one.divergence(TEXTS) > 0 and one.preview("a river", 2).kl > 0
 
 
+def test_a_lower_block_is_absorbed_after_a_higher_one(llama: Any) -> None:
+    """The text on which damage is measured stays at the model's input, whatever blocks the contexts before were in."""
+    one = store(llama)
+    absorb(one, ONE, blocks=[2])
+    edit = absorb(one, OTHER, blocks=[0])
+    both = edit.figures.text_kl
+    one.close()
+    other = store(llama)
+    absorb(other, OTHER, blocks=[0])
+    edit = absorb(other, ONE, blocks=[2])
+    assert edit.figures.text_kl == pytest.approx(both, rel=1e-4)
+
+
+def test_damage_is_reported_on_text_that_chose_nothing(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    watched = GeneralText.watched
+
+    def noted(self: GeneralText, seed: int) -> Any:
+        seeds.append(seed)
+        return watched(self, seed)
+
+    monkeypatch.setattr(GeneralText, "watched", noted)
+    one = store(llama)
+    edit = absorb(one, ONE)
+    assert seeds == [CHOOSING, REPORTING]
+    found = {seed: one.contexts.watched(seed) for seed in seeds}
+    assert not torch.equal(found[CHOOSING].last, found[REPORTING].last)
+    kl = {seed: float(text.kl().sum() / text.tokens.sum()) for seed, text in found.items()}
+    assert edit.figures.text_kl == pytest.approx(kl[REPORTING], rel=1e-6) and kl[CHOOSING] != kl[REPORTING]
+
+
+def test_a_preview_reads_the_text_as_generation_does(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, where it is longer than a piece of statistics, and none that the window does not hold."""
+    one = store(llama)
+    absorb(one, ONE)
+    text = "a river flows by the old town " * 8
+    tokens = len(one.tokenizer(text)["input_ids"])
+    monkeypatch.setattr(llama.config, "max_position_embeddings", 512)
+    assert len(one.preview(text, 2).logits) == tokens > 128
+    monkeypatch.setattr(llama.config, "max_position_embeddings", tokens)
+    with pytest.raises(DataError, match="tokens"):
+        one.preview(text, 2)
+
+
 def test_the_choice_keeps_the_limit_and_never_sees_what_is_reported(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,3 +328,106 @@ def test_the_choice_keeps_the_limit_and_never_sees_what_is_reported(
     )
     used = {c.question for c in (*choice.lesson.conversations, *choice.held.conversations)}
     assert not used & {c.question for c in edit.reported} and used == {c.question for c in edit.learnt}
+
+
+# -- stores that are closed, cut off or loaded otherwise -------------------------------------------------------------------
+
+
+def test_a_closed_store_stays_off_the_model(llama: Any) -> None:
+    plain, one = logits(llama), store(llama)
+    first = absorb(one, ONE)
+    absorb(one, OTHER)
+    one.close()
+    one.undo(first.id)
+    assert torch.equal(logits(llama), plain)
+    with pytest.raises(NPTError, match="reopen"):
+        absorb(one, ONE)
+    other = store(llama)  # nothing is at work on the model
+    other.close()
+    one.reopen()
+    undone = logits(llama)
+    one.close()
+    alone = store(llama)
+    absorb(alone, OTHER)
+    assert torch.equal(logits(llama), undone) and not torch.equal(undone, plain)
+
+
+def test_an_interrupt_while_the_ridge_is_chosen_leaves_a_store_that_is_saved(
+    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = store(llama)
+    fact = one.write(**FACT)
+    edit = absorb(one, ONE)
+    before, ridge = logits(llama), one.chosen_ridge
+
+    def interrupt(*_: Any) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("npt.editing.measure.automatic_ridge", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        absorb(one, OTHER)
+    with pytest.raises(KeyboardInterrupt):
+        one.undo(edit.id)
+    assert [found.id for found in one.edits] == [fact.id, edit.id] and torch.equal(logits(llama), before)
+    one.save(tmp_path / "s")
+    assert json.loads((tmp_path / "s" / "edits.json").read_text())["chosen_ridge"] == ridge == one.chosen_ridge
+
+
+def test_a_store_of_another_metric_keeps_the_name_of_its_own(llama: Any, tmp_path: Path) -> None:
+    one = store(llama)
+    one.write(**FACT)
+    one.save(tmp_path / "s")
+    one.close()
+    for number in range(2):
+        again = EditStore.load(
+            llama, one.tokenizer, tmp_path / "s", statistics=["other words are here"], progress=False, **SHARED
+        )
+        OPEN.append(again)
+        if number == 0:
+            absorb(again, ONE)
+            again.save(tmp_path / "s")
+            again.close()
+        with pytest.raises(NPTError, match="load it with the same metric"):
+            again.write("the mill of Tam is", "Tam", "old")
+    again.close()
+    other = store(llama, statistics=["other words are here"])
+    with pytest.raises(NPTError, match="have the metrics"):
+        other.merge(again)
+
+
+def test_contexts_go_on_beside_the_text_that_they_were_absorbed_beside(llama: Any, tmp_path: Path) -> None:
+    one = store(llama)
+    edit = absorb(one, ONE)
+    one.save(tmp_path / "s")
+    one.close()
+    again = EditStore.load(
+        llama, one.tokenizer, tmp_path / "s", statistics=["other words are here"], progress=False, **SHARED
+    )
+    OPEN.append(again)
+    with pytest.raises(NPTError, match="absorbed beside other text"):
+        absorb(again, OTHER)
+    again.undo(edit.id)
+    absorb(again, OTHER)  # beside its own text
+    assert len(again.contexts.general.rows()) == 1
+    again.close()
+    same = EditStore.load(llama, one.tokenizer, tmp_path / "s", statistics=TEXTS, progress=False, **SHARED)
+    OPEN.append(same)
+    absorb(same, OTHER)
+    assert len(same.edits) == 2
+
+
+def test_facts_that_the_rank_of_the_joint_lora_loses_are_named(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fact alone is within the rank; beside a large weight delta that its own tokens never meet it is not."""
+    one = store(llama, clamp=50.0, terminator=None, decay=0.0, steps=8)
+    fact = one.write("the home of Ada is", "Ada", "O")
+    assert fact.holds
+    row = one.bench.prompts.target(fact.request.prompt, fact.request.target, None).ids
+    inputs = one.bench.inside([row], whole=False).inputs[0].double()
+    never = torch.linalg.svd(inputs, full_matrices=True)[2][len(inputs) :][:1]
+    one.contexts.patches.put(1, Factors(torch.full((one.bench.size, 1), 1e3, dtype=torch.float64), never))
+    monkeypatch.setattr(export, "RANKS", (2,))
+    assert [lora.lost for lora in export.loras_of(one).values()] == [()]
+    monkeypatch.setattr(export, "RANKS", (1,))
+    whole = logits(llama)
+    assert [lora.lost for lora in export.loras_of(one).values()] == [(fact.id,)]
+    assert torch.equal(logits(llama), whole) and one.verify()[0].holds

@@ -113,6 +113,8 @@ def test_a_stream_gives_what_the_whole_model_gives(family: str) -> None:
     passed = stream.through(2)
     assert torch.allclose(passed.inputs[2:], inputs[-3:], atol=1e-5)
     assert torch.allclose(stream.finish(), torch.cat([outputs[0][-2:], outputs[1][-3:]]), atol=1e-4)
+    with pytest.raises(RuntimeError, match="block 1 is below block 2, which the rows are at"):
+        stream.through(1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma2", "granite", "bloom", "qwen3_5_text"])

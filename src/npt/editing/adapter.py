@@ -27,13 +27,20 @@ class DownAdapter:
             projection itself where several blocks have an adapter each.
         together: the adapters of one store, a list that they share; None for an adapter alone.
         first: its part is added before those of the projection's other adapters, in whatever order they came.
+        at_work: put the hook on; False leaves that to `open`.
 
     Raises:
         NPTError: edits are at work on it already.
     """
 
     def __init__(
-        self, down: nn.Module, base: nn.Module, *, together: list[DownAdapter] | None = None, first: bool = False
+        self,
+        down: nn.Module,
+        base: nn.Module,
+        *,
+        together: list[DownAdapter] | None = None,
+        first: bool = False,
+        at_work: bool = True,
     ):
         self.down, self.base, self.on = down, base, True
         self._together: list[DownAdapter] = [] if together is None else together
@@ -41,7 +48,8 @@ class DownAdapter:
         self._factors: Factors | None = None
         self._trial: Callable[[Tensor], Tensor] | None = None
         self._see: Callable[[Tensor], None] | None = None
-        self.open()
+        if at_work:
+            self.open()
 
     def set(self, factors: Factors | None) -> None:
         """Puts a weight delta to work, in the projection's own format or float32; None for the base alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,14 +89,21 @@ def truncated(factors: Factors, pairs: Pairs, rank: int) -> Factors:
     return Factors(left, left.T @ factors.left @ factors.right)
 
 
-def _lost(store: EditStore, factors: Factors) -> tuple[str, ...]:
-    """Ids of edits that hold with the whole weight delta and not with `factors`."""
+def _lost(store: EditStore, factors: Factors, joint: bool = False) -> tuple[str, ...]:
+    """Ids of facts that hold with everything at work and not with `factors` in their block.
+
+    Args:
+        store: with its edits at work.
+        factors: the weight delta instead of that of the facts.
+        joint: it stands for the contexts' weight delta in that block too.
+    """
     edits = store.facts
     ask = holding(store.bench, [edit.request for edit in edits])
     whole = ask()
     try:
         store.bench.adapter.set(factors)
-        left = ask()
+        with store.contexts.patches.off(store.layer) if joint else nullcontext():
+            left = ask()
     finally:
         store.bench.adapter.set(store.factors)
     return tuple(edit.id for edit, one, other in zip(edits, whole, left, strict=True) if one and not other)
@@ -114,7 +122,10 @@ def loras_of(store: EditStore) -> dict[str, Lora]:
         facts = lora_of(store)
         lost = facts.lost
         parts.setdefault(store.bench.layer, []).append(Factors(facts.b.double(), facts.a.double()))
-    whole = {layer: _within_ranks(_joined(own)) for layer, own in sorted(parts.items())}
+    joint = {layer: _joined(own) for layer, own in sorted(parts.items())}
+    whole = {layer: _within_ranks(factors) for layer, factors in joint.items()}
+    if store.facts and whole[store.bench.layer] is not joint[store.bench.layer]:
+        lost = _lost(store, whole[store.bench.layer], joint=True)
     rank = next(rank for rank in RANKS if rank >= max(len(one.right) for one in whole.values()))
     return {blocks.name(layer): _padded(one, rank, lost) for layer, one in whole.items()}
 

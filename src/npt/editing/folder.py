@@ -58,7 +58,7 @@ def save_store(store: EditStore, folder: Path) -> Path:
         "base": recorded_name(getattr(blocks.base.config, "_name_or_path", None)),
         "layer": store.layer,
         "module": "" if store.layer is None else store.bench.module,
-        "metric": store.source.name,
+        "metric": store.metric,
         "ridge": store.ridge,
         "chosen_ridge": store.chosen_ridge,
         "lora": described(loras),
@@ -139,7 +139,8 @@ def load_store(
         if store.source.name != record["metric"]:
             store.refuse_writing(
                 f"the store in {folder} has the metric {one_line(repr(record['metric']), 100)}, and this one "
-                f"{one_line(repr(store.source.name), 100)}; load it with the same metric, statistics and domain to write more"
+                f"{one_line(repr(store.source.name), 100)}; load it with the same metric, statistics and domain to write more",
+                record["metric"],
             )
         try:
             absorbed.put_back(store.contexts, record.get("contexts", ()), tensors)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -147,6 +148,32 @@ def automatic_ridge(bench: Bench, pairs: Pairs, requests: Sequence[Request]) -> 
 def shown(bench: Bench, request: Request) -> int:
     """Tokens that are written behind a request's prompt to show the text before and after."""
     return SHOWN + len(bench.prompts.target(request.prompt, request.target, None).targets)
+
+
+def readings(
+    bench: Bench,
+    requests: Sequence[Request],
+    off: Callable[[], AbstractContextManager[None]],
+    in_full: bool,
+    progress: bool,
+) -> Iterator[dict[str, Any]]:
+    """The fields before, after and holds of new edits, in the requests' order.
+
+    Args:
+        bench: the model at the edited block, with the edits at work.
+        requests: those that were written.
+        off: leaves all edits out within a `with` block.
+        in_full: False leaves both texts blank, and asks one pass whether an edit holds.
+        progress: show a progress bar.
+    """
+    if not in_full:
+        yield from ({"holds": holds} for holds in holding(bench, requests)())
+        return
+    for request in tracked(requests, "Reading back", progress and len(requests) > 1, unit="edits"):
+        with off():
+            before = bench.write(request.prompt, shown(bench, request))
+        after = bench.write(request.prompt, shown(bench, request))
+        yield {"before": before, "after": after, "holds": follows(after, request.target)}
 
 
 def verified(bench: Bench, edits: Sequence[Edit], progress: bool) -> list[Verification]:

@@ -22,9 +22,9 @@ def check_mergeable(store: EditStore, other: EditStore) -> None:
             raise NPTError(
                 f"the stores edit blocks {store.layer} and {other.layer}; write one's edits anew in the other"
             )
-        if store.source.name != other.source.name:
+        if store.metric != other.metric:
             raise NPTError(
-                f"the stores have the metrics {store.source.name} and {other.source.name}; write one's edits anew in the other"
+                f"the stores have the metrics {store.metric} and {other.metric}; write one's edits anew in the other"
             )
         new = [edit for edit in other.facts if edit not in store.facts]
         check_together([e.request for e in new], [f"edit {e.id}" for e in new], [e.request for e in store.facts])

@@ -83,7 +83,7 @@ class EditStore:
         self._finds: Writer | None = None
         self._edits: dict[str, Edit] = {}
         self._pairs: dict[str, Pairs] = {}
-        self._refusal = ""
+        self.metric, self._refusal = self.source.name, ""
         self.chosen_ridge = 0.0
 
     # -- what is in it -----------------------------------------------------------------------------------------------------
@@ -195,9 +195,8 @@ class EditStore:
         """
         if self._refusal:
             raise NPTError(self._refusal)
-        records = list(records)
-        where = [f"edit {number}" for number in range(1, len(records) + 1)]
-        requests = [r if isinstance(r, Request) else request_of(r, w) for r, w in zip(records, where, strict=True)]
+        requests = [r if isinstance(r, Request) else request_of(r, f"edit {i}") for i, r in enumerate(records, 1)]
+        where = [f"edit {i}" for i in range(1, len(requests) + 1)]
         check_together(requests, where, [edit.request for edit in self.facts])
         if not requests:
             return []
@@ -210,8 +209,7 @@ class EditStore:
                 writer.check(request)
             for request in tracked(requests, "Writing edits", self.progress and len(requests) > 1, unit="edits"):
                 found[request.id] = writer.alone(request)
-        before = dict(self._edits), dict(self._pairs), self.chosen_ridge
-        try:
+        with self._unchanged_unless_done():
             for request in requests:
                 self._pairs[request.id] = found[request.id].pairs
                 self._edits[request.id] = Edit(
@@ -220,10 +218,6 @@ class EditStore:
                 )  # fmt: skip
             self._apply()
             self._tell(requests)
-        except BaseException:
-            self._edits, self._pairs, self.chosen_ridge = before
-            self._set()
-            raise
         return [self._edits[request.id] for request in requests]
 
     def undo(self, id: str) -> None:
@@ -234,11 +228,12 @@ class EditStore:
         """
         if id not in self._edits:
             raise NPTError(f"{one_line(repr(id), 40)}: no edit has that id; {known_ids(self._edits)}")
-        if id in self.contexts.ledger:
-            self.contexts.undo(id)
-        self._pairs.pop(id, None)
-        del self._edits[id]
-        self._apply()
+        with self._unchanged_unless_done():
+            if id in self.contexts.ledger:
+                self.contexts.undo(id)
+            self._pairs.pop(id, None)
+            del self._edits[id]
+            self._apply()
 
     def absorb(
         self,
@@ -262,12 +257,13 @@ class EditStore:
 
         Raises:
             DataError: a blank or contradictory argument, one that the model's window does not hold, too few answers.
-            NPTError: an unknown option or a value out of range, or the context is absorbed already. Nothing is absorbed then.
+            NPTError: an unknown option or a value out of range, the context is absorbed already, other contexts were absorbed
+                beside other text than `statistics`, or the store is closed. Nothing is absorbed then.
         """
-        with self.contexts.unchanged_unless_done():
+        with self._unchanged_unless_done():
             found = self.contexts.absorb(context, questions, answers, blocks, options)
+            self._edits[found.id] = found
             self._apply()
-        self._edits[found.id] = found
         return found
 
     def merge(self, other: EditStore) -> None:
@@ -278,7 +274,8 @@ class EditStore:
         """
         from npt.editing.merging import take_over
 
-        take_over(self, other)
+        with self._unchanged_unless_done():
+            take_over(self, other)
 
     def adopt(self, edits: Sequence[Edit], pairs: Mapping[str, Pairs], layer: int | None) -> None:
         """Puts edits of another store to work too, for `merge`; those that were absorbed are at work already."""
@@ -316,7 +313,7 @@ class EditStore:
         """Writes a folder that plain PEFT loads as a LoRA, with edits.json and what undoing needs beside it.
 
         Raises:
-            NPTError: there is no edit. RunError: the disk is full or gone; what was there is whole.
+            NPTError: the folder holds something else. RunError: the disk is full or gone; what was there is whole.
         """
         from npt.editing.folder import save_store
 
@@ -355,9 +352,9 @@ class EditStore:
         self.chosen_ridge = ridge
         self._set()
 
-    def refuse_writing(self, why: str) -> None:
-        """Makes every further write an error that says why."""
-        self._refusal = why
+    def refuse_writing(self, why: str, metric: str) -> None:
+        """Makes every further write an error that says why, and names the metric of the facts that are there."""
+        self._refusal, self.metric = why, metric
 
     # -- pieces ------------------------------------------------------------------------------------------------------------
 
@@ -370,14 +367,26 @@ class EditStore:
             self._finds = Writer(self.source, self.bench, self.values, self.settings)
         return self._finds
 
+    @contextmanager
+    def _unchanged_unless_done(self) -> Iterator[None]:
+        """Puts edits, contexts and weight deltas back where a `with` block fails."""
+        before = dict(self._edits), dict(self._pairs), self.chosen_ridge
+        try:
+            with self.contexts.unchanged_unless_done():
+                yield
+        except BaseException:
+            self._edits, self._pairs, self.chosen_ridge = before
+            self._set()
+            raise
+
     def _apply(self) -> None:
         """Chooses the ridge and puts the joint weight delta to work."""
-        self.chosen_ridge = self.ridge if self._pairs else 0.0  # type: ignore[assignment]
-        if self._pairs and self.ridge == "auto":
-            ids = sorted(self._pairs)
-            self.chosen_ridge = measure.automatic_ridge(
-                self.bench, joined([self._pairs[id] for id in ids]), [self._edits[id].request for id in ids]
-            )
+        pairs = self.pairs
+        if pairs is None or self.ridge != "auto":
+            self.chosen_ridge = 0.0 if pairs is None else float(self.ridge)
+        else:
+            requests = [self._edits[id].request for id in sorted(self._pairs)]
+            self.chosen_ridge = measure.automatic_ridge(self.bench, pairs, requests)
         self._set()
 
     def _set(self) -> None:
@@ -386,14 +395,6 @@ class EditStore:
 
     def _tell(self, requests: Sequence[Request]) -> None:
         """Writes down the text before and after of new edits."""
-        if not self.read_back:
-            for request, holds in zip(requests, measure.holding(self.bench, requests)(), strict=True):
-                self._edits[request.id] = replace(self._edits[request.id], holds=holds)
-            return
-        for request in tracked(requests, "Reading back", self.progress and len(requests) > 1, unit="edits"):
-            with self.disabled():
-                before = self.bench.write(request.prompt, measure.shown(self.bench, request))
-            after = self.bench.write(request.prompt, measure.shown(self.bench, request))
-            self._edits[request.id] = replace(
-                self._edits[request.id], before=before, after=after, holds=measure.follows(after, request.target)
-            )
+        told = measure.readings(self.bench, requests, self.disabled, self.read_back, self.progress)
+        for request, fields in zip(requests, told, strict=True):
+            self._edits[request.id] = replace(self._edits[request.id], **fields)

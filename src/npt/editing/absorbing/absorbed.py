@@ -33,8 +33,8 @@ class Compared:
 class Figures:
     """Means over questions that neither solved for the weight deltas nor chose their setting.
 
-    kl_before, kl_after: over the answers' tokens, in nats. text_kl: from the base on text that it writes itself, in nats a
-    token, with all contexts of the store at work. seconds: that absorbing took.
+    kl_before, kl_after: over the answers' tokens, in nats. text_kl: from the base on text that it writes itself and that no
+    setting was chosen by, in nats a token, with all contexts of the store at work. seconds: that absorbing took.
     """
 
     kl_before: float

@@ -67,7 +67,8 @@ class Choice:
         options: Options,
         progress: bool = False,
     ):
-        self.lesson, self.held, self.watched, self.text = lesson, held, watched, text
+        # Copies, as `best` moves them up to the lowest block of its sets.
+        self.lesson, self.held, self.watched, self.text = lesson.copy(), held.copy(), watched.copy(), text
         self.patches, self.options, self.progress = patches, options, progress
         self.trials: dict[Setting, Trial] = {}
         self._advance: Callable[[int], None] = lambda steps: None

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from npt.editing.absorbing.absorbed import Absorbed, Compared, Figures, id_of
 from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.choice import Choice, Trial, block_sets
 from npt.editing.absorbing.dialogue import Dialogue, context_from, shown
-from npt.editing.absorbing.general import GeneralText
-from npt.editing.absorbing.lesson import Lesson
+from npt.editing.absorbing.general import CHOOSING, REPORTING, GeneralText
+from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.patches import Patches
 from npt.editing.absorbing.questions import Asked
 from npt.editing.absorbing.settings import Options, Setting, blocks_of_choice, options_of
@@ -70,6 +69,7 @@ class Contexts:
         self.patches = Patches(self.blocks, together)
         self.general = GeneralText(model, tokenizer, self.blocks, statistics, cache_dir, progress)
         self.ledger: dict[str, Absorbed] = {}
+        self._watched: dict[int, Apart] = {}
 
     # -- what is at work ---------------------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class Contexts:
             return
         own = [self.ledger[id] for id in sorted(self.ledger)]
         setting = self.setting()
-        with self.facts_off():
+        with self.facts_off(), self.patches.opened():
             self.patches.set({})
             text = self.general.moments(setting.blocks)
             learnt = [conversation for one in own for conversation in one.learnt]
@@ -165,6 +165,12 @@ class Contexts:
         id = id_of(whole, asked, replies)
         if id in self.ledger:
             raise NPTError(f"context {one_line(shown(whole), 60)}: is absorbed already (id {id}); undo it first")
+        if self.patches.closed:
+            raise NPTError("absorb: the store's edits are off the model since close(); call reopen() first")
+        if self.ledger:
+            self.general.check()
+        else:
+            self.general.leave()
         teacher = Teacher(self.blocks, self.dialogue(options.style), options, self.progress)
         teacher.chunks(whole)  # before any long work
         teacher.check(asked or ())
@@ -192,13 +198,15 @@ class Contexts:
         layers = sorted({block for one in sets for block in one})
         text = self.general.moments(layers)
         lesson, held = Lesson(self.blocks, taught.learn, layers), Lesson(self.blocks, taught.choose)
-        choice = Choice(lesson, held, self.watched, text, self.patches, options, self.progress)
+        choice = Choice(lesson, held, self.watched(CHOOSING), text, self.patches, options, self.progress)
         return choice.best(sets), len(choice.trials)
 
-    @cached_property
-    def watched(self) -> Any:
-        """Text of the base on which damage is measured. The base has to be alone when it is first asked for."""
-        return self.general.watched()
+    def watched(self, seed: int) -> Apart:
+        """Text of the base on which damage is measured (see `GeneralText.watched`), made once. Facts have to be off then."""
+        if seed not in self._watched:
+            with self.patches.off():
+                self._watched[seed] = self.general.watched(seed)
+        return self._watched[seed]
 
     def _tell(self, id: str, options: Options, start: float) -> None:
         """Writes down what came out of a new context."""
@@ -236,12 +244,12 @@ class Contexts:
         return found
 
     def text_kl(self) -> float:
-        """Mean KL from the base on text that it writes itself, in nats a token, with what is at work."""
-        if "watched" not in self.__dict__:
-            with self.patches.off():
-                self.watched  # noqa: B018  made on the base
-        found = self.watched.kl()
-        return float(found.sum() / self.watched.tokens.sum())
+        """Mean KL from the base on text that it writes itself, in nats a token, with what is at work.
+
+        No setting was chosen by this text.
+        """
+        watched = self.watched(REPORTING)
+        return float(watched.kl().sum() / watched.tokens.sum())
 
     def compare(self, one: Absorbed, questions: Sequence[str] | None = None) -> list[Compared]:
         """Compares what the model writes to questions without a context, with it, and with what is at work.

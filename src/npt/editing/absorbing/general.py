@@ -25,10 +25,12 @@ from npt.editing.statistics import (
     token_rows,
     write_moment,
 )
+from npt.errors import NPTError
 
 #: Texts of `LENGTH` tokens that the base writes, on which the damage is measured.
 WATCHED = 8
-_SEED = 1
+#: Of the text by which a setting is chosen, and of the text of the figure that is reported; 0 is that of the statistics.
+CHOOSING, REPORTING = 1, 2
 
 
 class GeneralText:
@@ -56,6 +58,7 @@ class GeneralText:
         self.cache_dir, self.progress = cache_dir, progress
         self._rows: list[list[int]] | None = None
         self._moments: Moments = {}
+        self._taken = False
 
     @property
     def known(self) -> list[list[int]] | None:
@@ -65,7 +68,26 @@ class GeneralText:
     def take(self, rows: Sequence[Sequence[int]]) -> None:
         """Takes token ids of another store's text for its own."""
         if self._rows != (own := [list(map(int, row)) for row in rows]):
-            self._rows, self._moments = own, {}
+            self._rows, self._moments, self._taken = own, {}, True
+
+    def leave(self) -> None:
+        """Goes back to this store's own text, where that of another one was taken and no context is left beside it."""
+        if self._taken:
+            self._rows, self._moments, self._taken = None, {}, False
+
+    def check(self) -> None:
+        """Checks that texts which were given are those that were taken.
+
+        Raises:
+            NPTError: they differ.
+        """
+        if not self._taken or isinstance(self.statistics, str):
+            return
+        if token_rows(self.tokenizer, list(self.statistics), "statistics") != self._rows:
+            raise NPTError(
+                "statistics: the contexts in the store were absorbed beside other text; give that, or no statistics to go on "
+                "beside it"
+            )
 
     def rows(self) -> list[list[int]]:
         """Token ids of the text. The base has to be alone where it writes it."""
@@ -93,10 +115,14 @@ class GeneralText:
                 self._moments[layer] = found.float().double()
         return {layer: self._moments[layer] for layer in layers}
 
-    def watched(self) -> Apart:
-        """Other text that the base writes itself, to be compared with what the base says of it. The base has to be alone."""
+    def watched(self, seed: int) -> Apart:
+        """Other text that the base writes itself, to be compared with what the base says of it. The base has to be alone.
+
+        Args:
+            seed: `CHOOSING` or `REPORTING`.
+        """
         found = sample_blocks(
-            self.model, self.tokenizer, WATCHED, min(LENGTH, self._longest()), seed=_SEED, cache_dir=self.cache_dir,
+            self.model, self.tokenizer, WATCHED, min(LENGTH, self._longest()), seed=seed, cache_dir=self.cache_dir,
             label="general", progress=self.progress,
         )  # fmt: skip
         start = 0 if begins_with_bos(self.tokenizer) else 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -37,6 +38,12 @@ class Apart:
     ):
         self.blocks, self.last, self.counted, self.count = blocks, last, counted, len(rows)
         self.stream = Stream(blocks, rows, kept)
+
+    def copy(self) -> Self:
+        """The same rows at the same block; the streams of the two go on apart."""
+        other = copy(self)
+        other.stream = self.stream.copy()
+        return other
 
     def kl(self) -> Tensor:
         """KL(given || model as it is now) in nats, summed over the counted tokens of each row, (rows,) float64."""

@@ -24,13 +24,14 @@ class Patches:
     def __init__(self, blocks: Blocks, together: list[DownAdapter]):
         self.blocks, self.together = blocks, together
         self.factors: dict[int, Factors] = {}
+        self.closed = False
         self._adapters: dict[int, DownAdapter] = {}
 
     def put(self, layer: int, factors: Factors) -> None:
         """Puts a weight delta to work, rounded to the format that it is computed in."""
         if layer not in self._adapters:
             self._adapters[layer] = DownAdapter(
-                self.blocks.down(layer), self.blocks.base, together=self.together, first=True
+                self.blocks.down(layer), self.blocks.base, together=self.together, first=True, at_work=not self.closed
             )
         adapter = self._adapters[layer]
         self.factors[layer] = Factors(*(_rounded(part, adapter) for part in (factors.left, factors.right)))
@@ -55,13 +56,34 @@ class Patches:
             self.set(before)
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """The base within a `with` block."""
-        with having(list(self._adapters.values()), "on", False):
+    def off(self, layer: int | None = None) -> Iterator[None]:
+        """The base within a `with` block.
+
+        Args:
+            layer: leave only this block's weight delta out; None for all.
+        """
+        adapters = [adapter for block, adapter in self._adapters.items() if layer in (None, block)]
+        with having(adapters, "on", False):
             yield
 
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The hooks are on within a `with` block, and afterwards as they were before.
+
+        Raises:
+            NPTError: another store is at work on the model.
+        """
+        closed = self.closed
+        self.open()
+        try:
+            yield
+        finally:
+            if closed:
+                self.close()
+
     def close(self) -> None:
-        """Takes the hooks off, until `open`."""
+        """Takes the hooks off, and leaves later ones off too, until `open`."""
+        self.closed = True
         for adapter in self._adapters.values():
             adapter.close()
 
@@ -73,6 +95,7 @@ class Patches:
         """
         for adapter in self._adapters.values():
             adapter.open()
+        self.closed = False
 
 
 def _rounded(part: Tensor, adapter: DownAdapter) -> Tensor:

@@ -130,7 +130,16 @@ class Stream:
 
     @torch.no_grad()
     def through(self, layer: int) -> Passed:
-        """Runs all rows through a block, at or above the one that they are at; they stay at its input."""
+        """Runs all rows through a block, at or above the one that they are at; they stay at its input.
+
+        Raises:
+            RuntimeError: the block is below the one that the rows are at.
+        """
+        at = max((len(recording.rests) for recording in self._at), default=0)
+        if layer < at:
+            raise RuntimeError(
+                f"block {layer} is below block {at}, which the rows are at; copy a stream before it goes on"
+            )
         found = [self._one(number, layer) for number in range(len(self._at))]
         return Passed(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from npt.editing.bench import chunks, written
+from npt.editing.keys import Prompts
 from npt.editing.measure import Preview, divergences
 from npt.editing.statistics import padded, token_rows
-from npt.tuner.converted import device_of, eval_mode
+from npt.tuner.converted import device_of, eval_mode, vocabulary_size
 
 #: Leaves the edits out within a `with` block.
 Off = Callable[[], AbstractContextManager[None]]
@@ -27,8 +28,11 @@ def previewed_whole(base: Any, tokenizer: Any, off: Off, text: str, new_tokens: 
         off: leaves the edits out.
         text: the text.
         new_tokens: tokens that are written behind it.
+
+    Raises:
+        DataError: a text without a token, or longer than the model's window.
     """
-    (row,) = token_rows(tokenizer, [text], "text")[:1]
+    row = Prompts(tokenizer, base.config, vocabulary_size(base)).ids(text)
     batch = padded([row], device_of(base))
     with off(), eval_mode(base):
         plain = base(**batch, use_cache=False).logits[0]
