@@ -41,7 +41,7 @@ from npt.editing.measure import mean_kl
 from npt.editing.metrics import Source
 from npt.editing.requests import Request
 from npt.editing.solve import Factors
-from npt.errors import DataError, NPTError
+from npt.errors import DataError, NPTError, RunError
 from npt.runs.editing_bench import kept_records
 from tests.helpers import random_base, spelling_tokenizer
 
@@ -315,6 +315,31 @@ def test_a_batch_that_fails_is_taken_back(setup: Setup, asker: Asker, monkeypatc
     with pytest.raises(NPTError, match="no"):
         measure(method, asker, [[RECORD]], progress=False)
     assert torch.equal(logits(asker), before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_figure_that_is_not_finite_stops_the_method_before_it_is_kept(
+    value: float, setup: Setup, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = logits(asker)
+    monkeypatch.setattr(Asker, "on_text", lambda self, method: (value, 0.0))
+    with pytest.raises(RunError, match=rf"noise: kl is {value} after 'One day, Tim saw a big' was written; .*--option"):
+        measure(Said(setup, 5.0), asker, [[RECORD]], label="noise", progress=False)
+    assert torch.equal(logits(asker), before)
+
+
+def test_weights_that_are_not_numbers_are_such_a_figure(setup: Setup, asker: Asker) -> None:
+    with pytest.raises(RunError, match=r"Editing: kl is nan"):
+        measure(Said(setup, math.nan), asker, [[RECORD]], progress=False)
+
+
+def test_a_record_without_neighbours_has_no_locality(setup: Setup, asker: Asker) -> None:
+    (found,) = measure(Said(setup, 0.0), asker, [[replace(RECORD, neighbours=())]], progress=False)
+    assert found.locality is None and found.ordering is None and found.kl == 0
+
+
+def test_figures_beyond_a_float_are_infinite_and_of_nothing_are_none() -> None:
+    assert perplexity([replace(OUTCOME, rise=1e4)]) == math.inf and math.isnan(largest_kl([]))
 
 
 def test_batches_are_in_order_or_drawn_from_all_records() -> None:

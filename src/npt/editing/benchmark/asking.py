@@ -124,11 +124,11 @@ class Asker:
         return Row(row.ids, row.start)
 
     @torch.no_grad()
-    def answers(self, method: Method, item: Record) -> tuple[float, float, float | None]:
+    def answers(self, method: Method, item: Record) -> tuple[float, float | None, float | None]:
         """(share of the target's tokens that are the likeliest, locality, ordering), the answers being given.
 
         locality: share of the neighbours behind which every token of the base's first sentence is still the likeliest, which
-        is to say that the model writes the same sentence.
+        is to say that the model writes the same sentence; None without neighbours.
         """
         rows = self.rows_of(method, item)
         start = min(row.start for row in rows) - 1
@@ -143,7 +143,7 @@ class Asker:
             if near.truth:
                 ordered.append(float(told[at + 1][1] > told[at + 2][1]))
             at += 3 if near.truth else 1
-        return told[0][0], fmean(kept) if kept else float("nan"), fmean(ordered) if ordered else None
+        return told[0][0], fmean(kept) if kept else None, fmean(ordered) if ordered else None
 
     def _recorded(self, method: Method, rows: tuple[tuple[int, ...], ...]) -> Recording:
         """The rows up to the first block that is edited, kept for the next method and setting."""

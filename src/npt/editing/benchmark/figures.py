@@ -31,7 +31,7 @@ from npt.editing.benchmark.asking import Asker
 from npt.editing.benchmark.extras import Extras
 from npt.editing.benchmark.methods import Method
 from npt.editing.benchmark.records import Record
-from npt.errors import NPTError
+from npt.errors import NPTError, RunError
 
 #: Records of a row whose texts are shown, and records shown at most of those that came out wrong.
 SHOWN, WRONG = 3, 5
@@ -108,6 +108,9 @@ def measured(
         sequential: write the records of a batch one after the other instead of together.
         extras: makes the figures that cost more.
         first: the batch to begin with; those before are done. wrong: examples of what came out wrong in them.
+
+    Raises:
+        RunError: a figure is not finite; the batch is taken back.
     """
     for near in (near for batch in batches[first:] for record in batch for near in record.neighbours):
         asker.said(near.prompt)  # while nothing is written
@@ -115,7 +118,7 @@ def measured(
     with progress_bar(label, sum(sizes), progress, unit="records", done=sum(sizes[:first])) as advance:
         for group in range(first, len(batches)):
             limits = max(0, SHOWN - sum(sizes[:group])), WRONG - wrong
-            found = _of_batch(method, asker, batches[group], group, sequential, extras or Extras(), limits, advance)
+            found = _of_batch(method, asker, batches[group], group, sequential, extras or Extras(), limits, advance, label)
             wrong += sum(not example.right for example in found.examples)
             yield found
 
@@ -153,6 +156,7 @@ def _of_batch(
     extras: Extras,
     limits: tuple[int, int],
     advance: Callable[[int], None],
+    label: str,
 ) -> Measured:
     """limits: records to show, and examples of what came out wrong."""
     outcomes, examples = list[Outcome](), list[Example]()
@@ -168,7 +172,7 @@ def _of_batch(
             "passes": passes / len(part), "bytes": method.bytes,
         }  # fmt: skip
         for number, record in enumerate(part):
-            outcome = _outcome(method, asker, record, extras, group, shared)
+            outcome = _outcome(method, asker, record, extras, group, shared, label)
             outcomes.append(outcome)
             more = sum(not example.right for example in examples) < limits[1]
             examples += _examples(method, asker, record, outcome, number < limits[0], more)
@@ -179,7 +183,13 @@ def _of_batch(
 
 
 def _outcome(
-    method: Method, asker: Asker, record: Record, extras: Extras, group: int, shared: dict[str, float | None]
+    method: Method,
+    asker: Asker,
+    record: Record,
+    extras: Extras,
+    group: int,
+    shared: dict[str, float | None],
+    label: str,
 ) -> Outcome:
     target = record.request.target
     said = [asker.says(method.text(text), target) for text in record.paraphrases]
@@ -196,12 +206,18 @@ def _outcome(
         "fluency_change": change,
         **shared,
     }
+    for name, value in values.items():
+        if value is not None and not math.isfinite(value):
+            raise RunError(
+                f"{label}: {name} is {value} after {one_line(repr(record.request.prompt), 60)} was written; the edit breaks the "
+                "model, so give the method milder options with --option, or leave it out of --method"
+            )
     return Outcome(group, **{name: rounded(value) for name, value in values.items()})  # type: ignore[arg-type]
 
 
 def rounded(value: float | None) -> float | None:
-    """Six significant digits, as figures are kept; None for NaN."""
-    return None if value is None or math.isnan(value) else float(f"{value:.6g}")
+    """Six significant digits, as figures are kept; None stays."""
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _examples(
@@ -260,13 +276,16 @@ def gap(outcomes: Sequence[Outcome]) -> float:
 
 
 def perplexity(outcomes: Sequence[Outcome]) -> float:
-    """Perplexity of the running text over the base's, the geometric mean over batches."""
-    return math.exp(mean_of("rise")(outcomes))
+    """Perplexity of the running text over the base's, the geometric mean over batches; infinite beyond a float's range."""
+    try:
+        return math.exp(mean_of("rise")(outcomes))
+    except OverflowError:
+        return math.inf
 
 
 def largest_kl(outcomes: Sequence[Outcome]) -> float:
-    """The divergence of the batch that disturbs most; of single edits, of the worst one."""
-    return max(_known(outcomes, "kl"))
+    """The divergence of the batch that disturbs most; of single edits, of the worst one. NaN without an outcome."""
+    return max(_known(outcomes, "kl"), default=math.nan)
 
 
 FIGURES: dict[str, Figure] = {
