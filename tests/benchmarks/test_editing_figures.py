@@ -323,7 +323,9 @@ def test_a_figure_that_is_not_finite_stops_the_method_before_it_is_kept(
 ) -> None:
     before = logits(asker)
     monkeypatch.setattr(Asker, "on_text", lambda self, method: (value, 0.0))
-    with pytest.raises(RunError, match=rf"noise: kl is {value} after 'One day, Tim saw a big' was written; .*--option"):
+    with pytest.raises(
+        RunError, match=rf"noise: kl is {value} after 'One day, Tim saw a big' was written: .*; give .*--option"
+    ):
         measure(Said(setup, 5.0), asker, [[RECORD]], label="noise", progress=False)
     assert torch.equal(logits(asker), before)
 
@@ -342,13 +344,17 @@ def test_figures_beyond_a_float_are_infinite_and_of_nothing_are_none() -> None:
     assert perplexity([replace(OUTCOME, rise=1e4)]) == math.inf and math.isnan(largest_kl([]))
 
 
-def test_batches_are_in_order_or_drawn_from_all_records() -> None:
-    records = [replace(RECORD, paraphrases=(str(i),)) for i in range(5)]
-    assert batches_of(records, 2) == [records[:2], records[2:4], records[4:]]
+def test_batches_are_in_order_or_drawn_without_a_record_twice() -> None:
+    records = [replace(RECORD, paraphrases=(str(i),)) for i in range(13)]
     drawn = batches_of(records, 3, draws=4)
-    assert [len({record.paraphrases for record in batch}) for batch in drawn] == [3] * 4
+    assert [len(batch) for batch in drawn] == [3] * 4 and len({r.paraphrases for batch in drawn for r in batch}) == 12
     assert drawn == batches_of(records, 3, draws=4) != batches_of(records, 3, draws=4, seed=1)
-    for size, draws, message in ((0, None, "batch=0"), (2, 0, "draws=0"), (6, 1, "more than the 5 records")):
+    records = records[:5]
+    assert batches_of(records, 2) == [records[:2], records[2:4], records[4:]]
+    for size, draws, message in (
+        (0, None, "batch=0"), (2, 0, "draws=0"), (6, 1, "batch=6, draws=1: 6 records, of the 5 .*; use a smaller batch"),
+        (2, 3, "batch=2, draws=3: 6 records, of the 5 there are, none twice; use at most 2 draws of 2, or smaller batches"),
+    ):  # fmt: skip
         with pytest.raises(NPTError, match=message):
             batches_of(records, size, draws)
 

@@ -21,7 +21,7 @@ from npt.common.fingerprint import base_fingerprint
 from npt.common.writable import check_file
 from npt.editing.benchmark.asking import Asker
 from npt.editing.benchmark.extras import Extras
-from npt.editing.benchmark.figures import batches_of, measured
+from npt.editing.benchmark.figures import batches_of, check_draws, measured
 from npt.editing.benchmark.methods import Method, Setup
 from npt.editing.benchmark.records import Record, check_apart, read_records
 from npt.editing.benchmark.registry import METHODS, known_method, made, options_of
@@ -47,7 +47,8 @@ KEEP_SECONDS = 2.0
 class Bench:
     """A command's words. None or empty where nothing was said.
 
-    records: a file. model: of the base. overrides: as --set gives them. draws: random batches of each size above 1.
+    records: a file. model: of the base. overrides: as --set gives them. draws: random batches of each size above
+    1, no record in two of a size.
     layers: blocks, rising. options: METHOD.NAME=VALUE. text: running text. tuned_on: the file that choices were made on.
     extras: see `npt.editing.benchmark.extras`. cache: a folder that keeps statistics.
     """
@@ -142,7 +143,7 @@ def measure_editing(bench: Bench) -> Kept:
     bench.check()
     records = read_records(bench.records)[: bench.limit]
     for size in bench.batches:
-        _check_size(size, len(records))
+        _check_size(size, bench.draws, len(records))
     if bench.tuned_on is not None:
         check_apart(records, bench.records, read_records(bench.tuned_on), bench.tuned_on)
     text = None if bench.text is None else _running_text(bench.text)
@@ -232,7 +233,7 @@ class Measuring:
         sizes = list(dict.fromkeys(bench.batches)) or [len(self.records) if bench.sequential else 1]
         plan = {}
         for size in sizes:
-            _check_size(size, len(self.records))
+            _check_size(size, bench.draws, len(self.records))
             plan[size] = batches_of(self.records, size, bench.draws if size > 1 else None)
         return plan
 
@@ -270,9 +271,11 @@ class Measuring:
         return Setup(material.model, material.tokenizer, source, layers)
 
 
-def _check_size(size: int, records: int) -> None:
+def _check_size(size: int, draws: int | None, records: int) -> None:
     if size > records:
         raise NPTError(f"--batch {size}: more than the {records} records there are; use a smaller batch")
+    if draws is not None and size > 1:
+        check_draws(f"--batch {size} --draws {draws}", size, draws, records)
 
 
 def _begun(path: Path, arguments: Mapping[str, Any]) -> Kept | None:

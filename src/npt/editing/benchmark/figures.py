@@ -118,7 +118,9 @@ def measured(
     with progress_bar(label, sum(sizes), progress, unit="records", done=sum(sizes[:first])) as advance:
         for group in range(first, len(batches)):
             limits = max(0, SHOWN - sum(sizes[:group])), WRONG - wrong
-            found = _of_batch(method, asker, batches[group], group, sequential, extras or Extras(), limits, advance, label)
+            found = _of_batch(
+                method, asker, batches[group], group, sequential, extras or Extras(), limits, advance, label
+            )
             wrong += sum(not example.right for example in found.examples)
             yield found
 
@@ -132,19 +134,42 @@ def measure(
 
 
 def batches_of(records: Sequence[Record], size: int, draws: int | None = None, seed: int = 0) -> list[list[Record]]:
-    """Records in batches: one after the other, or so many random draws of `size` different ones.
+    """Records in batches: one after the other, or so many random draws of `size`, no record in two of them.
+
+    Draws that shared records would not be independent, as the standard errors take them to be.
 
     Raises:
-        NPTError: a size or number of draws below 1, or draws of more records than there are.
+        NPTError: a size or number of draws below 1, or more records in all draws than there are.
     """
     if size < 1 or (draws is not None and draws < 1):
         raise NPTError(f"batch={size}, draws={draws}: use whole numbers from 1")
     if draws is None:
         return [list(part) for part in chunks(records, size)]
-    if size > len(records):
-        raise NPTError(f"batch={size}: more than the {len(records)} records there are; use a smaller batch")
-    chance = random.Random(seed)
-    return [chance.sample(list(records), size) for _ in range(draws)]
+    check_draws(f"batch={size}, draws={draws}", size, draws, len(records))
+    drawn = random.Random(seed).sample(list(records), size * draws)
+    return [list(part) for part in chunks(drawn, size)]
+
+
+def check_draws(given: str, size: int, draws: int, records: int) -> None:
+    """Checks that so many draws can do without a record twice.
+
+    Args:
+        given: the two numbers, as they were given.
+        size: records of a draw.
+        draws: how many.
+        records: how many there are to draw from.
+
+    Raises:
+        NPTError: there are too few records.
+    """
+    if size * draws > records:
+        most = records // size
+        remedy = (
+            f"use at most {most} draw{'s' * (most > 1)} of {size}, or smaller batches"
+            if most
+            else "use a smaller batch"
+        )
+        raise NPTError(f"{given}: {size * draws} records, of the {records} there are, none twice; {remedy}")
 
 
 def _of_batch(
@@ -209,8 +234,8 @@ def _outcome(
     for name, value in values.items():
         if value is not None and not math.isfinite(value):
             raise RunError(
-                f"{label}: {name} is {value} after {one_line(repr(record.request.prompt), 60)} was written; the edit breaks the "
-                "model, so give the method milder options with --option, or leave it out of --method"
+                f"{label}: {name} is {value} after {one_line(repr(record.request.prompt), 60)} was written: the edit "
+                "breaks the model; give the method milder options with --option, or leave it out of --method"
             )
     return Outcome(group, **{name: rounded(value) for name, value in values.items()})  # type: ignore[arg-type]
 
