@@ -375,8 +375,8 @@ def test_records_that_editors_refuse_are_left_out_aloud(caplog: pytest.LogCaptur
 
 
 def test_options_are_literals_or_text_and_known_to_their_method() -> None:
-    assert options_of(["newton.clamp=3", "newton.terminator=.", "margin.layers=(1,2)", "newton.ridge=0.1"]) == {
-        "newton": {"clamp": 3, "terminator": ".", "ridge": 0.1}, "margin": {"layers": (1, 2)},
+    assert options_of(["newton.clamp=3", "newton.terminator=.", "margin.layers=(2,)", "newton.ridge=0.1"]) == {
+        "newton": {"clamp": 3, "terminator": ".", "ridge": 0.1}, "margin": {"layers": (2,)},
     }  # fmt: skip
     for text, message in (
         ("newton.clamp", "use METHOD.NAME=VALUE"),
@@ -386,6 +386,8 @@ def test_options_are_literals_or_text_and_known_to_their_method() -> None:
         ("newton.steps=0", "--option newton.steps=0: use a whole number"),
         ("context.clamp=3", "context takes no such option; use none"),
         ("newton.layers=3", "use blocks in brackets"),
+        ("newton.layers=(4,5,6)", "newton.layers=(4, 5, 6): newton edits one block; name it alone, as in (6,)"),
+        ("context.layers=(4,)", "context.layers=(4,): context edits no block; leave it out"),
     ):
         with pytest.raises(NPTError, match=re.escape(message)):
             options_of([text])

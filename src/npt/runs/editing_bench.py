@@ -48,9 +48,8 @@ class Bench:
     """A command's words. None or empty where nothing was said.
 
     records: a file. model: of the base. overrides: as --set gives them. draws: random batches of each size above
-    1, no record in two of a size.
-    layers: blocks, rising. options: METHOD.NAME=VALUE. text: running text. tuned_on: the file that choices were made on.
-    extras: see `npt.editing.benchmark.extras`. cache: a folder that keeps statistics.
+    1, no record in two of a size. layers: blocks, rising. options: METHOD.NAME=VALUE. text: running text. tuned_on: the file
+    that choices were made on. extras: see `npt.editing.benchmark.extras`. cache: a folder that keeps statistics.
     """
 
     records: Path
@@ -171,7 +170,8 @@ class Measuring:
         before: the figures that an earlier call of the same command kept; None for none.
 
     Raises:
-        DataError: no record can be written. NPTError: another base than before, or a batch larger than the records left.
+        DataError: no record can be written. NPTError: another base, machine or version than before,
+            or a batch larger than the records left.
     """
 
     def __init__(self, bench: Bench, material: Material, arguments: Mapping[str, Any], before: Kept | None):
@@ -249,6 +249,14 @@ class Measuring:
             if before.about.get(name) != self.kept.about[name]:
                 what = "another base" if name == "base_fingerprint" else "other running text"
                 raise NPTError(f"--output {self.bench.output}: is of {what}; name another file")
+        for part in ("machine", "versions"):  # figures, and seconds above all, are of one machine
+            there, here = before.about.get(part), self.kept.about[part]
+            there = there if isinstance(there, dict) else {}
+            for name in (name for name in here if there.get(name) != here[name]):
+                raise NPTError(
+                    f"--output {self.bench.output}: was begun with {name} {_said(there.get(name))}, and it is "
+                    f"{_said(here[name])} now; go on where it was begun, or name another file"
+                )
 
     def _take(self, before: Kept) -> None:
         """Takes over what is measured already; a method that carries its past along begins a half-done row anew."""
@@ -259,7 +267,6 @@ class Measuring:
                 continue
             if old.done == len(old.sizes) or not self.methods[row.method].carries:
                 self.kept.rows[number] = old
-        self.kept.about = before.about
 
     def _setup(self) -> Setup:
         bench, material = self.bench, self.material
