@@ -33,12 +33,13 @@ from npt.editing.benchmark.figures import (
     score,
     with_error,
 )
-from npt.editing.benchmark.methods import Method, Setup, Store
+from npt.editing.benchmark.methods import Context, Method, Setup, Store
 from npt.editing.benchmark.records import Neighbour, Record, check_apart, read_records, record_of
 from npt.editing.benchmark.registry import options_of
 from npt.editing.benchmark.rows import LESS, Row, table
 from npt.editing.measure import mean_kl
 from npt.editing.metrics import Source
+from npt.editing.replay import Recording
 from npt.editing.requests import Request
 from npt.editing.solve import Factors
 from npt.errors import DataError, NPTError, RunError
@@ -303,6 +304,38 @@ def losses(asker: Asker) -> float:
         likely = asker.base(ids[None]).logits[0, :-1].log_softmax(-1)
         found += [-float(likely[i, token]) for i, token in enumerate(ids[1:])]
     return fmean(found)
+
+
+def test_few_recordings_are_kept_of_those_used_last_in_main_memory(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("npt.editing.benchmark.asking._RECORDINGS", 2)
+    asker, method = Asker(setup.model, setup.tokenizer, [], 2), Said(setup, 0.0)
+    records = [replace(RECORD, request=replace(RECORD.request, target=word)) for word in ("cat", "box", "dog")]
+    first = [asker.answers(method, records[i]) for i in (0, 1, 0, 2)]
+    ids = [tuple(row.ids for row in asker.rows_of(method, item)) for item in records]
+    assert list(asker._below) == [ids[0], ids[2]] and first[0] == first[2]
+    hidden = asker._below[ids[0]].hidden
+    assert hidden is not None and hidden.device.type == "cpu"
+
+
+def test_recordings_behind_a_context_are_not_kept(setup: Setup) -> None:
+    asker, told = Asker(setup.model, setup.tokenizer, [], 2), Context(setup)
+    told.write_many([RECORD.request])
+    behind = asker.answers(told, RECORD)
+    assert not asker._below and behind == asker.answers(told, RECORD)
+    told.undo()
+    asker.answers(told, RECORD)
+    assert len(asker._below) == 1
+
+
+def test_a_recording_moves_with_all_that_it_holds() -> None:
+    one = torch.zeros(1, 2)
+    found = Recording({"input_ids": one}, one, (None, (one, None, [one])), one).to("meta")
+    rest = found.rests[1]
+    assert rest is not None and rest[1] is None and found.hidden is not None and found.logits is not None
+    moved = [found.batch["input_ids"], found.hidden, rest[0], rest[2][0], found.logits]
+    assert [tensor.device.type for tensor in moved] == ["meta"] * 5
 
 
 def test_a_batch_that_fails_is_taken_back(setup: Setup, asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
