@@ -16,9 +16,9 @@ from npt.editing.benchmark.registry import METHODS, Known
 
 BASELINES = {
     "rome": Known(Rome, settings="optimised"),
-    "memit": Known(Memit, settings="optimised"),
-    "alphaedit": Known(AlphaEdit, settings="optimised"),
-    "ultraedit": Known(UltraEdit),
+    "memit": Known(Memit, settings="optimised", blocks=None),
+    "alphaedit": Known(AlphaEdit, settings="optimised", blocks=None),
+    "ultraedit": Known(UltraEdit, blocks=None),
     "ft-m": Known(FineTuning),
     "locft": Known(partial(FineTuning, breadth=True)),
 }

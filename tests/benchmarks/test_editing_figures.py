@@ -33,15 +33,16 @@ from npt.editing.benchmark.figures import (
     score,
     with_error,
 )
-from npt.editing.benchmark.methods import Method, Setup, Store
+from npt.editing.benchmark.methods import Context, Method, Setup, Store
 from npt.editing.benchmark.records import Neighbour, Record, check_apart, read_records, record_of
 from npt.editing.benchmark.registry import options_of
 from npt.editing.benchmark.rows import LESS, Row, table
 from npt.editing.measure import mean_kl
 from npt.editing.metrics import Source
+from npt.editing.replay import Recording
 from npt.editing.requests import Request
 from npt.editing.solve import Factors
-from npt.errors import DataError, NPTError
+from npt.errors import DataError, NPTError, RunError
 from npt.runs.editing_bench import kept_records
 from tests.helpers import random_base, spelling_tokenizer
 
@@ -305,6 +306,38 @@ def losses(asker: Asker) -> float:
     return fmean(found)
 
 
+def test_few_recordings_are_kept_of_those_used_last_in_main_memory(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("npt.editing.benchmark.asking._RECORDINGS", 2)
+    asker, method = Asker(setup.model, setup.tokenizer, [], 2), Said(setup, 0.0)
+    records = [replace(RECORD, request=replace(RECORD.request, target=word)) for word in ("cat", "box", "dog")]
+    first = [asker.answers(method, records[i]) for i in (0, 1, 0, 2)]
+    ids = [tuple(row.ids for row in asker.rows_of(method, item)) for item in records]
+    assert list(asker._below) == [ids[0], ids[2]] and first[0] == first[2]
+    hidden = asker._below[ids[0]].hidden
+    assert hidden is not None and hidden.device.type == "cpu"
+
+
+def test_recordings_behind_a_context_are_not_kept(setup: Setup) -> None:
+    asker, told = Asker(setup.model, setup.tokenizer, [], 2), Context(setup)
+    told.write_many([RECORD.request])
+    behind = asker.answers(told, RECORD)
+    assert not asker._below and behind == asker.answers(told, RECORD)
+    told.undo()
+    asker.answers(told, RECORD)
+    assert len(asker._below) == 1
+
+
+def test_a_recording_moves_with_all_that_it_holds() -> None:
+    one = torch.zeros(1, 2)
+    found = Recording({"input_ids": one}, one, (None, (one, None, [one])), one).to("meta")
+    rest = found.rests[1]
+    assert rest is not None and rest[1] is None and found.hidden is not None and found.logits is not None
+    moved = [found.batch["input_ids"], found.hidden, rest[0], rest[2][0], found.logits]
+    assert [tensor.device.type for tensor in moved] == ["meta"] * 5
+
+
 def test_a_batch_that_fails_is_taken_back(setup: Setup, asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     method, before = Said(setup, 5.0), logits(asker)
 
@@ -317,13 +350,44 @@ def test_a_batch_that_fails_is_taken_back(setup: Setup, asker: Asker, monkeypatc
     assert torch.equal(logits(asker), before)
 
 
-def test_batches_are_in_order_or_drawn_from_all_records() -> None:
-    records = [replace(RECORD, paraphrases=(str(i),)) for i in range(5)]
-    assert batches_of(records, 2) == [records[:2], records[2:4], records[4:]]
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_figure_that_is_not_finite_stops_the_method_before_it_is_kept(
+    value: float, setup: Setup, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = logits(asker)
+    monkeypatch.setattr(Asker, "on_text", lambda self, method: (value, 0.0))
+    with pytest.raises(
+        RunError, match=rf"noise: kl is {value} after 'One day, Tim saw a big' was written: .*; give .*--option"
+    ):
+        measure(Said(setup, 5.0), asker, [[RECORD]], label="noise", progress=False)
+    assert torch.equal(logits(asker), before)
+
+
+def test_weights_that_are_not_numbers_are_such_a_figure(setup: Setup, asker: Asker) -> None:
+    with pytest.raises(RunError, match=r"Editing: kl is nan"):
+        measure(Said(setup, math.nan), asker, [[RECORD]], progress=False)
+
+
+def test_a_record_without_neighbours_has_no_locality(setup: Setup, asker: Asker) -> None:
+    (found,) = measure(Said(setup, 0.0), asker, [[replace(RECORD, neighbours=())]], progress=False)
+    assert found.locality is None and found.ordering is None and found.kl == 0
+
+
+def test_figures_beyond_a_float_are_infinite_and_of_nothing_are_none() -> None:
+    assert perplexity([replace(OUTCOME, rise=1e4)]) == math.inf and math.isnan(largest_kl([]))
+
+
+def test_batches_are_in_order_or_drawn_without_a_record_twice() -> None:
+    records = [replace(RECORD, paraphrases=(str(i),)) for i in range(13)]
     drawn = batches_of(records, 3, draws=4)
-    assert [len({record.paraphrases for record in batch}) for batch in drawn] == [3] * 4
+    assert [len(batch) for batch in drawn] == [3] * 4 and len({r.paraphrases for batch in drawn for r in batch}) == 12
     assert drawn == batches_of(records, 3, draws=4) != batches_of(records, 3, draws=4, seed=1)
-    for size, draws, message in ((0, None, "batch=0"), (2, 0, "draws=0"), (6, 1, "more than the 5 records")):
+    records = records[:5]
+    assert batches_of(records, 2) == [records[:2], records[2:4], records[4:]]
+    for size, draws, message in (
+        (0, None, "batch=0"), (2, 0, "draws=0"), (6, 1, "batch=6, draws=1: 6 records, of the 5 .*; use a smaller batch"),
+        (2, 3, "batch=2, draws=3: 6 records, of the 5 there are, none twice; use at most 2 draws of 2, or smaller batches"),
+    ):  # fmt: skip
         with pytest.raises(NPTError, match=message):
             batches_of(records, size, draws)
 
@@ -344,8 +408,8 @@ def test_records_that_editors_refuse_are_left_out_aloud(caplog: pytest.LogCaptur
 
 
 def test_options_are_literals_or_text_and_known_to_their_method() -> None:
-    assert options_of(["newton.clamp=3", "newton.terminator=.", "margin.layers=(1,2)", "newton.ridge=0.1"]) == {
-        "newton": {"clamp": 3, "terminator": ".", "ridge": 0.1}, "margin": {"layers": (1, 2)},
+    assert options_of(["newton.clamp=3", "newton.terminator=.", "margin.layers=(2,)", "newton.ridge=0.1"]) == {
+        "newton": {"clamp": 3, "terminator": ".", "ridge": 0.1}, "margin": {"layers": (2,)},
     }  # fmt: skip
     for text, message in (
         ("newton.clamp", "use METHOD.NAME=VALUE"),
@@ -355,6 +419,8 @@ def test_options_are_literals_or_text_and_known_to_their_method() -> None:
         ("newton.steps=0", "--option newton.steps=0: use a whole number"),
         ("context.clamp=3", "context takes no such option; use none"),
         ("newton.layers=3", "use blocks in brackets"),
+        ("newton.layers=(4,5,6)", "newton.layers=(4, 5, 6): newton edits one block; name it alone, as in (6,)"),
+        ("context.layers=(4,)", "context.layers=(4,): context edits no block; leave it out"),
     ):
         with pytest.raises(NPTError, match=re.escape(message)):
             options_of([text])

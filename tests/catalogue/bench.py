@@ -61,6 +61,10 @@ BENCH = [
     bad_bench("an unknown option", ("--option", "newton.clam=3"), "--option newton.clam=3: no setting of values", "margin"),
     bad_bench("an option out of range", ("--option", "newton.steps=0"), "--option newton.steps=0: use a whole number from 1"),
     bad_bench(
+        "several blocks for a method of one", ("--option", "newton.layers=(1,2,3)"),
+        "--option newton.layers=(1, 2, 3): newton edits one block; name it alone, as in (3,)",
+    ),
+    bad_bench(
         "an option of a method that is not measured", ("--method", "naive", "--option", "newton.steps=3"),
         "--option newton: --method does not name newton",
     ),
@@ -70,6 +74,11 @@ BENCH = [
     bad_bench("a batch that is too large", ("--batch", "1", "8"), "--batch 8: more than the 1 records there are", "smaller"),
     bad_bench("no records", ("--limit", "0"), "--limit 0: use a whole number from 1"),
     bad_bench("draws of single edits", ("--draws", "3"), "--draws 3: draws batches of more than one record", "--batch"),
+    bad_bench(
+        "more draws than records", ("--batch", "2", "--draws", "2"),
+        "--batch 2 --draws 2: 4 records, of the 3 there are, none twice; use at most 1 draw of 2",
+        r_json=json.dumps([RECORD] * 3).encode(),
+    ),
     bad_bench("single edits in turn", ("--sequential", "--batch", "1"), "--sequential: a batch of 1 has no order", "leave"),
     bad_bench("falling layers", ("--layers", "3", "1"), "--layers 3 1: use block indices from 0, each once, rising"),
     bad_bench("a layer too high", ("--layers", "40"), "layers=(40,): the model has 4 blocks; use 0 to 3"),

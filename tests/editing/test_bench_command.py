@@ -15,8 +15,9 @@ from benchmarks.editing.__main__ import main as with_baselines
 from benchmarks.editing_tables import editing_table, kept_editing, section_of
 from npt.cli import main
 from npt.editing.benchmark.methods import Context
-from npt.editing.benchmark.registry import METHODS
+from npt.editing.benchmark.registry import METHODS, options_of
 from npt.editing.benchmark.rows import read_kept
+from npt.errors import NPTError
 from scripts.marked import with_section
 
 FLAT = {
@@ -142,6 +143,25 @@ def test_other_arguments_for_an_output_are_refused(local_model: Path, capsys: py
     assert main(["--quiet", *given]) == 2 and "begun with the text's content" in capsys.readouterr().err
 
 
+def test_a_half_done_output_of_another_machine_or_version_is_refused(
+    local_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = command(local_model, "--output", "o.json", "--limit", "1")
+    assert main(["--quiet", *given]) == 0
+    found = json.loads(Path("o.json").read_text())
+    row = found["rows"][1]
+    row |= {part: {name: [] for name in row[part]} for part in ("records", "batches")} | {"examples": []}
+    about = found["about"]
+    for part, name in (("machine", "device"), ("machine", "threads"), ("versions", "torch")):
+        changed = {**about, part: {**about[part], name: "Z 1"}}
+        Path("o.json").write_text(json.dumps({**found, "about": changed}))
+        capsys.readouterr()
+        assert main(["--quiet", *given]) == 2
+        assert f"was begun with {name} Z 1, and it is {about[part][name]} now" in capsys.readouterr().err
+    Path("o.json").write_text(json.dumps(found))
+    assert main(["--quiet", *given]) == 0 and [row.done for row in read_kept(Path("o.json"), "").rows] == [1, 1]
+
+
 def test_outputs_are_joined(local_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, more in (("a", []), ("b", ["--option", "naive.alpha=3"]), ("c", ["--limit", "3"])):
         assert main(["--quiet", *command(local_model, "--output", f"{name}.json", *more)]) == 0
@@ -180,9 +200,9 @@ def test_records_in_turn_are_one_batch(local_model: Path, capsys: pytest.Capture
 
 
 def test_draws_are_of_batches_and_single_edits_are_all_records(local_model: Path) -> None:
-    assert main(["--quiet", *command(local_model, "--batch", "1", "2", "--draws", "3", "--output", "o.json")]) == 0
+    assert main(["--quiet", *command(local_model, "--batch", "1", "2", "--draws", "1", "--output", "o.json")]) == 0
     sizes = {row.batch: row.sizes for row in read_kept(Path("o.json"), "").rows}
-    assert sizes == {1: [1, 1, 1, 1], 2: [2, 2, 2]}
+    assert sizes == {1: [1, 1, 1, 1], 2: [2]}
 
 
 def test_of_two_targets_for_one_fact_a_batch_holds_the_first(
@@ -196,6 +216,16 @@ def test_of_two_targets_for_one_fact_a_batch_holds_the_first(
     assert "record 3 is left out: its prompt and subject are those of record 1" in capsys.readouterr().err
     assert main(["--quiet", *command(local_model, "--batch", "3")]) == 2
     assert "--batch 3: more than the 2 records there are" in capsys.readouterr().err
+
+
+def test_only_methods_of_several_blocks_take_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, known in BASELINES.items():
+        monkeypatch.setitem(METHODS, name, known)
+    several = [f"{name}.layers=(1,2)" for name in ("memit", "alphaedit", "ultraedit")]
+    assert set(options_of(several)) == {"memit", "alphaedit", "ultraedit"}
+    for name in set(METHODS) - set(options_of(several)):
+        with pytest.raises(NPTError, match=rf"--option {name}.layers=\(1, 2\): {name} edits (one|no) block"):
+            options_of([f"{name}.layers=(1,2)"])
 
 
 def test_the_baselines_join_the_same_command(local_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,10 @@ Batch = Annotated[
     list[int] | None, typer.Option("--batch", help="Records written together; several sizes (default: 1).")
 ]
 Draws = Annotated[
-    int | None, typer.Option("--draws", help="Random batches of each size above 1, instead of one after the other.")
+    int | None,
+    typer.Option(
+        "--draws", help="Random batches of each size above 1, no record in two, instead of one after the other."
+    ),
 ]
 Sequential = Annotated[
     bool, typer.Option("--sequential", help="Write the records of a batch (default: all) one after the other.")

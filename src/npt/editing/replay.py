@@ -34,6 +34,17 @@ class Recording:
             raise RuntimeError("the recorded pass ended inside a block, so it has no logits")
         return self.logits
 
+    def to(self, device: torch.device | str) -> Recording:
+        """The same on a device; nothing is copied where it is there already."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(map(moved, value))
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        batch = {name: tensor.to(device) for name, tensor in self.batch.items()}
+        return Recording(batch, moved(self.hidden), moved(self.rests), moved(self.logits))
+
 
 class _ReachedError(Exception):
     """Ends a forward at the module that it was asked for."""

@@ -21,7 +21,7 @@ from npt.common.fingerprint import base_fingerprint
 from npt.common.writable import check_file
 from npt.editing.benchmark.asking import Asker
 from npt.editing.benchmark.extras import Extras
-from npt.editing.benchmark.figures import batches_of, measured
+from npt.editing.benchmark.figures import batches_of, check_draws, measured
 from npt.editing.benchmark.methods import Method, Setup
 from npt.editing.benchmark.records import Record, check_apart, read_records
 from npt.editing.benchmark.registry import METHODS, known_method, made, options_of
@@ -47,9 +47,9 @@ KEEP_SECONDS = 2.0
 class Bench:
     """A command's words. None or empty where nothing was said.
 
-    records: a file. model: of the base. overrides: as --set gives them. draws: random batches of each size above 1.
-    layers: blocks, rising. options: METHOD.NAME=VALUE. text: running text. tuned_on: the file that choices were made on.
-    extras: see `npt.editing.benchmark.extras`. cache: a folder that keeps statistics.
+    records: a file. model: of the base. overrides: as --set gives them. draws: random batches of each size above
+    1, no record in two of a size. layers: blocks, rising. options: METHOD.NAME=VALUE. text: running text. tuned_on: the file
+    that choices were made on. extras: see `npt.editing.benchmark.extras`. cache: a folder that keeps statistics.
     """
 
     records: Path
@@ -142,7 +142,7 @@ def measure_editing(bench: Bench) -> Kept:
     bench.check()
     records = read_records(bench.records)[: bench.limit]
     for size in bench.batches:
-        _check_size(size, len(records))
+        _check_size(size, bench.draws, len(records))
     if bench.tuned_on is not None:
         check_apart(records, bench.records, read_records(bench.tuned_on), bench.tuned_on)
     text = None if bench.text is None else _running_text(bench.text)
@@ -170,7 +170,8 @@ class Measuring:
         before: the figures that an earlier call of the same command kept; None for none.
 
     Raises:
-        DataError: no record can be written. NPTError: another base than before, or a batch larger than the records left.
+        DataError: no record can be written. NPTError: another base, machine or version than before,
+            or a batch larger than the records left.
     """
 
     def __init__(self, bench: Bench, material: Material, arguments: Mapping[str, Any], before: Kept | None):
@@ -232,7 +233,7 @@ class Measuring:
         sizes = list(dict.fromkeys(bench.batches)) or [len(self.records) if bench.sequential else 1]
         plan = {}
         for size in sizes:
-            _check_size(size, len(self.records))
+            _check_size(size, bench.draws, len(self.records))
             plan[size] = batches_of(self.records, size, bench.draws if size > 1 else None)
         return plan
 
@@ -248,6 +249,14 @@ class Measuring:
             if before.about.get(name) != self.kept.about[name]:
                 what = "another base" if name == "base_fingerprint" else "other running text"
                 raise NPTError(f"--output {self.bench.output}: is of {what}; name another file")
+        for part in ("machine", "versions"):  # figures, and seconds above all, are of one machine
+            there, here = before.about.get(part), self.kept.about[part]
+            there = there if isinstance(there, dict) else {}
+            for name in (name for name in here if there.get(name) != here[name]):
+                raise NPTError(
+                    f"--output {self.bench.output}: was begun with {name} {_said(there.get(name))}, and it is "
+                    f"{_said(here[name])} now; go on where it was begun, or name another file"
+                )
 
     def _take(self, before: Kept) -> None:
         """Takes over what is measured already; a method that carries its past along begins a half-done row anew."""
@@ -258,7 +267,6 @@ class Measuring:
                 continue
             if old.done == len(old.sizes) or not self.methods[row.method].carries:
                 self.kept.rows[number] = old
-        self.kept.about = before.about
 
     def _setup(self) -> Setup:
         bench, material = self.bench, self.material
@@ -270,9 +278,11 @@ class Measuring:
         return Setup(material.model, material.tokenizer, source, layers)
 
 
-def _check_size(size: int, records: int) -> None:
+def _check_size(size: int, draws: int | None, records: int) -> None:
     if size > records:
         raise NPTError(f"--batch {size}: more than the {records} records there are; use a smaller batch")
+    if draws is not None and size > 1:
+        check_draws(f"--batch {size} --draws {draws}", size, draws, records)
 
 
 def _begun(path: Path, arguments: Mapping[str, Any]) -> Kept | None:

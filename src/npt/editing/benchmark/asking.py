@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +28,8 @@ from npt.tuner.converted import base_of, device_of, eval_mode, vocabulary_size
 WRITTEN = 12
 #: Rows of running text in a pass, and the most tokens whose logits of the base are kept.
 _ROWS, _KEPT = 4, 2048
+#: Records whose prompts are kept as the lowest edited block reads them: rows x tokens x width numbers each, in main memory.
+_RECORDINGS = 512
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Asker:
         self.blocks = list(blocks_of(self.base))
         self._said: dict[str, tuple[int, ...]] = {}
         self._first_words: dict[str, str] = {}
-        self._below: dict[tuple[tuple[int, ...], ...], Recording] = {}
+        self._below: OrderedDict[tuple[tuple[int, ...], ...], Recording] = OrderedDict()
 
     # -- what is written ---------------------------------------------------------------------------------------------------
 
@@ -124,16 +127,17 @@ class Asker:
         return Row(row.ids, row.start)
 
     @torch.no_grad()
-    def answers(self, method: Method, item: Record) -> tuple[float, float, float | None]:
+    def answers(self, method: Method, item: Record) -> tuple[float, float | None, float | None]:
         """(share of the target's tokens that are the likeliest, locality, ordering), the answers being given.
 
         locality: share of the neighbours behind which every token of the base's first sentence is still the likeliest, which
-        is to say that the model writes the same sentence.
+        is to say that the model writes the same sentence; None without neighbours.
         """
         rows = self.rows_of(method, item)
         start = min(row.start for row in rows) - 1
         asked = torch.arange(start, max(len(row.ids) for row in rows) - 1)
-        recording = self._recorded(method, tuple(row.ids for row in rows))
+        again = method.text(item.request.prompt) == item.request.prompt  # prompts behind a context are asked once
+        recording = self._recorded(method, tuple(row.ids for row in rows), again)
         with eval_mode(self.base):
             logits = run_again(self.base, self.blocks, recording, asked).cpu()
         told = [_told(logits[i, row.start - 1 - start : len(row.ids) - 1 - start], row) for i, row in enumerate(rows)]
@@ -143,16 +147,24 @@ class Asker:
             if near.truth:
                 ordered.append(float(told[at + 1][1] > told[at + 2][1]))
             at += 3 if near.truth else 1
-        return told[0][0], fmean(kept) if kept else float("nan"), fmean(ordered) if ordered else None
+        return told[0][0], fmean(kept) if kept else None, fmean(ordered) if ordered else None
 
-    def _recorded(self, method: Method, rows: tuple[tuple[int, ...], ...]) -> Recording:
-        """The rows up to the first block that is edited, kept for the next method and setting."""
-        if rows not in self._below:
-            batch = padded(rows, device_of(self.base))
-            until = self.blocks[self.first - 1] if self.first else self.base.get_input_embeddings()
-            with eval_mode(self.base), method.disabled():
-                self._below[rows] = record(self.base, self.blocks, self.first, batch, until)
-        return self._below[rows]
+    def _recorded(self, method: Method, rows: tuple[tuple[int, ...], ...], again: bool) -> Recording:
+        """The rows up to the first block that is edited; those that are asked `again` are kept in main memory for the next
+        method and setting, the last `_RECORDINGS` that were used.
+        """
+        if rows in self._below:
+            self._below.move_to_end(rows)
+            return self._below[rows].to(device_of(self.base))
+        batch = padded(rows, device_of(self.base))
+        until = self.blocks[self.first - 1] if self.first else self.base.get_input_embeddings()
+        with eval_mode(self.base), method.disabled():
+            found = record(self.base, self.blocks, self.first, batch, until)
+        if again:
+            self._below[rows] = found.to("cpu")
+            if len(self._below) > _RECORDINGS:
+                self._below.popitem(last=False)
+        return found
 
     # -- running text ------------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from npt.editing.benchmark.asking import Asker
 from npt.editing.benchmark.extras import Extras
 from npt.editing.benchmark.methods import Method
 from npt.editing.benchmark.records import Record
-from npt.errors import NPTError
+from npt.errors import NPTError, RunError
 
 #: Records of a row whose texts are shown, and records shown at most of those that came out wrong.
 SHOWN, WRONG = 3, 5
@@ -108,6 +108,9 @@ def measured(
         sequential: write the records of a batch one after the other instead of together.
         extras: makes the figures that cost more.
         first: the batch to begin with; those before are done. wrong: examples of what came out wrong in them.
+
+    Raises:
+        RunError: a figure is not finite; the batch is taken back.
     """
     for near in (near for batch in batches[first:] for record in batch for near in record.neighbours):
         asker.said(near.prompt)  # while nothing is written
@@ -115,7 +118,9 @@ def measured(
     with progress_bar(label, sum(sizes), progress, unit="records", done=sum(sizes[:first])) as advance:
         for group in range(first, len(batches)):
             limits = max(0, SHOWN - sum(sizes[:group])), WRONG - wrong
-            found = _of_batch(method, asker, batches[group], group, sequential, extras or Extras(), limits, advance)
+            found = _of_batch(
+                method, asker, batches[group], group, sequential, extras or Extras(), limits, advance, label
+            )
             wrong += sum(not example.right for example in found.examples)
             yield found
 
@@ -129,19 +134,42 @@ def measure(
 
 
 def batches_of(records: Sequence[Record], size: int, draws: int | None = None, seed: int = 0) -> list[list[Record]]:
-    """Records in batches: one after the other, or so many random draws of `size` different ones.
+    """Records in batches: one after the other, or so many random draws of `size`, no record in two of them.
+
+    Draws that shared records would not be independent, as the standard errors take them to be.
 
     Raises:
-        NPTError: a size or number of draws below 1, or draws of more records than there are.
+        NPTError: a size or number of draws below 1, or more records in all draws than there are.
     """
     if size < 1 or (draws is not None and draws < 1):
         raise NPTError(f"batch={size}, draws={draws}: use whole numbers from 1")
     if draws is None:
         return [list(part) for part in chunks(records, size)]
-    if size > len(records):
-        raise NPTError(f"batch={size}: more than the {len(records)} records there are; use a smaller batch")
-    chance = random.Random(seed)
-    return [chance.sample(list(records), size) for _ in range(draws)]
+    check_draws(f"batch={size}, draws={draws}", size, draws, len(records))
+    drawn = random.Random(seed).sample(list(records), size * draws)
+    return [list(part) for part in chunks(drawn, size)]
+
+
+def check_draws(given: str, size: int, draws: int, records: int) -> None:
+    """Checks that so many draws can do without a record twice.
+
+    Args:
+        given: the two numbers, as they were given.
+        size: records of a draw.
+        draws: how many.
+        records: how many there are to draw from.
+
+    Raises:
+        NPTError: there are too few records.
+    """
+    if size * draws > records:
+        most = records // size
+        remedy = (
+            f"use at most {most} draw{'s' * (most > 1)} of {size}, or smaller batches"
+            if most
+            else "use a smaller batch"
+        )
+        raise NPTError(f"{given}: {size * draws} records, of the {records} there are, none twice; {remedy}")
 
 
 def _of_batch(
@@ -153,6 +181,7 @@ def _of_batch(
     extras: Extras,
     limits: tuple[int, int],
     advance: Callable[[int], None],
+    label: str,
 ) -> Measured:
     """limits: records to show, and examples of what came out wrong."""
     outcomes, examples = list[Outcome](), list[Example]()
@@ -168,7 +197,7 @@ def _of_batch(
             "passes": passes / len(part), "bytes": method.bytes,
         }  # fmt: skip
         for number, record in enumerate(part):
-            outcome = _outcome(method, asker, record, extras, group, shared)
+            outcome = _outcome(method, asker, record, extras, group, shared, label)
             outcomes.append(outcome)
             more = sum(not example.right for example in examples) < limits[1]
             examples += _examples(method, asker, record, outcome, number < limits[0], more)
@@ -179,7 +208,13 @@ def _of_batch(
 
 
 def _outcome(
-    method: Method, asker: Asker, record: Record, extras: Extras, group: int, shared: dict[str, float | None]
+    method: Method,
+    asker: Asker,
+    record: Record,
+    extras: Extras,
+    group: int,
+    shared: dict[str, float | None],
+    label: str,
 ) -> Outcome:
     target = record.request.target
     said = [asker.says(method.text(text), target) for text in record.paraphrases]
@@ -196,12 +231,18 @@ def _outcome(
         "fluency_change": change,
         **shared,
     }
+    for name, value in values.items():
+        if value is not None and not math.isfinite(value):
+            raise RunError(
+                f"{label}: {name} is {value} after {one_line(repr(record.request.prompt), 60)} was written: the edit "
+                "breaks the model; give the method milder options with --option, or leave it out of --method"
+            )
     return Outcome(group, **{name: rounded(value) for name, value in values.items()})  # type: ignore[arg-type]
 
 
 def rounded(value: float | None) -> float | None:
-    """Six significant digits, as figures are kept; None for NaN."""
-    return None if value is None or math.isnan(value) else float(f"{value:.6g}")
+    """Six significant digits, as figures are kept; None stays."""
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _examples(
@@ -260,13 +301,16 @@ def gap(outcomes: Sequence[Outcome]) -> float:
 
 
 def perplexity(outcomes: Sequence[Outcome]) -> float:
-    """Perplexity of the running text over the base's, the geometric mean over batches."""
-    return math.exp(mean_of("rise")(outcomes))
+    """Perplexity of the running text over the base's, the geometric mean over batches; infinite beyond a float's range."""
+    try:
+        return math.exp(mean_of("rise")(outcomes))
+    except OverflowError:
+        return math.inf
 
 
 def largest_kl(outcomes: Sequence[Outcome]) -> float:
-    """The divergence of the batch that disturbs most; of single edits, of the worst one."""
-    return max(_known(outcomes, "kl"))
+    """The divergence of the batch that disturbs most; of single edits, of the worst one. NaN without an outcome."""
+    return max(_known(outcomes, "kl"), default=math.nan)
 
 
 FIGURES: dict[str, Figure] = {

@@ -30,13 +30,14 @@ class Known:
 
     make: takes a `Setup` and options. takes: a callable with the options' names, where `make` passes them on. settings: the
     strategy of `npt.editing.values` whose settings are options too. last_block: True for a method that edits the last block,
-    unless its option `layers` names another.
+    unless its option `layers` names another. blocks: the most that it edits; None for any number.
     """
 
     make: Callable[..., Method]
     takes: Callable[..., Any] | None = None
     settings: str | None = None
     last_block: bool = False
+    blocks: int | None = 1
 
     def names(self) -> list[str]:
         """The options that the method takes by name."""
@@ -47,7 +48,7 @@ class Known:
 
 METHODS: dict[str, Known] = {
     **{name: Known(partial(Store, values=name), EditStore, name, name == "margin") for name in STRATEGIES},
-    "context": Known(Context),
+    "context": Known(Context, blocks=0),
 }
 
 
@@ -90,6 +91,11 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
     layers = options.get("layers", ())
     if not isinstance(layers, tuple) or not all(type(layer) is int for layer in layers):
         raise NPTError(f"--option {name}.layers={layers!r}: use blocks in brackets, as in (4,5,6)")
+    if known.blocks is not None and len(layers) > known.blocks:
+        remedy = (
+            f"edits one block; name it alone, as in ({layers[-1]},)" if known.blocks else "edits no block; leave it out"
+        )
+        raise NPTError(f"--option {name}.layers={one_line(str(layers), 40)}: {name} {remedy}")
     named = known.names()
     rest = {key: value for key, value in options.items() if key != "layers" and key not in named}
     if known.settings is not None:
