@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from npt.cli.app import app, console, load, say
-from npt.cli.options import Checkpoint, Config, DeviceName, Limit, Nodes, OwnConfig, Processes, Set, place_of
+from npt.cli.options import (
+    Checkpoint,
+    Config,
+    DeviceName,
+    FinetuneConfig,
+    Limit,
+    Nodes,
+    OwnConfig,
+    Processes,
+    Set,
+    place_of,
+)
 from npt.common.launch import is_first_launched
 from npt.errors import NPTError
 
@@ -57,6 +68,38 @@ def train(
     render_report(found, console())
     say(f"adapter: {Path(run.paths.checkpoint_dir) / 'best_model'}")
     say(f"report:  {Path(run.paths.output_dir) / 'report.html'}, figures in evaluation_report.json beside it")
+
+
+@app.command()
+def finetune(
+    config: FinetuneConfig = None,
+    set_: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare", metavar="METHODS", help="lora, dora or lora,dora: trained beside, on the same batches."
+        ),
+    ] = None,
+) -> None:
+    """Phase 2: fine-tune the low-rank part on text or chats.
+
+    Starts as the original, or from an adapter (finetuning.adapter). Writes the adapter, best_model/, and the report of what
+    was gained and lost: finetune_report.json and report.html.
+    """
+    from npt.common.writable import check_folders
+    from npt.runs.finetune_settings import finetune_settings
+
+    overrides = [*(set_ or ()), *([] if compare is None else [f"finetuning.compare=[{compare}]"])]
+    run = finetune_settings(config, overrides)
+    check_folders({f"paths.{name}": folder for name, folder in run.paths if folder is not None})
+    from npt.report.finetune import render_finetuning
+    from npt.runs.finetune import run_finetuning
+
+    found = run_finetuning(run, resume=resume)
+    render_finetuning(found, console())
+    say(f"adapter: {Path(run.paths.checkpoint_dir) / 'best_model'}")
+    say(f"report:  {Path(run.paths.output_dir) / 'report.html'}, figures in finetune_report.json beside it")
 
 
 def _run_config(config: Path | None, set_: list[str] | None, quick: bool) -> Any:

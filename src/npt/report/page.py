@@ -18,7 +18,17 @@ from npt.common.places import place
 from npt.errors import NPTError
 from npt.evaluation.verdict import QUANTISATION_SCALE, SCALE_SOURCE
 from npt.report.plots import draw_all
-from npt.report.run_files import METRICS, PAGE, REPORT_JSON, Report, Rows, read_json_lines, read_report, section
+from npt.report.run_files import (
+    FINETUNE_JSON,
+    METRICS,
+    PAGE,
+    REPORT_JSON,
+    Report,
+    Rows,
+    read_json_lines,
+    read_report,
+    section,
+)
 from npt.report.style import Picture, Single
 from npt.report.terminal import NOT_MEASURED, headline
 
@@ -51,6 +61,10 @@ def write_page(output_dir: Path, report_path: Path | None = None, destination: P
     """
     missing: list[str] = []
     output_dir = place(output_dir)
+    if report_path is None and (output_dir / FINETUNE_JSON).is_file():
+        from npt.report.finetune import write_finetune_page  # here, because it needs this module
+
+        return write_finetune_page(output_dir, destination)
     report_path = output_dir / REPORT_JSON if report_path is None else place(report_path)
     metrics = output_dir / METRICS
     if not report_path.is_file() and not metrics.is_file():
@@ -72,23 +86,8 @@ def write_page(output_dir: Path, report_path: Path | None = None, destination: P
 
 def render_page(report: Report, rows: Rows, missing: list[str]) -> str:
     """The page's HTML. missing: the parts that the page lists as missing or damaged."""
-    environment = Environment(
-        loader=PackageLoader("npt.report"), autoescape=True, undefined=ChainableUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup | Undefined) else visible(value),
-    )  # fmt: skip
-    environment.filters |= {
-        "fig": _figure, "percent": _percent, "error": _error, "marked": _marked, "quoted": _quoted, "ranges": ranges,
-        "extremes": _extremes, "rows_of": _rows_of, "by_projection": _by_projection,
-    }  # fmt: skip
-    pictures: list[Picture] = []
-    singles: list[Single] = []
-    try:
-        pictures, singles = draw_all(rows, report, png=False)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        missing = [*missing, f"plots: a figure in the run's files is malformed ({type(error).__name__}: {error})"]
-    images = [
-        {"name": p.name, "alt": p.alt, "data": base64.b64encode(p.svg.encode()).decode("ascii")} for p in pictures
-    ]
+    environment = page_environment()
+    images, singles, missing = plots_of(rows, report, missing)
     template = environment.get_template("report.html.j2")
     return template.render(
         **{"model": {}, "evaluations": {}, **report},
@@ -100,6 +99,33 @@ def render_page(report: Report, rows: Rows, missing: list[str]) -> str:
         scale_source=SCALE_SOURCE,
         not_measured=NOT_MEASURED,
     )
+
+
+def plots_of(rows: Rows, report: Report, missing: list[str]) -> tuple[list[dict[str, str]], list[Single], list[str]]:
+    """(pictures as {name, alt, data}, single figures, `missing` with what can't be drawn) of a run."""
+    pictures: list[Picture] = []
+    singles: list[Single] = []
+    try:
+        pictures, singles = draw_all(rows, report, png=False)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        missing = [*missing, f"plots: a figure in the run's files is malformed ({type(error).__name__}: {error})"]
+    images = [
+        {"name": p.name, "alt": p.alt, "data": base64.b64encode(p.svg.encode()).decode("ascii")} for p in pictures
+    ]
+    return images, singles, missing
+
+
+def page_environment() -> Environment:
+    """The templates of pages, with their filters; all that a template is given is escaped and made visible."""
+    environment = Environment(
+        loader=PackageLoader("npt.report"), autoescape=True, undefined=ChainableUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup | Undefined) else visible(value),
+    )  # fmt: skip
+    environment.filters |= {
+        "fig": _figure, "percent": _percent, "error": _error, "marked": _marked, "quoted": _quoted, "ranges": ranges,
+        "extremes": _extremes, "rows_of": _rows_of, "by_projection": _by_projection,
+    }  # fmt: skip
+    return environment
 
 
 def _attempt(read: Callable[[], T], otherwise: T, missing: list[str]) -> T:

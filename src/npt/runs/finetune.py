@@ -1,0 +1,279 @@
+"""`npt finetune`: the low-rank part of an NPT adapter trained on text or chats, and other methods beside it."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+from peft import PeftModel, get_peft_model
+from transformers import TrainingArguments, set_seed
+
+from npt.adapters.folder import load_adapter
+from npt.adapters.weights import load_weights, share_record
+from npt.common.display import blocks_text
+from npt.common.files import only_run
+from npt.common.processes import any_process, first_does, is_first
+from npt.common.sharded import through
+from npt.common.stopwatch import Stopwatch
+from npt.config import RunConfig, with_overrides
+from npt.config.finetuning import check_finetuning
+from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
+from npt.finetuning.figures import model_figures
+from npt.finetuning.low_rank import train_low_rank
+from npt.finetuning.other_methods import adapted, matching_rank, places_of, trained_parameters
+from npt.finetuning.trainer import FinetuneTrainer
+from npt.runs.arguments import (
+    as_launched,
+    check_trackers,
+    prepare_wandb,
+    start,
+    trackers,
+    training_arguments,
+    with_learning_rate,
+    with_precision,
+)
+from npt.runs.base_model import default_device, load_base, offload_frozen, release_memory
+from npt.runs.corpora import Corpus, own_text
+from npt.runs.estimate import EVALUATION, PAGE, SAMPLING, TRAINING
+from npt.runs.finetune_report import Arm, write_report
+from npt.runs.finetune_settings import start_settings
+from npt.runs.folders import checkpoint_to_resume, prepare_folders
+from npt.runs.processes import shard_base, shards_base, tell_processes
+from npt.runs.resume import check_configuration, run_settings, text_settings
+from npt.runs.texts import RunTexts
+from npt.runs.tracker_runs import TRACKER_RUNS, RememberTrackers, continued
+from npt.runs.train import given_corpus
+from npt.runs.training import evaluate_and_train, evaluate_last, place_tensorboard
+from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback, SamplesCallback
+from npt.training.checkpoints import last_checkpoint
+from npt.training.resume import check_adapter
+from npt.training.signals import StopSignals
+from npt.tuner.config import NPTConfig
+from npt.tuner.converted import active_layers, adapter_config, npt_layers
+
+logger = logging.getLogger(__name__)
+
+#: The figure by which the best adapter is chosen; lower is better.
+BEST = "eval_loss"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """All that the methods of one run have in common.
+
+    corpus: the text. anchor: blocks of the original's own text, None without an anchor. tokenizer: the base's. signals: the
+    run's. spent: the times of its parts.
+    """
+
+    corpus: Corpus
+    anchor: datasets.Dataset | None
+    tokenizer: Any
+    signals: StopSignals
+    spent: Stopwatch
+
+
+def run_finetuning(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Phase 2 from a configuration; returns the report that it also writes.
+
+    Leaves the adapter in <checkpoint_dir>/best_model and config.yaml, metrics.jsonl, samples.jsonl, finetune_report.json and
+    report.html in <output_dir>; of a method of `finetuning.compare`, adapter and metrics in folders of its name there.
+
+    Args:
+        config: as `npt.runs.finetune_settings.finetune_settings` gives it. resume: goes on from the last checkpoint.
+
+    Raises:
+        NPTError: bad input, before any long work; `resume` where no run began.
+        RunError: a full disk, or numbers that are not finite; what was saved before is whole.
+        Stopped: SIGTERM or Ctrl-C; during training a checkpoint has been saved.
+    """
+    check_finetuning(config)
+    output, checkpoints = Path(config.paths.output_dir), Path(config.paths.checkpoint_dir)
+    texts, spent = RunTexts.of(config), Stopwatch()
+    texts.check_enough(config.model)
+    arguments = start(config)
+    config = as_launched(config)
+    last = first_does(lambda: checkpoint_to_resume(output, checkpoints)) if resume else None
+    texts.check()
+    check_trackers(config.training.report_to)
+    config = with_learning_rate(config, arguments)
+    if last is not None:
+        first_does(lambda: check_configuration(config, arguments, last, _settings(config)))
+    set_seed(config.training.seed)
+    same = continued(output, trackers(config)) if resume else nullcontext()
+    with StopSignals() as signals, same:
+        with spent.timing("reading text"):
+            corpus = given_corpus(config, texts)
+        assert corpus is not None  # only text of `self`, which is refused, waits for the base
+        with spent.timing("loading the base"):
+            model, tokenizer = start_model(config)
+        if last is not None:
+            first_does(lambda: check_adapter(last, adapter_config(model)))
+        tell_processes(arguments)
+        with only_run(output, checkpoints):
+            if shards_base(config.optimization.fsdp):
+                shard_base(model, arguments)
+            anchor = None
+            if config.finetuning.anchor_weight:
+                count = config.finetuning.num_anchor_samples
+                with spent.timing(SAMPLING):
+                    anchor = through(model, lambda: own_text(texts, model, tokenizer, count, "anchor"))
+            shared = Shared(corpus, anchor, tokenizer, signals, spent)
+            arms = train_arms(config, arguments, model, shared, last)
+            with spent.timing(PAGE):
+                return first_does(partial(write_report, config, arms, corpus))
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The settings of a fine-tuning beside those of any run, before there is a trainer."""
+    weight = config.finetuning.anchor_weight
+    return {
+        "training.objective": ["language_model"],
+        "finetuning.anchor_weight": weight,
+        **start_settings(config),
+    }
+
+
+def start_model(config: RunConfig) -> tuple[PeftModel, Any]:
+    """(model on its device, tokenizer): the base with the adapter that fine-tuning starts from; its low-rank part trains."""
+    if is_first():
+        prepare_wandb(config)
+    base, tokenizer = load_base(config.model, config.optimization, config.paths.cache_dir)
+    named = config.finetuning.adapter
+    model: Any = (
+        get_peft_model(base, NPTConfig.from_options(config.model))
+        if named is None
+        else load_adapter(base, named, allow_other_base=config.model.allow_other_base)
+    )
+    trained = train_low_rank(model)
+    if config.optimization.use_cpu_offload:
+        offload_frozen(model, default_device())
+    blocks = blocks_text(adapter_config(model).npt_layers)
+    logger.info("%s: %s parameters of the low-rank part are trained", blocks, f"{trained:,}")
+    return model, tokenizer
+
+
+def train_arms(
+    config: RunConfig, arguments: TrainingArguments, model: Any, shared: Shared, last: Path | None
+) -> list[Arm]:
+    """Trains the NPT adapter and then each method of `finetuning.compare`, all on the same batches.
+
+    Args:
+        model: with the NPT adapter. last: the checkpoint of it that the run goes on from.
+    """
+    blocks = [layer.index for layer in active_layers(model)]
+    record, earlier = shared.corpus.record, adapter_config(model).text_record
+    if config.finetuning.adapter is not None and earlier is not None:
+        record.merge(earlier)
+    adapter_config(model).text_record = record
+    wanted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    arms = [train_arm(config, arguments, model, shared, last, Arm("npt", wanted, rank=config.model.rank))]
+    projections = config.model.target_projections
+    del model
+    release_memory()
+    for method in config.finetuning.compare:
+        own = of_method(config, method)
+        base, _ = load_base(config.model, config.optimization, config.paths.cache_dir)
+        places = places_of(base, blocks, projections)
+        rank = matching_rank(method, wanted, places)
+        arm = Arm(method, trained_parameters(method, rank, places), rank=rank, places=[p.name for p in places])
+        logger.info(
+            "%s of rank %d on %d projections: %s trained parameters beside NPT's %s",
+            method, rank, len(places), f"{arm.trained:,}", f"{wanted:,}",
+        )  # fmt: skip
+        set_seed(config.training.seed)
+        other = adapted(base, method, rank, places)
+        before = first_does(lambda own=own: _begun(own))
+        arms.append(train_arm(own, training_arguments(own), other, shared, before, arm))
+        del other, base
+        release_memory()
+    return arms
+
+
+def of_method(config: RunConfig, method: str) -> RunConfig:
+    """The configuration with the folders of a method of `finetuning.compare`, and without trackers."""
+    folders = {f"paths.{n}": str(Path(getattr(config.paths, n)) / method) for n in ("output_dir", "checkpoint_dir")}
+    return with_overrides(config, {**folders, "training.report_to": [], "wandb.enabled": False})
+
+
+def _begun(config: RunConfig) -> Path | None:
+    """The last checkpoint of a method that an earlier part of this run left; None where it is to begin."""
+    return last_checkpoint(Path(config.paths.checkpoint_dir))
+
+
+def train_arm(
+    config: RunConfig, arguments: TrainingArguments, model: Any, shared: Shared, last: Path | None, arm: Arm
+) -> Arm:
+    """Trains one method and measures its best adapter; returns the arm with its figures.
+
+    Args:
+        config, arguments: with the method's own folders. last: the checkpoint it goes on from.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    output, checkpoints = Path(config.paths.output_dir), Path(config.paths.checkpoint_dir)
+    spent, corpus, is_npt = shared.spent, shared.corpus, bool(npt_layers(model))
+    trainer = make_trainer(config, arguments, model, shared, last, arm)
+    config = with_precision(config, trainer.accelerator.mixed_precision)
+    if last is not None:
+        trainer.check_resume(last)
+    first_does(lambda: prepare_folders(config, output, checkpoints, last))
+    part = TRAINING if is_npt else f"{TRAINING} {arm.name}"
+    arm.notes = evaluate_and_train(trainer, last, spent, part=part)
+    if any_process(shared.signals.received is not None):
+        step = trainer.state.global_step
+        raise shared.signals.stopped(
+            f"after step {step}; {checkpoints}/checkpoint-{step} is saved: go on with --resume"
+        )
+    evaluate_last(config, trainer, spent)
+    load_weights(model, checkpoints / "best_model")
+    if is_npt:
+        share_record(model)
+    release_memory()
+    corpora = corpus.scored(config.data.dataset_name)
+    with spent.timing(EVALUATION):
+        arm.figures, arm.base = model_figures(
+            model, corpora, batch_size=config.training.batch_size, progress=is_first()
+        )
+        if is_npt:
+            arm.samples = through(model, lambda: side_by_side(model, shared.tokenizer, DEFAULT_PROMPTS))
+    arm.seconds, arm.steps = spent.seconds.get(part, 0.0), trainer.state.global_step
+    if is_npt:
+        first_does(lambda: arm.keep(model, shared.tokenizer, config))
+    return arm
+
+
+def make_trainer(
+    config: RunConfig, arguments: TrainingArguments, model: Any, shared: Shared, last: Path | None, arm: Arm
+) -> FinetuneTrainer:
+    """The trainer of one method with its callbacks."""
+    output, is_npt = Path(config.paths.output_dir), bool(npt_layers(model))
+    settings = {**run_settings(config), **start_settings(config)}
+    samples = SamplesCallback(
+        output / "samples.jsonl", model, shared.tokenizer, config.training.prediction_logging_steps
+    )
+    trainer = FinetuneTrainer(
+        model,
+        arguments,
+        anchor_weight=config.finetuning.anchor_weight,
+        anchor=shared.anchor,
+        settings=settings if is_npt else {**settings, **arm.settings()},
+        text_settings=text_settings(config.data),
+        progress=True,
+        train_dataset=shared.corpus.train,
+        eval_dataset=shared.corpus.chosen_by,
+        callbacks=[
+            shared.signals,
+            JsonLinesCallback(output / "metrics.jsonl"),
+            RememberTrackers(output / TRACKER_RUNS),
+            *([samples] if is_npt else []),
+            BestAdapterCallback(Path(config.paths.checkpoint_dir) / "best_model", model, metric=BEST),
+        ],
+    )
+    place_tensorboard(trainer, output, last)
+    return trainer
