@@ -14,6 +14,7 @@ FINETUNE: dict[str, Any] = {
     "model.gain": "denominator",
     "model.key": "learned",
     "training.calibrate": False,
+    "data.dataset_name": "text",
     "data.num_train_samples": None,
     "data.num_eval_samples": 64,
 }

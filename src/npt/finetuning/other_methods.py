@@ -56,9 +56,10 @@ def matching_rank(method: str, wanted: int, places: Sequence[Place]) -> int:
 
 def adapted(base: Any, method: str, rank: int, places: Sequence[Place]) -> PeftModel:
     """The base with PEFT's LoRA or DoRA: zero at its start, no dropout, lora_alpha `ALPHA` times the rank."""
+    transposed = any(hasattr(base.get_submodule(place.name), "nf") for place in places)  # transformers' Conv1D
     config = LoraConfig(
         r=rank, lora_alpha=ALPHA * rank, lora_dropout=0.0, target_modules=[place.name for place in places],
-        use_dora=method == "dora", task_type="CAUSAL_LM",
+        use_dora=method == "dora", fan_in_fan_out=transposed, task_type="CAUSAL_LM",
     )  # fmt: skip
     model: Any = get_peft_model(base, config)
     return model

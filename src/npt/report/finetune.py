@@ -12,10 +12,14 @@ from rich.table import Table
 
 from npt.common.display import visible
 from npt.common.files import write_text
+from npt.report.curves import held_out_loss, learning_rate, loss
 from npt.report.page import page_environment, plots_of
 from npt.report.run_files import FINETUNE_JSON, METRICS, PAGE, Report, malformed, read_json_lines, read_report, section
+from npt.report.style import Draw
 from npt.report.terminal import NOT_MEASURED, figure_with_error, headline
 
+#: The plots of the page, in their order.
+PLOTS: dict[str, Draw] = {"held_out_loss": held_out_loss, "loss": loss, "learning_rate": learning_rate}
 #: {method: its name for readers}.
 NAMES = {"base": "base", "npt": "NPT", "lora": "LoRA", "dora": "DoRA"}
 
@@ -47,14 +51,14 @@ def write_finetune_page(output_dir: Path, destination: Path | None = None) -> Pa
     rows = read_json_lines(metrics) if metrics.is_file() else []
     target = output_dir / PAGE if destination is None else destination
     with malformed(output_dir):
-        images, _, missing = plots_of(rows, {}, missing)
+        images, _, missing = plots_of(rows, {}, missing, PLOTS)
         page = (
             page_environment()
             .get_template("finetune.html.j2")
             .render(
                 **{"model_config": {}, "protocol": {}, "methods": {}, **report},
                 headline=headline(section(report, "model_config")),
-                start=start_line(report),
+                first=start_line(report),
                 tables=tables(report),
                 images=images,
                 missing=missing,
@@ -99,7 +103,7 @@ def _row(method: str, of_method: Mapping[str, Any], corpus: str, gained: bool) -
 def _gained(method: str, figures: Report) -> Iterator[tuple[str, str]]:
     is_base = method == "base"
     yield "loss", figure_with_error(figures, "loss", "{:.4f}".format)
-    yield "against the base", "" if is_base else figure_with_error(figures, "loss_difference", "{:+.4f}".format)
+    yield "against the base", "" if is_base else _signed(figures, "loss_difference")
     yield "right tokens", figure_with_error(figures, "accuracy", "{:.2%}".format)
 
 
@@ -108,3 +112,10 @@ def _lost(method: str, figures: Report) -> Iterator[tuple[str, str]]:
     yield "mean KL", "0" if is_base else figure_with_error(figures, "mean_kl", "{:.5f}".format)
     yield "perplexity ratio", "1" if is_base else figure_with_error(figures, "perplexity_ratio", "{:.5f}".format)
     yield "loss", figure_with_error(figures, "loss", "{:.4f}".format)
+
+
+def _signed(figures: Report, key: str) -> str:
+    """A difference with its sign, and its standard error without."""
+    value = figures.get(key)
+    shown = figure_with_error(figures, key, "{:.4f}".format)
+    return f"+{shown}" if isinstance(value, float) and value > 0 else shown

@@ -29,7 +29,7 @@ from npt.report.run_files import (
     read_report,
     section,
 )
-from npt.report.style import Picture, Single
+from npt.report.style import Draw, Picture, Single
 from npt.report.terminal import NOT_MEASURED, headline
 
 T = TypeVar("T")
@@ -101,12 +101,14 @@ def render_page(report: Report, rows: Rows, missing: list[str]) -> str:
     )
 
 
-def plots_of(rows: Rows, report: Report, missing: list[str]) -> tuple[list[dict[str, str]], list[Single], list[str]]:
-    """(pictures as {name, alt, data}, single figures, `missing` with what can't be drawn) of a run."""
+def plots_of(
+    rows: Rows, report: Report, missing: list[str], plots: Mapping[str, Draw] | None = None
+) -> tuple[list[dict[str, str]], list[Single], list[str]]:
+    """(pictures as {name, alt, data}, single figures, `missing` with what can't be drawn) of a run; plots: as `draw_all`."""
     pictures: list[Picture] = []
     singles: list[Single] = []
     try:
-        pictures, singles = draw_all(rows, report, png=False)
+        pictures, singles = draw_all(rows, report, png=False, plots=plots)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         missing = [*missing, f"plots: a figure in the run's files is malformed ({type(error).__name__}: {error})"]
     images = [

@@ -125,7 +125,7 @@ def protocol_of(config: RunConfig, arms: Sequence[Arm], corpus: Corpus) -> dict[
 
 
 def figures_of(arm: Arm, output: Path, config: RunConfig) -> dict[str, Any]:
-    """What the report says of one method."""
+    """The figures and the adapter of one method, as the report holds them."""
     folder = Path(config.paths.checkpoint_dir)
     best = (folder if arm.name == "npt" else folder / arm.name) / "best_model"
     chosen = json.loads((best / "best.json").read_text(encoding="utf-8"))
