@@ -21,9 +21,9 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 SMALL: dict[str, Any] = {
-    "data.max_length": 32, "data.num_eval_samples": 6, "training.batch_size": 4, "training.num_train_steps": 8,
-    "training.logging_steps": 2, "training.eval_steps": 4, "training.save_steps": 4, "training.learning_rate": 0.01,
-    "training.prediction_logging_steps": 4, "training.warmup_steps": 0, "model.rank": 3,
+    "data.max_length": 32, "data.num_eval_samples": 6, "training.batch_size": 4, "training.num_train_steps": 6,
+    "training.logging_steps": 2, "training.eval_steps": 3, "training.save_steps": 3, "training.learning_rate": 0.01,
+    "training.prediction_logging_steps": 6, "training.warmup_steps": 0, "model.rank": 3,
 }  # fmt: skip
 
 
@@ -131,12 +131,12 @@ def test_the_files_of_a_run(finished: Path) -> None:
 def test_resume_is_exact_for_every_method(finished: Path, tiny: Path, tmp_path: Path) -> None:
     """The NPT adapter and LoRA were done when the run was stopped, DoRA was not."""
     folder = shutil.copytree(finished, tmp_path / "copy", ignore=shutil.ignore_patterns(".lock"))
-    shutil.rmtree(folder / "checkpoints" / "dora" / "checkpoint-8")
+    shutil.rmtree(folder / "checkpoints" / "dora" / "checkpoint-6")
     (folder / "outputs" / "finetune_report.json").unlink()
     with quick_reports():
         assert main(words(tiny, folder, "--compare", "lora,dora", "--resume", **EVERY)) == 0
     for method in ("", "lora", "dora"):
-        for place in (Path("checkpoint-8", "optimizer.safetensors"), Path("best_model", "adapter_model.safetensors")):
+        for place in (Path("checkpoint-6", "optimizer.safetensors"), Path("best_model", "adapter_model.safetensors")):
             a, b = (load_file(top / "checkpoints" / method / place) for top in (finished, folder))
             assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a), (method, place)
         assert [row["loss"] for row in rows_in(folder, method) if "loss" in row] == [

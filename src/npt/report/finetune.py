@@ -103,14 +103,14 @@ def _row(method: str, of_method: Mapping[str, Any], corpus: str, gained: bool) -
 def _gained(method: str, figures: Report) -> Iterator[tuple[str, str]]:
     is_base = method == "base"
     yield "loss", figure_with_error(figures, "loss", "{:.4f}".format)
-    yield "against the base", "" if is_base else _signed(figures, "loss_difference")
-    yield "right tokens", figure_with_error(figures, "accuracy", "{:.2%}".format)
+    yield "vs base", "" if is_base else _signed(figures, "loss_difference")
+    yield "right tokens", figure_with_error(figures, "accuracy", "{:.1%}".format)
 
 
 def _lost(method: str, figures: Report) -> Iterator[tuple[str, str]]:
     is_base = method == "base"
     yield "mean KL", "0" if is_base else figure_with_error(figures, "mean_kl", "{:.5f}".format)
-    yield "perplexity ratio", "1" if is_base else figure_with_error(figures, "perplexity_ratio", "{:.5f}".format)
+    yield "perplexity ratio", "1" if is_base else figure_with_error(figures, "perplexity_ratio", "{:.4f}".format)
     yield "loss", figure_with_error(figures, "loss", "{:.4f}".format)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from npt.config.finetuning import check_finetuning
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 from npt.finetuning.figures import model_figures
 from npt.finetuning.low_rank import train_low_rank
+from npt.finetuning.objective import LanguageModelObjective
 from npt.finetuning.other_methods import adapted, matching_rank, places_of, trained_parameters
 from npt.finetuning.trainer import FinetuneTrainer
 from npt.runs.arguments import (
@@ -38,19 +39,20 @@ from npt.runs.arguments import (
     with_precision,
 )
 from npt.runs.base_model import default_device, load_base, offload_frozen, release_memory
-from npt.runs.corpora import Corpus, own_text
-from npt.runs.estimate import EVALUATION, PAGE, SAMPLING, TRAINING
+from npt.runs.corpora import Corpus, own_text, still_to_write
+from npt.runs.estimate import EVALUATION, PAGE, SAMPLING, TRAINING, Part, parts_of, say_plan, say_times, sizes_of
 from npt.runs.finetune_report import Arm, write_report
 from npt.runs.finetune_settings import start_settings
 from npt.runs.folders import checkpoint_to_resume, prepare_folders
 from npt.runs.processes import shard_base, shards_base, tell_processes
 from npt.runs.resume import check_configuration, run_settings, text_settings
 from npt.runs.texts import RunTexts
+from npt.runs.timing import measure
 from npt.runs.tracker_runs import TRACKER_RUNS, RememberTrackers, continued
 from npt.runs.train import given_corpus
 from npt.runs.training import evaluate_and_train, evaluate_last, place_tensorboard
 from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback, SamplesCallback
-from npt.training.checkpoints import last_checkpoint
+from npt.training.checkpoints import last_checkpoint, step_of
 from npt.training.resume import check_adapter
 from npt.training.signals import StopSignals
 from npt.tuner.config import NPTConfig
@@ -117,6 +119,7 @@ def run_finetuning(config: RunConfig, *, resume: bool = False) -> dict[str, Any]
         with only_run(output, checkpoints):
             if shards_base(config.optimization.fsdp):
                 shard_base(model, arguments)
+            parts = plan(config, texts, model, tokenizer, corpus, last, spent)
             anchor = None
             if config.finetuning.anchor_weight:
                 count = config.finetuning.num_anchor_samples
@@ -125,7 +128,35 @@ def run_finetuning(config: RunConfig, *, resume: bool = False) -> dict[str, Any]
             shared = Shared(corpus, anchor, tokenizer, signals, spent)
             arms = train_arms(config, arguments, model, shared, last)
             with spent.timing(PAGE):
-                return first_does(partial(write_report, config, arms, corpus))
+                report = first_does(partial(write_report, config, arms, corpus))
+            first_does(lambda: say_times(parts, spent, output))
+            return report
+
+
+def plan(
+    config: RunConfig, texts: RunTexts, model: Any, tokenizer: Any, corpus: Corpus, last: Path | None, spent: Stopwatch
+) -> list[Part]:
+    """Logs the parts of the run with the time that each will take, from timing a little text; returns them.
+
+    A method of `finetuning.compare` is taken to train as fast as the NPT adapter.
+
+    Args:
+        last: the checkpoint that the run goes on from.
+    """
+    f = config.finetuning
+    with spent.timing("timing"):
+        rates = measure(model, tokenizer, config, tuned_by=LanguageModelObjective(f.anchor_weight))
+        written = {"anchor": f.num_anchor_samples} if f.anchor_weight else {}
+        sampled = through(model, lambda: still_to_write(texts, model, tokenizer, written))
+    found: list[Part] = []
+    for part in parts_of(config, sizes_of(config, corpus, sampled, None if last is None else step_of(last)), rates):
+        found.append(part)
+        if part.name == TRAINING:
+            found += [replace(part, name=f"{TRAINING} {method}") for method in f.compare]
+        elif part.name == EVALUATION:
+            found[-1] = replace(part, seconds=part.seconds * (1 + len(f.compare)))
+    say_plan(config, model.get_base_model(), found, rates)
+    return found
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

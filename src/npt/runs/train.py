@@ -40,7 +40,7 @@ from npt.runs.arguments import (
 )
 from npt.runs.base_model import default_device, load_base, load_tokenizer, offload_frozen, release_memory
 from npt.runs.calibrate import calibrate_run, prediction_of
-from npt.runs.corpora import Corpus, calibration_batches, load_corpus, still_to_write
+from npt.runs.corpora import Corpus, calibration_batches, load_corpus, own_counts, still_to_write
 from npt.runs.estimate import (
     EVALUATION,
     PAGE,
@@ -150,7 +150,9 @@ def plan(
     """
     with spent.timing("timing"):
         rates = measure(model, tokenizer, config)
-        to_write = through(model, lambda: still_to_write(texts, model, tokenizer, ("train", "eval")))
+        to_write = through(
+            model, lambda: still_to_write(texts, model, tokenizer, own_counts(config.data, ("train", "eval")))
+        )
     sizes = sizes_of(config, corpus, to_write, None if last is None else step_of(last))
     parts = parts_of(config, sizes, rates)
     quick = None
