@@ -95,6 +95,28 @@ def test_trl_sft_trainer(local_model: Path, tmp_path: Path) -> None:
         assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").is_file()
 
 
+def test_trl_sft_trains_the_low_rank_part(local_model: Path, tmp_path: Path) -> None:
+    """The trainer's own loss starts as the base's, and what makes the model equivalent stays."""
+    trl = pytest.importorskip("trl")
+    base, tokenizer = load(local_model)
+    model = get_peft_model(base, NPTConfig(rank=2, gain="denominator", key="learned"))
+    train_low_rank(model)
+    config = trl.SFTConfig(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=0.01, use_cpu=True, bf16=False,
+        report_to=[], logging_steps=1, max_length=32, save_strategy="no", gradient_checkpointing=False,
+    )  # fmt: skip
+    data = datasets.Dataset.from_dict({"text": SENTENCES})
+    trainer = trl.SFTTrainer(model, config, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    start = trainer.evaluate()["eval_loss"]
+    with model.disable_adapter():
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(start, abs=1e-4)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < start
+    moved = {name.rpartition(".")[2] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"A", "B_in", "B_down", "C_in", "C_down"}
+
+
 def test_trl_dpo_trainer(local_model: Path, tmp_path: Path) -> None:
     """The low-rank part of a model that starts as the original: the reference is the same model without its adapter."""
     trl = pytest.importorskip("trl")

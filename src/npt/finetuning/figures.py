@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,8 @@ def model_figures(
     """
     own, base = {}, {}
     for name, blocks in corpora.items():
-        tokens = through(
-            model, lambda blocks=blocks: token_divergences(model, blocks, batch_size=batch_size, progress=progress)
-        )
+        compare = partial(token_divergences, model, blocks, batch_size=batch_size, progress=progress)
+        tokens = through(model, compare)
         own[name], base[name] = figures_of(tokens), base_figures_of(tokens)
     return own, base
 

@@ -17,7 +17,7 @@ from npt.adapters.folder import load_adapter
 from npt.adapters.weights import load_weights, share_record
 from npt.common.display import blocks_text
 from npt.common.files import only_run
-from npt.common.processes import any_process, first_does, is_first
+from npt.common.processes import any_process, first_does, is_first, world
 from npt.common.sharded import through
 from npt.common.stopwatch import Stopwatch
 from npt.config import RunConfig, with_overrides
@@ -148,13 +148,13 @@ def plan(
         rates = measure(model, tokenizer, config, tuned_by=LanguageModelObjective(f.anchor_weight))
         written = {"anchor": f.num_anchor_samples} if f.anchor_weight else {}
         sampled = through(model, lambda: still_to_write(texts, model, tokenizer, written))
+    sizes = sizes_of(config, corpus, sampled, None if last is None else step_of(last))
+    of_method = (sizes.scored + sizes.chosen_by) * config.data.max_length * rates.compare / world()[1]
     found: list[Part] = []
-    for part in parts_of(config, sizes_of(config, corpus, sampled, None if last is None else step_of(last)), rates):
-        found.append(part)
-        if part.name == TRAINING:
-            found += [replace(part, name=f"{TRAINING} {method}") for method in f.compare]
-        elif part.name == EVALUATION:
-            found[-1] = replace(part, seconds=part.seconds * (1 + len(f.compare)))
+    for part in parts_of(config, sizes, rates):
+        others = [replace(part, name=f"{TRAINING} {method}") for method in f.compare] if part.name == TRAINING else []
+        more = of_method * len(f.compare) if part.name == EVALUATION else 0.0
+        found += [replace(part, seconds=part.seconds + more), *others]
     say_plan(config, model.get_base_model(), found, rates)
     return found
 
@@ -218,7 +218,7 @@ def train_arms(
         )  # fmt: skip
         set_seed(config.training.seed)
         other = adapted(base, method, rank, places)
-        before = first_does(lambda own=own: _begun(own))
+        before = first_does(partial(_begun, own))
         arms.append(train_arm(own, training_arguments(own), other, shared, before, arm))
         del other, base
         release_memory()
@@ -272,7 +272,11 @@ def train_arm(
             model, corpora, batch_size=config.training.batch_size, progress=is_first()
         )
         if is_npt:
-            arm.samples = through(model, lambda: side_by_side(model, shared.tokenizer, DEFAULT_PROMPTS))
+            seeds = (None, config.training.seed)  # greedy, then sampled
+            arm.samples = through(
+                model,
+                lambda: [s for seed in seeds for s in side_by_side(model, shared.tokenizer, DEFAULT_PROMPTS, seed=seed)],
+            )
     arm.seconds, arm.steps = spent.seconds.get(part, 0.0), trainer.state.global_step
     if is_npt:
         first_does(lambda: arm.keep(model, shared.tokenizer, config))
