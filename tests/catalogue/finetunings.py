@@ -77,6 +77,8 @@ FINETUNINGS = [
         "methods of a sharded base", "finetuning.compare: other methods are trained whole", "optimization.fsdp=false",
         given=("optimization.fsdp=true",), more=("--compare", "lora"),
     ),
+    bad("a dry run that goes on", "--dry-run --resume", "leave one of the two out", more=("--dry-run", "--resume")),
+    bad("a planned launch", "--processes 2: goes with --dry-run", "torchrun or accelerate", more=("--processes", "2")),
     bad("nothing to go on with", "holds no checkpoint to resume", more=("--resume",)),
     Entry("finetune: too little text", ("finetune", *sets(*TEXT, "data.max_length=64")), ("1 block", "give more text"),
           {"a.txt": b"Some text."}),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,8 @@ from safetensors.torch import load_file
 from npt.builtin import model_folder
 from npt.cli import main
 from npt.config import load_config
-from tests.helpers import quick_reports
+from tests.distributed_worker import free_port
+from tests.helpers import REPOSITORY, quick_reports
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -162,12 +166,12 @@ def test_an_adapter_of_phase_1_goes_on(local_model: Path, finished_run: Path, tm
     """Its options and its base hold; its carry and gain stay, bit for bit."""
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(80)))
     start = finished_run / "checkpoints" / "best_model"
-    arguments = words(
-        local_model, tmp_path, finetuning__adapter=start, training__num_train_steps=4, data__eval_texts="[]"
-    )
+    changes = {"finetuning__adapter": start, "training__num_train_steps": 4, "data__eval_texts": "[]"}
+    arguments = words(local_model, tmp_path, "--compare", "lora", **changes)
     at = arguments.index(f"model.base_model_name={local_model}")
-    assert main([*arguments[: at - 1], *arguments[at + 1 :]]) == 0
-    report = report_in(tmp_path)
+    arguments = [*arguments[: at - 1], *arguments[at + 1 :]]
+    assert main(arguments) == 0
+    report, rows = report_in(tmp_path), rows_in(tmp_path, "lora")
     assert report["start"]["adapter"] == str(start) and report["model_config"]["gain"] == "state"
     assert report["notes"] == ["data.eval_texts names no general text: what was lost there is not measured"]
     before, after = (
@@ -176,3 +180,38 @@ def test_an_adapter_of_phase_1_goes_on(local_model: Path, finished_run: Path, tm
     for name, value in after.items():
         trained = name.rpartition(".")[2] in ("A", "B_in", "B_down")
         assert value.equal(before[name]) != trained, name
+    assert main(arguments) == 0, "a new run in the same folders takes nothing from the earlier one"
+    kept = ("step", "loss", "eval_loss")
+    assert [[row.get(key) for key in kept] for row in rows_in(tmp_path, "lora")] == [
+        [row.get(key) for key in kept] for row in rows
+    ]
+    assert (tmp_path / "outputs" / "lora" / "previous-1" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_train_as_one_does(fsdp: bool, tiny: Path, tmp_path: Path) -> None:
+    """The same global batch; with DDP also DoRA beside it. A sharded base has no other methods beside it."""
+    found = {}
+    for processes, batch in ((1, 4), (2, 2)):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        (folder / "chats.jsonl").write_text(chats())
+        changes = {**EVERY, "training__batch_size": batch, "data__eval_texts": "[]", "optimization__fsdp": fsdp}
+        arguments = words(tiny, folder, *([] if fsdp else ["--compare", "dora"]), **changes)
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+        done = subprocess.run(
+            [sys.executable, *(torchrun if processes > 1 else []), "-m", "npt.cli", *arguments],
+            cwd=REPOSITORY, capture_output=True, text=True, timeout=900, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[processes] = folder
+    for method in [""] if fsdp else ["", "dora"]:
+        for key in ("language_loss", "anchor_kl", "base_loss", "eval_loss"):
+            one, two = ([row[key] for row in rows_in(found[n], method) if key in row] for n in (1, 2))
+            assert one == pytest.approx(two, abs=1e-4) and one, (method, key)
+    one, two = (report_in(found[n])["methods"] for n in (1, 2))
+    for method in one:
+        a, b = (of[method]["figures"]["text"] for of in (one, two))
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3), method

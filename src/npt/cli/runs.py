@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,14 +50,8 @@ def train(
     """
     planned = {"--processes": processes, "--nodes": nodes, "--device": device, "--limit": limit}
     if dry_run:
-        return _dry_run(
-            config, set_, quick, resume, **{name.removeprefix("--"): value for name, value in planned.items()}
-        )
-    for name, value in planned.items():
-        if value is not None:
-            raise NPTError(
-                f"{name} {value}: goes with --dry-run or npt memory; start a run with torchrun or accelerate"
-            )
+        return _dry_run(lambda: _run_config(config, set_, quick), resume, planned)
+    _refuse_planned(planned)
     from npt.common.writable import check_folders
 
     run = _run_config(config, set_, quick)
@@ -81,6 +76,13 @@ def finetune(
             "--compare", metavar="METHODS", help="lora, dora or lora,dora: trained beside, on the same batches."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would do and need; read no weights, write nothing.")
+    ] = False,
+    processes: Processes = None,
+    nodes: Nodes = None,
+    device: DeviceName = None,
+    limit: Limit = None,
 ) -> None:
     """Phase 2: fine-tune the low-rank part on text or chats.
 
@@ -91,6 +93,10 @@ def finetune(
     from npt.runs.finetune_settings import finetune_settings
 
     overrides = [*(set_ or ()), *([] if compare is None else [f"finetuning.compare=[{compare}]"])]
+    planned = {"--processes": processes, "--nodes": nodes, "--device": device, "--limit": limit}
+    if dry_run:
+        return _dry_run(lambda: finetune_settings(config, overrides), resume, planned, tunes=True)
+    _refuse_planned(planned)
     run = finetune_settings(config, overrides)
     check_folders({f"paths.{name}": folder for name, folder in run.paths if folder is not None})
     from npt.report.finetune import render_finetuning
@@ -116,17 +122,28 @@ def _run_config(config: Path | None, set_: list[str] | None, quick: bool) -> Any
     return short
 
 
-def _dry_run(config: Path | None, set_: list[str] | None, quick: bool, resume: bool, **planned: Any) -> None:
+def _refuse_planned(planned: Mapping[str, Any]) -> None:
+    """Refuses options of a planned launch, {option: value}, without --dry-run."""
+    for name, value in planned.items():
+        if value is not None:
+            raise NPTError(
+                f"{name} {value}: goes with --dry-run or npt memory; start a run with torchrun or accelerate"
+            )
+
+
+def _dry_run(configured: Callable[[], Any], resume: bool, planned: Mapping[str, Any], *, tunes: bool = False) -> None:
+    """Says what a run would do. configured: reads its configuration. planned: {option: value} of the launch."""
     from npt.planning.devices import parse_bytes
     from npt.planning.dry_run import dry_run, launch_here
 
     if resume:
         raise NPTError("--dry-run --resume: a dry run starts no run to go on with; leave one of the two out")
-    limit = planned.pop("limit")
+    limit = planned["--limit"]
     size = None if limit is None else parse_bytes(limit)
-    launch, run = launch_here(**planned), _run_config(config, set_, quick)
+    launch = launch_here(planned["--processes"], planned["--nodes"], planned["--device"])
+    run = configured()
     if is_first_launched():
-        dry_run(run, launch, size, console())
+        dry_run(run, launch, size, console(), tunes=tunes)
 
 
 @app.command()

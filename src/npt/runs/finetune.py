@@ -218,7 +218,8 @@ def train_arms(
         )  # fmt: skip
         set_seed(config.training.seed)
         other = adapted(base, method, rank, places)
-        before = first_does(partial(_begun, own))
+        # A new run's folders may still hold an earlier one's checkpoints.
+        before = None if last is None else first_does(partial(_begun, own))
         arms.append(train_arm(own, training_arguments(own), other, shared, before, arm))
         del other, base
         release_memory()
