@@ -26,7 +26,7 @@ TEMPLATE = (
 )
 SMALL: dict[str, Any] = {
     "data.max_length": 32, "data.num_eval_samples": 6, "training.batch_size": 4, "training.num_train_steps": 6,
-    "training.logging_steps": 2, "training.eval_steps": 3, "training.save_steps": 3, "training.learning_rate": 0.01,
+    "training.logging_steps": 3, "training.eval_steps": 3, "training.save_steps": 3, "training.learning_rate": 0.01,
     "training.prediction_logging_steps": 6, "training.warmup_steps": 0, "model.rank": 3,
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -111,26 +111,56 @@ def run_finetuning(config: RunConfig, *, resume: bool = False) -> dict[str, Any]
         with spent.timing("reading text"):
             corpus = given_corpus(config, texts)
         assert corpus is not None  # only text of `self`, which is refused, waits for the base
-        with spent.timing("loading the base"):
-            model, tokenizer = start_model(config)
-        if last is not None:
-            first_does(lambda: check_adapter(last, adapter_config(model)))
-        tell_processes(arguments)
-        with only_run(output, checkpoints):
-            if shards_base(config.optimization.fsdp):
-                shard_base(model, arguments)
-            parts = plan(config, texts, model, tokenizer, corpus, last, spent)
-            anchor = None
-            if config.finetuning.anchor_weight:
-                count = config.finetuning.num_anchor_samples
-                with spent.timing(SAMPLING):
-                    anchor = through(model, lambda: own_text(texts, model, tokenizer, count, "anchor"))
-            shared = Shared(corpus, anchor, tokenizer, signals, spent)
-            arms = train_arms(config, arguments, model, shared, last)
+        with ExitStack() as held:
+            npt, shared, parts = train_npt(config, arguments, texts, corpus, signals, spent, last, held)
+            arms = [npt, *train_others(config, shared, npt, last)]
             with spent.timing(PAGE):
                 report = first_does(partial(write_report, config, arms, corpus))
             first_does(lambda: say_times(parts, spent, output))
             return report
+
+
+def train_npt(
+    config: RunConfig,
+    arguments: TrainingArguments,
+    texts: RunTexts,
+    corpus: Corpus,
+    signals: StopSignals,
+    spent: Stopwatch,
+    last: Path | None,
+    held: ExitStack,
+) -> tuple[Arm, Shared, list[Part]]:
+    """Trains the NPT adapter; returns it with its figures, what other methods share with it, and the plan.
+
+    The model is this function's own: it is gone before the base is loaded again.
+
+    Args:
+        last: the checkpoint that the run goes on from. held: gets the lock on the run's folders.
+    """
+    output, checkpoints = Path(config.paths.output_dir), Path(config.paths.checkpoint_dir)
+    with spent.timing("loading the base"):
+        model, tokenizer = start_model(config)
+    if last is not None:
+        first_does(lambda: check_adapter(last, adapter_config(model)))
+    tell_processes(arguments)
+    held.enter_context(only_run(output, checkpoints))
+    if shards_base(config.optimization.fsdp):
+        shard_base(model, arguments)
+    parts = plan(config, texts, model, tokenizer, corpus, last, spent)
+    anchor = None
+    if config.finetuning.anchor_weight:
+        count = config.finetuning.num_anchor_samples
+        with spent.timing(SAMPLING):
+            anchor = through(model, lambda: own_text(texts, model, tokenizer, count, "anchor"))
+    earlier = adapter_config(model).text_record
+    if config.finetuning.adapter is not None and earlier is not None:
+        corpus.record.merge(earlier)
+    adapter_config(model).text_record = corpus.record
+    shared = Shared(corpus, anchor, tokenizer, signals, spent)
+    blocks = [layer.index for layer in active_layers(model)]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    arm = Arm("npt", trained, rank=config.model.rank, blocks=blocks)
+    return train_arm(config, arguments, model, shared, last, arm), shared, parts
 
 
 def plan(
@@ -188,53 +218,46 @@ def start_model(config: RunConfig) -> tuple[PeftModel, Any]:
     return model, tokenizer
 
 
-def train_arms(
-    config: RunConfig, arguments: TrainingArguments, model: Any, shared: Shared, last: Path | None
-) -> list[Arm]:
-    """Trains the NPT adapter and then each method of `finetuning.compare`, all on the same batches.
+def train_others(config: RunConfig, shared: Shared, npt: Arm, last: Path | None) -> list[Arm]:
+    """Trains each method of `finetuning.compare` on a fresh base and on the batches of the NPT adapter.
 
     Args:
-        model: with the NPT adapter. last: the checkpoint of it that the run goes on from.
+        npt: whose blocks and number of parameters they have. last: the checkpoint that the run goes on from.
     """
-    blocks = [layer.index for layer in active_layers(model)]
-    record, earlier = shared.corpus.record, adapter_config(model).text_record
-    if config.finetuning.adapter is not None and earlier is not None:
-        record.merge(earlier)
-    adapter_config(model).text_record = record
-    wanted = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    arms = [train_arm(config, arguments, model, shared, last, Arm("npt", wanted, rank=config.model.rank))]
-    projections = config.model.target_projections
-    del model
-    release_memory()
+    found = []
     for method in config.finetuning.compare:
-        own = of_method(config, method)
-        base, _ = load_base(config.model, config.optimization, config.paths.cache_dir)
-        places = places_of(base, blocks, projections)
-        rank = matching_rank(method, wanted, places)
-        arm = Arm(method, trained_parameters(method, rank, places), rank=rank, places=[p.name for p in places])
-        logger.info(
-            "%s of rank %d on %d projections: %s trained parameters beside NPT's %s",
-            method, rank, len(places), f"{arm.trained:,}", f"{wanted:,}",
-        )  # fmt: skip
-        set_seed(config.training.seed)
-        other = adapted(base, method, rank, places)
-        # A new run's folders may still hold an earlier one's checkpoints.
-        before = None if last is None else first_does(partial(_begun, own))
-        arms.append(train_arm(own, training_arguments(own), other, shared, before, arm))
-        del other, base
         release_memory()
-    return arms
+        found.append(train_other(of_method(config, method), method, shared, npt, resumes=last is not None))
+    return found
+
+
+def train_other(config: RunConfig, method: str, shared: Shared, npt: Arm, *, resumes: bool) -> Arm:
+    """Trains one other method; the model is this function's own.
+
+    Args:
+        config: with the method's folders. resumes: goes on from its last checkpoint, where there is one.
+    """
+    base, _ = load_base(config.model, config.optimization, config.paths.cache_dir)
+    places = places_of(base, npt.blocks, config.model.target_projections)
+    rank = matching_rank(method, npt.trained, places)
+    arm = Arm(
+        method, trained_parameters(method, rank, places), rank=rank, blocks=npt.blocks, places=[p.name for p in places]
+    )
+    logger.info(
+        "%s of rank %d on %d projections: %s trained parameters beside NPT's %s",
+        method, rank, len(places), f"{arm.trained:,}", f"{npt.trained:,}",
+    )  # fmt: skip
+    set_seed(config.training.seed)
+    model = adapted(base, method, rank, places)
+    # A new run's folders may still hold an earlier one's checkpoints.
+    last = first_does(lambda: last_checkpoint(Path(config.paths.checkpoint_dir))) if resumes else None
+    return train_arm(config, training_arguments(config), model, shared, last, arm)
 
 
 def of_method(config: RunConfig, method: str) -> RunConfig:
     """The configuration with the folders of a method of `finetuning.compare`, and without trackers."""
     folders = {f"paths.{n}": str(Path(getattr(config.paths, n)) / method) for n in ("output_dir", "checkpoint_dir")}
     return with_overrides(config, {**folders, "training.report_to": [], "wandb.enabled": False})
-
-
-def _begun(config: RunConfig) -> Path | None:
-    """The last checkpoint of a method that an earlier part of this run left; None where it is to begin."""
-    return last_checkpoint(Path(config.paths.checkpoint_dir))
 
 
 def train_arm(
@@ -276,7 +299,9 @@ def train_arm(
             seeds = (None, config.training.seed)  # greedy, then sampled
             arm.samples = through(
                 model,
-                lambda: [s for seed in seeds for s in side_by_side(model, shared.tokenizer, DEFAULT_PROMPTS, seed=seed)],
+                lambda: [
+                    s for seed in seeds for s in side_by_side(model, shared.tokenizer, DEFAULT_PROMPTS, seed=seed)
+                ],
             )
     arm.seconds, arm.steps = spent.seconds.get(part, 0.0), trainer.state.global_step
     if is_npt:

@@ -26,7 +26,8 @@ from npt.tuner.converted import active_layers, adapter_config, device_of, parame
 class Arm:
     """One method of a fine-tuning, and what came of it.
 
-    name: npt, lora or dora. trained: parameters that it trains. rank: of it. places: the projections of another method.
+    name: npt, lora or dora. trained: parameters that it trains. rank: of it. blocks: indices. places: the
+    projections of another method.
     figures, base: {corpus: figures} of the model and of the base beside it (`npt.finetuning.figures`). seconds: of training
     in this process. steps: taken. samples: texts of both models. model, protocol: the parts of the report that the
     converted model decides.
@@ -35,6 +36,7 @@ class Arm:
     name: str
     trained: int
     rank: int
+    blocks: list[int] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     base: dict[str, dict[str, Any]] = field(default_factory=dict)
