@@ -13,5 +13,5 @@ class Configurations(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called before a wheel is built; `version` is "standard" or "editable"."""
         if version == "standard":
-            for name in ("config.yaml", "config_small.yaml", "config_optimized.yaml"):
+            for name in ("config.yaml", "config_small.yaml", "config_optimized.yaml", "config_finetune.yaml"):
                 build_data["force_include"][name] = f"npt/config/preset_files/{name}"

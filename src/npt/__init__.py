@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from npt.equivalence.objectives import Objective
     from npt.equivalence.trainer import EquivalenceTrainer
     from npt.evaluation.evaluate import evaluate
+    from npt.finetuning.low_rank import train_low_rank
+    from npt.finetuning.trainer import FinetuneTrainer
     from npt.runs.base_model import load_base
     from npt.tuner import NPTConfig, NPTModel, weight_delta
 
@@ -30,6 +32,7 @@ __all__ = [
     "EditStore",
     "EquivalenceTrainer",
     "Family",
+    "FinetuneTrainer",
     "NPComponent",
     "NPTConfig",
     "NPTModel",
@@ -40,6 +43,7 @@ __all__ = [
     "load_base",
     "merge_adapters",
     "register_family",
+    "train_low_rank",
     "weight_delta",
 ]
 __version__ = "0.1.0"
@@ -49,6 +53,7 @@ __getattr__ = exports_of(
         "EditStore": "npt.editing.store",
         "EquivalenceTrainer": "npt.equivalence.trainer",
         "Family": "npt.block.families",
+        "FinetuneTrainer": "npt.finetuning.trainer",
         "NPComponent": "npt.block.component",
         "NPTConfig": "npt.tuner",
         "NPTModel": "npt.tuner",
@@ -59,6 +64,7 @@ __getattr__ = exports_of(
         "load_base": "npt.runs.base_model",
         "merge_adapters": "npt.adapters.join",
         "register_family": "npt.block.families",
+        "train_low_rank": "npt.finetuning.low_rank",
         "weight_delta": "npt.tuner",
     },
 )

@@ -12,9 +12,12 @@ from tests.catalogue.commands import ARGUMENTS, RUNS
 from tests.catalogue.configurations import CONFIG_FILES, OVERRIDES
 from tests.catalogue.edits import EDITS
 from tests.catalogue.entries import Entry, Kit, tensors
+from tests.catalogue.finetunings import FINETUNINGS
 from tests.catalogue.models import ADAPTERS, BASES
 from tests.catalogue.texts import DATA
 
-CATALOGUE = [*CONFIG_FILES, *OVERRIDES, *DATA, *BASES, *ADAPTERS, *ARGUMENTS, *RUNS, *EDITS, *BENCH, *ABSORBING]
+CATALOGUE = [
+    *CONFIG_FILES, *OVERRIDES, *DATA, *BASES, *ADAPTERS, *ARGUMENTS, *RUNS, *EDITS, *BENCH, *ABSORBING, *FINETUNINGS,
+]  # fmt: skip
 
 __all__ = ["CATALOGUE", "Entry", "Kit", "tensors"]

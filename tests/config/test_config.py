@@ -31,7 +31,7 @@ def test_all_keys_of_the_original_description_exist() -> None:
             assert f"{section}.{word}" in known_keys()
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "config_small.yaml", "config_optimized.yaml"])
+@pytest.mark.parametrize("name", ["config.yaml", "config_small.yaml", "config_optimized.yaml", "config_finetune.yaml"])
 def test_shipped_files_load_and_keep_the_fixed_values(name: str) -> None:
     config = load_config(REPOSITORY / name)
     assert not config.wandb.enabled

@@ -34,6 +34,22 @@ OPTIMIZED = {
     "optimization.use_cpu_offload": True,
     "optimization.mixed_precision": "bf16",
 }
+FINETUNED = {
+    "model.base_model_name": "builtin:smollm2-135m",
+    "model.npt_layers": "all",
+    "model.gain": "denominator",
+    "model.key": "learned",
+    "training.batch_size": 8,
+    "training.num_epochs": 2.0,
+    "training.calibrate": False,
+    "data.dataset_name": "text",
+    "data.data_files": ["chats.jsonl"],
+    "data.score": "replies",
+    "data.num_train_samples": None,
+    "data.num_eval_samples": 64,
+    "finetuning.anchor_weight": 0.1,
+    "finetuning.compare": ["lora"],
+}
 
 
 def test_names_and_defaults_are_those_of_every_class() -> None:
@@ -89,7 +105,10 @@ def test_comments_of_config_yaml_list_the_allowed_values(name: str) -> None:
     assert sorted(named) == sorted(literals()[name])
 
 
-@pytest.mark.parametrize(("name", "changes"), [("config_small.yaml", SMALL), ("config_optimized.yaml", OPTIMIZED)])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("config_small.yaml", SMALL), ("config_optimized.yaml", OPTIMIZED), ("config_finetune.yaml", FINETUNED)],
+)
 def test_smaller_files_hold_what_differs_and_nothing_else(name: str, changes: dict[str, Any]) -> None:
     written = yaml.safe_load((REPOSITORY / name).read_text())
     assert {f"{section}.{key}": value for section, keys in written.items() for key, value in keys.items()} == changes

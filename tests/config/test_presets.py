@@ -24,7 +24,8 @@ def test_a_preset_is_the_repository_s_file(preset: str, folder: Path, capsys: py
     assert main(["init", "--preset", preset]) == 0
     assert (folder / "config.yaml").read_text() == (ROOT / PRESETS[preset]).read_text()
     assert load_config("config.yaml") == load_config(ROOT / PRESETS[preset])
-    assert "npt train --config config.yaml" in capsys.readouterr().out
+    command = "finetune" if preset == "finetune" else "train"
+    assert f"npt {command} --config config.yaml" in capsys.readouterr().out
 
 
 def test_without_a_preset_every_key_stands_there_with_its_comment(folder: Path) -> None:

@@ -149,8 +149,25 @@ def test_npt_memory_plans_the_same(shapes: Path, capsys: Any) -> None:
 
 def test_names_of_what_is_done() -> None:
     config = load_config(None, ["training.calibrate=false", "data.num_train_samples=8"])
-    lines = list(data_lines(config.data, config.training, 2))
+    lines = list(data_lines(config, 2))
     assert lines[0] == "data: self, 8 blocks of 256 tokens"
     assert lines[1] == "objective: no calibration, then local, then logits"
     with pytest.raises(NPTError, match="--nodes 2: does not divide --processes 1"):
         launch_here(1, 2, None)
+
+
+def test_a_fine_tuning_is_planned_with_its_own_step(shapes: Path, capsys: Any) -> None:
+    """It trains the low-rank part alone, calibrates nothing and has no figures by block."""
+    overrides = [part for setting in settings(shapes, "model.rank=4") for part in ("--set", setting)]
+    peaks = []
+    for weight in (0.0, 0.5):
+        arguments = ["--dry-run", "--set", f"finetuning.anchor_weight={weight}", "--compare", "lora"]
+        assert main(["finetune", *overrides, *arguments]) == 0
+        shown = capsys.readouterr().out
+        trained = 2 * 4 * (4 * 64 + 172)  # A, B_in, B_down, C_in and C_down of two blocks
+        assert f"of these trained, the low-rank part: {trained:,}" in shown
+        assert "objective: language model, " in shown and "beside it, not planned: lora" in shown
+        assert "calibration" not in shown and "evaluation: blocks" not in shown
+        assert ("sampling text" in shown) == (weight > 0) and list(Path.cwd().rglob("*")) == []
+        peaks.append(next(line for line in shown.splitlines() if "training step" in line))
+    assert peaks[0] != peaks[1], "an anchored step needs more"

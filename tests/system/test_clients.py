@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from npt.data import pack
 from npt.data.batches import batches_of
 from npt.errors import NPTError
 from npt.evaluation.divergence import token_divergences
+from npt.finetuning.low_rank import train_low_rank
 from npt.tuner.card import MARK
 from npt.tuner.converted import npt_layers
 
@@ -91,6 +93,52 @@ def test_trl_sft_trainer(local_model: Path, tmp_path: Path) -> None:
         assert not any(torch.equal(a, b) for a, b in zip(before, values(trainer.model, True), strict=True))
         assert all(torch.equal(a, b) for a, b in zip(frozen, values(trainer.model, False), strict=True))
         assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").is_file()
+
+
+def test_trl_sft_trains_the_low_rank_part(local_model: Path, tmp_path: Path) -> None:
+    """The trainer's own loss starts as the base's, and what makes the model equivalent stays."""
+    trl = pytest.importorskip("trl")
+    base, tokenizer = load(local_model)
+    model = get_peft_model(base, NPTConfig(rank=2, gain="denominator", key="learned"))
+    train_low_rank(model)
+    config = trl.SFTConfig(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=0.01, use_cpu=True, bf16=False,
+        report_to=[], logging_steps=1, max_length=32, save_strategy="no", gradient_checkpointing=False,
+    )  # fmt: skip
+    data = datasets.Dataset.from_dict({"text": SENTENCES})
+    trainer = trl.SFTTrainer(model, config, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    start = trainer.evaluate()["eval_loss"]
+    with model.disable_adapter():
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(start, abs=1e-4)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < start
+    moved = {name.rpartition(".")[2] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"A", "B_in", "B_down", "C_in", "C_down"}
+
+
+def test_trl_dpo_trainer(local_model: Path, tmp_path: Path) -> None:
+    """The low-rank part of a model that starts as the original: the reference is the same model without its adapter."""
+    trl = pytest.importorskip("trl")
+    base, tokenizer = load(local_model)
+    model = get_peft_model(base, NPTConfig(rank=2, gain="denominator", key="learned"))
+    train_low_rank(model)
+    config = trl.DPOConfig(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=0.01, use_cpu=True, bf16=False,
+        report_to=[], logging_steps=1, max_length=48, save_steps=3, gradient_checkpointing=False,
+    )  # fmt: skip
+    prompts = [{"prompt": s[:12], "chosen": s[12:], "rejected": s[12:][::-1]} for s in SENTENCES]
+    trainer = trl.DPOTrainer(
+        model, args=config, train_dataset=datasets.Dataset.from_list(prompts), processing_class=tokenizer
+    )
+    before, frozen = values(trainer.model, True), values(trainer.model, False)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4), "policy and reference are one model at the start"
+    assert losses[-1] < losses[0]
+    assert any(not torch.equal(a, b) for a, b in zip(before, values(trainer.model, True), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(frozen, values(trainer.model, False), strict=True))
+    assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")

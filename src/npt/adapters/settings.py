@@ -49,7 +49,7 @@ def load_settings(
     given = given_keys(path, overrides)
     record = {} if path is not None else _record(folder, sections, given)
     if BASE not in given:
-        record[BASE] = _base(folder, record.get(BASE))
+        record[BASE] = base_named(folder, record.get(BASE))
     taken = {key: value for key, value in record.items() if key not in given}
     config = load_config(path, overrides, below=taken)
     if told := [f"{key}={value}" for key, value in taken.items() if _decides(key, value)]:
@@ -74,7 +74,8 @@ def as_recorded(config: RunConfig) -> RunConfig:
         return names and [name if name.startswith(PREFIX) else str(Path(name).absolute()) for name in names]
 
     files = ("data_files", "calibration_files", "eval_texts")
-    changes = {f"data.{name}": placed(getattr(config.data, name)) for name in files}
+    changes: dict[str, Any] = {f"data.{name}": placed(getattr(config.data, name)) for name in files}
+    changes["finetuning.adapter"] = config.finetuning.adapter and str(Path(config.finetuning.adapter).absolute())
     return with_overrides(config, {**changes, BASE: recorded_name(config.model.base_model_name)})
 
 
@@ -95,8 +96,12 @@ def _record(folder: Path, sections: Collection[str], given: Collection[str]) -> 
     return {key: value for key, value in keys.items() if key not in left_out}
 
 
-def _base(folder: Path, recorded: str | None) -> str:
-    """The base's name by the adapter's own file, else by the record of its run."""
+def base_named(folder: Path, recorded: str | None = None) -> str:
+    """The base's name by the file of the adapter in a folder, else by the record of its run.
+
+    Raises:
+        CheckpointError: neither names one, or it is not there any more.
+    """
     name = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or recorded
     remedy = f"name it: --set {BASE}=FOLDER_OR_HUB_ID"
     if not name:

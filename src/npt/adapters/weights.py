@@ -16,22 +16,23 @@ from npt.common.processes import first_does, gather, world
 from npt.common.sharded import full_tensor, like
 from npt.data.seen import Seen, TextRecord
 from npt.errors import CheckpointError
-from npt.tuner.converted import adapter_config, component_ids
+from npt.tuner.converted import component_ids, text_record_of
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """{name in the model: value} of all components, whole; all processes call it.
+    """{name in the model: value} of all components, whole, or of all that an adapter of another method trains; all processes
+    call it.
 
     The processes tell one another of the text that each has read, so that the adapter is saved with a record of all of it.
     """
     share_record(model)
     own = component_ids(model)
-    return {name: full_tensor(p) for name, p in model.named_parameters() if id(p) in own}
+    return {n: full_tensor(p) for n, p in model.named_parameters() if (id(p) in own if own else p.requires_grad)}
 
 
 def share_record(model: PeftModel) -> None:
     """Merges all processes' records of the text that was trained on; all processes call it."""
-    record = adapter_config(model).text_record
+    record = text_record_of(model)
     if record is not None and world()[1] > 1:
         own = record.trained
         parts = gather(torch.from_numpy(np.append(own.hashes, np.uint64(own.level)).view(np.int64)))
@@ -81,6 +82,6 @@ def load_weights(model: PeftModel, folder: Path) -> None:
             f"{folder}: the adapter there is for other blocks or options, first {odd}; name its own base"
         )
     set_peft_model_state_dict(model, {name: like(value, wanted[name]) for name, value in values.items()})
-    record, found = adapter_config(model).text_record, TextRecord.read(folder)
+    record, found = text_record_of(model), TextRecord.read(folder)
     if record is not None and found is not None:
         record.merge(found)

@@ -21,6 +21,7 @@ class Preset(str, Enum):
     SMALL = "small"
     OPTIMIZED = "optimized"
     QUICK = "quick"
+    FINETUNE = "finetune"
 
 
 @app.command()
@@ -30,7 +31,8 @@ def init(
         Preset,
         typer.Option(
             "--preset",
-            help="full: every key; small: GPT-2; optimized: 7 billion parameters in little memory; quick: a first look.",
+            help="full: every key; small: GPT-2; optimized: 7 billion parameters in little memory; quick: a first look; "
+            "finetune: chats of your own.",
         ),
     ] = Preset.FULL,
     model: Annotated[
@@ -52,7 +54,8 @@ def init(
     if file.exists() and not force:
         raise NPTError(f"{file}: is there already; name another file, or give --force to write over it")
     write_text(file, text)
-    say(f"{file}: edit it, then: npt train --config {file}")
+    command = "finetune" if preset is Preset.FINETUNE else "train"
+    say(f"{file}: edit it, then: npt {command} --config {file}")
 
 
 @app.command()

@@ -36,6 +36,10 @@ Config = Annotated[
     Path | None,
     typer.Option("--config", help="YAML file; without one, the defaults: those of config.yaml.", callback=place_of),
 ]
+FinetuneConfig = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file; without one, the defaults: docs/finetuning.md.", callback=place_of),
+]
 OwnConfig = Annotated[
     Path | None,
     typer.Option(

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from npt.cli.app import app, console, load, say
-from npt.cli.options import Checkpoint, Config, DeviceName, Limit, Nodes, OwnConfig, Processes, Set, place_of
+from npt.cli.options import (
+    Checkpoint,
+    Config,
+    DeviceName,
+    FinetuneConfig,
+    Limit,
+    Nodes,
+    OwnConfig,
+    Processes,
+    Set,
+    place_of,
+)
 from npt.common.launch import is_first_launched
 from npt.errors import NPTError
 
@@ -38,14 +50,8 @@ def train(
     """
     planned = {"--processes": processes, "--nodes": nodes, "--device": device, "--limit": limit}
     if dry_run:
-        return _dry_run(
-            config, set_, quick, resume, **{name.removeprefix("--"): value for name, value in planned.items()}
-        )
-    for name, value in planned.items():
-        if value is not None:
-            raise NPTError(
-                f"{name} {value}: goes with --dry-run or npt memory; start a run with torchrun or accelerate"
-            )
+        return _dry_run(lambda: _run_config(config, set_, quick), resume, planned)
+    _refuse_planned(planned)
     from npt.common.writable import check_folders
 
     run = _run_config(config, set_, quick)
@@ -57,6 +63,49 @@ def train(
     render_report(found, console())
     say(f"adapter: {Path(run.paths.checkpoint_dir) / 'best_model'}")
     say(f"report:  {Path(run.paths.output_dir) / 'report.html'}, figures in evaluation_report.json beside it")
+
+
+@app.command()
+def finetune(
+    config: FinetuneConfig = None,
+    set_: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare", metavar="METHODS", help="lora, dora or lora,dora: trained beside, on the same batches."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would do and need; read no weights, write nothing.")
+    ] = False,
+    processes: Processes = None,
+    nodes: Nodes = None,
+    device: DeviceName = None,
+    limit: Limit = None,
+) -> None:
+    """Phase 2: fine-tune the low-rank part on text or chats.
+
+    Starts as the original, or from an adapter (finetuning.adapter). Writes the adapter, best_model/, and the report of what
+    was gained and lost: finetune_report.json and report.html.
+    """
+    from npt.common.writable import check_folders
+    from npt.runs.finetune_settings import finetune_settings
+
+    overrides = [*(set_ or ()), *([] if compare is None else [f"finetuning.compare=[{compare}]"])]
+    planned = {"--processes": processes, "--nodes": nodes, "--device": device, "--limit": limit}
+    if dry_run:
+        return _dry_run(lambda: finetune_settings(config, overrides), resume, planned, tunes=True)
+    _refuse_planned(planned)
+    run = finetune_settings(config, overrides)
+    check_folders({f"paths.{name}": folder for name, folder in run.paths if folder is not None})
+    from npt.report.finetune import render_finetuning
+    from npt.runs.finetune import run_finetuning
+
+    found = run_finetuning(run, resume=resume)
+    render_finetuning(found, console())
+    say(f"adapter: {Path(run.paths.checkpoint_dir) / 'best_model'}")
+    say(f"report:  {Path(run.paths.output_dir) / 'report.html'}, figures in finetune_report.json beside it")
 
 
 def _run_config(config: Path | None, set_: list[str] | None, quick: bool) -> Any:
@@ -73,17 +122,28 @@ def _run_config(config: Path | None, set_: list[str] | None, quick: bool) -> Any
     return short
 
 
-def _dry_run(config: Path | None, set_: list[str] | None, quick: bool, resume: bool, **planned: Any) -> None:
+def _refuse_planned(planned: Mapping[str, Any]) -> None:
+    """Refuses options of a planned launch, {option: value}, without --dry-run."""
+    for name, value in planned.items():
+        if value is not None:
+            raise NPTError(
+                f"{name} {value}: goes with --dry-run or npt memory; start a run with torchrun or accelerate"
+            )
+
+
+def _dry_run(configured: Callable[[], Any], resume: bool, planned: Mapping[str, Any], *, tunes: bool = False) -> None:
+    """Says what a run would do. configured: reads its configuration. planned: {option: value} of the launch."""
     from npt.planning.devices import parse_bytes
     from npt.planning.dry_run import dry_run, launch_here
 
     if resume:
         raise NPTError("--dry-run --resume: a dry run starts no run to go on with; leave one of the two out")
-    limit = planned.pop("limit")
+    limit = planned["--limit"]
     size = None if limit is None else parse_bytes(limit)
-    launch, run = launch_here(**planned), _run_config(config, set_, quick)
+    launch = launch_here(planned["--processes"], planned["--nodes"], planned["--device"])
+    run = configured()
     if is_first_launched():
-        dry_run(run, launch, size, console())
+        dry_run(run, launch, size, console(), tunes=tunes)
 
 
 @app.command()

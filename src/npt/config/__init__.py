@@ -4,6 +4,7 @@ from npt.config.load import given_keys, load_config, option_problems, save_confi
 from npt.config.quick import QUICK, left_out, shortened
 from npt.config.sections import (
     DataSection,
+    FinetuningSection,
     ModelSection,
     OptimizationSection,
     PathsSection,
@@ -16,6 +17,7 @@ from npt.config.sections import (
 __all__ = [
     "QUICK",
     "DataSection",
+    "FinetuningSection",
     "ModelSection",
     "OptimizationSection",
     "PathsSection",

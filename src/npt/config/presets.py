@@ -22,6 +22,7 @@ PRESETS = {
     "full": "config.yaml",
     "small": "config_small.yaml",
     "optimized": "config_optimized.yaml",
+    "finetune": "config_finetune.yaml",
     "quick": "config.yaml",
 }
 _HEAD = {"quick": "# With the settings of npt train --quick: calibration only, on little text, with a short report.\n"}

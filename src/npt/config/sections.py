@@ -286,6 +286,15 @@ class PathsSection(Section):
     teacher_cache: Place | None = None
 
 
+class FinetuningSection(Section):
+    """`npt finetune` (docs/finetuning.md): where it starts, what holds it to the original, what it is compared with."""
+
+    adapter: Place | None = None
+    anchor_weight: Annotated[Real, Field(ge=0)] = 0.0
+    num_anchor_samples: Positive = 64
+    compare: Annotated[list[Literal["lora", "dora"]], BeforeValidator(_listed), AfterValidator(_no_duplicates)] = []
+
+
 class RunConfig(Section):
     """Everything a run needs."""
 
@@ -295,6 +304,7 @@ class RunConfig(Section):
     wandb: WandbSection = Field(default_factory=WandbSection)
     optimization: OptimizationSection = Field(default_factory=OptimizationSection)
     paths: PathsSection = Field(default_factory=PathsSection)
+    finetuning: FinetuningSection = Field(default_factory=FinetuningSection)
 
     def conflicts(self) -> Iterator[Conflict]:
         """A stream has no end to count steps from, and no fixed blocks to keep teacher targets for."""
@@ -304,6 +314,13 @@ class RunConfig(Section):
         if self.data.streaming and self.paths.teacher_cache is not None:
             text = "is for a fixed set of blocks, which data.streaming=true has not; set one of them off"
             yield ("paths.teacher_cache", "data.streaming"), text
+        if self.data.streaming and self.finetuning.anchor_weight:
+            text = "goes with the blocks of a fixed text, which data.streaming=true has not; set one of them off"
+            yield ("finetuning.anchor_weight", "data.streaming"), text
+        for name in ("fsdp", "use_cpu_offload"):
+            if self.finetuning.compare and getattr(self.optimization, name):
+                text = f"other methods are trained whole in each process; set optimization.{name}=false, or compare nothing"
+                yield ("finetuning.compare", f"optimization.{name}"), text
         if is_automatic(self.model.npt_layers):
             yield from self._conflicts_of_choice()
 
@@ -327,6 +344,7 @@ SECTIONS: dict[str, type[Section]] = {
     "wandb": WandbSection,
     "optimization": OptimizationSection,
     "paths": PathsSection,
+    "finetuning": FinetuningSection,
 }
 
 

@@ -13,7 +13,7 @@ depend on which other blocks are converted, so blocks may be trained by separate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -209,9 +209,7 @@ class LogitsObjective(Objective):
         norms = _DeltaSquares(counted)
         with watching_deltas(layers, norms.see if self._needs_deltas else None):
             student = run_backbone(model, inputs)[counted]
-        kl = wide(student.new_zeros(()))
-        for chunk in torch.arange(len(student), device=student.device).split(POSITION_CHUNK):
-            kl = kl + checkpoint(_chunk_kl, head, student[chunk], *(x[chunk] for x in target), use_reentrant=False)
+        kl = divergence_sum(head, student, target)
         equivalence = kl / items
         delta = norms.mean_square(kl) / (items * len(layers))
         total = self.equivalence_weight * equivalence + self.regularization_weight * delta
@@ -274,13 +272,26 @@ class _WithGradients(torch.autograd.Function):
         return (None, None, *(upstream * gradient for gradient in ctx.gradients))
 
 
-def _chunk_kl(head: Callable[[Tensor], Tensor], student: Tensor, *target: Tensor) -> Tensor:
-    """Sum over positions of KL(teacher || student).
+def divergence_sum(
+    head: Callable[[Tensor], Tensor], student: Tensor, target: Sequence[Tensor], weights: Tensor | None = None
+) -> Tensor:
+    """Sum over positions of KL(teacher || student) in nats, each times its weight, in chunks of positions.
 
     Args:
-        student: last hidden states (positions, d). target: the teacher's; or ids and log-probabilities of outcomes, as
-            `grouped` gives them.
+        head: hidden states to logits.
+        student: last hidden states (positions, d).
+        target: the teacher's; or ids and log-probabilities of outcomes, as `grouped` gives them.
+        weights: (positions,); None for ones.
     """
+    kl = wide(student.new_zeros(()))
+    for chunk in torch.arange(len(student), device=student.device).split(POSITION_CHUNK):
+        part = None if weights is None else weights[chunk]
+        kl = kl + checkpoint(_chunk_kl, head, part, student[chunk], *(x[chunk] for x in target), use_reentrant=False)
+    return kl
+
+
+def _chunk_kl(head: Callable[[Tensor], Tensor], weights: Tensor | None, student: Tensor, *target: Tensor) -> Tensor:
+    """`divergence_sum` of one chunk."""
     own = wide(head(student)).log_softmax(-1)
     if len(target) == 2:
         ids, expected = target
@@ -288,7 +299,8 @@ def _chunk_kl(head: Callable[[Tensor], Tensor], student: Tensor, *target: Tensor
     else:
         with torch.no_grad():
             expected = wide(head(target[0])).log_softmax(-1)
-    return (expected.exp() * (expected - own)).sum()
+    divergence = expected.exp() * (expected - own)
+    return divergence.sum() if weights is None else (weights * divergence.sum(-1)).sum()
 
 
 @torch.no_grad()

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npt.block.modes import Mode, running_as
 from npt.common.processes import gather, share, world
 from npt.common.progress import tracked
 from npt.common.sharded import is_sharded
 from npt.data.batches import batches_of, collated, scored_positions
 from npt.errors import REMEDY, DataError, RunError
-from npt.tuner.converted import ConvertedModel, active_layers, device_of, eval_mode
+from npt.tuner.converted import ConvertedModel, as_original, device_of, eval_mode
 from npt.tuner.nonfinite import find_nonfinite
 
 #: Bytes one batch of float32 logits may take; a longer batch is split by sequences.
@@ -56,7 +55,8 @@ def token_divergences(
         DataError: not one token counts.
         RunError: a model's logits are not finite.
     """
-    layers, device = active_layers(model), device_of(model)
+    as_original(model)  # a readable error for a model without an adapter
+    device = device_of(model)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     length = max(
         (len(blocks[i]["input_ids"]) for i in range(len(blocks) if collate else min(1, len(blocks)))), default=1
@@ -72,7 +72,7 @@ def token_divergences(
             batch = next(batches_of(rows, batch_size, device)) if collate is None else collated(rows, collate, device)
             inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
             counted = scored_positions(batch["labels"])
-            with running_as(layers, Mode.ORIGINAL):
+            with as_original(model):
                 teacher = base(**inputs).logits[:, :-1][counted]
             student = base(**inputs).logits[:, :-1][counted]
             target = batch["input_ids"][:, 1:][counted]

@@ -12,8 +12,10 @@ from rich.console import Console
 from npt.common.display import human_bytes, ranges
 from npt.common.launch import local_world_size, world_size
 from npt.common.processes import env_flag
-from npt.config import DataSection, RunConfig, TrainingSection
+from npt.config import RunConfig
 from npt.errors import NPTError
+from npt.finetuning.low_rank import train_low_rank
+from npt.finetuning.objective import LanguageModelObjective
 from npt.planning.devices import Launch, planned_launch
 from npt.planning.plan import Plan, plan_model
 from npt.planning.shapes import OWN_BYTES, dtype_of, load_shapes, shapes_of, with_own_dtype
@@ -34,10 +36,11 @@ def launch_here(processes: int | None, nodes: int | None, device: str | None) ->
     return planned_launch(processes, 1 if nodes is None else nodes, device)
 
 
-def dry_run(config: RunConfig, launch: Launch, limit: int | None, console: Console) -> Plan:
+def dry_run(config: RunConfig, launch: Launch, limit: int | None, console: Console, *, tunes: bool = False) -> Plan:
     """Prints what `npt train` would do with this configuration and launch, and returns its plan.
 
     Args:
+        tunes: says it of `npt finetune`, without the methods of `finetuning.compare`.
         limit: bytes that a process may use; None for the device's memory.
 
     Raises:
@@ -56,7 +59,9 @@ def dry_run(config: RunConfig, launch: Launch, limit: int | None, console: Conso
     dtype = dtype_of(config.model.dtype, hf_config)
     with console.status("running the run's code on shapes"):
         model = shapes_of(hf_config, config.model, dtype)
-        plan = plan_model(model, config, launch.processes, strategy)
+        tuned_by = LanguageModelObjective(config.finetuning.anchor_weight) if tunes else None
+        trained = train_low_rank(model) if tunes else None
+        plan = plan_model(model, config, launch.processes, strategy, tuned_by)
     own, base = parameter_counts(model)
     name = str(dtype).removeprefix("torch.")
     converted = [layer.index for layer in active_layers(model)]
@@ -66,7 +71,8 @@ def dry_run(config: RunConfig, launch: Launch, limit: int | None, console: Conso
         f"model: {config.model.base_model_name}, {base:,} parameters in {name}",
         f"converted blocks: {ranges(converted)} ({len(converted)} of {depth})",
         f"new parameters: {own:,} ({100 * own / base:.3g} %)",
-        *data_lines(config.data, config.training, launch.processes),
+        *([] if trained is None else [f"of these trained, the low-rank part: {trained:,}"]),
+        *data_lines(config, launch.processes, tunes=tunes),
         f"strategy: {strategy}, world size {launch.processes} on {launch.nodes} node{'s' * (launch.nodes > 1)}",
         f"each process holds: base {human_bytes(plan.spread.base)}, adapter {human_bytes(OWN_BYTES * plan.spread.own)}, "
         f"optimizer {human_bytes(plan.optimizer)}",
@@ -80,15 +86,25 @@ def dry_run(config: RunConfig, launch: Launch, limit: int | None, console: Conso
     return plan
 
 
-def data_lines(data: DataSection, training: TrainingSection, processes: int) -> Iterator[str]:
+def data_lines(config: RunConfig, processes: int, *, tunes: bool = False) -> Iterator[str]:
     """Lines that name the run's text, its objectives and the size of a step."""
-    t = training
+    data, t = config.data, config.training
     source = data.dataset_name + (f" ({data.dataset_config})" if data.dataset_config else "")
     source += f": {', '.join(data.data_files)}" if data.data_files else ""
     blocks = "all its" if data.num_train_samples is None else f"{data.num_train_samples:,}"
     yield f"data: {source}{', streamed' if data.streaming else ''}, {blocks} blocks of {data.max_length:,} tokens"
     calibration = f"calibration on {data.num_calibration_samples:,} blocks" if t.calibrate else "no calibration"
-    yield f"objective: {calibration}, then {', then '.join(t.objectives())}"
+    f = config.finetuning
+    if tunes:
+        anchor = (
+            f"anchor of weight {f.anchor_weight:g} on {f.num_anchor_samples:,} blocks"
+            if f.anchor_weight
+            else "no anchor"
+        )
+        beside = f"; beside it, not planned: {', '.join(f.compare)}" if f.compare else ""
+        yield f"objective: language model, {anchor}{beside}"
+    else:
+        yield f"objective: {calibration}, then {', then '.join(t.objectives())}"
     size = t.batch_size * t.gradient_accumulation_steps * processes
     yield (
         f"a step: {t.batch_size} blocks x {t.gradient_accumulation_steps} micro-batches x {processes} processes = "

@@ -6,7 +6,7 @@ floating point operations and bytes moved by a training step; `npt.planning.timi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,8 @@ from npt.evaluation.block_errors import layer_equivalence, residual_stream
 from npt.evaluation.divergence import token_divergences
 from npt.evaluation.evaluate import DETAIL_BLOCKS
 from npt.evaluation.weight_deltas import delta_records
+from npt.finetuning.anchor import ANCHOR
+from npt.finetuning.objective import LanguageModelObjective
 from npt.planning.counters import AllocationCounter, PretendValues, WorkCounter
 from npt.planning.shapes import (
     MOMENTS_BYTES,
@@ -112,8 +114,13 @@ def plan_run(config: RunConfig, hf_config: Any = None, processes: int = 1, strat
     return plan_model(model, config, processes, strategy)
 
 
-def plan_model(model: Any, config: RunConfig, processes: int, strategy: str) -> Plan:
+def plan_model(
+    model: Any, config: RunConfig, processes: int, strategy: str, tuned_by: LanguageModelObjective | None = None
+) -> Plan:
     """The plan of a run with a model of `shapes_of`, which is left with gradient checkpointing as the run has it.
+
+    Args:
+        tuned_by: the objective of a fine-tuning; None for an equivalence training.
 
     Raises:
         DataError: blocks of `data.max_length` are longer than the model's context.
@@ -122,7 +129,7 @@ def plan_model(model: Any, config: RunConfig, processes: int, strategy: str) -> 
     check_length(model.config, data.max_length, "data.max_length")
     spread = spread_over(model, training, processes, weight_bytes(model, config.optimization), strategy)
     work = WorkCounter()
-    phases = tuple(_phases(model, training, data, processes, work))
+    phases = tuple(_phases(model, config, processes, work, tuned_by))
     return Plan(
         # DDP keeps a second copy of the gradients, in the buckets it sends.
         weights=spread.base + OWN_BYTES * spread.own * (2 if strategy == DDP else 1),
@@ -174,7 +181,7 @@ def allocation_peak(model: Any, run: Callable[[], object]) -> int:
 
 def training_step_peak(
     model: Any,
-    objective: str,
+    objective: str | LanguageModelObjective,
     make_batch: Callable[[], Batch],
     tokens: int,
     *,
@@ -184,7 +191,7 @@ def training_step_peak(
     """Most bytes that one micro-batch's forward and backward allocate at once, with the real objective.
 
     Args:
-        objective: one of `npt.equivalence.objectives.OBJECTIVES`. tokens: of the batch.
+        objective: one of `npt.equivalence.objectives.OBJECTIVES`, or that of a fine-tuning. tokens: of the batch.
         make_batch: called while allocations are counted; a batch that exists before the call does not count.
         work: counts the step's operations too.
     """
@@ -192,7 +199,9 @@ def training_step_peak(
     def step() -> None:
         scales = {layer.index: 1.0 for layer in active_layers(model)}
         with nullcontext() if work is None else work:
-            loss = Objective(objective, scales=scales, regularization_weight=regularization_weight)
+            loss: Any = objective
+            if isinstance(objective, str):
+                loss = Objective(objective, scales=scales, regularization_weight=regularization_weight)
             total = loss(model, make_batch(), float(tokens)).total
             if total.requires_grad:
                 total.backward()
@@ -202,14 +211,17 @@ def training_step_peak(
 
 
 def _phases(
-    model: Any, training: TrainingSection, data: DataSection, processes: int, work: WorkCounter
+    model: Any, config: RunConfig, processes: int, work: WorkCounter, tuned_by: LanguageModelObjective | None
 ) -> Iterator[Phase]:
-    """The phases of a run, in their order. work: counts the training step."""
+    """The phases of a run, in their order. work: counts the training step. tuned_by: as `plan_model`."""
+    training, data = config.training, config.data
     size, length, adapter = training.batch_size, data.max_length, adapter_config(model)
     exact = adapter.carry == "exact"
     yield Phase("loading", 0, optimizer=False)
-    if data.dataset_name == "self":
-        rows = min(default_batch(model.get_base_model(), length), data.num_train_samples or 1)
+    anchored = tuned_by is not None and tuned_by.anchor_weight > 0
+    if data.dataset_name == "self" or anchored:
+        blocks = config.finetuning.num_anchor_samples if anchored else data.num_train_samples or 1
+        rows = min(default_batch(model.get_base_model(), length), blocks)
         yield Phase("sampling text", allocation_peak(model, lambda: _first_token(model, rows, length)), optimizer=False)
     if training.calibrate and is_calibrated(adapter.carry, adapter.gain):
         yield Phase("calibration", _calibration_peak(model, size, data, processes), optimizer=False)
@@ -219,19 +231,19 @@ def _phases(
             enable_checkpointing(model.get_base_model())
         peak = training_step_peak(
             model,
-            training.objectives()[-1],
-            lambda: _batch(size, length),
+            training.objectives()[-1] if tuned_by is None else tuned_by,
+            lambda: _batch(size, length, (*COLUMNS, ANCHOR) if anchored else COLUMNS),
             size * length,
             regularization_weight=training.regularization_weight,
             work=work,
         )
         yield Phase("training step", peak)
-    yield from _evaluation_phases(model, size, length)
+    yield from _evaluation_phases(model, size, length, with_blocks=tuned_by is None)
 
 
-def _batch(rows: int, length: int) -> Batch:
+def _batch(rows: int, length: int, columns: Sequence[str] = COLUMNS) -> Batch:
     """A batch without values."""
-    return {name: torch.ones(rows, length, dtype=torch.long, device="meta") for name in COLUMNS}
+    return {name: torch.ones(rows, length, dtype=torch.long, device="meta") for name in columns}
 
 
 @torch.no_grad()
@@ -265,8 +277,8 @@ def _calibration_peak(model: Any, rows: int, data: DataSection, processes: int) 
     return kept + allocation_peak(model, lambda: fit_components(model, text, chunk_tokens=batches * at_once))
 
 
-def _evaluation_phases(model: Any, rows: int, length: int) -> Iterator[Phase]:
-    """The phases of the evaluation. rows: of a batch."""
+def _evaluation_phases(model: Any, rows: int, length: int, *, with_blocks: bool) -> Iterator[Phase]:
+    """The phases of the evaluation. rows: of a batch. with_blocks: True where there are figures by block."""
     detail = [_batch(min(DETAIL_BLOCKS, rows), length)]
     with eval_mode(model):
         # Positions past the training length are evaluated too, where the model reaches that far.
@@ -278,5 +290,5 @@ def _evaluation_phases(model: Any, rows: int, length: int) -> Iterator[Phase]:
             "blocks": lambda: (layer_equivalence(model, detail), residual_stream(model, detail)),
             "weight deltas": lambda: (delta_records(model, detail), delta_records(model, detail, Mode.EXACT)),
         }
-        for name, run in runs.items():
+        for name, run in runs.items() if with_blocks else [("divergence", runs["divergence"])]:
             yield Phase(f"evaluation: {name}", allocation_peak(model, run))

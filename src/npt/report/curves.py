@@ -83,6 +83,23 @@ def perplexity_ratio(figure: Figure, rows: Rows, report: Report) -> str | Single
     return f"Perplexity ratio over steps, from {values[0]:.5f} to {values[-1]:.5f}, with the target band 0.95 to 1.05"
 
 
+def held_out_loss(figure: Figure, rows: Rows, report: Report) -> str | Single:
+    """The loss on the text that chooses the best adapter of a fine-tuning, and the base's."""
+    steps, values = curve(rows, "eval_loss")
+    base = curve(rows, "eval_base_loss")[1]
+    if not steps or not base:
+        return ""
+    if len(steps) == 1:
+        return Single("Loss on the text that chooses the adapter", {"": values[0]}, f"at step {steps[0]}")
+    axes = figure.subplots()
+    axes.axhline(base[-1], color=GREY, linewidth=1, label="base")
+    axes.plot(steps, values, color=BLUE, marker="o", label="fine-tuned")
+    axes.set(ylabel="nats per token", title="Loss on the text that chooses the adapter")
+    _over_steps(axes)
+    legend_below(figure, axes)
+    return f"Loss over steps, from {values[0]:.4f} to {values[-1]:.4f}; the base's is {base[-1]:.4f}"
+
+
 def weight_delta(figure: Figure, rows: Rows, report: Report) -> str | Single:
     """Mean norm of dW over steps and, in a second panel, per block; each beside that of the exact value's dW."""
     steps, values = curve(rows, "mean_delta_norm")

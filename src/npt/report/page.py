@@ -18,8 +18,18 @@ from npt.common.places import place
 from npt.errors import NPTError
 from npt.evaluation.verdict import QUANTISATION_SCALE, SCALE_SOURCE
 from npt.report.plots import draw_all
-from npt.report.run_files import METRICS, PAGE, REPORT_JSON, Report, Rows, read_json_lines, read_report, section
-from npt.report.style import Picture, Single
+from npt.report.run_files import (
+    FINETUNE_JSON,
+    METRICS,
+    PAGE,
+    REPORT_JSON,
+    Report,
+    Rows,
+    read_json_lines,
+    read_report,
+    section,
+)
+from npt.report.style import Draw, Picture, Single
 from npt.report.terminal import NOT_MEASURED, headline
 
 T = TypeVar("T")
@@ -51,6 +61,10 @@ def write_page(output_dir: Path, report_path: Path | None = None, destination: P
     """
     missing: list[str] = []
     output_dir = place(output_dir)
+    if report_path is None and (output_dir / FINETUNE_JSON).is_file():
+        from npt.report.finetune import write_finetune_page  # here, because it needs this module
+
+        return write_finetune_page(output_dir, destination)
     report_path = output_dir / REPORT_JSON if report_path is None else place(report_path)
     metrics = output_dir / METRICS
     if not report_path.is_file() and not metrics.is_file():
@@ -72,23 +86,31 @@ def write_page(output_dir: Path, report_path: Path | None = None, destination: P
 
 def render_page(report: Report, rows: Rows, missing: list[str]) -> str:
     """The page's HTML. missing: the parts that the page lists as missing or damaged."""
-    pictures: list[Picture] = []
-    singles: list[Single] = []
-    try:
-        pictures, singles = draw_all(rows, report, png=False)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        missing = [*missing, f"plots: a figure in the run's files is malformed ({type(error).__name__}: {error})"]
+    images, singles, missing = plots_of(rows, report, missing)
     template = page_environment().get_template("report.html.j2")
     return template.render(
         **{"model": {}, "evaluations": {}, **report},
         headline=headline(section(report, "model_config")),
-        images=images_of(pictures),
+        images=images,
         singles=singles,
         missing=missing,
         scale=QUANTISATION_SCALE,
         scale_source=SCALE_SOURCE,
         not_measured=NOT_MEASURED,
     )
+
+
+def plots_of(
+    rows: Rows, report: Report, missing: list[str], plots: Mapping[str, Draw] | None = None
+) -> tuple[list[dict[str, str]], list[Single], list[str]]:
+    """(pictures as {name, alt, data}, single figures, `missing` with what can't be drawn) of a run; plots: as `draw_all`."""
+    pictures: list[Picture] = []
+    singles: list[Single] = []
+    try:
+        pictures, singles = draw_all(rows, report, png=False, plots=plots)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        missing = [*missing, f"plots: a figure in the run's files is malformed ({type(error).__name__}: {error})"]
+    return images_of(pictures), singles, missing
 
 
 def page_environment() -> Environment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from npt.common.places import place
@@ -39,9 +40,13 @@ def draw_run(rows: Rows, report: Report) -> list[Picture]:
     return draw_all(rows, report)[0]
 
 
-def draw_all(rows: Rows, report: Report, *, png: bool = True) -> tuple[list[Picture], list[Single]]:
-    """(the plots that there are data for, the figures of those that would have a single point), in the order of `PLOTS`."""
-    drawn = [draw_picture(name, draw, rows, report, png) for name, draw in PLOTS.items()]
+def draw_all(
+    rows: Rows, report: Report, *, png: bool = True, plots: Mapping[str, Draw] | None = None
+) -> tuple[list[Picture], list[Single]]:
+    """(the plots that there are data for, the figures of those that would have a single point), in the order of `plots`, which
+    are `PLOTS` where none are given.
+    """
+    drawn = [draw_picture(name, draw, rows, report, png) for name, draw in (plots or PLOTS).items()]
     return [one for one in drawn if isinstance(one, Picture)], [one for one in drawn if isinstance(one, Single)]
 
 

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 #: Written at the end: the evaluation report and the page made from all files.
 REPORT_JSON, PAGE = "evaluation_report.json", "report.html"
+#: The report of a fine-tuning, in the place of an evaluation report.
+FINETUNE_JSON = "finetune_report.json"
 #: The run's configuration as it was used, and the folder of `npt plot`.
 CONFIG, PLOTS_FOLDER = "config.yaml", "plots"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,15 +193,18 @@ def samples_folder(texts: RunTexts) -> Path | None:
     return None if texts.cache_dir is None else Path(texts.cache_dir) / "npt_samples"
 
 
-def still_to_write(texts: RunTexts, model: Any, tokenizer: Any, labels: Sequence[str]) -> list[int]:
-    """Numbers of blocks of the texts ("train", "eval") that the model has not written yet; none for other text."""
-    data, folder = texts.data, samples_folder(texts)
-    if data.dataset_name != "self":
-        return []
+def own_counts(data: DataSection, labels: Sequence[str]) -> dict[str, int]:
+    """{label: blocks} of the texts ("train", "eval") that the model writes itself; none for other text."""
     counts = {"train": data.num_train_samples or 0, "eval": data.num_eval_samples or 0}
+    return {label: counts[label] for label in labels if data.dataset_name == "self"}
+
+
+def still_to_write(texts: RunTexts, model: Any, tokenizer: Any, counts: Mapping[str, int]) -> list[int]:
+    """Numbers of blocks of texts, {label: blocks}, that the model has not written yet."""
+    length, folder = texts.data.max_length, samples_folder(texts)
     kept = {
-        label: kept_blocks(model, tokenizer, counts[label], data.max_length, texts.seed, label, cache_dir=folder)
-        for label in labels
+        label: kept_blocks(model, tokenizer, count, length, texts.seed, label, cache_dir=folder)
+        for label, count in counts.items()
     }
     return [counts[label] for label, path in kept.items() if path is None or not path.exists()]
 

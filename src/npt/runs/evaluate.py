@@ -21,7 +21,7 @@ from npt.evaluation import evaluate
 from npt.report.page import write_page
 from npt.runs.arguments import start
 from npt.runs.base_model import default_device, load_base, load_tokenizer, offload_frozen
-from npt.runs.corpora import evaluation_blocks, further_corpora, still_to_write
+from npt.runs.corpora import evaluation_blocks, further_corpora, own_counts, still_to_write
 from npt.runs.estimate import EVALUATION, PAGE, SAMPLING, Part, Sizes, parts_of, say_plan, say_times
 from npt.runs.processes import shard_base, shards_base
 from npt.runs.texts import RunTexts
@@ -89,7 +89,7 @@ def plan(
     """
     with spent.timing("timing"):
         rates = measure(model, tokenizer, config, trains=False)
-        to_write = through(model, lambda: still_to_write(texts, model, tokenizer, ("eval",)))
+        to_write = through(model, lambda: still_to_write(texts, model, tokenizer, own_counts(config.data, ("eval",))))
     held_out = (config.data.num_eval_samples or 0) if own is None else len(own)
     sizes = Sizes(
         sampled=tuple(to_write),

@@ -9,6 +9,7 @@ from typing import Any
 from npt.common.files import keep_lines
 from npt.config import RunConfig, save_config
 from npt.errors import CheckpointError
+from npt.report.run_files import FINETUNE_JSON, METRICS, PAGE, PLOTS_FOLDER, REPORT_JSON, SAMPLES
 from npt.runs.tracker_runs import TRACKER_RUNS
 from npt.training.callbacks import BEST_METRIC
 from npt.training.checkpoints import last_checkpoint, step_of
@@ -25,7 +26,8 @@ def prepare_folders(config: RunConfig, output: Path, checkpoints: Path, last: Pa
     """
     if last is None:
         set_aside(
-            output, ("metrics.jsonl", "samples.jsonl", "evaluation_report.json", "report.html", "plots", TRACKER_RUNS)
+            output,
+            (METRICS, SAMPLES, REPORT_JSON, FINETUNE_JSON, PAGE, PLOTS_FOLDER, TRACKER_RUNS),
         )
         set_aside(checkpoints, ("best_model", "checkpoint-*"))
     else:

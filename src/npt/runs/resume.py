@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,20 @@ def sizes_of(files: Iterable[str]) -> str | None:
     return f"{len(sizes)} files, {sum(sizes)} bytes, {digest}" if sizes else None
 
 
-def check_configuration(config: RunConfig, arguments: TrainingArguments, checkpoint: Path) -> None:
+def settings_of_objectives(config: RunConfig) -> dict[str, Any]:
+    """{key: value} of the settings that the objectives of an equivalence training decide."""
+    top_k = None if config.paths.teacher_cache is None else config.training.teacher_top_k
+    return objective_settings([objective for _, objective in objective_schedule(config.training, 1)], top_k)
+
+
+def check_configuration(
+    config: RunConfig, arguments: TrainingArguments, checkpoint: Path, phase: Mapping[str, Any]
+) -> None:
     """Compares a configuration with a checkpoint before any weights are loaded. The base and the text are compared once they
-    are read (`EquivalenceTrainer.check_resume`).
+    are read (`ObjectiveTrainer.check_resume`).
+
+    Args:
+        phase: the settings beside those of any run, by name.
 
     Raises:
         CheckpointError: an option of the adapter or a setting is another; fewer steps than are taken.
@@ -83,11 +94,9 @@ def check_configuration(config: RunConfig, arguments: TrainingArguments, checkpo
         options["npt_layers"] = resolve_layers(config.model.npt_layers, count)
     check_options(checkpoint, options)
     record = read_record(checkpoint)
-    top_k = None if config.paths.teacher_cache is None else config.training.teacher_top_k
-    objectives = [objective for _, objective in objective_schedule(config.training, 1)]
     here = {
         **argument_settings(arguments, config.optimization.mixed_precision, world_size()),
-        **objective_settings(objectives, top_k),
+        **phase,
         **run_settings(config),
     }
     found = differences(record.get("settings") or {}, here)

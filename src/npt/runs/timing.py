@@ -26,6 +26,8 @@ from npt.evaluation.block_errors import layer_equivalence, residual_stream
 from npt.evaluation.divergence import token_divergences
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
 from npt.evaluation.weight_deltas import delta_records, weight_delta_stats
+from npt.finetuning.anchor import ANCHOR
+from npt.finetuning.objective import LanguageModelObjective
 from npt.tuner.converted import active_layers, adapter_config, device_of, eval_mode, run_backbone
 
 #: Seconds that a timed call should last, so that what is done once in it does not count; the text is chosen for that.
@@ -76,17 +78,23 @@ class Rates:
         return (length - 1) * (batches * (self.draw_one - per_row) + blocks * per_row)
 
 
-def measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool = True) -> Rates:
+def measure(
+    model: Any, tokenizer: Any, config: RunConfig, trains: bool = True, tuned_by: LanguageModelObjective | None = None
+) -> Rates:
     """Times a converted model; leaves weights, modes and random numbers as they were. All processes call it.
 
     Args:
-        trains: False where nothing is calibrated or trained.
+        trains: False where nothing is calibrated or trained. tuned_by: the objective of a fine-tuning, which the figures by
+            block are no part of.
     """
     with _undisturbed(model):
-        return through(model, lambda: _measure(model, tokenizer, config, trains and config.model.carry != "exact"))
+        trains = trains and config.model.carry != "exact"
+        return through(model, lambda: _measure(model, tokenizer, config, trains, tuned_by))
 
 
-def _measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool) -> Rates:
+def _measure(
+    model: Any, tokenizer: Any, config: RunConfig, trains: bool, tuned_by: LanguageModelObjective | None
+) -> Rates:
     device, base, length = device_of(model), model.get_base_model(), config.data.max_length
     batch = _text(tokenizer, 1, length, device)
     one = _seconds(lambda: _forward(model, batch), device)
@@ -96,13 +104,14 @@ def _measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool) -> Rat
     tokens = rows * length
     forward = one if rows == 1 else _seconds(lambda: _forward(model, batch), device)
     calibrates = trains and config.training.calibrate and is_calibrated(config.model.carry, config.model.gain)
-    objectives = config.training.objectives() if trains and config.training.num_train_steps != 0 else []
+    objectives = _objectives(config, tuned_by) if trains and config.training.num_train_steps != 0 else []
     compare = _seconds(lambda: token_divergences(model, blocks, batch_size=rows), device)
-    detail, detail_once = _detail(model, tokenizer, blocks, one, device)
+    detail, detail_once = (0.0, 0.0) if tuned_by else _detail(model, tokenizer, blocks, one, device)
     sample = _seconds(lambda: side_by_side(model, tokenizer, DEFAULT_PROMPTS[:1], TIMED_TOKENS), device)
     draw_rows, draws = 0, (0.0, 0.0)
-    if config.data.dataset_name == "self":
-        draw_rows = min(config.data.num_train_samples or 1, default_batch(base, length))
+    to_draw = _blocks_to_draw(config, tuned_by)
+    if to_draw:
+        draw_rows = min(to_draw, default_batch(base, length))
         draws = seconds_per_draw(base, 1, length), seconds_per_draw(base, draw_rows, length)
     return Rates(
         timed_tokens=tokens,
@@ -114,8 +123,9 @@ def _measure(model: Any, tokenizer: Any, config: RunConfig, trains: bool) -> Rat
         blocks=len(blocks_of(base)),
         alone=(len(active_layers(model)) + 1) * compare / tokens / 2 if calibrates else 0.0,
         compare=compare / tokens,
-        step={name: _step(model, name, batch, forward, config) / tokens for name in objectives},
-        detail=detail / length + compare / tokens,  # the last of its figures, by position, is a comparison
+        step={own.name: _step(model, own, batch, forward, config) / tokens for own in objectives},
+        # The last of its figures, by position, is a comparison.
+        detail=0.0 if tuned_by else detail / length + compare / tokens,
         detail_once=detail_once,
         sample=sample / TIMED_TOKENS * SAMPLE_TOKENS,
     )
@@ -149,12 +159,29 @@ def _forward(model: Any, batch: Batch) -> None:
         run_backbone(model, {name: x for name, x in batch.items() if name != "labels"})
 
 
-def _step(model: Any, name: str, batch: Batch, forward: float, config: RunConfig) -> float:
+def _objectives(config: RunConfig, tuned_by: LanguageModelObjective | None) -> list[Any]:
+    """The objectives of the run's training."""
+    t = config.training
+    if tuned_by is not None:
+        return [tuned_by]
+    options: Any = {"regularization_weight": t.regularization_weight, "regularizer": t.regularizer}
+    return [Objective(name, **options) for name in t.objectives()]
+
+
+def _blocks_to_draw(config: RunConfig, tuned_by: LanguageModelObjective | None) -> int:
+    """The most blocks of one text that the base writes; 0 where it writes none."""
+    if tuned_by is not None:
+        return config.finetuning.num_anchor_samples if tuned_by.anchor_weight else 0
+    return (config.data.num_train_samples or 1) if config.data.dataset_name == "self" else 0
+
+
+def _step(model: Any, objective: Any, batch: Batch, forward: float, config: RunConfig) -> float:
     """Seconds of a training step's forward and backward on a batch."""
     if world()[1] > 1:
-        return STEP_FORWARDS * forward
+        anchored = bool(getattr(objective, "anchor_weight", 0))  # a forward of the original, and a step
+        return (STEP_FORWARDS + anchored * (STEP_FORWARDS + 1)) * forward
     t, device = config.training, device_of(model)
-    objective = Objective(name, regularization_weight=t.regularization_weight, regularizer=t.regularizer)
+    batch = {**batch, ANCHOR: batch["input_ids"]}
     objective.prepare(model, batch)
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.optimization.mixed_precision)
 

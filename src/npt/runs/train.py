@@ -7,10 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
 
 from npt.adapters.folder import RUN_CONFIG
 from npt.adapters.settings import as_recorded
@@ -19,9 +17,10 @@ from npt.common.display import blocks_text
 from npt.common.files import append_json, only_run, write_json
 from npt.common.options import is_automatic, is_calibrated
 from npt.common.processes import any_process, first_does, is_first
-from npt.common.sharded import full_tensor, through
+from npt.common.sharded import through
 from npt.common.stopwatch import Stopwatch
 from npt.config import RunConfig, save_config, shortened
+from npt.config.finetuning import check_no_finetuning
 from npt.equivalence.objectives import objective_class
 from npt.equivalence.teacher import check_teacher_cache
 from npt.equivalence.trainer import EquivalenceTrainer
@@ -41,13 +40,12 @@ from npt.runs.arguments import (
 )
 from npt.runs.base_model import default_device, load_base, load_tokenizer, offload_frozen, release_memory
 from npt.runs.calibrate import calibrate_run, prediction_of
-from npt.runs.corpora import Corpus, calibration_batches, load_corpus, still_to_write
+from npt.runs.corpora import Corpus, calibration_batches, load_corpus, own_counts, still_to_write
 from npt.runs.estimate import (
     EVALUATION,
     PAGE,
     SAMPLING,
     TARGETS,
-    TRAINING,
     Part,
     parts_of,
     say_plan,
@@ -57,11 +55,12 @@ from npt.runs.estimate import (
 from npt.runs.evaluate import evaluate_corpora
 from npt.runs.folders import checkpoint_to_resume, prepare_folders
 from npt.runs.processes import shard_base, shards_base, tell_processes
-from npt.runs.resume import check_configuration, run_settings, text_settings
+from npt.runs.resume import check_configuration, run_settings, settings_of_objectives, text_settings
 from npt.runs.texts import RunTexts
 from npt.runs.timing import measure
 from npt.runs.tracker_runs import TRACKER_RUNS, RememberTrackers, continued
-from npt.training.callbacks import BEST_METRIC, BestAdapterCallback, JsonLinesCallback, SamplesCallback
+from npt.runs.training import TENSORBOARD, evaluate_and_train, evaluate_last, place_tensorboard
+from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback, SamplesCallback
 from npt.training.checkpoints import step_of
 from npt.training.resume import adapter_blocks, check_adapter
 from npt.training.signals import StopSignals
@@ -71,10 +70,6 @@ from npt.tuner.converted import adapter_config, device_of, parameter_counts
 
 logger = logging.getLogger(__name__)
 
-#: Folder of tensorboard's events in a run's output folder.
-TENSORBOARD = "tensorboard"
-#: Change of the parameters, relative to their norm, below which training did nothing.
-NO_CHANGE = 1e-7
 #: Evaluations without a new best after which objective `auto` stops.
 PATIENCE = 4
 
@@ -90,6 +85,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         RunError: a full disk, or numbers that are not finite; what was saved before is whole.
         Stopped: SIGTERM or Ctrl-C; during training a checkpoint has been saved.
     """
+    check_no_finetuning(config)
     output, checkpoints = Path(config.paths.output_dir), Path(config.paths.checkpoint_dir)
     texts, spent = RunTexts.of(config), Stopwatch()
     texts.check_enough(config.model)
@@ -100,7 +96,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     check_trackers(config.training.report_to)
     if last is not None:
         config = with_learning_rate(config, arguments)
-        first_does(lambda: check_configuration(config, arguments, last))
+        first_does(lambda: check_configuration(config, arguments, last, settings_of_objectives(config)))
     set_seed(config.training.seed)
     same = continued(output, trackers(config)) if resume else nullcontext()
     with StopSignals() as signals, same:
@@ -154,7 +150,9 @@ def plan(
     """
     with spent.timing("timing"):
         rates = measure(model, tokenizer, config)
-        to_write = through(model, lambda: still_to_write(texts, model, tokenizer, ("train", "eval")))
+        to_write = through(
+            model, lambda: still_to_write(texts, model, tokenizer, own_counts(config.data, ("train", "eval")))
+        )
     sizes = sizes_of(config, corpus, to_write, None if last is None else step_of(last))
     parts = parts_of(config, sizes, rates)
     quick = None
@@ -216,7 +214,7 @@ def fit(
     Returns:
         notes on the training, for the report.
     """
-    model, output, notes = trainer.model, Path(config.paths.output_dir), []
+    model, output = trainer.model, Path(config.paths.output_dir)
     trains = trainer.args.max_steps != 0 and config.model.carry != "exact"
     if trains:
         with spent.timing(TARGETS):
@@ -227,28 +225,7 @@ def fit(
         row = {"step": 0, "calibration": errors, "prediction": prediction}
         first_does(lambda: append_json(output / "metrics.jsonl", row))
     release_memory()
-    if last is None:
-        with spent.timing(EVALUATION):
-            trainer.evaluate()
-        release_memory()
-    if last is not None and trainer.is_finished(last):
-        trainer.state.global_step = step_of(last)
-    elif trains:
-        before = trained_values(model)
-        with spent.timing(TRAINING):
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        moved = (trained_values(model) - before).norm() / before.norm()
-        if trainer.state.global_step and moved < NO_CHANGE:
-            notes.append(
-                f"{trainer.state.global_step} training steps moved the parameters by {moved:.1g} of their norm; see "
-                "training.learning_rate"
-            )
-    return notes
-
-
-def trained_values(model: Any) -> torch.Tensor:
-    """All trained parameters in one vector on the CPU."""
-    return torch.cat([full_tensor(p).flatten().double().cpu() for p in model.parameters() if p.requires_grad])
+    return evaluate_and_train(trainer, last, spent, trains=trains)
 
 
 def report_best(
@@ -264,13 +241,7 @@ def report_best(
     Returns:
         the evaluation report.
     """
-    step = trainer.state.global_step
-    # Newer versions of transformers evaluate the last step by themselves.
-    done = any(entry.get("step") == step and BEST_METRIC in entry for entry in trainer.state.log_history)
-    if step % config.training.eval_steps and not done:
-        # MLflow's run was ended with the training.
-        with spent.timing(EVALUATION), continued(Path(config.paths.output_dir), ()):
-            trainer.evaluate()
+    evaluate_last(config, trainer, spent)
     model, output, best = trainer.model, Path(config.paths.output_dir), Path(config.paths.checkpoint_dir) / "best_model"
     load_weights(model, best)
     share_record(model)
@@ -332,12 +303,7 @@ def make_trainer(
             ),
         ],
     )
-    for callback in trainer.callback_handler.callbacks:
-        # The evaluation before training would make it write to ./runs, wherever that is.
-        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(output / TENSORBOARD)
-            if last is not None and is_first():  # hides what was logged after the checkpoint
-                callback.tb_writer = callback._SummaryWriter(callback.logging_dir, purge_step=step_of(last) + 1)
+    place_tensorboard(trainer, output, last)
     return trainer
 
 

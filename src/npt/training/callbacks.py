@@ -120,19 +120,21 @@ class SamplesCallback(TrainerCallback):
 
 
 class BestAdapterCallback(TrainerCallback):
-    """Keeps the adapter with the lowest mean KL in best_model/; the figures it was chosen by stand in best.json.
+    """Keeps the adapter with the lowest mean KL, or another figure, in best_model/; the figures of it stand in best.json.
 
     With `patience`, training stops after that many evaluations in a row without a new best.
     """
 
-    def __init__(self, folder: str | Path, model: ConvertedModel, patience: int | None = None):
-        self.folder, self.model, self.patience = place(folder), model, patience
+    def __init__(
+        self, folder: str | Path, model: ConvertedModel, patience: int | None = None, metric: str = BEST_METRIC
+    ):
+        self.folder, self.model, self.patience, self.metric = place(folder), model, patience, metric
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         """Saves when this evaluation is the best so far."""
-        if first_does(lambda: metrics[BEST_METRIC] >= self.best()):
+        if first_does(lambda: metrics[self.metric] >= self.best()):
             if self.patience_is_over(state.global_step, args):
                 logger.info(
                     "no better adapter for %d evaluations; stopping at step %d", self.patience, state.global_step
@@ -152,6 +154,6 @@ class BestAdapterCallback(TrainerCallback):
         return bool(step - best >= self.patience * (args.eval_steps or 1))
 
     def best(self) -> float:
-        """The lowest mean KL so far, infinity before the first evaluation."""
+        """The lowest figure so far, infinity before the first evaluation."""
         path = self.folder / "best.json"
-        return float(json.loads(path.read_text())[BEST_METRIC]) if path.is_file() else float("inf")
+        return float(json.loads(path.read_text())[self.metric]) if path.is_file() else float("inf")

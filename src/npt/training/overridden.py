@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import transformers
 
-#: (method, why it is overridden). The first part belongs to `DurableTrainer`, the second to `EquivalenceTrainer`.
+#: (method, why it is overridden). The first part belongs to `DurableTrainer`, the second to `ObjectiveTrainer`, the third to
+#: `EquivalenceTrainer`.
 OVERRIDDEN = (
     ("_save_checkpoint", "a checkpoint is sealed last, and an older one goes only once it is whole"),
     ("_save_optimizer_and_scheduler", "safetensors instead of pickle, whole also when sharded"),
@@ -18,14 +19,15 @@ OVERRIDDEN = (
     ("get_train_dataloader", "streamed text is split by process already"),
     ("create_optimizer", "remembers the parameters of a model that is sharded before Trainer starts"),
     ("create_scheduler", "gives the optimiser those parameters back after accelerate has prepared it"),
-    # EquivalenceTrainer
+    # ObjectiveTrainer
     ("train", "checks and constants of the objective come first, teacher targets are made"),
     ("_move_model_to_device", "a model with offloaded weights stays in its place"),
     ("compute_loss", "the objective's loss"),
     ("training_step", "a gradient that is not finite stops the run before the optimiser sees it"),
-    ("_clip_grad_norm", "each block is clipped by its own norm where it has a loss of its own"),
-    ("log", "adds the figures that equivalence training is judged by"),
+    ("log", "adds the figures that a phase is judged by"),
     ("evaluate", "perplexity of both models and KL, instead of the loss"),
+    # EquivalenceTrainer
+    ("_clip_grad_norm", "each block is clipped by its own norm where it has a loss of its own"),
 )
 
 

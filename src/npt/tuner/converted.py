@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from npt.block.layer import NPTLayer
-from npt.block.modes import watching_deltas
+from npt.block.modes import Mode, running_as, watching_deltas
 from npt.block.probing import execution_device
 from npt.block.weight_delta import WeightDelta
 from npt.common.limits import check_ids, check_length, context_of
@@ -19,6 +19,7 @@ from npt.errors import ConversionError
 from npt.tuner.config import LAYER_NAME, NPTConfig
 
 if TYPE_CHECKING:
+    from npt.data.seen import TextRecord
 
     class ConvertedModel(nn.Module):
         """A PEFT model with an NPT adapter: the attributes npt asks of it, which peft does not type."""
@@ -100,6 +101,21 @@ def chosen_layers(model: ConvertedModel, blocks: Collection[int] | None) -> list
 def adapter_config(model: ConvertedModel) -> NPTConfig:
     """The active adapter's config."""
     return model.peft_config[active_layers(model)[0].active_name or ""]
+
+
+def as_original(model: Any) -> AbstractContextManager[None]:
+    """Runs a PEFT model as its base within a `with` block, whatever method its adapter is of.
+
+    Raises:
+        ConversionError: the model has neither an active NPT adapter nor one of another method.
+    """
+    other = isinstance(model, PeftModel) and not npt_layers(model)
+    return model.disable_adapter() if other else running_as(active_layers(model), Mode.ORIGINAL)
+
+
+def text_record_of(model: Any) -> TextRecord | None:
+    """The record of the text that the active NPT adapter was made with; None for an adapter of another method."""
+    return adapter_config(model).text_record if npt_layers(model) else None
 
 
 def base_of(model: Any) -> Any:

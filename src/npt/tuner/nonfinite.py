@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 
 from npt.block.families import blocks_of
 from npt.block.hooks import first_tensor
-from npt.block.modes import Mode, running_as, watching
+from npt.block.modes import watching
 from npt.common.sharded import is_sharded
-from npt.tuner.converted import ConvertedModel, eval_mode, npt_layers, run_backbone
+from npt.tuner.converted import ConvertedModel, as_original, eval_mode, npt_layers, run_backbone
 
 
 @torch.no_grad()
@@ -29,10 +30,11 @@ def find_nonfinite(model: ConvertedModel, inputs: dict[str, Tensor], *, together
     if broken is not None:
         return f"weight {broken} is not finite"
     mask = inputs["attention_mask"].bool()
-    for mode, which in ((Mode.ORIGINAL, "the original model"), (None, "the NPT model")):
+    layers = npt_layers(model)
+    ours = "the NPT model" if layers else "the adapted model"
+    for mode, which in ((as_original(model), "the original model"), (nullcontext(), ours)):
         found: list[str] = []
-        layers = npt_layers(model)
-        with eval_mode(model), running_as(layers, mode), watching(layers, None):
+        with eval_mode(model), mode, watching(layers, None):
             handles = [module.register_forward_hook(_look(found, where, mask)) for where, module in _places(model)]
             try:
                 hidden = run_backbone(model, inputs)
