@@ -338,6 +338,13 @@ def test_a_closed_store_stays_off_the_model(llama: Any) -> None:
     first = absorb(one, ONE)
     absorb(one, OTHER)
     one.close()
+    one.contexts.patches.set(dict(one.contexts.factors))
+    assert torch.equal(logits(llama), plain)
+    one.contexts.patches.set({})
+    one.contexts.resolve()
+    with one.contexts.patches.trying():
+        pass
+    assert torch.equal(logits(llama), plain)
     one.undo(first.id)
     assert torch.equal(logits(llama), plain)
     with pytest.raises(NPTError, match="reopen"):
