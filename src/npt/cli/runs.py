@@ -28,17 +28,21 @@ from npt.errors import NPTError
 logger = logging.getLogger("npt")
 
 
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what the run would do and need; read no weights, write nothing.")
+]
+
+
 @app.command()
 def train(
     config: Config = None,
     set_: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    resume: Resume = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Calibration only, on little text, with a short report; --set wins over it.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what the run would do and need; read no weights, write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     processes: Processes = None,
     nodes: Nodes = None,
     device: DeviceName = None,
@@ -69,16 +73,14 @@ def train(
 def finetune(
     config: FinetuneConfig = None,
     set_: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    resume: Resume = False,
     compare: Annotated[
         str | None,
         typer.Option(
             "--compare", metavar="METHODS", help="lora, dora or lora,dora: trained beside, on the same batches."
         ),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what the run would do and need; read no weights, write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     processes: Processes = None,
     nodes: Nodes = None,
     device: DeviceName = None,
