@@ -130,9 +130,10 @@ def absorb(
     ] = None,
     set_: Set = None,
 ) -> None:
-    """Absorbs a context: without it, the model answers as with it.
+    """Writes a context into the weights of several blocks.
 
-    Shows answers to held-out questions before, with the context, and after; the store's report.html has all of them.
+    Without the context, the model then answers as with it. Shows answers to held-out questions before, with the context, and
+    after; the store's report.html has all of them.
     """
     from npt.runs.absorb import absorb as absorb_into
     from npt.runs.absorb import asked_for
