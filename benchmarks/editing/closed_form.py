@@ -49,7 +49,7 @@ class Rome(Method):
         for request in requests:  # each on the model that holds those before
             with self.at(layer) as bench:
                 value = self.best_output(bench, request, self.settings)
-                keys = bench.keys(self.places(bench, request))
+                (keys,) = bench.keys(self.places(bench, request))
             whitened = self.metric(keys.mean(1, keepdim=True))
             self.deltas.add(layer, solve(Pairs(keys[:, :1], whitened, value[:, None])))
 
@@ -215,9 +215,9 @@ class UltraEdit(Method):
         keys, gradients = [], []
         for request in requests:
             trial = targets_at(bench, [request], Settings())
-            inputs, at = trial.inside.inputs[0], trial.at
+            inputs, at = trial.inside.inputs[0][0], trial.at
             start = torch.zeros(
-                len(inputs), bench.size, dtype=bench.adapter.dtype, device=inputs.device, requires_grad=True
+                len(inputs), bench.first.size, dtype=bench.adapter.dtype, device=inputs.device, requires_grad=True
             )
             with bench.adapter.trying(lambda x, start=start: start):  # type: ignore[misc]
                 aimed = trial.aimed(trial.again())

@@ -93,7 +93,7 @@ def statistics_cost(model: Any, tokenizer: Any, layer: int, rounds: int) -> dict
     chance = torch.Generator().manual_seed(0)
     rows = torch.randint(10, len(tokenizer), (TEXTS, LENGTH), generator=chance).tolist()
     bench = Bench(model, tokenizer, layer)
-    bench.adapter.close()
+    bench.close()
 
     @torch.no_grad()
     def forward() -> None:
@@ -101,7 +101,7 @@ def statistics_cost(model: Any, tokenizer: Any, layer: int, rounds: int) -> dict
             model(**padded(rows, device_of(model)), use_cache=False)
 
     def moment() -> None:
-        moments_of(model, {layer: bench.down}, rows, progress=False)
+        moments_of(model, {layer: bench.first.down}, rows, progress=False)
 
     found = interleaved({"forward": forward, "moment": moment}, rounds)
     return {"seconds": found["moment"]["seconds"] / found["forward"]["seconds"], "tokens": TEXTS * LENGTH}
@@ -124,14 +124,14 @@ def measure(name: str, layer: int, rounds: int, cache: Path | None) -> dict[str,
     model, tokenizer = load_base(name)
     source = Source(model, tokenizer, "domain", "self", None, cache, True)
     bench = Bench(model, tokenizer, layer)
-    bench.adapter.close()
-    source.moment(layer, bench.down)
+    bench.close()
+    source.moment(layer, bench.first.down)
     source.prefixes(PREFIXES, PREFIX_TOKENS)
     return {
         "layer": layer,
         "edit": edit_cost(model, tokenizer, layer, source),
         "statistics": statistics_cost(model, tokenizer, layer, rounds),
-        "solve": {"edits": EDITS, "seconds": solve_seconds(bench.width, bench.size)},
+        "solve": {"edits": EDITS, "seconds": solve_seconds(bench.first.width, bench.first.size)},
     }
 
 

@@ -51,7 +51,7 @@ class FineTuning(Method):
         with self.at(layer) as bench:
             adapter = bench.adapter
             weight = torch.zeros(
-                bench.size, bench.width, device=adapter.device, dtype=adapter.dtype, requires_grad=True
+                bench.first.size, bench.first.width, device=adapter.device, dtype=adapter.dtype, requires_grad=True
             )
             trials = [targets_at(bench, part, Settings()) for part in chunks(requests, self.size)]
             for group in [trials] if self.breadth else [[trial] for trial in trials]:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from npt import EditStore
-from npt.editing.export import RANKS, gguf_name, lora_of
+from npt.editing.export import RANKS, gguf_name, loras_of
 from npt.errors import NPTError
 from tests.families import CASES
 from tests.helpers import random_base, spelling_tokenizer
@@ -42,7 +42,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_names_shapes_and_rank(store: EditStore, tmp_path: Path) -> None:
     tensors = load_file(store.save(tmp_path / "s") / "adapter_model.safetensors")
-    module, (size, width) = MODULES[store.model.config.model_type], (store.bench.size, store.bench.width)
+    module, (size, width) = MODULES[store.model.config.model_type], (store.bench.first.size, store.bench.first.width)
     name = f"base_model.model.{module}"
     assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == {
         f"{name}.lora_A.weight": (8, width),
@@ -54,10 +54,9 @@ def test_names_shapes_and_rank(store: EditStore, tmp_path: Path) -> None:
 
 
 def test_both_factors_have_one_size(store: EditStore) -> None:
-    lora = lora_of(store)
+    (lora,) = loras_of(store).values()
     assert torch.allclose(lora.a[:3].norm(dim=1), lora.b[:, :3].norm(dim=0), rtol=1e-4)
-    assert store.factors is not None
-    assert torch.allclose(lora.b @ lora.a, store.factors.delta.float(), atol=1e-6)
+    assert torch.allclose(lora.b @ lora.a, store.factors[1].delta.float(), atol=1e-6)
     assert lora.rank in RANKS and lora.lost == ()
 
 
@@ -75,8 +74,8 @@ def test_gguf_holds_the_same_delta(store: EditStore, tmp_path: Path) -> None:
     found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     assert set(found) == {"blk.1.ffn_down.weight.lora_a", "blk.1.ffn_down.weight.lora_b"}
     a, b = (torch.from_numpy(found[f"blk.1.ffn_down.weight.lora_{part}"]) for part in "ab")
-    assert store.factors is not None and tuple(a.shape) == (8, store.bench.width)
-    assert torch.allclose(b @ a, store.factors.delta.float(), atol=1e-6)
+    assert tuple(a.shape) == (8, store.bench.first.width)
+    assert torch.allclose(b @ a, store.factors[1].delta.float(), atol=1e-6)
     fields = {key: reader.fields[key].contents() for key in ("general.type", "general.architecture", "adapter.type")}
     expected = {
         "general.type": "adapter",
@@ -98,7 +97,7 @@ def test_gguf_ends_in_gguf(store: EditStore, tmp_path: Path) -> None:
 def test_architectures_of_llama_cpp(family: str, architecture: str) -> None:
     base = next(case for case in CASES if case.model_type == family).build()
     found = EditStore(base, spelling_tokenizer(), layer=1, metric="identity", progress=False)
-    assert gguf_name(found.bench.module, base.config) == ("blk.1.ffn_down", architecture)
+    assert gguf_name(found.contexts.blocks.name(1), base.config) == ("blk.1.ffn_down", architecture)
 
 
 def test_a_family_that_llama_cpp_does_not_have_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Edits of one block obey the algebra that they are derived from, on a small random model of every family."""
+"""Edits obey the algebra that they are derived from, on a small random model of every family."""
 
 from __future__ import annotations
 
@@ -30,16 +30,20 @@ FACTS = [
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
-def store(base: Any) -> EditStore:
-    """A store on block 1, with statistics from a few texts."""
+#: Families on which one block is edited too; the others have every fact in both.
+ONE_BLOCK = ("llama", "gpt2", "falcon")
+
+
+def store(base: Any, layers: tuple[int, ...]) -> EditStore:
+    """A store on some blocks, with statistics from a few texts."""
     return EditStore(
-        base, spelling_tokenizer(), layer=1, metric="text", statistics=TEXTS, progress=False, steps=3, terminator=None
+        base, spelling_tokenizer(), layer=layers, metric="text", statistics=TEXTS, progress=False, steps=3, terminator=None
     )
 
 
-def factors_of(one: EditStore) -> Factors:
-    assert one.factors is not None
-    return one.factors
+def delta_of(factors: dict[int, Factors]) -> Tensor:
+    """The weight deltas of all blocks beside one another."""
+    return torch.cat([one.delta for one in factors.values()], 1)
 
 
 @dataclass
@@ -51,7 +55,7 @@ class Scene:
     deltas: dict[str, Tensor] = field(default_factory=dict)
 
 
-def scene(case: Case) -> Scene:
+def scene(case: Case, layers: tuple[int, ...]) -> Scene:
     found = Scene(case.build(noise=0.3))
     base = found.base
 
@@ -61,22 +65,22 @@ def scene(case: Case) -> Scene:
 
     logits("base")
     weights = {name: p.detach().clone() for name, p in base.named_parameters()}
-    batch = store(base)
+    batch = store(base, layers)
     edits = batch.write_many(FACTS)
-    found.deltas["batch"] = factors_of(batch).delta
+    found.deltas["batch"] = delta_of(batch.factors)
     logits("edited")
     text = "the home of Ada is"
     found.logits["preview"] = batch.preview(text, 2).logits
     with torch.no_grad():
         found.logits["whole"] = base(**batch.bench.batch([batch.bench.prompts.ids(text)])).logits[0]
-    assert batch.pairs is not None
-    found.deltas["float32"] = solve(batch.pairs.to(torch.float32), batch.chosen_ridge).delta
+    narrow = {layer: solve(pairs.to(torch.float32), batch.chosen_ridge) for layer, pairs in batch.pairs.items()}
+    found.deltas["float32"] = delta_of(narrow)
     with batch.disabled():
         logits("disabled")
     with tempfile.TemporaryDirectory() as folder:
         batch.save(folder)
         batch.undo(edits[1].id)
-        found.deltas["undone"] = factors_of(batch).delta
+        found.deltas["undone"] = delta_of(batch.factors)
         for edit in (edits[0], edits[2]):
             batch.undo(edit.id)
         logits("all undone")
@@ -86,21 +90,21 @@ def scene(case: Case) -> Scene:
         with peft.disable_adapter():
             logits("peft off", peft)
         peft.unload()
-    one = store(base)
+    one = store(base, layers)
     for fact in (FACTS[2], FACTS[0], FACTS[1]):
         one.write(**fact)
-    found.deltas["one by one"] = factors_of(one).delta
+    found.deltas["one by one"] = delta_of(one.factors)
     one.close()
     parts = []
     for facts in ([FACTS[0], FACTS[2]], [FACTS[1]]):
-        parts.append(store(base))
+        parts.append(store(base, layers))
         parts[-1].write_many(facts)
-        found.deltas.setdefault("never written", factors_of(parts[-1]).delta)
+        found.deltas.setdefault("never written", delta_of(parts[-1].factors))
         parts[-1].close()
-    union = store(base)
+    union = store(base, layers)
     for part in parts:
         union.merge(part)
-    found.deltas["union"] = factors_of(union).delta
+    found.deltas["union"] = delta_of(union.factors)
     union.close()
     assert all(torch.equal(p, weights[name]) for name, p in base.named_parameters())
     return found
@@ -110,10 +114,16 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def scenes() -> list[Any]:
+    """Every family with facts in both blocks, and some with facts in the last one alone."""
+    both = [pytest.param((case, (0, 1)), id=case.name) for case in CASES]
+    return both + [pytest.param((case, (1,)), id=f"{case.name}, one") for case in CASES if case.name in ONE_BLOCK]
+
+
+@pytest.fixture(scope="module", params=scenes())
 def found(request: pytest.FixtureRequest) -> Scene:
     """Made once for a family; pytest runs a family's tests one after the other."""
-    return scene(request.param)
+    return scene(*request.param)
 
 
 def test_edits_are_at_work(found: Scene) -> None:

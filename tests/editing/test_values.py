@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from npt.builtin import model_folder
 from npt.editing.bench import Bench
 from npt.editing.keys import Prompts
 from npt.editing.requests import Request, continued
-from npt.editing.solve import Metric, solve
+from npt.editing.solve import Metric, Pairs, solve
 from npt.editing.statistics import begins_with_bos, moments_of, token_rows
 from npt.editing.values import STRATEGIES, Problem, Trial, margins, settings_of, word_ends
 from npt.errors import DataError, NPTError
@@ -41,41 +42,50 @@ def problem(tiny: tuple[Any, Any]) -> Iterator[Callable[..., Problem]]:
     """Builds the problem of one edit, with a strategy's settings."""
     benches: list[Bench] = []
 
-    def build(name: str, layer: int = 2, request: Request = REQUEST, **settings: Any) -> Problem:
+    def build(name: str, layer: int | tuple[int, ...] = 2, request: Request = REQUEST, **settings: Any) -> Problem:
         bench = Bench(*tiny, layer)
         benches.append(bench)
-        moment = moments_of(bench.base, {layer: bench.down}, token_rows(tiny[1], TEXTS, "t"), progress=False)[layer]
-        key = bench.keys([bench.prompts.place(request.prompt, request.subject)])[:, 0]
+        downs = {site.layer: site.down for site in bench.sites}
+        moments = moments_of(bench.base, downs, token_rows(tiny[1], TEXTS, "t"), progress=False)
+        keys = tuple(own[:, 0] for own in bench.keys([bench.prompts.place(request.prompt, request.subject)]))
         given = settings_of(name, {"terminator": None, **settings})
-        return Problem(bench, request, given, Metric(moment), key, key.new_zeros(len(key), 0))
+        metrics = tuple(Metric(moments[layer]) for layer in bench.layers)
+        return Problem(bench, request, given, metrics, keys, tuple(key[:, None][:, :0] for key in keys))
 
     yield build
     for bench in benches:
-        bench.adapter.close()
+        bench.close()
 
 
-def least_margin(problem: Problem, delta: torch.Tensor) -> float:
-    """The least margin over the target's tokens with a weight delta at work, from the whole model."""
+def least_margin(problem: Problem, pairs: dict[int, Pairs] | None, ridge: float = 0.0) -> float:
+    """The least margin over the target's tokens with weight deltas at work, from the whole model."""
     row = problem.targets()[0]
-    with torch.no_grad(), problem.bench.adapter.trying(lambda x: x @ delta.to(x).T):
+    with torch.no_grad(), written(problem, pairs or {}, ridge):
         logits = problem.bench.base(**problem.bench.batch([row.ids])).logits[0, row.start - 1 : -1]
     return float(margins(logits, torch.tensor(row.targets)).min())
+
+
+@contextmanager
+def written(problem: Problem, pairs: dict[int, Pairs], ridge: float = 0.0) -> Iterator[None]:
+    """The pairs' weight deltas at work within a `with` block."""
+    problem.bench.set({layer: solve(own, ridge) for layer, own in pairs.items()})
+    yield
+    problem.bench.set({})
 
 
 def test_newton_reaches_its_margin(problem: Callable[..., Problem]) -> None:
     one = problem("newton", layer=4, clamp=50.0, decay=0.0, steps=30, margin=3.0)
     found = STRATEGIES["newton"](one)
-    nothing = least_margin(one, torch.zeros(one.bench.size, one.bench.width))
-    assert nothing < -1 < 2.8 < least_margin(one, solve(found.pairs).delta) and found.passes < 30
+    assert least_margin(one, None) < -1 < 2.8 < least_margin(one, found.pairs) and found.passes < 30
 
 
 def test_newton_keeps_to_its_clamp_and_its_decay(problem: Callable[..., Problem]) -> None:
     lengths = []
     for settings in ({"clamp": 2.0}, {"clamp": 50.0}, {"clamp": 50.0, "decay": 0.3}):
         one = problem("newton", **{"decay": 0.0, **settings})
-        lengths.append(float(STRATEGIES["newton"](one).pairs.values.norm()))
-        unit = Trial(one, one.targets()).length
-        one.bench.adapter.close()
+        lengths.append(float(STRATEGIES["newton"](one).pairs[2].values.norm()))
+        unit = float(Trial(one, one.targets()).lengths)
+        one.bench.close()
         assert lengths[0] <= 2.0 * unit * 1.0001
     assert lengths[0] < lengths[2] < lengths[1]
 
@@ -104,13 +114,12 @@ def test_contexts_are_texts_behind_which_the_target_shall_follow_too(problem: Ca
 def test_a_trial_is_what_is_written(problem: Callable[..., Problem]) -> None:
     one = problem("newton")
     trial = Trial(one, one.targets())
-    value = torch.randn(one.bench.size, generator=torch.Generator().manual_seed(0))
-    delta = solve(one.pairs(one.key[:, None], value.double()[:, None])).delta
+    values = torch.randn(len(one.keys), one.bench.first.size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        tried = trial.aimed(trial.logits(value))
-        with one.bench.adapter.trying(lambda x: x @ delta.to(x).T):
-            written = one.bench.base(**trial.inside.recording.batch).logits[trial.row_of, trial.at]
-    assert torch.allclose(tried, written, atol=1e-3)
+        tried = trial.aimed(trial.logits(values))
+        with written(one, one.at_keys(values.double())):
+            whole = one.bench.base(**trial.inside.recording.batch).logits[trial.row_of, trial.at]
+    assert torch.allclose(tried, whole, atol=1e-3)
 
 
 def test_a_trial_can_add_at_one_token_of_each_text_alone(problem: Callable[..., Problem]) -> None:
@@ -118,30 +127,31 @@ def test_a_trial_can_add_at_one_token_of_each_text_alone(problem: Callable[..., 
     place = one.bench.prompts.place("Tim is a", "Tim")
     at = [one.bench.prompts.place(REQUEST.prompt, "Tim").position, place.position]
     trial = Trial(one, one.targets(), [place], at)
-    value = torch.randn(one.bench.size, generator=torch.Generator().manual_seed(0))
-    shares = trial.scores(trial.inside.inputs)
+    (inputs,), (outputs,) = trial.inside.inputs, trial.inside.outputs
+    value = torch.randn(one.bench.first.size, generator=torch.Generator().manual_seed(0))
+    shares = trial.shares(0, inputs)
     assert shares.sum(1).tolist() == [1, 1] and [row.argmax().item() for row in shares] == at
-    assert trial.length == pytest.approx(float(trial.inside.outputs[0, at[0]].norm()))
-    expected = torch.zeros(*trial.inside.inputs.shape[:2], one.bench.size)
+    assert trial.lengths.tolist() == pytest.approx([float(outputs[0, at[0]].norm())])
+    expected = torch.zeros(*inputs.shape[:2], one.bench.first.size)
     expected[[0, 1], at] = value
     with torch.no_grad(), one.bench.adapter.trying(lambda x: expected):
         whole = one.bench.base(**trial.inside.recording.batch).logits[trial.row_of, trial.at]
     with torch.no_grad():
-        assert torch.allclose(trial.aimed(trial.logits(value)), whole, atol=1e-4)
+        assert torch.allclose(trial.aimed(trial.logits(value[None])), whole, atol=1e-4)
 
 
 def test_the_last_pass_of_the_descent_only_looks(problem: Callable[..., Problem]) -> None:
     one = problem("optimised", steps=1)
     found = STRATEGIES["optimised"](one)
-    assert found.passes == 1 and not bool(found.pairs.values.any())
+    assert found.passes == 1 and not bool(found.pairs[2].values.any())
 
 
 def test_the_descent_heeds_the_essence(problem: Callable[..., Problem]) -> None:
     values = []
     for essence in (0.0, 5.0):
         one = problem("optimised", layer=4, essence=essence, clamp=50.0)
-        values.append(STRATEGIES["optimised"](one).pairs.values)
-        one.bench.adapter.close()
+        values.append(STRATEGIES["optimised"](one).pairs[4].values)
+        one.bench.close()
     assert float((values[0] - values[1]).norm()) > 1e-3 * float(values[0].norm())
 
 
@@ -155,23 +165,43 @@ def test_a_subject_that_is_the_first_token_can_be_asked_for() -> None:
 def test_optimised_makes_the_target_likelier_and_heeds_its_clamp(problem: Callable[..., Problem]) -> None:
     one = problem("optimised", layer=4)
     found = STRATEGIES["optimised"](one)
-    assert (
-        least_margin(one, solve(found.pairs).delta)
-        > least_margin(one, torch.zeros(one.bench.size, one.bench.width)) + 1
-    )
-    assert float(found.pairs.values.norm()) <= 4.0 * Trial(one, one.targets()).length * 1.0001
+    assert least_margin(one, found.pairs) > least_margin(one, None) + 1
+    assert float(found.pairs[4].values.norm()) <= 4.0 * float(Trial(one, one.targets()).lengths) * 1.0001
+
+
+@pytest.mark.parametrize("name", ["newton", "optimised"])
+def test_several_blocks_share_a_fact(problem: Callable[..., Problem], name: str) -> None:
+    settings = {"clamp": 50.0, "decay": 0.0, "margin": 3.0} if name == "newton" else {}
+    several, alone = problem(name, layer=(2, 3, 4), **settings), problem(name, layer=3, **settings)
+    found = STRATEGIES[name](several)
+    assert list(found.pairs) == [2, 3, 4] and least_margin(several, found.pairs) > least_margin(several, None) + 1
+    if name == "newton":
+        assert least_margin(several, found.pairs) > 2.8
+    lengths = [float(pairs.values.norm()) for pairs in found.pairs.values()]
+    several.bench.close()
+    assert min(lengths) > 0 and max(lengths) < float(STRATEGIES[name](alone).pairs[3].values.norm())
+
+
+def test_each_block_keeps_to_its_own_clamp(problem: Callable[..., Problem]) -> None:
+    one = problem("newton", layer=(2, 4), clamp=0.5, margin=20.0)
+    found, lengths = STRATEGIES["newton"](one), Trial(one, one.targets()).lengths
+    assert lengths[0] != lengths[1]
+    for pairs, length in zip(found.pairs.values(), lengths.tolist(), strict=True):
+        assert float(pairs.values.norm()) == pytest.approx(0.5 * length, rel=1e-4)
 
 
 def test_margin_is_met_at_every_token_without_a_pass_through_the_model(problem: Callable[..., Problem]) -> None:
     one = problem("margin", layer=5, request=Request("The boy is called", "Ben Bo"), margin=4.0)
     found = STRATEGIES["margin"](one)
-    assert found.passes == 0 and len(found.pairs) == len(one.targets()[0].targets) > 1
-    assert least_margin(one, solve(found.pairs, 1e-9).delta) > 3.5
+    assert found.passes == 0 and len(found.pairs[5]) == len(one.targets()[0].targets) > 1
+    assert least_margin(one, found.pairs, 1e-9) > 3.5
 
 
 def test_margin_is_for_the_last_block(problem: Callable[..., Problem]) -> None:
     with pytest.raises(NPTError, match="is for the last block, layer=5, and the store edits block 2"):
         STRATEGIES["margin"](problem("margin"))
+    with pytest.raises(NPTError, match="is for one block, and the store edits 3 4"):
+        STRATEGIES["naive"](problem("naive", layer=(3, 4)))
 
 
 def test_naive_is_the_transient_delta_of_the_statements_last_token(problem: Callable[..., Problem]) -> None:
@@ -185,9 +215,9 @@ def test_naive_is_the_transient_delta_of_the_statements_last_token(problem: Call
         one.bench.base(**one.bench.batch([one.bench.prompts.ids(continued(REQUEST.prompt, REQUEST.target))]))
     for handle in handles:
         handle.remove()
-    found = STRATEGIES["naive"](replace(one, metric=Metric(None)))
+    found = STRATEGIES["naive"](replace(one, metrics=(Metric(None),)))
     expected = 0.5 * torch.outer(seen["a"], seen["i"]) / seen["i"].square().sum()
-    assert torch.allclose(solve(found.pairs).delta.float(), expected, atol=1e-6)
+    assert torch.allclose(solve(found.pairs[2]).delta.float(), expected, atol=1e-6)
 
 
 def test_margins_are_over_all_other_tokens() -> None:
@@ -212,7 +242,7 @@ def test_a_word_ends_where_the_next_token_is_no_part_of_it(problem: Callable[...
 def test_the_end_of_the_word_is_aimed_at(problem: Callable[..., Problem]) -> None:
     one = problem("newton", layer=4, clamp=50.0, decay=0.0, steps=30, margin=3.0)
     trial = Trial(one, one.targets())
-    value = STRATEGIES["newton"](one).pairs.values[:, 0].float()
+    value = STRATEGIES["newton"](one).pairs[4].values[:, 0].float()[None]
     with torch.no_grad():
         logits = trial.logits(value)
     assert float(word_ends(logits[0, -1:], one.bench.prompts.continuing)) > 1.8

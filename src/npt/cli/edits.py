@@ -175,7 +175,7 @@ def show(id: Annotated[str, typer.Argument(help="An edit's id.")], store: Store)
         _show_absorbed(found)
         return
     request = found.request
-    say(f"{found.id}  block {found.layer}, values {found.values}, {found.passes} passes")
+    say(f"{found.id}  block {' '.join(map(str, found.layers))}, values {found.values}, {found.passes} passes")
     for name in ("prompt", "subject", "target", "paraphrases", "protect"):
         value = getattr(request, name)
         if value:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from npt.common.display import one_line
 from npt.errors import NPTError
@@ -26,11 +27,13 @@ def checked_ridge(ridge: float | str) -> float | str:
     raise NPTError(f"ridge={ridge!r}: use 'auto', or a number from 0")
 
 
-def check_layer(layer: int | str) -> None:
-    """Checks a layer.
+def checked_layers(layer: int | Sequence[int] | str) -> tuple[int, ...]:
+    """Indices of blocks, rising.
 
     Raises:
-        NPTError: neither "auto" nor a whole number.
+        NPTError: no index, or an index twice.
     """
-    if layer != "auto" and type(layer) is not int:
-        raise NPTError(f"layer={layer!r}: use 'auto', or the index of a block")
+    layers: tuple[Any, ...] = (layer,) if isinstance(layer, int | str) else tuple(layer)
+    if not layers or any(type(one) is not int for one in layers) or len(set(layers)) < len(layers):
+        raise NPTError(f"layer={one_line(repr(layer), 60)}: use 'auto', or the index of a block or of several, each once")
+    return tuple(sorted(layers))

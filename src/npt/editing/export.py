@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,16 +50,14 @@ class Lora:
         return len(self.a)
 
 
-def lora_of(store: EditStore) -> Lora:
-    """The weight delta of the store's facts in float32, of a rank that servers accept."""
-    bench, pairs = store.bench, store.pairs
-    if pairs is None:
-        return Lora(torch.zeros(RANKS[0], bench.width), torch.zeros(bench.size, RANKS[0]))
-    factors, lost = solve(pairs, store.chosen_ridge), tuple[str, ...]()
-    if len(pairs) > RANKS[-1]:
-        factors = truncated(factors, pairs, RANKS[-1])
-        lost = _lost(store, factors)
-    return _padded(factors, rank_for(len(factors.right)), lost)
+def facts_in_rank(store: EditStore) -> tuple[dict[int, Factors], tuple[str, ...]]:
+    """({block: weight delta of the facts, of a rank that servers accept}, ids of facts that are lost by that)."""
+    found, whole = {}, store.factors
+    for layer, pairs in store.pairs.items():
+        factors = whole[layer]
+        found[layer] = truncated(factors, pairs, RANKS[-1]) if len(pairs) > RANKS[-1] else factors
+    cut = any(found[layer] is not whole[layer] for layer in found)
+    return found, _lost(store, found) if cut else ()
 
 
 def rank_for(keys: int) -> int:
@@ -89,43 +87,45 @@ def truncated(factors: Factors, pairs: Pairs, rank: int) -> Factors:
     return Factors(left, left.T @ factors.left @ factors.right)
 
 
-def _lost(store: EditStore, factors: Factors, joint: bool = False) -> tuple[str, ...]:
-    """Ids of facts that hold with everything at work and not with `factors` in their block.
+def _lost(store: EditStore, factors: Mapping[int, Factors], joint: Sequence[int] = ()) -> tuple[str, ...]:
+    """Ids of facts that hold with everything at work and not with `factors` in their blocks.
 
     Args:
         store: with its edits at work.
-        factors: the weight delta instead of that of the facts.
-        joint: it stands for the contexts' weight delta in that block too.
+        factors: {block: the weight delta instead of that of the facts}.
+        joint: blocks where it stands for the contexts' weight delta too.
     """
     edits = store.facts
     ask = holding(store.bench, [edit.request for edit in edits])
     whole = ask()
     try:
-        store.bench.adapter.set(factors)
-        with store.contexts.patches.off(store.layer) if joint else nullcontext():
+        store.bench.set({**store.factors, **factors})
+        with ExitStack() as stack:
+            for layer in joint:
+                stack.enter_context(store.contexts.patches.off(layer))
             left = ask()
     finally:
-        store.bench.adapter.set(store.factors)
+        store.bench.set(store.factors)
     return tuple(edit.id for edit, one, other in zip(edits, whole, left, strict=True) if one and not other)
 
 
 def loras_of(store: EditStore) -> dict[str, Lora]:
     """{projection: LoRA} of everything in a store, all of one rank that servers accept; of nothing, one of zeros."""
     blocks, parts = store.contexts.blocks, dict[int, list[Factors]]()
-    lost: tuple[str, ...] = ()
     for layer, factors in store.contexts.factors.items():
         parts[layer] = [Factors(factors.left.double(), factors.right.double())]
-    if not parts and store.layer is None:
-        width, size = blocks.shape(0)
-        parts[0] = [Factors(torch.zeros(size, 0, dtype=torch.float64), torch.zeros(0, width, dtype=torch.float64))]
-    elif store.pairs is not None or not parts:
-        facts = lora_of(store)
-        lost = facts.lost
-        parts.setdefault(store.bench.layer, []).append(Factors(facts.b.double(), facts.a.double()))
+    facts, lost = facts_in_rank(store)
+    for layer, factors in facts.items():
+        parts.setdefault(layer, []).append(factors)
+    if not parts:
+        layer = (store.layers or (0,))[0]
+        width, size = blocks.shape(layer)
+        parts[layer] = [Factors(torch.zeros(size, 0, dtype=torch.float64), torch.zeros(0, width, dtype=torch.float64))]
     joint = {layer: _joined(own) for layer, own in sorted(parts.items())}
     whole = {layer: _within_ranks(factors) for layer, factors in joint.items()}
-    if store.facts and whole[store.bench.layer] is not joint[store.bench.layer]:
-        lost = _lost(store, whole[store.bench.layer], joint=True)
+    cut = [layer for layer in facts if whole[layer] is not joint[layer]]
+    if cut:
+        lost = _lost(store, {**facts, **{layer: whole[layer] for layer in cut}}, cut)
     rank = next(rank for rank in RANKS if rank >= max(len(one.right) for one in whole.values()))
     return {blocks.name(layer): _padded(one, rank, lost) for layer, one in whole.items()}
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,13 +37,14 @@ EDITS = "edits.json"
 #: The file with keys and values: its name comes from its content, so a save that was cut off leaves the old one for the old
 #: edits.json.
 PAIRS = re.compile(r"edits-[0-9a-f]{12}\.safetensors")
-#: Of stores with absorbed contexts; those with facts alone have version 1, which older programs read.
-FORMAT_VERSION = 2
+#: Of stores whose facts are in several blocks. Those with absorbed contexts and facts in one block at most have version 2, and
+#: those with facts alone, in one block, version 1, which older programs read.
+FORMAT_VERSION = 3
 MOST_BYTES = 256 * 2**20
 _PARTS = ("keys", "whitened", "values")
 #: The names of an edit in edits.json and the type of each.
 _EDIT: dict[str, type] = {
-    "id": str, "layer": int, "values": str, "passes": int, "before": str, "after": str, "holds": bool, "note": str,
+    "id": str, "values": str, "passes": int, "before": str, "after": str, "holds": bool, "note": str,
 }  # fmt: skip
 
 
@@ -52,12 +53,13 @@ def save_store(store: EditStore, folder: Path) -> Path:
     folder = place(folder)
     check_target(folder)
     blocks, loras = store.contexts.blocks, loras_of(store)
-    ledger = store.contexts.ledger
+    ledger, several = store.contexts.ledger, len(store.layers) > 1
+    version = FORMAT_VERSION if several else 2 if ledger or not store.layers else 1
     record: dict[str, Any] = {
-        "format_version": FORMAT_VERSION if ledger or store.layer is None else 1,
+        "format_version": version,
         "base": recorded_name(getattr(blocks.base.config, "_name_or_path", None)),
-        "layer": store.layer,
-        "module": "" if store.layer is None else store.bench.module,
+        "layer": _layer_record(store.layers),
+        "module": blocks.name(store.layers[0]) if len(store.layers) == 1 else "",
         "metric": store.metric,
         "ridge": store.ridge,
         "chosen_ridge": store.chosen_ridge,
@@ -66,12 +68,13 @@ def save_store(store: EditStore, folder: Path) -> Path:
         "edits": [_written(edit) for edit in store.facts],
         "base_fingerprint": blocks.fingerprint,
     }
-    if record["format_version"] == FORMAT_VERSION:
+    if version > 1:
         record |= {"modules": sorted(loras), "contexts": [absorbed.described(one) for one in ledger.values()]}
         record["order"] = [edit.id for edit in store.edits]
     tensors = {
-        f"{edit.id}.{part}": getattr(store.pairs_of(edit.id), part).contiguous()
+        _tensor_name(edit.id, layer, store.layers, part): getattr(pairs, part).contiguous()
         for edit in store.facts
+        for layer, pairs in store.pairs_of(edit.id).items()
         for part in _PARTS
     } | absorbed.tensors_of(store.contexts)
     digest = hashlib.sha256(b"".join(name.encode() + tensor_digest(tensors[name]) for name in sorted(tensors)))
@@ -108,7 +111,30 @@ def check_target(folder: Path) -> None:
 
 def _written(edit: Edit) -> dict[str, Any]:
     request = asdict(edit.request)
-    return {**request, **{name: getattr(edit, name) for name in _EDIT}}
+    own = {name: getattr(edit, name) for name in _EDIT}
+    return {**request, **own, "layer": _layer_record(edit.layers)}
+
+
+def _layer_record(layers: Sequence[int]) -> int | list[int] | None:
+    """Blocks, as edits.json has them: one alone, several in a list, null for none."""
+    return list(layers) if len(layers) > 1 else layers[0] if layers else None
+
+
+def _layers_of(record: Any) -> tuple[int, ...]:
+    """The blocks that edits.json has.
+
+    Raises:
+        TypeError: it has something else.
+    """
+    found = () if record is None else tuple(record) if isinstance(record, list) else (record,)
+    if any(type(layer) is not int or layer < 0 for layer in found) or list(found) != sorted(set(found)):
+        raise TypeError(f"layer={one_line(repr(record), 40)}")
+    return found
+
+
+def _tensor_name(id: str, layer: int, layers: Sequence[int], part: str) -> str:
+    """The name of an edit's tensor at a block: that of the block is in it where there are several."""
+    return f"{id}.{layer}.{part}" if len(layers) > 1 else f"{id}.{part}"
 
 
 def load_store(
@@ -119,8 +145,8 @@ def load_store(
     tensors = _read_tensors(place(folder), record)
     pairs = _pairs_in(folder, record, tensors)
     options = {"metric": record["metric"].split()[0], "ridge": record["ridge"], **options}
-    if record["layer"] is not None:
-        options["layer"] = record["layer"]
+    if layers := _layers_of(record["layer"]):
+        options["layer"] = layers
     store = kind(model, tokenizer, **options)
     try:
         here, there = store.contexts.blocks.fingerprint, record["base_fingerprint"]
@@ -130,12 +156,13 @@ def load_store(
                 f"{one_line(record['base'], 80)}"
             )
         for id, found in pairs.items():
-            sizes = store.bench.width, store.bench.size
-            if (len(found.keys), len(found.values)) != sizes:
-                raise CheckpointError(
-                    f"store {folder}: edit {id} is for a projection of {len(found.keys)} to {len(found.values)} numbers, and "
-                    f"this model's has {sizes[0]} to {sizes[1]}; load the base that {EDITS} names"
-                )
+            for site in store.bench.sites:
+                own = found[site.layer]
+                if (len(own.keys), len(own.values)) != (site.width, site.size):
+                    raise CheckpointError(
+                        f"store {folder}: edit {id} is for a projection of {len(own.keys)} to {len(own.values)} numbers, and "
+                        f"this model's has {site.width} to {site.size}; load the base that {EDITS} names"
+                    )
         if store.source.name != record["metric"]:
             store.refuse_writing(
                 f"the store in {folder} has the metric {one_line(repr(record['metric']), 100)}, and this one "
@@ -196,7 +223,7 @@ def _problem(record: Any) -> str | None:
     ridge, chosen = record.get("ridge"), record.get("chosen_ridge")
     checks = {
         "base": isinstance(record.get("base"), str | None),
-        "layer": type(record.get("layer")) is int or (version > 1 and record.get("layer") is None),
+        "layer": _is_layer(record.get("layer"), version),
         "module": isinstance(record.get("module"), str),
         "metric": isinstance(record.get("metric"), str) and bool(record["metric"].strip()),
         "ridge": ridge == "auto" or _is_number(ridge),
@@ -239,6 +266,12 @@ def _problem_of_contexts(record: Mapping[str, Any], seen: set[str]) -> str | Non
     return None
 
 
+def _is_layer(value: Any, version: int) -> bool:
+    if value is None or isinstance(value, list):
+        return version > (2 if value else 1)
+    return type(value) is int
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
@@ -250,7 +283,7 @@ def _read(edit: Mapping[str, Any]) -> Edit:
         if type(edit.get(name)) is not kind:
             raise TypeError(f"{name}={one_line(repr(edit.get(name)), 40)}")
         values[name] = edit[name]
-    return Edit(request=request, **values)
+    return Edit(request=request, layers=_layers_of(edit.get("layer")), **values)
 
 
 def read_edits(record: Mapping[str, Any]) -> list[Edit]:
@@ -279,7 +312,10 @@ def _read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         reason = one_line(error, 100)
         raise CheckpointError(f"store {folder}: {name} can't be read ({reason}); restore it from a backup") from error
-    wanted = {f"{edit['id']}.{part}" for edit in record["edits"] for part in _PARTS}
+    layers = _layers_of(record["layer"])
+    wanted = {
+        _tensor_name(edit["id"], layer, layers, part) for edit in record["edits"] for layer in layers for part in _PARTS
+    }
     wanted |= absorbed.names_in(record.get("contexts", ()))
     if wanted != set(tensors):
         odd = min(wanted ^ set(tensors))
@@ -289,19 +325,25 @@ def _read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _pairs_in(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Pairs]:
-    """{id: pairs} of a store's facts.
+def _pairs_in(
+    folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[int, Pairs]]:
+    """{id: {block: pairs}} of a store's facts.
 
     Raises:
         CheckpointError: damaged.
     """
-    found = {}
-    for edit in record["edits"]:
-        parts = [tensors[f"{edit['id']}.{part}"] for part in _PARTS]
-        whole = all(part.dim() == 2 and part.dtype == torch.float64 and bool(part.isfinite().all()) for part in parts)
-        if not whole or len({part.shape[1] for part in parts}) != 1 or parts[0].shape != parts[1].shape:
-            raise CheckpointError(
-                f"store {folder}: {record['pairs']} is damaged at edit {edit['id']}; restore it from a backup"
+    layers = _layers_of(record["layer"])
+    found: dict[str, dict[int, Pairs]] = {edit["id"]: {} for edit in record["edits"]}
+    for id, own in found.items():
+        for layer in layers:
+            parts = [tensors[_tensor_name(id, layer, layers, part)] for part in _PARTS]
+            whole = all(
+                part.dim() == 2 and part.dtype == torch.float64 and bool(part.isfinite().all()) for part in parts
             )
-        found[edit["id"]] = Pairs(*parts)
+            if not whole or len({part.shape[1] for part in parts}) != 1 or parts[0].shape != parts[1].shape:
+                raise CheckpointError(
+                    f"store {folder}: {record['pairs']} is damaged at edit {id}; restore it from a backup"
+                )
+            own[layer] = Pairs(*parts)
     return found

@@ -1,8 +1,8 @@
-"""Proofs of an edit: the text that follows, the logits from the edited block on, the damage to other text."""
+"""Proofs of an edit: the text that follows, the logits from the lowest edited block on, the damage to other text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,12 +63,12 @@ def follows(text: str, target: str) -> bool:
 
 @torch.no_grad()
 def previewed(bench: Bench, text: str, new_tokens: int) -> Preview:
-    """Both models on one text; the edited one runs from the edited block on."""
+    """Both models on one text; the edited one runs from the lowest edited block on."""
     ids = bench.prompts.ids(text)
     inside = bench.inside([ids])
     logits = bench.again(inside.recording)[0]
     kl = float(divergences(inside.recording.whole[0], logits).mean())
-    with bench.adapter.off():
+    with bench.off():
         before = bench.write(text, new_tokens)
     return Preview(text, before, bench.write(text, new_tokens), kl, logits)
 
@@ -105,7 +105,7 @@ def holding(bench: Bench, requests: Sequence[Request]) -> Callable[[], list[bool
     """A function that says of every edit if the model would write its target now, each token of it the likeliest.
 
     Greedy text begins with the target exactly where every token of it is the likeliest one behind those before, and the next
-    one does not go on with its last word; so one pass from the edited block on stands for the generation.
+    one does not go on with its last word; so one pass from the lowest edited block on stands for the generation.
     """
     rows = [bench.prompts.target(request.prompt, request.target, None) for request in requests]
     recorded = [(part, bench.inside([row.ids for row in part], whole=False).recording) for part in chunks(rows)]
@@ -126,11 +126,11 @@ def holding(bench: Bench, requests: Sequence[Request]) -> Callable[[], list[bool
     return ask
 
 
-def largest_ridge(bench: Bench, pairs: Pairs, requests: Sequence[Request]) -> float:
+def largest_ridge(bench: Bench, pairs: Mapping[int, Pairs], requests: Sequence[Request]) -> float:
     """The largest ridge at which every edit holds; where none lets all hold, the one that lets most of them."""
     best, ask = (-1, 0.0), holding(bench, requests)
     for ridge in RIDGES:
-        bench.adapter.set(solve(pairs, ridge))
+        bench.set({layer: solve(own, ridge) for layer, own in pairs.items()})
         count = sum(ask())
         best = max(best, (count, ridge))
         if count == len(requests):
@@ -138,7 +138,7 @@ def largest_ridge(bench: Bench, pairs: Pairs, requests: Sequence[Request]) -> fl
     return best[1]
 
 
-def automatic_ridge(bench: Bench, pairs: Pairs, requests: Sequence[Request]) -> float:
+def automatic_ridge(bench: Bench, pairs: Mapping[int, Pairs], requests: Sequence[Request]) -> float:
     """The ridge that `ridge="auto"` takes: the largest at which all hold, none for a single edit without protected prompts."""
     if len(requests) > 1:
         return largest_ridge(bench, pairs, requests)
@@ -160,7 +160,7 @@ def readings(
     """The fields before, after and holds of new edits, in the requests' order.
 
     Args:
-        bench: the model at the edited block, with the edits at work.
+        bench: the model at the edited blocks, with the edits at work.
         requests: those that were written.
         off: leaves all edits out within a `with` block.
         in_full: False leaves both texts blank, and asks one pass whether an edit holds.
@@ -180,7 +180,7 @@ def verified(bench: Bench, edits: Sequence[Edit], progress: bool) -> list[Verifi
     """Every fact's text before and after, with all edits at work, and whether it holds.
 
     Args:
-        bench: the model at the facts' block.
+        bench: the model at the facts' blocks.
         edits: those that are read back.
         progress: show a progress bar.
     """

@@ -15,13 +15,12 @@ def check_mergeable(store: EditStore, other: EditStore) -> None:
     """Checks that a store can take over the edits of another one.
 
     Raises:
-        NPTError: another layer, metric or text, or the same prompt with two targets.
+        NPTError: other blocks, another metric or text, or the same prompt with two targets.
     """
     if other.facts:
-        if store.layer not in (None, other.layer):
-            raise NPTError(
-                f"the stores edit blocks {store.layer} and {other.layer}; write one's edits anew in the other"
-            )
+        if store.layers not in ((), other.layers):
+            one, two = (" ".join(map(str, layers)) for layers in (store.layers, other.layers))
+            raise NPTError(f"the stores edit blocks {one} and {two}; write one's edits anew in the other")
         if store.metric != other.metric:
             raise NPTError(
                 f"the stores have the metrics {store.metric} and {other.metric}; write one's edits anew in the other"
@@ -37,4 +36,4 @@ def take_over(store: EditStore, other: EditStore) -> None:
     known = {edit.id for edit in store.edits}
     new = [edit for edit in other.edits if edit.id not in known]
     store.contexts.merge(other.contexts)
-    store.adopt(new, {edit.id: other.pairs_of(edit.id) for edit in other.facts if edit.id not in known}, other.layer)
+    store.adopt(new, {edit.id: other.pairs_of(edit.id) for edit in other.facts if edit.id not in known}, other.layers)

@@ -106,9 +106,9 @@ class Source:
             self._known |= found
         return {block: self._known[block] for block in widths}
 
-    def only(self, layer: int) -> None:
+    def only(self, layers: Sequence[int]) -> None:
         """Forgets the moments of all other blocks."""
-        self._known = {block: moment for block, moment in self._known.items() if block == layer}
+        self._known = {block: moment for block, moment in self._known.items() if block in layers}
 
     def _text(self, width: int) -> list[list[int]]:
         """Token ids of the text: what was given, or what the base writes."""

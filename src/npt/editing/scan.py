@@ -44,8 +44,18 @@ def candidates(blocks: int, width: int) -> list[int]:
     return sorted({round(float(step)) for step in steps})
 
 
+def choose_layers(source: Source, requests: Sequence[Request], count: int = 1) -> tuple[int, ...]:
+    """So many neighbouring blocks for a store whose first edits are these, the best one in the middle."""
+    best, blocks = choose_layer(source, requests), len(blocks_of(base_of(source.model)))
+    count = min(count, blocks)
+    lowest = min(max(0, best - count // 2), blocks - count)
+    found = tuple(range(lowest, lowest + count))
+    source.only(found)
+    return found
+
+
 def choose_layer(source: Source, requests: Sequence[Request]) -> int:
-    """The block for a store whose first edits are these."""
+    """The best block for a store whose first edits are these."""
     base = base_of(source.model)
     blocks = len(blocks_of(base))
     if requests and requests[0].subject is None:
@@ -57,7 +67,6 @@ def choose_layer(source: Source, requests: Sequence[Request]) -> int:
     chosen = max(found, key=lambda block: score(*found[block]))
     shown = ", ".join(f"{block} {one:.2f}/{other:.2f}" for block, (one, other) in found.items())
     logger.info("layer: %d of %d (overlap with another wording / with a neighbour: %s)", chosen, blocks, shown)
-    source.only(chosen)
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""`EditStore`: facts written into one block of a model and contexts absorbed by several; proved, undone, saved and loaded."""
+"""`EditStore`: facts written into a few blocks of a model and contexts absorbed; proved, undone, saved and loaded."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from npt.editing.absorbing.contexts import Contexts
 from npt.editing.absorbing.whole import mean_kl_whole, previewed_whole
 from npt.editing.adapter import DownAdapter
 from npt.editing.bench import Bench
-from npt.editing.checks import check_layer, checked_ridge, known_ids
+from npt.editing.checks import checked_layers, checked_ridge, known_ids
 from npt.editing.measure import Preview, Verification
 from npt.editing.metrics import Source
 from npt.editing.requests import NAMES, Request, check_together, request_of
-from npt.editing.scan import choose_layer
+from npt.editing.scan import choose_layers
 from npt.editing.solve import Factors, Pairs, joined, solve
-from npt.editing.values import Settings, settings_of
+from npt.editing.values import SHARING, Settings, settings_of
 from npt.editing.writing import Edit, Writer, note_on
 from npt.errors import NPTError
 
@@ -33,13 +33,14 @@ logger = logging.getLogger(__name__)
 class EditStore:
     """Permanent weight deltas: an adapter that is on or off, never a write to the base's weights.
 
-    Facts (`write`) are in one block, absorbed contexts (`absorb`) in several.
+    Facts (`write`) are in the same one or more blocks, absorbed contexts (`absorb`) in blocks of their own.
 
     Args:
         model: a causal language model, or a PEFT model around one. Its keys and values are found with its adapters as they
             are now.
         tokenizer: the model's.
-        layer: the block for facts, 0-based; "auto" finds it at the first one, by the overlap of keys.
+        layer: the block for facts, 0-based, or several, which share each fact; "auto" finds them at the first one, by the
+            overlap of keys.
         metric: the text that edits must not disturb: "domain" (text, and prompts like the edits'), "text" or "identity".
         statistics: that text: "self" (the base writes it) or a list of texts.
         domain: prompts like the edits'; None for those of the package.
@@ -60,7 +61,7 @@ class EditStore:
         model: Any,
         tokenizer: Any,
         *,
-        layer: int | str = "auto",
+        layer: int | Sequence[int] | str = "auto",
         metric: str = "domain",
         statistics: str | Sequence[str] = "self",
         domain: Sequence[str] | None = None,
@@ -74,15 +75,14 @@ class EditStore:
         self.model, self.tokenizer = model, tokenizer
         self.settings: Settings = settings_of(values, settings)
         self.values, self.ridge, self.read_back, self.progress = values, checked_ridge(ridge), read_back, progress
-        check_layer(layer)
         self.source = Source(model, tokenizer, metric, statistics, domain, cache_dir, progress)
         self._together: list[DownAdapter] = []
-        self._bench: Bench | None = None if layer == "auto" else self._opened(int(layer))
+        self._bench: Bench | None = None if layer == "auto" else self._opened(checked_layers(layer))
         shared = statistics, self.source.cache_dir, progress, self._together, self._facts_off
         self.contexts = Contexts(model, tokenizer, *shared)
         self._finds: Writer | None = None
         self._edits: dict[str, Edit] = {}
-        self._pairs: dict[str, Pairs] = {}
+        self._pairs: dict[str, dict[int, Pairs]] = {}
         self.metric, self._refusal = self.source.name, ""
         self.chosen_ridge = 0.0
 
@@ -99,28 +99,28 @@ class EditStore:
         return [edit for id, edit in self._edits.items() if id in self._pairs]
 
     @property
-    def layer(self) -> int | None:
-        """The block that facts are in; None until `layer="auto"` has chosen one."""
-        return None if self._bench is None else self._bench.layer
+    def layers(self) -> tuple[int, ...]:
+        """The blocks that facts are in, rising; none until `layer="auto"` has chosen them."""
+        return () if self._bench is None else self._bench.layers
 
     @property
-    def pairs(self) -> Pairs | None:
-        """The keys and values of all facts, in an order that does not depend on that of writing; None without one."""
-        return joined([self._pairs[id] for id in sorted(self._pairs)]) if self._pairs else None
+    def pairs(self) -> dict[int, Pairs]:
+        """{block: keys and values of all facts}, in an order that does not depend on that of writing; empty without one."""
+        ids = sorted(self._pairs)
+        return {layer: joined([self._pairs[id][layer] for id in ids]) for layer in self.layers} if ids else {}
 
-    def pairs_of(self, id: str) -> Pairs:
-        """The keys and values of one edit, those that it protects included."""
+    def pairs_of(self, id: str) -> dict[int, Pairs]:
+        """{block: keys and values} of one edit, those that it protects included."""
         return self._pairs[id]
 
     @property
-    def factors(self) -> Factors | None:
-        """The weight delta of all facts, left (d, n) and right (n, f), float64; None without one."""
-        pairs = self.pairs
-        return None if pairs is None else solve(pairs, self.chosen_ridge)
+    def factors(self) -> dict[int, Factors]:
+        """{block: weight delta of all facts}, left (d, n) and right (n, f), float64; empty without one."""
+        return {layer: solve(pairs, self.chosen_ridge) for layer, pairs in self.pairs.items()}
 
     @property
     def bench(self) -> Bench:
-        """The model at the edited block.
+        """The model at the edited blocks.
 
         Raises:
             NPTError: no block is chosen yet.
@@ -136,13 +136,13 @@ class EditStore:
             yield
 
     def _facts_off(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._bench is None else self._bench.adapter.off()
+        return nullcontext() if self._bench is None else self._bench.off()
 
     def close(self) -> None:
         """Takes the edits off the model, until `reopen`."""
         self.contexts.patches.close()
         if self._bench is not None:
-            self._bench.adapter.close()
+            self._bench.close()
 
     def reopen(self) -> None:
         """Puts the edits to work again after `close`.
@@ -151,7 +151,7 @@ class EditStore:
             NPTError: another store is at work on the model.
         """
         if self._bench is not None:
-            self._bench.adapter.open()
+            self._bench.open()
         self.contexts.patches.open()
 
     # -- writing -----------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ class EditStore:
         found = {}
         with self.contexts.patches.off():  # keys and values are the base's
             if self._bench is None:
-                self._bench = self._opened(choose_layer(self.source, requests))
+                self._bench = self._opened(choose_layers(self.source, requests, SHARING.get(self.values, 1)))
             writer = self._writer()
             for request in requests:  # before any long work
                 writer.check(request)
@@ -213,7 +213,7 @@ class EditStore:
             for request in requests:
                 self._pairs[request.id] = found[request.id].pairs
                 self._edits[request.id] = Edit(
-                    request.id, request, self.bench.layer, self.values, found[request.id].passes, "", "", False,
+                    request.id, request, self.layers, self.values, found[request.id].passes, "", "", False,
                     note_on(request),
                 )  # fmt: skip
             self._apply()
@@ -267,20 +267,20 @@ class EditStore:
         return found
 
     def merge(self, other: EditStore) -> None:
-        """Takes over the edits of another store of the same base, and of one layer and metric where both hold facts.
+        """Takes over the edits of another store of the same base, and of the same blocks and metric where both hold facts.
 
         Raises:
-            NPTError: another layer or metric, or the same prompt with two targets.
+            NPTError: other blocks, another metric, or the same prompt with two targets.
         """
         from npt.editing.merging import take_over
 
         with self._unchanged_unless_done():
             take_over(self, other)
 
-    def adopt(self, edits: Sequence[Edit], pairs: Mapping[str, Pairs], layer: int | None) -> None:
+    def adopt(self, edits: Sequence[Edit], pairs: Mapping[str, dict[int, Pairs]], layers: tuple[int, ...]) -> None:
         """Puts edits of another store to work too, for `merge`; those that were absorbed are at work already."""
-        if pairs and self._bench is None and layer is not None:
-            self._bench = self._opened(layer)
+        if pairs and self._bench is None:
+            self._bench = self._opened(layers)
         self._edits.update({edit.id: edit for edit in edits})
         self._pairs.update(pairs)
         self._apply()
@@ -290,7 +290,8 @@ class EditStore:
     def preview(self, text: str, new_tokens: int = 24) -> Preview:
         """The text that the base and the edited model write behind a text, and how far apart they are on it.
 
-        The logits of both come from one pass of the base, of which the edited model runs the blocks from the edited one on.
+        The logits of both come from one pass of the base, of which the edited model runs the blocks from the lowest edited
+        one on.
         """
         if self.contexts.ledger:
             return previewed_whole(self.contexts.blocks.base, self.tokenizer, self.disabled, text, new_tokens)
@@ -346,7 +347,7 @@ class EditStore:
 
         return load_store(cls, model, tokenizer, Path(folder), options)
 
-    def restore(self, edits: Sequence[Edit], pairs: Mapping[str, Pairs], ridge: float) -> None:
+    def restore(self, edits: Sequence[Edit], pairs: Mapping[str, dict[int, Pairs]], ridge: float) -> None:
         """Puts facts to work that were written before, for `load`; `edits` names those that were absorbed too, in order."""
         self._edits, self._pairs = {edit.id: edit for edit in edits}, dict(pairs)
         self.chosen_ridge = ridge
@@ -358,8 +359,8 @@ class EditStore:
 
     # -- pieces ------------------------------------------------------------------------------------------------------------
 
-    def _opened(self, layer: int) -> Bench:
-        return Bench(self.model, self.tokenizer, layer, self._together)
+    def _opened(self, layers: tuple[int, ...]) -> Bench:
+        return Bench(self.model, self.tokenizer, layers, self._together)
 
     def _writer(self) -> Writer:
         """Finds the pairs of single edits; made when the block is known."""
@@ -382,8 +383,8 @@ class EditStore:
     def _apply(self) -> None:
         """Chooses the ridge and puts the joint weight delta to work."""
         pairs = self.pairs
-        if pairs is None or self.ridge != "auto":
-            self.chosen_ridge = 0.0 if pairs is None else float(self.ridge)
+        if not pairs or self.ridge != "auto":
+            self.chosen_ridge = float(self.ridge) if pairs else 0.0
         else:
             requests = [self._edits[id].request for id in sorted(self._pairs)]
             self.chosen_ridge = measure.automatic_ridge(self.bench, pairs, requests)
@@ -391,7 +392,7 @@ class EditStore:
 
     def _set(self) -> None:
         if self._bench is not None:
-            self._bench.adapter.set(self.factors)
+            self._bench.set(self.factors)
 
     def _tell(self, requests: Sequence[Request]) -> None:
         """Writes down the text before and after of new edits."""

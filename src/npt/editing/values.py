@@ -1,13 +1,15 @@
 """Values: what has to be added to `down`'s output at the key, so that the target follows the prompt. A table of strategies.
 
 Each edit's values are found alone, on the base: they depend on no other edit. A trial adds v (a x) at every token x of a text,
-as the finished weight delta will, with a = M k / (k^T M k); so what is tried is what is written.
+as the finished weight delta will, with a = M k / (k^T M k); so what is tried is what is written. Where several blocks are
+edited, each has a key and a value, and all values are found together: keys are the base's, so they depend on no value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,26 +59,26 @@ class Settings:
 
 @dataclass(frozen=True)
 class Found:
-    """An edit's pairs, and the passes forward and backward that they took."""
+    """An edit's pairs, {block: keys and values}, and the passes forward and backward that they took."""
 
-    pairs: Pairs
+    pairs: dict[int, Pairs]
     passes: int
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One edit alone.
+    """One edit alone, at every block of a bench.
 
-    key: (f,), the subject's. fixed: (f, m), keys that get no value. metric: M. prefixes: nothing, and short texts of the
-    base.
+    keys: of each block (f,), the subject's. fixed: of each (f, m), keys that get no value. metrics: M of each. prefixes:
+    nothing, and short texts of the base.
     """
 
     bench: Bench
     request: Request
     settings: Settings
-    metric: Metric
-    key: Tensor
-    fixed: Tensor
+    metrics: tuple[Metric, ...]
+    keys: tuple[Tensor, ...]
+    fixed: tuple[Tensor, ...]
     prefixes: tuple[str, ...] = ("",)
 
     def targets(self) -> list[Target]:
@@ -87,19 +89,28 @@ class Problem:
         ]
         return [target(text, self.request.target, settings.terminator) for text in texts]
 
-    def pairs(self, keys: Tensor, values: Tensor) -> Pairs:
-        """Keys (f, n) with values (d, n), and the fixed keys with none."""
-        everything = torch.cat([keys, self.fixed], 1)
-        zeros = values.new_zeros(len(values), self.fixed.shape[1])
-        return Pairs(everything, self.metric(everything), torch.cat([values, zeros], 1))
+    def pairs(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> dict[int, Pairs]:
+        """{block: its keys (f, n) with values (d, n), and its fixed keys with none}."""
+        found = {}
+        for number, site in enumerate(self.bench.sites):
+            own, value, fixed = keys[number], values[number], self.fixed[number]
+            everything = torch.cat([own, fixed], 1)
+            zeros = value.new_zeros(len(value), fixed.shape[1])
+            found[site.layer] = Pairs(everything, self.metrics[number](everything), torch.cat([value, zeros], 1))
+        return found
 
-    def row(self) -> Tensor:
-        """a (f,): the weight delta is v a^T, with a k = 1 and a p = 0 for every fixed key p."""
-        return solve(self.pairs(self.key[:, None], self.key.new_ones(1, 1))).delta[0]
+    def at_keys(self, values: Tensor) -> dict[int, Pairs]:
+        """The pairs of values (blocks, d) at the subject's keys."""
+        return self.pairs([key[:, None] for key in self.keys], list(values[..., None]))
+
+    def rows(self) -> list[Tensor]:
+        """a (f,) of each block: the weight delta is v a^T, with a k = 1 and a p = 0 for every fixed key p."""
+        ones = torch.ones(len(self.keys), 1, dtype=self.keys[0].dtype)
+        return [solve(pairs).delta[0] for pairs in self.at_keys(ones).values()]
 
 
 class Trial:
-    """Texts with a target behind them, and what the model says of them when v is written at the key.
+    """Texts with a target behind them, and what the model says of them when each block's v is written at its key.
 
     Args:
         problem: the edit. rows: prompts with their targets. extra: other texts, whose last token is asked too. only: the
@@ -117,7 +128,7 @@ class Trial:
         bench = problem.bench
         self.bench, self.rows = bench, rows
         self.inside = bench.inside([*(row.ids for row in rows), *(place.ids for place in extra)], whole=False)
-        adapter, self.margin = bench.adapter, problem.settings.margin
+        self.margin = problem.settings.margin
         # Indices stay on the CPU, from where they serve logits on any device.
         spots = [(i, row.start - 1 + t, token) for i, row in enumerate(rows) for t, token in enumerate(row.targets)]
         self.row_of, self.at, self.target = (torch.tensor(part) for part in zip(*spots, strict=True))
@@ -133,26 +144,35 @@ class Trial:
         self._at = torch.searchsorted(self._asked, self.at)
         self.last = (self.last[0], torch.searchsorted(self._asked, self.last[1]))
         self.ends = torch.searchsorted(self._asked, self.ends)
+        self._rows: list[Tensor] | None = None
         if only is None:
-            self.a = problem.row().to(device=adapter.device, dtype=adapter.dtype)
-            self._spots: Tensor | None = None
+            self._rows = [
+                row.to(device=site.adapter.device, dtype=site.adapter.dtype)
+                for row, site in zip(problem.rows(), bench.sites, strict=True)
+            ]
             # The key itself is at the first row's token that is moved most.
-            place = int(self.scores(self.inside.inputs[0]).abs()[: rows[0].start].argmax())
+            place = int(self.shares(0, self.inside.inputs[0][0]).abs()[: rows[0].start].argmax())
         else:
-            one = torch.zeros(self.inside.inputs.shape[:2], dtype=adapter.dtype)
+            one = torch.zeros(self.inside.inputs[0].shape[:2], dtype=bench.adapter.dtype)
             one[torch.arange(len(only)), torch.tensor(only)] = 1
-            self._spots, place = one.to(adapter.device), only[0]
-        self.length = float(wide(self.inside.outputs[0, place]).norm())
+            self._spots, place = one.to(bench.adapter.device), only[0]
+        #: Lengths of the projections' own outputs at the key, (blocks,).
+        self.lengths = torch.stack([wide(outputs[0, place]).norm().cpu() for outputs in self.inside.outputs])
 
-    def scores(self, inputs: Tensor) -> Tensor:
-        """The share of v that each token gets, of the projection's inputs (..., f): a x, or 1 at its spot alone."""
-        if self._spots is not None:
+    def shares(self, number: int, inputs: Tensor) -> Tensor:
+        """The share of v that each token of a block gets, of its projection's inputs (..., f): a x, or 1 at its spot alone."""
+        if self._rows is None:
             return self._spots.reshape(inputs.shape[:-1])
-        return cast(inputs, self.a.dtype) @ self.a
+        row = self._rows[number]
+        return cast(inputs, row.dtype) @ row
 
-    def logits(self, value: Tensor) -> Tensor:
-        """Logits (rows, tokens asked for, vocabulary) with v (d,)."""
-        with self.bench.adapter.trying(lambda x: self.scores(x)[..., None] * value):
+    def logits(self, values: Tensor) -> Tensor:
+        """Logits (rows, tokens asked for, vocabulary) with v (blocks, d)."""
+
+        def add(number: int, x: Tensor) -> Tensor:
+            return self.shares(number, x)[..., None] * values[number].to(x.device)
+
+        with self.bench.trying([partial(add, number) for number in range(len(self.bench.sites))]):
             return self.again()
 
     def again(self) -> Tensor:
@@ -194,22 +214,27 @@ def word_ends(logits: Tensor, continuing: Tensor) -> Tensor:
 
 
 def _start(problem: Problem) -> Tensor:
-    adapter = problem.bench.adapter
-    return torch.zeros(problem.bench.size, device=adapter.device, dtype=adapter.dtype, requires_grad=True)
+    """No value, (blocks, d)."""
+    bench, adapter = problem.bench, problem.bench.adapter
+    shape = len(bench.sites), bench.first.size
+    return torch.zeros(shape, device=adapter.device, dtype=adapter.dtype, requires_grad=True)
 
 
-def _at_most(value: Tensor, length: float) -> Tensor:
-    norm = float(value.norm())
-    return value * (length / norm) if norm > length > 0 else value
+def _at_most(values: Tensor, lengths: Tensor) -> Tensor:
+    """Values (blocks, d), each no longer than its length."""
+    norms = values.norm(dim=1)
+    lengths = lengths.to(norms)
+    longer = (norms > lengths) & (lengths > 0)
+    return values * torch.where(longer, lengths / norms.clamp_min(1e-30), torch.ones_like(norms))[:, None]
 
 
-def _checked(value: Tensor, problem: Problem) -> Tensor:
-    if not bool(value.isfinite().all()):
+def _checked(values: Tensor, problem: Problem) -> Tensor:
+    if not bool(values.isfinite().all()):
         raise RunError(
             f"{one_line(repr(problem.request.prompt), 60)}: the value became not finite; use a model in float32, another "
             "layer or fewer steps"
         )
-    return value.detach().cpu().double()
+    return values.detach().cpu().double()
 
 
 def newton(problem: Problem) -> Found:
@@ -232,8 +257,8 @@ def newton(problem: Problem) -> Found:
             step = gradient * ((settings.margin - found) / gradient.square().sum().clamp_min(1e-12))
         else:
             step = step / 2
-        value = _at_most((1 - settings.decay) * kept + step, settings.clamp * trial.length).requires_grad_()
-    return Found(problem.pairs(problem.key[:, None], _checked(kept, problem)[:, None]), passes)
+        value = _at_most((1 - settings.decay) * kept + step, settings.clamp * trial.lengths).requires_grad_()
+    return Found(problem.at_keys(_checked(kept, problem)), passes)
 
 
 def optimised(problem: Problem) -> Found:
@@ -241,18 +266,19 @@ def optimised(problem: Problem) -> Found:
     request, prompts = problem.request, problem.bench.prompts
     weighed = request.subject is not None and problem.settings.essence > 0
     essence = [prompts.place(f"{request.subject} is a", None)] if weighed else []
-    value, passes = descend(problem, Trial(problem, problem.targets(), essence))
-    return Found(problem.pairs(problem.key[:, None], value[:, None]), passes)
+    values, passes = descend(problem, Trial(problem, problem.targets(), essence))
+    return Found(problem.at_keys(values), passes)
 
 
 def descend(problem: Problem, trial: Trial) -> tuple[Tensor, int]:
-    """(v (d,) float64, passes) by Adam: the target's negative log-likelihood, the KL of the trial's other texts, v's length.
+    """(v (blocks, d) float64, passes) by Adam: the target's negative log-likelihood, the KL of other texts, v's length.
 
     The objective of ROME (arXiv 2202.05262, equation 4) with the weight decay and clamp of its authors. The last pass only
     looks, and so does one whose loss is below 0.05.
     """
     settings, value, before = problem.settings, _start(problem), None
     rows = torch.arange(len(trial.rows), len(trial.rows) + len(trial.ends))
+    lengths = trial.lengths.to(value.device)
     optimizer = torch.optim.Adam([value], lr=settings.rate)
     passes = 0
     for step in range(settings.steps):
@@ -263,7 +289,7 @@ def descend(problem: Problem, trial: Trial) -> tuple[Tensor, int]:
             now = wide(logits[rows, trial.ends]).log_softmax(-1)
             before = now.detach() if before is None else before  # the first value is 0
             loss = loss + settings.essence * (before.exp() * (before - now)).sum(-1).mean()
-        loss = loss + settings.weight_decay * value.norm() / max(trial.length, 1e-6) ** 2
+        loss = loss + settings.weight_decay * (value.norm(dim=1) / lengths.clamp_min(1e-6) ** 2).sum()
         passes += 1
         if float(loss.detach()) < 5e-2 or step == settings.steps - 1:
             break
@@ -271,7 +297,7 @@ def descend(problem: Problem, trial: Trial) -> tuple[Tensor, int]:
         value.grad = torch.autograd.grad(loss, value)[0].nan_to_num()
         optimizer.step()
         with torch.no_grad():
-            value.copy_(_at_most(value, settings.clamp * trial.length))
+            value.copy_(_at_most(value, settings.clamp * lengths))
     return _checked(value, problem), passes
 
 
@@ -283,45 +309,53 @@ def margin(problem: Problem) -> Found:
         NPTError: another block than the last one.
     """
     bench, settings = problem.bench, problem.settings
-    if bench.layer != len(bench.blocks) - 1:
+    if bench.layers != (len(bench.blocks) - 1,):
+        named = " ".join(map(str, bench.layers))
         raise NPTError(
-            f"values='margin' is for the last block, layer={len(bench.blocks) - 1}, and the store edits block {bench.layer}; "
+            f"values='margin' is for the last block, layer={len(bench.blocks) - 1}, and the store edits block {named}; "
             "use that layer, or values='newton'"
         )
     (row,) = [bench.prompts.target(problem.request.prompt, problem.request.target, settings.terminator)]
     inside = bench.inside([row.ids], whole=False)
     at, target = torch.arange(row.start - 1, len(row.ids) - 1), torch.tensor(row.targets)
-    values = torch.zeros(len(at), bench.size, device=bench.adapter.device, dtype=bench.adapter.dtype)
+    values = torch.zeros(len(at), bench.first.size, device=bench.adapter.device, dtype=bench.adapter.dtype)
     for _ in range(4):  # the norm's denominator moves with the value
         values.requires_grad_()
-        whole = values.new_zeros(inside.inputs.shape[1], bench.size).index_copy(0, at.to(values.device), values)
+        whole = values.new_zeros(inside.inputs[0].shape[1], bench.first.size).index_copy(0, at.to(values.device), values)
         with bench.adapter.trying(lambda x, whole=whole: whole):  # type: ignore[misc]
             found = margins(wide(bench.again(inside.recording, at)[0]), target)
         (gradient,) = torch.autograd.grad(found.sum(), values)
         gap = (settings.margin - found.detach()).clamp_min(0)
         step = gradient * (gap / gradient.square().sum(-1).clamp_min(1e-12))[:, None]
         values = values.detach() + step
-    keys = inside.inputs[0, at].cpu().double().T
-    return Found(problem.pairs(keys, _checked(values, problem).T), 0)
+    keys = inside.inputs[0][0, at].cpu().double().T
+    return Found(problem.pairs([keys], [_checked(values, problem).T]), 0)
 
 
 def naive(problem: Problem) -> Found:
     """The earlier authors' rule, W += alpha dW: the transient weight delta of the statement's last token, made permanent.
 
     A documented negative: its key is that of the statement's end, which no prompt has.
+
+    Raises:
+        NPTError: more than one block.
     """
     bench, request = problem.bench, problem.request
+    if len(bench.layers) > 1:
+        raise NPTError(
+            f"values='naive' is for one block, and the store edits {' '.join(map(str, bench.layers))}; name one layer"
+        )
     ids = bench.prompts.ids(continued(request.prompt, request.target))
     seen: list[Tensor] = []
-    tap = find(bench.blocks[bench.layer], family_of(bench.base), "tap")
+    tap = find(bench.blocks[bench.layers[0]], family_of(bench.base), "tap")
     handle = tap.register_forward_hook(lambda module, args, output: seen.append(first_tensor(output)), prepend=True)
     try:
         inside = bench.inside([ids], whole=False)
     finally:
         handle.remove()
     attention = seen[-1].reshape(len(ids), -1)[-1].cpu().double()
-    key = inside.inputs[0, -1].cpu().double()
-    return Found(problem.pairs(key[:, None], problem.settings.alpha * attention[:, None]), 0)
+    key = inside.inputs[0][0, -1].cpu().double()
+    return Found(problem.pairs([key[:, None]], [problem.settings.alpha * attention[:, None]]), 0)
 
 
 STRATEGIES: dict[str, Callable[[Problem], Found]] = {
@@ -330,6 +364,9 @@ STRATEGIES: dict[str, Callable[[Problem], Found]] = {
     "margin": margin,
     "naive": naive,
 }
+
+#: Blocks that share a fact where `layer="auto"` chooses them; one with a strategy that is not named.
+SHARING = {"newton": 3, "optimised": 3}
 
 
 def settings_of(name: str, given: dict[str, Any]) -> Settings:

@@ -22,14 +22,14 @@ PREFIXES, PREFIX_TOKENS = 4, 8
 class Edit:
     """A fact that was written.
 
-    id: its name in the store. request: the words of the person. layer: the block. values: the strategy. passes: forward passes
-    from the block on that its value took. before, after: the text behind the prompt, of the base and with every edit of that
-    moment. holds: True where `after` begins with the target. note: a remark for a person, empty for most.
+    id: its name in the store. request: the words of the person. layers: the blocks. values: the strategy. passes: forward
+    passes from the lowest block on that its values took. before, after: the text behind the prompt, of the base and with every
+    edit of that moment. holds: True where `after` begins with the target. note: a remark for a person, empty for most.
     """
 
     id: str
     request: Request
-    layer: int
+    layers: tuple[int, ...]
     values: str
     passes: int
     before: str
@@ -54,21 +54,23 @@ class Writer:
 
     def __init__(self, source: Source, bench: Bench, values: str, settings: Settings):
         self.source, self.bench, self.values, self.settings = source, bench, values, settings
-        self._metric: Metric | None = None
+        self._metrics: tuple[Metric, ...] = ()
         self._prefixes: list[str] | None = None
         self._found: dict[Request, Found] = {}
 
-    def metric(self) -> Metric:
-        """M at the block; the statistics are taken when it is first asked for."""
-        if self._metric is None:
-            with self.bench.adapter.off():
-                self._metric = Metric(self.source.moment(self.bench.layer, self.bench.down))
-        return self._metric
+    def metrics(self) -> tuple[Metric, ...]:
+        """M at each block; the statistics are taken when they are first asked for."""
+        if not self._metrics:
+            sites = self.bench.sites
+            with self.bench.off():
+                moments = self.source.moments({site.layer: site.down for site in sites})
+            self._metrics = tuple(Metric(moments.get(site.layer)) for site in sites)
+        return self._metrics
 
     def prefixes(self) -> list[str]:
         """Nothing, and short texts of the base, to put in front of a prompt."""
         if self._prefixes is None:
-            with self.bench.adapter.off():  # they are the base's, whatever is written
+            with self.bench.off():  # they are the base's, whatever is written
                 self._prefixes = ["", *self.source.prefixes(PREFIXES, PREFIX_TOKENS)]
         return self._prefixes
 
@@ -92,10 +94,10 @@ class Writer:
 
     def _find(self, request: Request) -> Found:
         prefixes = self.prefixes() if request.subject is not None else [""]
-        key = self.bench.keys(self._places(request, prefixes)).mean(1)
-        nothing = key.new_zeros(len(key), 0)
+        keys = tuple(found.mean(1) for found in self.bench.keys(self._places(request, prefixes)))
+        nothing = tuple(key.new_zeros(len(key), 0) for key in keys)
         contexts = tuple(self.prefixes()) if self.settings.contexts else ("",)
-        bare = Problem(self.bench, request, self.settings, self.metric(), key, nothing, contexts)
+        bare = Problem(self.bench, request, self.settings, self.metrics(), keys, nothing, contexts)
         return STRATEGIES[self.values](replace(bare, fixed=self._fixed(bare)))
 
     def _places(self, request: Request, prefixes: Sequence[str]) -> list[Place]:
@@ -104,16 +106,16 @@ class Writer:
         named = [p for p in request.prompts if request.subject is None or request.subject in p]
         return [prompts.place(prompt, request.subject, prefix) for prompt in named for prefix in prefixes]
 
-    def _fixed(self, problem: Problem) -> torch.Tensor:
-        """Keys of the protected prompts, (f, m): of each text the token that the edit would move most."""
+    def _fixed(self, problem: Problem) -> tuple[torch.Tensor, ...]:
+        """Keys of the protected prompts, (f, m) of each block: of each text the token that the edit would move most."""
         texts = problem.request.protect
         if not texts:
             return problem.fixed
-        row, rows = problem.row(), [self.bench.prompts.ids(text) for text in texts]
-        keys = []
+        edited, rows = problem.rows(), [self.bench.prompts.ids(text) for text in texts]
+        keys: list[list[torch.Tensor]] = [[] for _ in edited]
         for part in chunks(rows):
-            inputs = self.bench.inside(part, whole=False).inputs.cpu().double()
-            for i, ids in enumerate(part):
-                own = inputs[i, : len(ids)]
-                keys.append(own[int((own @ row).abs().argmax())])
-        return torch.stack(keys, 1)
+            for row, inputs, found in zip(edited, self.bench.inside(part, whole=False).inputs, keys, strict=True):
+                for i, ids in enumerate(part):
+                    own = inputs[i, : len(ids)].cpu().double()
+                    found.append(own[int((own @ row).abs().argmax())])
+        return tuple(torch.stack(found, 1) for found in keys)

@@ -59,7 +59,8 @@ class Options:
         """
         found: dict[str, Any] = {name: getattr(self, name) for name in ("metric", "values") if getattr(self, name)}
         if self.layer is not None:
-            found["layer"] = self.layer if self.layer == "auto" else _number("--layer", self.layer, int)
+            parts = [_number("--layer", part, int) for part in self.layer.split(",")] if self.layer != "auto" else ["auto"]
+            found["layer"] = parts if len(parts) > 1 else parts[0]
         if self.ridge is not None:
             found["ridge"] = self.ridge if self.ridge == "auto" else _number("--ridge", self.ridge, float)
         if self.statistics:

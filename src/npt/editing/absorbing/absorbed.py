@@ -52,7 +52,7 @@ class Figures:
 class Absorbed(Edit):
     """A context that was absorbed.
 
-    Of an `Edit`'s fields, `request.prompt` is the context, `layer` the lowest patched block, `passes` the settings that were
+    Of an `Edit`'s fields, `request.prompt` is the context, `layers` the patched blocks, `passes` the settings that were
     tried, `before` and `after` the answers to the first reported question, `holds` True where at least half of the context's
     effect is recovered.
 

@@ -179,7 +179,7 @@ class Contexts:
             best, tried = self._choose(taught, named, options)
         with self.unchanged_unless_done():
             self.ledger[id] = Absorbed(
-                id, Request(shown(whole), ""), best.setting.blocks[0], "absorb", tried, "", "", False,
+                id, Request(shown(whole), ""), best.setting.blocks, "absorb", tried, "", "", False,
                 context=whole, setting=best.setting, learnt=(*taught.learn, *taught.choose),
                 reported=tuple(taught.report), left_out=tuple(taught.left_out), style=teacher.dialogue.style,
                 new_tokens=options.new_tokens,

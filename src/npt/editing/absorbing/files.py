@@ -23,7 +23,7 @@ TEXT = ("text.ids", "text.lengths")
 _GROUPS = ("learnt", "reported")
 #: The names of a context in edits.json and the type of each.
 _PLAIN: dict[str, type] = {
-    "id": str, "layer": int, "values": str, "passes": int, "before": str, "after": str, "holds": bool, "note": str,
+    "id": str, "values": str, "passes": int, "before": str, "after": str, "holds": bool, "note": str,
     "style": str, "new_tokens": int,
 }  # fmt: skip
 
@@ -109,8 +109,9 @@ def read(record: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None)
             )
     if not groups["learnt"]:
         raise ValueError("learnt is empty")
+    setting = _setting(record["setting"])
     return Absorbed(
-        **plain, request=Request(shown(context), ""), context=context, setting=_setting(record["setting"]),
+        **plain, request=Request(shown(context), ""), context=context, setting=setting, layers=setting.blocks,
         learnt=tuple(groups["learnt"]), reported=tuple(groups["reported"]),
         compared=tuple(_row(Compared, row) for row in _typed(record, "compared", list)),
         figures=_row(Figures, record["figures"]), left_out=tuple(map(str, _typed(record, "left_out", list))),

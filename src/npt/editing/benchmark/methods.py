@@ -189,7 +189,7 @@ class Method:
 
     def mean_key(self, bench: Bench, request: Request) -> Tensor:
         """The mean of the keys at `places`, (f,)."""
-        return bench.keys(self.places(bench, request)).mean(1)
+        return bench.keys(self.places(bench, request))[0].mean(1)
 
     def best_output(self, bench: Bench, request: Request, settings: Settings, length: float | None = None) -> Tensor:
         """The vector (d,) that, added to `down`'s output at the subject's token, makes the target follow: ROME's v* less W k.
@@ -197,7 +197,7 @@ class Method:
         Args:
             length: of what weight decay and clamp are relative to; None for that of the projection's own output.
         """
-        name = (bench.layer, request, settings, len(self._contexts_of_values()), length)
+        name = (bench.layers, request, settings, len(self._contexts_of_values()), length)
         if len(self.deltas):  # the model is not the base any more
             value, passes = self._searched(bench, request, settings, length)
         else:
@@ -215,14 +215,16 @@ class Method:
         places = self.places(bench, request)[: len(self._contexts_of_values())]
         only = [place.position for place in (*places, *extra)]
         trial = Trial(problem, self.rows(bench, request), extra, only)
-        trial.length = trial.length if length is None else length
-        return descend(problem, trial)
+        if length is not None:
+            trial.lengths = torch.tensor([length])
+        values, passes = descend(problem, trial)
+        return values[0], passes
 
 
 def _problem(bench: Bench, request: Request, settings: Settings) -> Problem:
     """An edit without a key: what is tried is added at given tokens alone."""
-    nothing = torch.zeros(bench.width, dtype=torch.float64)
-    return Problem(bench, request, settings, Metric(None), nothing, nothing.new_zeros(bench.width, 0))
+    nothing = torch.zeros(bench.first.width, dtype=torch.float64)
+    return Problem(bench, request, settings, (Metric(None),), (nothing,), (nothing[:, None][:, :0],))
 
 
 def targets_at(bench: Bench, requests: Sequence[Request], settings: Settings) -> Trial:
@@ -234,7 +236,7 @@ def targets_at(bench: Bench, requests: Sequence[Request], settings: Settings) ->
 def block_outputs(bench: Bench, places: Sequence[Place]) -> Tensor:
     """The bench's block's output at each place, (d, places), float64 on the CPU."""
     found, seen = [], list[Tensor]()
-    block = bench.blocks[bench.layer]
+    block = bench.blocks[bench.layers[0]]
     handle = block.register_forward_hook(lambda module, args, output: seen.append(first_tensor(output).detach()))
     try:
         for part in chunks(places):
@@ -246,16 +248,17 @@ def block_outputs(bench: Bench, places: Sequence[Place]) -> Tensor:
 
 
 class Store(Method):
-    """`npt.EditStore` at the setup's last layer.
+    """`npt.EditStore` at the setup's layers.
 
     Args:
         setup: see `Method`.
+        several: False for a strategy that edits the setup's last layer alone.
         options: of `EditStore`.
     """
 
-    def __init__(self, setup: Setup, **options: Any):
+    def __init__(self, setup: Setup, several: bool = True, **options: Any):
         super().__init__(setup)
-        options = {"layer": setup.layers[-1], "progress": False, "read_back": False, **options}
+        options = {"layer": setup.layers if several else setup.layers[-1], "progress": False, "read_back": False, **options}
         self._store = EditStore(self.model, setup.tokenizer, **options)
         self._store.source = setup.source  # its statistics are known
         self._store.close()  # until something is written
@@ -271,8 +274,8 @@ class Store(Method):
     @property
     def bytes(self) -> int:
         """Bytes of the weights of the LoRA that `EditStore.save` writes."""
-        pairs, bench = self._store.pairs, self._store.bench
-        return 0 if pairs is None else 4 * rank_for(len(pairs)) * (bench.width + bench.size)
+        pairs = self._store.pairs
+        return sum(4 * rank_for(len(pairs[s.layer])) * (s.width + s.size) for s in self._store.bench.sites if pairs)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

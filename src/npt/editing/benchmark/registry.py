@@ -13,7 +13,7 @@ from npt.block.families import blocks_of
 from npt.common.display import one_line
 from npt.editing.benchmark.methods import Context, Method, Setup, Store
 from npt.editing.store import EditStore
-from npt.editing.values import STRATEGIES, settings_of
+from npt.editing.values import SHARING, STRATEGIES, settings_of
 from npt.errors import NPTError
 from npt.tuner.converted import base_of
 
@@ -47,7 +47,13 @@ class Known:
 
 
 METHODS: dict[str, Known] = {
-    **{name: Known(partial(Store, values=name), EditStore, name, name == "margin") for name in STRATEGIES},
+    **{
+        name: Known(
+            partial(Store, several=name in SHARING, values=name), EditStore, name, name == "margin",
+            None if name in SHARING else 1,
+        )
+        for name in STRATEGIES
+    },
     "context": Known(Context, blocks=0),
 }
 
