@@ -32,7 +32,7 @@ _UNCHANGED = 1e-2
 
 
 class Rome(Method):
-    """ROME (arXiv 2202.05262) at the setup's last layer.
+    """ROME (arXiv 2202.05262) at the setup's middle layer.
 
     Args:
         setup: see `Method`.
@@ -42,10 +42,10 @@ class Rome(Method):
     def __init__(self, setup: Setup, **settings: Any):
         super().__init__(setup)
         self.settings = settings_of("optimised", settings)
-        self.metric = setup.metric(setup.layers[-1])
+        self.metric = setup.metric(setup.middle)
 
     def write_many(self, requests: Sequence[Request]) -> None:
-        layer = self.setup.layers[-1]
+        layer = self.setup.middle
         for request in requests:  # each on the model that holds those before
             with self.at(layer) as bench:
                 value = self.best_output(bench, request, self.settings)

@@ -17,7 +17,7 @@ from npt.errors import NPTError
 
 
 class FineTuning(Method):
-    """Adam on a full weight delta of the setup's last layer, with the mean negative log-likelihood of the targets' tokens.
+    """Adam on a full weight delta of the setup's middle layer, with the mean negative log-likelihood of the targets' tokens.
 
     Args:
         setup: see `Method`.
@@ -47,7 +47,7 @@ class FineTuning(Method):
         self.enough, self.limit = enough, limit
 
     def write_many(self, requests: Sequence[Request]) -> None:
-        layer = self.setup.layers[-1]
+        layer = self.setup.middle
         with self.at(layer) as bench:
             adapter = bench.adapter
             weight = torch.zeros(

@@ -429,7 +429,7 @@ def test_facts_that_the_rank_of_the_joint_lora_loses_are_named(llama: Any, monke
     fact = one.write("the home of Ada is", "Ada", "O")
     assert fact.holds
     row = one.bench.prompts.target(fact.request.prompt, fact.request.target, None).ids
-    inputs = one.bench.inside([row], whole=False).inputs[0].double()
+    inputs = one.bench.inside([row], whole=False).inputs[0][0].double()
     never = torch.linalg.svd(inputs, full_matrices=True)[2][len(inputs) :][:1]
     one.contexts.patches.put(1, Factors(torch.full((one.bench.first.size, 1), 1e3, dtype=torch.float64), never))
     monkeypatch.setattr(export, "RANKS", (2,))

@@ -125,8 +125,9 @@ def test_a_common_beginning_is_read_once_and_changes_nothing(family: str, monkey
     found, last = outputs_of(blocks, rows, [2, 5, 1], [1, 3])
     monkeypatch.setattr("npt.editing.absorbing.stream.PREFIX", 1000)
     whole, plain = outputs_of(blocks, rows, [2, 5, 1], [1, 3])
-    assert torch.allclose(last, plain, atol=1e-9)
-    assert all(torch.allclose(found[layer], whole[layer], atol=1e-9) for layer in (1, 3))
+    # Gemma's norms and rotary angles are float32 whatever the model's format is.
+    assert torch.allclose(last, plain, atol=1e-5)
+    assert all(torch.allclose(found[layer], whole[layer], atol=1e-5) for layer in (1, 3))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma2", "granite"])

@@ -100,7 +100,7 @@ def test_a_file_of_edits_is_written_once_and_undone_in_any_order(
     folder, file = tmp_path / "more", tmp_path / "edits.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in MORE) + "\n\n")
     command = ["--quiet", "edit", "write", "--store", str(folder), "--file", str(file), "--layer"]
-    layer = str(json.loads((store / "edits.json").read_text())["layer"])
+    layer = ",".join(map(str, json.loads((store / "edits.json").read_text())["layer"]))
     assert main([*command, layer, "--model", str(local_model)]) == 0
     first = (folder / "adapter_model.safetensors").read_bytes()
     assert main(["--quiet", "edit", "write", "--store", str(folder), "--file", str(file)]) == 0
@@ -125,11 +125,13 @@ def test_export(store: Path, local_model: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(local_model, tmp_path / "lora"), logits(local_model, store))
     assert main(["edit", "export", "--store", str(store), "--format", "gguf", "-o", str(tmp_path / "e.gguf")]) == 0
     reader = GGUFReader(tmp_path / "e.gguf")
-    layer = json.loads((store / "edits.json").read_text())["layer"]
+    layers = json.loads((store / "edits.json").read_text())["layer"]
     shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
-    name = f"blk.{layer}.ffn_down.weight"
     # GGUF lists the fastest dimension first.
-    assert shapes == {f"{name}.lora_a": (40, 8), f"{name}.lora_b": (8, 24)}
+    parts = {"lora_a": (40, 8), "lora_b": (8, 24)}
+    assert len(layers) == 3 and shapes == {
+        f"blk.{layer}.ffn_down.weight.{part}": shape for layer in layers for part, shape in parts.items()
+    }
     values = {key: reader.fields[key].contents() for key in ("general.type", "general.architecture", "adapter.type")}
     assert values == {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
     assert reader.fields["adapter.lora.alpha"].contents() == 8.0

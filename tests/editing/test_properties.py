@@ -37,7 +37,14 @@ ONE_BLOCK = ("llama", "gpt2", "falcon")
 def store(base: Any, layers: tuple[int, ...]) -> EditStore:
     """A store on some blocks, with statistics from a few texts."""
     return EditStore(
-        base, spelling_tokenizer(), layer=layers, metric="text", statistics=TEXTS, progress=False, steps=3, terminator=None
+        base,
+        spelling_tokenizer(),
+        layer=layers,
+        metric="text",
+        statistics=TEXTS,
+        progress=False,
+        steps=3,
+        terminator=None,
     )
 
 

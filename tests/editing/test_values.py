@@ -172,14 +172,15 @@ def test_optimised_makes_the_target_likelier_and_heeds_its_clamp(problem: Callab
 @pytest.mark.parametrize("name", ["newton", "optimised"])
 def test_several_blocks_share_a_fact(problem: Callable[..., Problem], name: str) -> None:
     settings = {"clamp": 50.0, "decay": 0.0, "margin": 3.0} if name == "newton" else {}
-    several, alone = problem(name, layer=(2, 3, 4), **settings), problem(name, layer=3, **settings)
+    several = problem(name, layer=(2, 3, 4), **settings)
     found = STRATEGIES[name](several)
     assert list(found.pairs) == [2, 3, 4] and least_margin(several, found.pairs) > least_margin(several, None) + 1
-    if name == "newton":
-        assert least_margin(several, found.pairs) > 2.8
     lengths = [float(pairs.values.norm()) for pairs in found.pairs.values()]
-    several.bench.close()
-    assert min(lengths) > 0 and max(lengths) < float(STRATEGIES[name](alone).pairs[3].values.norm())
+    assert min(lengths) > 0
+    if name == "newton":  # Adam's steps are as long at every block
+        assert least_margin(several, found.pairs) > 2.8
+        several.bench.close()
+        assert max(lengths) < float(STRATEGIES[name](problem(name, layer=3, **settings)).pairs[3].values.norm())
 
 
 def test_each_block_keeps_to_its_own_clamp(problem: Callable[..., Problem]) -> None:
@@ -200,6 +201,9 @@ def test_margin_is_met_at_every_token_without_a_pass_through_the_model(problem: 
 def test_margin_is_for_the_last_block(problem: Callable[..., Problem]) -> None:
     with pytest.raises(NPTError, match="is for the last block, layer=5, and the store edits block 2"):
         STRATEGIES["margin"](problem("margin"))
+
+
+def test_naive_is_for_one_block(problem: Callable[..., Problem]) -> None:
     with pytest.raises(NPTError, match="is for one block, and the store edits 3 4"):
         STRATEGIES["naive"](problem("naive", layer=(3, 4)))
 

@@ -53,7 +53,7 @@ Sequential = Annotated[
     bool, typer.Option("--sequential", help="Write the records of a batch (default: all) one after the other.")
 ]
 Layers = Annotated[
-    list[int] | None, typer.Option("--layers", help="Blocks, rising; methods with one block use the last.")
+    list[int] | None, typer.Option("--layers", help="Blocks, rising; methods with one block use the middle.")
 ]
 Metric = Annotated[str, typer.Option("--metric", help="domain, text or identity.")]
 Option = Annotated[

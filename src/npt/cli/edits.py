@@ -63,7 +63,9 @@ def write(
         ),
     ] = None,
     preview: Annotated[bool, typer.Option("--preview", help="Show what both models write; save nothing.")] = False,
-    layer: Annotated[str | None, typer.Option("--layer", help="The block, or auto (a new store's default).")] = None,
+    layer: Annotated[
+        str | None, typer.Option("--layer", help="The block, several as in 4,5,6, or auto (a new store's default).")
+    ] = None,
     metric: Annotated[str | None, typer.Option("--metric", help="domain (default), text or identity.")] = None,
     values: Annotated[
         str | None, typer.Option("--values", help="newton (default), optimised, margin or naive.")

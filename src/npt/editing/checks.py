@@ -35,5 +35,7 @@ def checked_layers(layer: int | Sequence[int] | str) -> tuple[int, ...]:
     """
     layers: tuple[Any, ...] = (layer,) if isinstance(layer, int | str) else tuple(layer)
     if not layers or any(type(one) is not int for one in layers) or len(set(layers)) < len(layers):
-        raise NPTError(f"layer={one_line(repr(layer), 60)}: use 'auto', or the index of a block or of several, each once")
+        raise NPTError(
+            f"layer={one_line(repr(layer), 60)}: use 'auto', or the index of a block or of several, each once"
+        )
     return tuple(sorted(layers))

@@ -325,9 +325,7 @@ def _read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _pairs_in(
-    folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> dict[str, dict[int, Pairs]]:
+def _pairs_in(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, dict[int, Pairs]]:
     """{id: {block: pairs}} of a store's facts.
 
     Raises:

@@ -42,7 +42,8 @@ class Settings:
     decay: share of the value given up in each Newton step. clamp: the value's length, at most, in lengths of the projection's
     own output at that token. terminator: text that shall follow the target; None for whatever does. contexts:
     short texts of the base behind which the target shall follow too, beside bare prompts. rate, weight_decay and
-    essence: of `optimised`, as ROME names them (Adam's step, the value's own length, KL of "SUBJECT is a"). alpha: of `naive`.
+    essence: of `optimised`, as ROME names them (Adam's step, the value's own length, KL of "SUBJECT is a"). enough: the loss
+    in nats below which it stops. alpha: of `naive`.
     """
 
     margin: float = 8.0
@@ -54,6 +55,7 @@ class Settings:
     rate: float = 0.5
     weight_decay: float = 0.5
     essence: float = 0.0625
+    enough: float = 0.05
     alpha: float = 1.0
 
 
@@ -274,7 +276,7 @@ def descend(problem: Problem, trial: Trial) -> tuple[Tensor, int]:
     """(v (blocks, d) float64, passes) by Adam: the target's negative log-likelihood, the KL of other texts, v's length.
 
     The objective of ROME (arXiv 2202.05262, equation 4) with the weight decay and clamp of its authors. The last pass only
-    looks, and so does one whose loss is below 0.05.
+    looks, and so does one whose loss is below `enough`.
     """
     settings, value, before = problem.settings, _start(problem), None
     rows = torch.arange(len(trial.rows), len(trial.rows) + len(trial.ends))
@@ -291,7 +293,7 @@ def descend(problem: Problem, trial: Trial) -> tuple[Tensor, int]:
             loss = loss + settings.essence * (before.exp() * (before - now)).sum(-1).mean()
         loss = loss + settings.weight_decay * (value.norm(dim=1) / lengths.clamp_min(1e-6) ** 2).sum()
         passes += 1
-        if float(loss.detach()) < 5e-2 or step == settings.steps - 1:
+        if float(loss.detach()) < settings.enough or step == settings.steps - 1:
             break
         optimizer.zero_grad()
         value.grad = torch.autograd.grad(loss, value)[0].nan_to_num()
@@ -321,7 +323,9 @@ def margin(problem: Problem) -> Found:
     values = torch.zeros(len(at), bench.first.size, device=bench.adapter.device, dtype=bench.adapter.dtype)
     for _ in range(4):  # the norm's denominator moves with the value
         values.requires_grad_()
-        whole = values.new_zeros(inside.inputs[0].shape[1], bench.first.size).index_copy(0, at.to(values.device), values)
+        whole = values.new_zeros(inside.inputs[0].shape[1], bench.first.size).index_copy(
+            0, at.to(values.device), values
+        )
         with bench.adapter.trying(lambda x, whole=whole: whole):  # type: ignore[misc]
             found = margins(wide(bench.again(inside.recording, at)[0]), target)
         (gradient,) = torch.autograd.grad(found.sum(), values)

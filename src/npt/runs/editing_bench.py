@@ -27,7 +27,7 @@ from npt.editing.benchmark.records import Record, check_apart, read_records
 from npt.editing.benchmark.registry import METHODS, known_method, made, options_of
 from npt.editing.benchmark.rows import Kept, Row, joined, names_of, read_kept, write_kept
 from npt.editing.metrics import METRICS, Source
-from npt.editing.scan import choose_layer
+from npt.editing.scan import choose_layers
 from npt.editing.statistics import digest_of, own_text, token_rows
 from npt.errors import DataError, NPTError
 from npt.runs.base_model import load_base
@@ -35,7 +35,7 @@ from npt.runs.edits import Options, config_for, only_process
 
 logger = logging.getLogger(__name__)
 
-#: Blocks of methods that edit several: so many, up to the one of the others.
+#: Blocks of methods that edit several.
 SPREAD = 3
 #: The random stream of the running text that the base writes, and its width; statistics have another stream.
 _TEXT_SEED, _TEXT_WIDTH = 1, 128
@@ -273,8 +273,7 @@ class Measuring:
         source = Source(
             material.model, material.tokenizer, bench.metric, material.statistics, material.domain, bench.cache, True
         )
-        last = tuple(bench.layers) or choose_layer(source, [self.records[0].request])
-        layers = tuple(range(max(0, last - SPREAD + 1), last + 1)) if isinstance(last, int) else last
+        layers = tuple(bench.layers) or choose_layers(source, [self.records[0].request], SPREAD)
         return Setup(material.model, material.tokenizer, source, layers)
 
 

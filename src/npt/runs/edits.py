@@ -59,8 +59,7 @@ class Options:
         """
         found: dict[str, Any] = {name: getattr(self, name) for name in ("metric", "values") if getattr(self, name)}
         if self.layer is not None:
-            parts = [_number("--layer", part, int) for part in self.layer.split(",")] if self.layer != "auto" else ["auto"]
-            found["layer"] = parts if len(parts) > 1 else parts[0]
+            found["layer"] = self.layer if self.layer == "auto" else _layers(self.layer)
         if self.ridge is not None:
             found["ridge"] = self.ridge if self.ridge == "auto" else _number("--ridge", self.ridge, float)
         if self.statistics:
@@ -69,6 +68,12 @@ class Options:
                 raise DataError("--statistics: holds chats; name files of plain text")
             found["statistics"] = texts
         return found
+
+
+def _layers(value: str) -> int | list[int]:
+    """A block, or several as in 4,5,6, the way edits.json has them."""
+    layers = sorted(_number("--layer", part, int) for part in value.split(","))
+    return layers if len(layers) > 1 else layers[0]
 
 
 def _number(name: str, value: str, kind: type) -> Any:

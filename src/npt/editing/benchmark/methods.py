@@ -32,7 +32,7 @@ from npt.tuner.converted import base_of
 class Setup:
     """The model that every method edits, and the text that none shall disturb.
 
-    layers: the blocks of methods that edit several, in order; the last one is that of methods that edit one. prefixes: how
+    layers: the blocks of methods that edit several, rising; the middle one is that of methods that edit one. prefixes: how
     many short texts of the base keys are averaged behind, beside nothing. value_prefixes: the same for values that are
     searched for; None for as many. epsilon: see `Metric`.
     """
@@ -53,6 +53,11 @@ class Setup:
             raise NPTError(f"layers={self.layers}: use block indices from 0, each once, in rising order")
         if self.layers[-1] >= count:
             raise NPTError(f"layers={self.layers}: the model has {count} blocks; use 0 to {count - 1}")
+
+    @property
+    def middle(self) -> int:
+        """The block of methods that edit one."""
+        return self.layers[len(self.layers) // 2]
 
     def down(self, layer: int) -> nn.Module:
         """A block's `down`."""
@@ -252,13 +257,13 @@ class Store(Method):
 
     Args:
         setup: see `Method`.
-        several: False for a strategy that edits the setup's last layer alone.
+        several: False for a strategy that edits the middle one alone.
         options: of `EditStore`.
     """
 
     def __init__(self, setup: Setup, several: bool = True, **options: Any):
         super().__init__(setup)
-        options = {"layer": setup.layers if several else setup.layers[-1], "progress": False, "read_back": False, **options}
+        options = {"layer": setup.layers if several else setup.middle, "progress": False, "read_back": False, **options}
         self._store = EditStore(self.model, setup.tokenizer, **options)
         self._store.source = setup.source  # its statistics are known
         self._store.close()  # until something is written

@@ -49,7 +49,10 @@ class Known:
 METHODS: dict[str, Known] = {
     **{
         name: Known(
-            partial(Store, several=name in SHARING, values=name), EditStore, name, name == "margin",
+            partial(Store, several=name in SHARING, values=name),
+            EditStore,
+            name,
+            name == "margin",
             None if name in SHARING else 1,
         )
         for name in STRATEGIES
@@ -99,7 +102,9 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
         raise NPTError(f"--option {name}.layers={layers!r}: use blocks in brackets, as in (4,5,6)")
     if known.blocks is not None and len(layers) > known.blocks:
         remedy = (
-            f"edits one block; name it alone, as in ({layers[-1]},)" if known.blocks else "edits no block; leave it out"
+            f"edits one block; name it alone, as in ({layers[len(layers) // 2]},)"
+            if known.blocks
+            else "edits no block; leave it out"
         )
         raise NPTError(f"--option {name}.layers={one_line(str(layers), 40)}: {name} {remedy}")
     named = known.names()
