@@ -104,7 +104,7 @@ def test_a_store_finds_its_block_at_the_first_edit(tiny: tuple[Any, Any], monkey
     assert len(expected) == 3 and scan.choose_layer(source(tiny), [SUBJECT]) in expected
     assert store.layers == expected == store.edits[0].layers
     # The scan's moments serve the edit.
-    assert seen[0] == [1, 2, 3, 4] and sorted(sum(seen[1:], [])) == sorted(set(expected) - {1, 2, 3, 4})
+    assert seen[0] == [1, 2, 3, 4] and {layer for part in seen[1:] for layer in part} == set(expected) - {1, 2, 3, 4}
     store.close()
 
 

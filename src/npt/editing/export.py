@@ -20,7 +20,7 @@ from npt.common.display import one_line
 from npt.common.files import write_file, write_tensors
 from npt.common.writable import check_file
 from npt.editing.measure import holding
-from npt.editing.solve import Factors, Pairs, gram_of, lengths, solve
+from npt.editing.solve import Factors, Pairs, gram_of, lengths
 from npt.errors import CheckpointError, NPTError
 
 if TYPE_CHECKING:
