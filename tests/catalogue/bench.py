@@ -61,8 +61,8 @@ BENCH = [
     bad_bench("an unknown option", ("--option", "newton.clam=3"), "--option newton.clam=3: no setting of values", "margin"),
     bad_bench("an option out of range", ("--option", "newton.steps=0"), "--option newton.steps=0: use a whole number from 1"),
     bad_bench(
-        "several blocks for a method of one", ("--option", "newton.layers=(1,2,3)"),
-        "--option newton.layers=(1, 2, 3): newton edits one block; name it alone, as in (3,)",
+        "several blocks for a method of one", ("--option", "margin.layers=(1,2,3)"),
+        "--option margin.layers=(1, 2, 3): margin edits one block; name it alone, as in (2,)",
     ),
     bad_bench(
         "an option of a method that is not measured", ("--method", "naive", "--option", "newton.steps=3"),

@@ -33,7 +33,7 @@ def checked_layers(layer: int | Sequence[int] | str) -> tuple[int, ...]:
     Raises:
         NPTError: no index, or an index twice.
     """
-    layers: tuple[Any, ...] = (layer,) if isinstance(layer, int | str) else tuple(layer)
+    layers: tuple[Any, ...] = tuple(layer) if isinstance(layer, Sequence) and not isinstance(layer, str) else (layer,)
     if not layers or any(type(one) is not int for one in layers) or len(set(layers)) < len(layers):
         raise NPTError(
             f"layer={one_line(repr(layer), 60)}: use 'auto', or the index of a block or of several, each once"

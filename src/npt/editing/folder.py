@@ -267,9 +267,13 @@ def _problem_of_contexts(record: Mapping[str, Any], seen: set[str]) -> str | Non
 
 
 def _is_layer(value: Any, version: int) -> bool:
-    if value is None or isinstance(value, list):
-        return version > (2 if value else 1)
-    return type(value) is int
+    try:
+        count = len(_layers_of(value))
+    except TypeError:
+        return False
+    if isinstance(value, list):
+        return count > 1 and version > 2
+    return count == 1 or version > 1
 
 
 def _is_number(value: Any) -> bool:

@@ -83,8 +83,7 @@ class EditStore:
         self._finds: Writer | None = None
         self._edits: dict[str, Edit] = {}
         self._pairs: dict[str, dict[int, Pairs]] = {}
-        self.metric, self._refusal = self.source.name, ""
-        self.chosen_ridge = 0.0
+        self.metric, self._refusal, self.chosen_ridge = self.source.name, "", 0.0
 
     # -- what is in it -----------------------------------------------------------------------------------------------------
 

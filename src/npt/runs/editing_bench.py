@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 #: Blocks of methods that edit several.
 SPREAD = 3
 #: The random stream of the running text that the base writes, and its width; statistics have another stream.
-_TEXT_SEED, _TEXT_WIDTH = 1, 128
+_TEXT_SEED, _TEXT_WIDTH = 1, 64
 #: Seconds between two saves: a command that is killed loses no more than these and the batch that it was at.
 KEEP_SECONDS = 2.0
 
