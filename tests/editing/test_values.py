@@ -111,6 +111,19 @@ def test_contexts_are_texts_behind_which_the_target_shall_follow_too(problem: Ca
         settings_of("newton", {"contexts": -1})
 
 
+def test_contexts_make_the_target_follow_behind_them_too(problem: Callable[..., Problem]) -> None:
+    """Bare prompts are met first; the last passes have those behind other texts beside them."""
+    settings = {"clamp": 50.0, "decay": 0.0, "steps": 30, "margin": 3.0}
+    one = replace(problem("newton", layer=3, contexts=2, **settings), prefixes=("", "It was late. ", "Mom came home. "))
+    trial = Trial(one, one.targets())
+    least = []
+    for contexts in (0, 2):
+        found = STRATEGIES["newton"](replace(one, settings=replace(one.settings, contexts=contexts)))
+        with torch.no_grad():
+            least.append(float(trial.margins(trial.logits(found.pairs[3].values[:, 0].float()[None])).min()))
+    assert least[1] > least[0] + 0.5
+
+
 def test_a_trial_is_what_is_written(problem: Callable[..., Problem]) -> None:
     one = problem("newton")
     trial = Trial(one, one.targets())
