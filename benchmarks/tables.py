@@ -171,7 +171,7 @@ def cost_table(kept: Mapping[str, Mapping[str, Any]]) -> str:
     """An edit's cost beside a forward of the frozen base, for each model of benchmarks/results/editing-cost.json."""
     head = [
         "model",
-        "block",
+        "blocks",
         "edit: operations",
         "edit: seconds",
         "passes",
@@ -180,7 +180,7 @@ def cost_table(kept: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     rows = [
         [
-            f"`{name}`", str(found["layer"]),
+            f"`{name}`", ", ".join(map(str, found["layers"])),
             f"{found['edit']['products']:.1f} ± {found['edit']['products_standard_error']:.1f} forwards",
             f"{found['edit']['seconds']:.1f} forwards", f"{found['edit']['passes']:.1f}",
             f"{found['statistics']['seconds']:.2f} forwards", f"{found['solve']['seconds']:.2f} s",

@@ -2,7 +2,7 @@
 
 edit        floating-point operations of `EditStore.write`, without reading back, over those of one forward of the prompt with
             its target; statistics are there before. The same of seconds.
-statistics  seconds of one block's second moment over those of the base's forward of the same tokens, interleaved
+statistics  seconds of the blocks' second moments over those of the base's forward of the same tokens, interleaved
 solve       seconds of the joint weight delta of 1,000 edits, of random keys and values
 
 Adds the model's figures to benchmarks/results/editing-cost.json, and writes the table in docs/editing.md.
@@ -58,20 +58,20 @@ def work(run: Callable[[], Any]) -> tuple[float, float]:
     return float(counter.get_total_flops()), time.perf_counter() - start
 
 
-def edit_cost(model: Any, tokenizer: Any, layer: int, source: Source) -> dict[str, float]:
+def edit_cost(model: Any, tokenizer: Any, layers: Sequence[int], source: Source) -> dict[str, float]:
     """Means over edits: operations and seconds of one over those of a forward, passes, and the standard error of the first."""
     products, seconds, passes = [], [], []
     for request in requests():
-        ids = Bench(model, tokenizer, layer)
+        ids = Bench(model, tokenizer, layers)
         rows = padded([ids.prompts.target(request.prompt, request.target, None).ids], device_of(model))
-        ids.adapter.close()
+        ids.close()
 
         def forward(rows: Any = rows) -> None:
             with torch.no_grad():
                 model(**rows, use_cache=False)
 
         def write(request: Request = request) -> None:
-            store = EditStore(model, tokenizer, layer=layer, read_back=False, progress=False)
+            store = EditStore(model, tokenizer, layer=layers, read_back=False, progress=False)
             store.source = source  # statistics and prefixes are there
             try:
                 passes.append(store.write_many([request])[0].passes)
@@ -88,12 +88,13 @@ def edit_cost(model: Any, tokenizer: Any, layer: int, source: Source) -> dict[st
     }  # fmt: skip
 
 
-def statistics_cost(model: Any, tokenizer: Any, layer: int, rounds: int) -> dict[str, float]:
-    """{"seconds": ratio of a moment's pass to the frozen forward, "tokens"}."""
+def statistics_cost(model: Any, tokenizer: Any, layers: Sequence[int], rounds: int) -> dict[str, float]:
+    """{"seconds": ratio of the moments' pass to the frozen forward, "tokens"}."""
     chance = torch.Generator().manual_seed(0)
     rows = torch.randint(10, len(tokenizer), (TEXTS, LENGTH), generator=chance).tolist()
-    bench = Bench(model, tokenizer, layer)
+    bench = Bench(model, tokenizer, layers)
     bench.close()
+    downs = {site.layer: site.down for site in bench.sites}
 
     @torch.no_grad()
     def forward() -> None:
@@ -101,7 +102,7 @@ def statistics_cost(model: Any, tokenizer: Any, layer: int, rounds: int) -> dict
             model(**padded(rows, device_of(model)), use_cache=False)
 
     def moment() -> None:
-        moments_of(model, {layer: bench.first.down}, rows, progress=False)
+        moments_of(model, downs, rows, progress=False)
 
     found = interleaved({"forward": forward, "moment": moment}, rounds)
     return {"seconds": found["moment"]["seconds"] / found["forward"]["seconds"], "tokens": TEXTS * LENGTH}
@@ -119,18 +120,18 @@ def solve_seconds(width: int, size: int) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, layer: int, rounds: int, cache: Path | None) -> dict[str, Any]:
+def measure(name: str, layers: Sequence[int], rounds: int, cache: Path | None) -> dict[str, Any]:
     """All figures of one model."""
     model, tokenizer = load_base(name)
     source = Source(model, tokenizer, "domain", "self", None, cache, True)
-    bench = Bench(model, tokenizer, layer)
+    bench = Bench(model, tokenizer, layers)
     bench.close()
-    source.moment(layer, bench.first.down)
+    source.moments({site.layer: site.down for site in bench.sites})
     source.prefixes(PREFIXES, PREFIX_TOKENS)
     return {
-        "layer": layer,
-        "edit": edit_cost(model, tokenizer, layer, source),
-        "statistics": statistics_cost(model, tokenizer, layer, rounds),
+        "layers": list(layers),
+        "edit": edit_cost(model, tokenizer, layers, source),
+        "statistics": statistics_cost(model, tokenizer, layers, rounds),
         "solve": {"edits": EDITS, "seconds": solve_seconds(bench.first.width, bench.first.size)},
     }
 
@@ -141,12 +142,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.editing.cost", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--model", default="builtin:smollm2-135m", help="default: builtin:smollm2-135m")
-    parser.add_argument("--layer", type=int, default=5, help="the block that is edited (default: 5)")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 5, 6], help="the edited blocks (default: 4 5 6)")
     parser.add_argument("--rounds", type=int, default=5, help="of the interleaved times (default: 5)")
     parser.add_argument("--cache", type=Path, help="a folder that keeps statistics")
     given = parser.parse_args(arguments)
     try:
-        found = measure(given.model, given.layer, given.rounds, given.cache)
+        found = measure(given.model, given.layers, given.rounds, given.cache)
     except NPTError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -263,7 +263,7 @@ def test_texts_are_kept_of_the_first_records_and_of_what_came_out_wrong(
 
 
 def test_bytes_are_those_of_the_saved_lora(setup: Setup, tmp_path: Path) -> None:
-    method = Store(setup, values="naive")
+    method = Store(setup, values="newton", steps=1)
     method.write_many([RECORD.request])
     method._store.save(tmp_path / "store")
     weights = load_file(tmp_path / "store" / "adapter_model.safetensors")
@@ -419,7 +419,7 @@ def test_options_are_literals_or_text_and_known_to_their_method() -> None:
         ("newton.steps=0", "--option newton.steps=0: use a whole number"),
         ("context.clamp=3", "context takes no such option; use none"),
         ("newton.layers=3", "use blocks in brackets"),
-        ("newton.layers=(4,5,6)", "newton.layers=(4, 5, 6): newton edits one block; name it alone, as in (6,)"),
+        ("margin.layers=(4,5,6)", "margin.layers=(4, 5, 6): margin edits one block; name it alone, as in (5,)"),
         ("context.layers=(4,)", "context.layers=(4,): context edits no block; leave it out"),
     ):
         with pytest.raises(NPTError, match=re.escape(message)):

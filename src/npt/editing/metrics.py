@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from npt.block.probing import linear_shape
 from npt.common.display import one_line
@@ -77,12 +77,11 @@ class Source:
         #: Says what the metric is made of, without any work.
         self.name = " ".join(parts) if metric != "identity" else metric
 
-    def moment(self, layer: int, down: nn.Module) -> Tensor | None:
-        """The second moment (f, f) at one block, float64; None for the metric "identity"."""
-        return self.moments({layer: down}).get(layer)
-
     def moments(self, downs: Mapping[int, nn.Module]) -> Moments:
-        """The second moments at several blocks: known, from the folder that keeps them, or from one pass over the text."""
+        """{block: its second moment (f, f), float64}: known, from the folder that keeps them, or from one pass over the text.
+
+        There is none for the metric "identity".
+        """
         if self.metric == "identity":
             return {}
         widths = {block: linear_shape(down)[0] for block, down in downs.items()}
