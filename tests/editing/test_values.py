@@ -112,7 +112,6 @@ def test_contexts_are_texts_behind_which_the_target_shall_follow_too(problem: Ca
 
 
 def test_contexts_make_the_target_follow_behind_them_too(problem: Callable[..., Problem]) -> None:
-    """Bare prompts are met first; the last passes have those behind other texts beside them."""
     settings = {"clamp": 50.0, "decay": 0.0, "steps": 30, "margin": 3.0}
     one = replace(problem("newton", layer=3, contexts=2, **settings), prefixes=("", "It was late. ", "Mom came home. "))
     trial = Trial(one, one.targets())

@@ -28,8 +28,6 @@ from npt.errors import NPTError, RunError
 
 #: Share of the margin that may be missing at the end: the last steps change little.
 _NEAR = 0.05
-#: Passes that are kept for prompts behind other texts.
-_LATE = 4
 #: Nats by which the end of the target's last word shall lead a longer word.
 _WORD_END = 2.0
 #: Settings that are whole numbers, and the least one.
@@ -244,36 +242,26 @@ def _checked(values: Tensor, problem: Problem) -> Tensor:
 def newton(problem: Problem) -> Found:
     """Damped, clamped Gauss-Newton steps on the least margin m: v <- (1 - decay) v + g (goal - m) / |g|^2.
 
-    A step that loses margin is halved, from where it began. Bare prompts come first, alone, since they are short; the last
-    passes have those behind other texts beside them.
+    A step that loses margin is halved, from where it began. The last pass only looks.
     """
-    settings, rows, values = problem.settings, problem.targets(), _start(problem)
-    bare, passes = len(problem.request.prompts), 0
-    if len(rows) > bare and settings.steps > _LATE:
-        values, passes = _climb(problem, Trial(problem, rows[:bare]), values, settings.steps - _LATE)
-    values, more = _climb(problem, Trial(problem, rows), values, settings.steps - passes)
-    return Found(problem.at_keys(_checked(values, problem)), passes + more)
-
-
-def _climb(problem: Problem, trial: Trial, values: Tensor, steps: int) -> tuple[Tensor, int]:
-    """(v (blocks, d), passes) of so many steps from v at most. The last pass only looks."""
-    settings, kept, reached, step = problem.settings, values.detach(), float("-inf"), torch.zeros_like(values)
-    near = _NEAR * settings.margin
-    values = kept.clone().requires_grad_()
-    for number in range(1, steps + 1):
+    settings, trial, values = problem.settings, Trial(problem, problem.targets()), _start(problem)
+    kept, reached, step = values.detach(), float("-inf"), torch.zeros_like(values)
+    passes, near = 0, _NEAR * settings.margin
+    while passes < settings.steps:
         least = -torch.logsumexp(-trial.margins(trial.logits(values)), 0)
         found = float(least.detach())
+        passes += 1
         if found >= reached - near:
             kept, reached = values.detach(), found
             if settings.margin - found <= near:
-                return kept, number
-            if number < steps:
+                break
+            if passes < settings.steps:
                 (gradient,) = torch.autograd.grad(least, values)
                 step = gradient * ((settings.margin - found) / gradient.square().sum().clamp_min(1e-12))
         else:
             step = step / 2
         values = _at_most((1 - settings.decay) * kept + step, settings.clamp * trial.lengths).requires_grad_()
-    return kept, steps
+    return Found(problem.at_keys(_checked(kept, problem)), passes)
 
 
 def optimised(problem: Problem) -> Found:
