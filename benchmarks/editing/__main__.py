@@ -15,9 +15,9 @@ from npt.cli import main as npt_main
 from npt.editing.benchmark.registry import METHODS, Known
 
 BASELINES = {
-    "rome": Known(Rome, settings="optimised"),
-    "memit": Known(Memit, settings="optimised", blocks=None),
-    "alphaedit": Known(AlphaEdit, settings="optimised", blocks=None),
+    "rome": Known(Rome, settings="optimised", prefixed=True),
+    "memit": Known(Memit, settings="optimised", blocks=None, prefixed=True),
+    "alphaedit": Known(AlphaEdit, settings="optimised", blocks=None, prefixed=True),
     "ultraedit": Known(UltraEdit, blocks=None),
     "ft-m": Known(FineTuning),
     "locft": Known(partial(FineTuning, breadth=True)),

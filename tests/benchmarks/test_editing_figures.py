@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,7 +34,6 @@ from npt.editing.benchmark.figures import (
 )
 from npt.editing.benchmark.methods import Context, Method, Setup, Store
 from npt.editing.benchmark.records import Neighbour, Record, check_apart, read_records, record_of
-from npt.editing.benchmark.registry import options_of
 from npt.editing.benchmark.rows import LESS, Row, table
 from npt.editing.measure import mean_kl
 from npt.editing.metrics import Source
@@ -405,22 +403,3 @@ def test_records_that_editors_refuse_are_left_out_aloud(caplog: pytest.LogCaptur
     assert "record 1 is left out: 'A is the name of': the subject 'A' is the first token" in caplog.text
     with pytest.raises(DataError, match="no record can be written"):
         kept_records([first], asker)
-
-
-def test_options_are_literals_or_text_and_known_to_their_method() -> None:
-    assert options_of(["newton.clamp=3", "newton.terminator=.", "margin.layers=(2,)", "newton.ridge=0.1"]) == {
-        "newton": {"clamp": 3, "terminator": ".", "ridge": 0.1}, "margin": {"layers": (2,)},
-    }  # fmt: skip
-    for text, message in (
-        ("newton.clamp", "use METHOD.NAME=VALUE"),
-        ("none.clamp=3", "use METHOD.NAME=VALUE"),
-        ("newton.clam=3", "--option newton.clam=3: no setting"),
-        ("newton.metric='text'", "newton.metric='text': no setting"),
-        ("newton.steps=0", "--option newton.steps=0: use a whole number"),
-        ("context.clamp=3", "context takes no such option; use none"),
-        ("newton.layers=3", "use blocks in brackets"),
-        ("margin.layers=(4,5,6)", "margin.layers=(4, 5, 6): margin edits one block; name it alone, as in (5,)"),
-        ("context.layers=(4,)", "context.layers=(4,): context edits no block; leave it out"),
-    ):
-        with pytest.raises(NPTError, match=re.escape(message)):
-            options_of([text])

@@ -46,12 +46,12 @@ class Settings:
     in nats below which it stops. alpha: of `naive`.
     """
 
-    margin: float = 8.0
+    margin: float = 4.0
     steps: int = 10
     decay: float = 0.05
     clamp: float = 8.0
     terminator: str | None = None
-    contexts: int = 0
+    contexts: int = 1
     rate: float = 0.5
     weight_decay: float = 0.5
     essence: float = 0.0625

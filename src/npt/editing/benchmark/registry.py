@@ -30,7 +30,8 @@ class Known:
 
     make: takes a `Setup` and options. takes: a callable with the options' names, where `make` passes them on. settings: the
     strategy of `npt.editing.values` whose settings are options too. last_block: True for a method that edits the last block,
-    unless its option `layers` names another. blocks: the most that it edits; None for any number.
+    unless its option `layers` names another. blocks: the most that it edits; None for any number. prefixed: True for one that
+    looks for values behind the setup's `value_prefixes`, an option too.
     """
 
     make: Callable[..., Method]
@@ -38,6 +39,7 @@ class Known:
     settings: str | None = None
     last_block: bool = False
     blocks: int | None = 1
+    prefixed: bool = False
 
     def names(self) -> list[str]:
         """The options that the method takes by name."""
@@ -107,8 +109,11 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
             else "edits no block; leave it out"
         )
         raise NPTError(f"--option {name}.layers={one_line(str(layers), 40)}: {name} {remedy}")
-    named = known.names()
-    rest = {key: value for key, value in options.items() if key != "layers" and key not in named}
+    prefixes = options.get("value_prefixes")
+    if known.prefixed and prefixes is not None and (type(prefixes) is not int or prefixes < 0):
+        raise NPTError(f"--option {name}.value_prefixes={one_line(repr(prefixes), 40)}: use a whole number from 0")
+    named = [*known.names(), "layers", *(["value_prefixes"] if known.prefixed else [])]
+    rest = {key: value for key, value in options.items() if key not in named}
     if known.settings is not None:
         try:
             settings_of(known.settings, rest)
@@ -116,12 +121,12 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
             raise NPTError(f"--option {name}.{error}") from error
     elif rest:
         raise NPTError(
-            f"--option {name}.{one_line(next(iter(rest)), 40)}: {name} takes no such option; use {', '.join(named) or 'none'}"
+            f"--option {name}.{one_line(next(iter(rest)), 40)}: {name} takes no such option; use {', '.join(known.names()) or 'none'}"
         )
 
 
 def made(name: str, setup: Setup, options: Mapping[str, Any]) -> Method:
-    """A method with its options; `layers` among them takes the place of the setup's.
+    """A method with its options; `layers` and `value_prefixes` among them take the place of the setup's.
 
     Raises:
         NPTError: an option out of range.
@@ -129,4 +134,7 @@ def made(name: str, setup: Setup, options: Mapping[str, Any]) -> Method:
     known, options = known_method(name), dict(options)
     last = (len(blocks_of(base_of(setup.model))) - 1,)
     layers = options.pop("layers", last if known.last_block else setup.layers)
-    return known.make(replace(setup, layers=layers), **options)
+    setup = replace(setup, layers=layers)
+    if known.prefixed:
+        setup = replace(setup, value_prefixes=options.pop("value_prefixes", setup.value_prefixes))
+    return known.make(setup, **options)
