@@ -112,8 +112,8 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
     prefixes = options.get("value_prefixes")
     if known.prefixed and prefixes is not None and (type(prefixes) is not int or prefixes < 0):
         raise NPTError(f"--option {name}.value_prefixes={one_line(repr(prefixes), 40)}: use a whole number from 0")
-    named = [*known.names(), "layers", *(["value_prefixes"] if known.prefixed else [])]
-    rest = {key: value for key, value in options.items() if key not in named}
+    own = [*known.names(), *(["value_prefixes"] if known.prefixed else [])]
+    rest = {key: value for key, value in options.items() if key not in ("layers", *own)}
     if known.settings is not None:
         try:
             settings_of(known.settings, rest)
@@ -121,7 +121,7 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
             raise NPTError(f"--option {name}.{error}") from error
     elif rest:
         raise NPTError(
-            f"--option {name}.{one_line(next(iter(rest)), 40)}: {name} takes no such option; use {', '.join(known.names()) or 'none'}"
+            f"--option {name}.{one_line(next(iter(rest)), 40)}: {name} takes no such option; use {', '.join(own) or 'none'}"
         )
 
 
