@@ -242,8 +242,8 @@ def _checked(values: Tensor, problem: Problem) -> Tensor:
 def newton(problem: Problem) -> Found:
     """Damped, clamped Gauss-Newton steps on the least margin m: v <- (1 - decay) v + g (goal - m) / |g|^2.
 
-    A step that loses margin is halved, from where it began. It ends at the goal, or where decay and clamp let no step gain
-    more. The last pass only looks.
+    A step that loses margin is halved, from where it began. It ends at the goal, or above half of it where decay lets no
+    step gain more. The last pass only looks.
     """
     settings, trial, values = problem.settings, Trial(problem, problem.targets()), _start(problem)
     kept, reached, step = values.detach(), float("-inf"), torch.zeros_like(values)
@@ -253,7 +253,8 @@ def newton(problem: Problem) -> Found:
         found = float(least.detach())
         passes += 1
         if found >= reached - near:
-            done = settings.margin - found <= near or abs(found - reached) <= near
+            # Decay holds the margin below its goal: that is the end where the target leads already.
+            done = settings.margin - found <= near or (found > settings.margin / 2 and abs(found - reached) <= near)
             kept, reached = values.detach(), found
             if done:
                 break
