@@ -32,10 +32,10 @@ def convert(name: str | Case, dtype: torch.dtype = torch.float32, **options: Any
     return _converted(case, dtype, **options)
 
 
-def convert_two(name: str, **options: Any) -> Any:
-    """As `convert`, with two blocks: compiling takes a second for each."""
+def convert_few(name: str, blocks: int, **options: Any) -> Any:
+    """As `convert`, with so many blocks: compiling takes a second for each."""
     case = BY_NAME[name]
-    return _converted(replace(case, options={**case.options, "num_hidden_layers": 2}), torch.float64, **options)
+    return _converted(replace(case, options={**case.options, "num_hidden_layers": blocks}), torch.float64, **options)
 
 
 def _converted(case: Case, dtype: torch.dtype, **options: Any) -> Any:
