@@ -33,6 +33,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """The same for what earlier files imported and keep, such as the compiler and the trackers."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder with a real checkpoint and real text; a user does not have it."""

@@ -69,7 +69,7 @@ class _Recorded(DocumentStream):
         super().advance()
 
 
-#: {stream: the documents it gave}, for `write_taken`.
+#: {stream: the documents it gave in the run of a spec}, for `write_taken`.
 taken: dict[int, list[str]] = {}
 
 
@@ -120,6 +120,7 @@ def streamed(spec: Spec) -> StreamedBlocks | None:
 
 def run(spec: Spec) -> None:
     """Converts, calibrates, trains, and writes what came out."""
+    taken.clear()
     folder = Path(spec.folder)
     split = spec.batch // spec.accumulation // int(os.environ.get("WORLD_SIZE", "1"))
     args = TrainingArguments(
@@ -167,7 +168,6 @@ def run(spec: Spec) -> None:
 def work(count: int, specs: list[dict[str, Any]], *, check: bool = True) -> None:
     """Runs specs in this process, or in `count` others."""
     if count == 1:
-        taken.clear()
         for spec in specs:
             run(Spec(**spec))
         return

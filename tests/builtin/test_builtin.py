@@ -99,11 +99,12 @@ def test_two_files_of_one_name_stay_two(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_train_needs_nothing_but_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From an empty folder, without arguments but for the size."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    sizes = ["num_train_samples=96", "num_eval_samples=32", "num_calibration_samples=64"]
+    sizes = ["max_length=128", "num_train_samples=96", "num_eval_samples=32", "num_calibration_samples=64"]
     arguments = [word for size in sizes for word in ("--set", f"data.{size}")]
     assert main(["--quiet", "train", *arguments, "--set", "training.num_train_steps=2"]) == 0
     report = json.loads(Path("outputs/evaluation_report.json").read_text())
@@ -116,14 +117,16 @@ def test_train_needs_nothing_but_the_package(tmp_path: Path, monkeypatch: pytest
     assert all(outcome["met"] for outcome in report["expected_outcomes"].values())
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_training_on_python_docs_holds_a_part_out(tmp_path: Path) -> None:
     overrides = {
         "data.dataset_name": "builtin:python-docs", "data.num_train_samples": 64, "data.num_eval_samples": 16,
-        "training.num_train_steps": 0, "paths.output_dir": tmp_path / "o", "paths.checkpoint_dir": tmp_path / "c",
+        "data.num_calibration_samples": 16, "data.max_length": 128, "training.num_train_steps": 0,
+        "paths.output_dir": tmp_path / "o", "paths.checkpoint_dir": tmp_path / "c",
     }  # fmt: skip
     assert main(["--quiet", "train", *(w for k, v in overrides.items() for w in ("--set", f"{k}={v}"))]) == 0
     corpora = json.loads((tmp_path / "o" / "evaluation_report.json").read_text())["evaluations"]["corpora"]
-    assert list(corpora) == ["builtin:python-docs"] and corpora["builtin:python-docs"]["tokens"] < 16 * 256
+    assert list(corpora) == ["builtin:python-docs"] and corpora["builtin:python-docs"]["tokens"] < 16 * 128
 
 
 @pytest.mark.slow

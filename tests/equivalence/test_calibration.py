@@ -164,5 +164,5 @@ def real_batches(pretrained_model: Any) -> list[dict[str, torch.Tensor]]:
     from npt.data import sample_blocks
 
     model, tokenizer = pretrained_model()
-    blocks = sample_blocks(model, tokenizer, 64, 256, seed=0, label="calibration")
+    blocks = sample_blocks(model, tokenizer, 64, 128, seed=0, label="calibration")
     return [{"input_ids": torch.tensor(blocks[i : i + 16]["input_ids"])} for i in range(0, 64, 16)]

@@ -15,7 +15,7 @@ from npt.config import RunConfig, load_config, with_overrides
 from npt.errors import ConfigError, NPTError
 from npt.evaluation.divergence import token_divergences
 from npt.planning.advice import advice
-from npt.planning.counters import AllocationCounter
+from npt.planning.counters import AllocationCounter, PretendValues, WorkCounter
 from npt.planning.devices import parse_bytes
 from npt.planning.plan import BYTES_4BIT, Plan, plan_run, weight_bytes
 from npt.planning.shapes import shapes_of
@@ -48,6 +48,29 @@ def test_phases_are_what_real_tensors_take() -> None:
     with AllocationCounter() as counter:
         token_divergences(model, blocks, batch_size=4)
     assert found["evaluation: divergence"] == pytest.approx(counter.peak, rel=0.1)
+
+
+def test_remembered_layouts_change_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = plan_run(config(), SHAPE)
+    monkeypatch.setattr("npt.planning.counters._is_fresh", lambda func: False)
+    assert plan_run(config(), SHAPE) == found
+
+
+def test_a_layout_is_worked_out_once() -> None:
+    """Arguments of another layout or type, and results that point into an argument, are worked out anew."""
+    x, whole = torch.ones(4, 6, device="meta"), torch.ones(4, 6, dtype=torch.long, device="meta")
+    with WorkCounter() as work, PretendValues():
+        torch.mm(x, x.mT)
+        assert work.flops == 2 * 4 * 6 * 4
+        again = torch.mm(x, x.mT)
+        assert work.flops == 2 * 4 * 6 * 4 and again.shape == (4, 4) and again.untyped_storage().nbytes() == 4 * 16
+        torch.mm(x.mT, x)
+        assert work.flops == 2 * 4 * 6 * (4 + 6)
+        assert ((x * 2).stride(), (x.mT * 2).stride()) == ((6, 1), (1, 6))
+        assert ((whole * 1).dtype, (whole * 1.0).dtype) == (torch.long, torch.float32)
+        for _ in range(2):
+            part = torch.ops.aten._unsafe_view(x, [24])
+            assert part.untyped_storage() is x.untyped_storage()
 
 
 def test_logits_of_one_batch_are_gone_when_the_next_one_comes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,9 +25,9 @@ from npt.equivalence.objectives import Objective
 from npt.errors import NPTError
 from npt.planning.advice import advice
 from npt.planning.devices import BANDWIDTH_SHARE, DEVICES, EFFICIENCY, planned_launch
-from npt.planning.plan import OVERHEAD, plan_run
+from npt.planning.plan import OVERHEAD, Plan, plan_run
 from npt.planning.shapes import KNOWN_SHAPES, shapes_of
-from npt.planning.shards import DDP, FSDP2, local_size, shard_units, strategy_of
+from npt.planning.shards import DDP, FSDP2, Spread, local_size, shard_units, strategy_of
 from npt.planning.timing import planned_steps, step_time, time_lines
 from npt.tuner.converted import active_layers, parameter_counts
 from tests.helpers import allocated
@@ -37,10 +38,17 @@ LLAMA = LlamaConfig(
 )  # fmt: skip
 TIED = GPT2Config(vocab_size=200, n_embd=64, n_layer=3, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=None)
 SMALL = ["data.max_length=64", "training.batch_size=2", "data.dataset_name=builtin:python-docs", "model.dtype=float32"]
+SHARDED = ("optimization.fsdp=true", "training.objective=logits")
 
 
 def config(*overrides: str) -> RunConfig:
     return load_config(None, [*SMALL, *overrides])
+
+
+@cache
+def planned(*overrides: str, count: int = 1) -> Plan:
+    """The plan of LLAMA, made once for all tests that look at it."""
+    return plan_run(config(*overrides), LLAMA, count)
 
 
 @pytest.fixture
@@ -128,10 +136,7 @@ def test_a_sharded_step_takes_what_was_planned(processes: Any, objective: str) -
 
 
 def test_what_each_process_holds() -> None:
-    alone, ddp, sharded = (
-        plan_run(config(f"optimization.fsdp={str(fsdp).lower()}"), LLAMA, count)
-        for fsdp, count in ((False, 1), (False, 4), (True, 4))
-    )
+    alone, ddp, sharded = planned(), planned(count=4), planned(*SHARDED, count=4)
     own = alone.optimizer // 8
     assert (alone.spread.strategy, ddp.spread.strategy, sharded.spread.strategy) == ("one process", DDP, FSDP2)
     assert ddp.weights == alone.weights + 4 * own and ddp.optimizer == alone.optimizer
@@ -144,17 +149,17 @@ def test_what_each_process_holds() -> None:
 
 
 def test_what_processes_send_one_another() -> None:
-    def spread(*options: str, count: int = 4) -> Any:
-        return plan_run(config(*options), LLAMA, count).spread
+    def spread(*options: str) -> Spread:
+        return planned(*options, count=4).spread
 
     own = parameter_counts(shapes_of(LLAMA, None, torch.float32))[0]
-    assert spread(count=1).step_bytes == spread(count=1).forward_bytes == 0
+    assert planned().spread.step_bytes == planned().spread.forward_bytes == 0
     assert spread().step_bytes == 2 * 3 / 4 * 4 * own
     local = spread("optimization.fsdp=true", "training.objective=local")
     size = {unit.name: unit.full for unit in local.units}
     assert local.forward_bytes == 3 / 4 * (sum(size.values()) - size["head"])
     assert local.step_bytes == 3 / 4 * 4 * own
-    logits = spread("optimization.fsdp=true", "training.objective=logits")
+    logits = spread(*SHARDED)
     twice = 2 * (size["embedding"] + size["block 0"] + size["block 1"])
     expected = twice + 3 * (size["block 2"] + size["block 3"]) + size["head"] + size["rest"]
     assert logits.forward_bytes == 3 / 4 * expected
@@ -209,8 +214,7 @@ def test_links() -> None:
 
 def test_time_is_work_over_the_data_sheet() -> None:
     launch = planned_launch(4, 1, "a100-80gb")
-    settings = config("training.gradient_accumulation_steps=3", "optimization.fsdp=true")
-    plan, sheet = plan_run(settings, LLAMA, 4), DEVICES["a100-80gb"]
+    plan, sheet = planned(*SHARDED, count=4), DEVICES["a100-80gb"]
     found = step_time(plan, 3, launch)
     assert found.products == 3 * plan.step_flops / (EFFICIENCY * sheet.flops)
     assert found.traffic == 3 * plan.step_traffic / (BANDWIDTH_SHARE * sheet.bandwidth)
@@ -222,14 +226,13 @@ def test_time_is_work_over_the_data_sheet() -> None:
 
 def test_no_time_of_float32_is_predicted_from_a_16_bit_figure() -> None:
     launch = planned_launch(1, 1, "h200")
-    plan = plan_run(config(), LLAMA)
-    assert "no time is predicted" in " ".join(time_lines(plan, config(), launch, "float32"))
-    assert "40 % of h200's 990 TFLOP/s" in " ".join(time_lines(plan, config(), launch, "bfloat16"))
+    assert "no time is predicted" in " ".join(time_lines(planned(), config(), launch, "float32"))
+    assert "40 % of h200's 990 TFLOP/s" in " ".join(time_lines(planned(), config(), launch, "bfloat16"))
 
 
 def test_products_of_a_step() -> None:
     """`local`: one forward of all blocks, then of the converted ones' MLP once forward and once backward to its input."""
-    plan = plan_run(config("training.objective=local", "model.rank=0", "model.gain=none"), LLAMA)
+    plan = planned("training.objective=local", "model.rank=0", "model.gain=none")
     tokens, attention, mlp = 2 * 64, 2 * (2 * 64 * 64 + 2 * 64 * 32), 2 * 3 * 64 * 172
     scores = 2 * 64 * 64  # 2 x 2 x keys x d, half of it causal
     forward = tokens * 4 * (attention + mlp + scores)

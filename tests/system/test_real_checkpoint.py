@@ -17,13 +17,13 @@ from npt.data.batches import batches_of
 
 @pytest.fixture(scope="module")
 def text(pretrained: Path) -> Any:
-    """(96 calibration blocks, 64 held-out blocks) of the checkpoint's own text."""
+    """(64 calibration blocks, 32 held-out blocks) of 128 tokens of the checkpoint's own text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base, tokenizer = AutoModelForCausalLM.from_pretrained(pretrained), AutoTokenizer.from_pretrained(pretrained)
     return tuple(
-        sample_blocks(base, tokenizer, count, 256, seed=0, label=label)
-        for count, label in ((96, "train"), (64, "eval"))
+        sample_blocks(base, tokenizer, count, 128, seed=0, label=label)
+        for count, label in ((64, "train"), (32, "eval"))
     )
 
 

@@ -168,6 +168,7 @@ def test_attention_that_is_constant_or_nothing(tmp_path: Path) -> None:
         assert all(e["error_after"] < 1e-6 for e in errors.values())
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_an_adapter_that_changes_nothing_is_reported(local_model: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -209,6 +210,7 @@ def test_training_that_moves_nothing_is_reported(
     assert "moved the parameters" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_the_command_ends_with_one_line_and_status_1(
     local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

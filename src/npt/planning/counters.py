@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,7 +67,15 @@ def _storage_id(tensor: Tensor) -> int:
 
 
 class PretendValues(TorchDispatchMode):
-    """Lets code that reads values run on the meta device: every mask is all true, and every number that is read is one."""
+    """Lets code that reads values run on the meta device: every mask is all true, and every number that is read is one.
+
+    An operator called again with arguments of the same layout gets a new tensor of the layout that it made before: torch
+    works most of these out in Python, and the blocks of a model all call the same operators.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layouts: dict[Any, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten, kwargs = torch.ops.aten, kwargs or {}
@@ -85,7 +94,37 @@ class PretendValues(TorchDispatchMode):
             return torch.ones(args[0].shape, dtype=dtype, device="meta" if args[0].numel() > MOST_VALUES else "cpu")
         if func is aten.copy_.default and not args[0].is_meta:
             return args[0].fill_(1)
-        return func(*args, **kwargs)
+        return self._remembered(func, args, kwargs) if _is_fresh(func) else func(*args, **kwargs)
+
+    def _remembered(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The operator's result, of which the layout is worked out only once."""
+        key = (func, _layout((args, tuple(kwargs.items()))))
+        if key in self._layouts:
+            size, stride, dtype = self._layouts[key]
+            return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        result = func(*args, **kwargs)
+        inputs = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        # `_unsafe_view` points into its argument, and its schema does not say so.
+        if result.is_meta and all(t.is_meta and _storage_id(t) != _storage_id(result) for t in inputs):
+            self._layouts[key] = tuple(result.shape), result.stride(), result.dtype
+        return result
+
+
+def _layout(value: Any) -> Any:
+    """A key of an argument: sizes, strides and dtype of a tensor; of another value its type too, as 1 and 1.0 are equal."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.device.type
+    if isinstance(value, list | tuple):
+        return tuple(_layout(x) for x in value)
+    return type(value), value
+
+
+@cache
+def _is_fresh(func: Any) -> bool:
+    """True for an operator with one result, a tensor of its own, that writes into no argument."""
+    schema = func._schema
+    returns = [str(r.type) for r in schema.returns]
+    return returns == ["Tensor"] and not any(x.alias_info for x in (*schema.arguments, *schema.returns))
 
 
 class WorkCounter(TorchDispatchMode):
