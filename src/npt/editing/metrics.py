@@ -101,8 +101,8 @@ class Source:
                 near = moments_of(base, missing, self._domain, progress=self.progress)
                 found = {block: moment + DOMAIN_WEIGHT * near[block] for block, moment in found.items()}
             for block, moment in found.items():
-                write_moment(files[block], moment)
-            self._known |= found
+                self._known[block] = moment.float().double()  # the same the first time as from the folder later
+                write_moment(files[block], self._known[block])
         return {block: self._known[block] for block in widths}
 
     def only(self, layers: Sequence[int]) -> None:

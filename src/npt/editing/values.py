@@ -217,9 +217,8 @@ def word_ends(logits: Tensor, continuing: Tensor) -> Tensor:
 
 def _start(problem: Problem) -> Tensor:
     """No value, (blocks, d)."""
-    bench, adapter = problem.bench, problem.bench.adapter
-    shape = len(bench.sites), bench.first.size
-    return torch.zeros(shape, device=adapter.device, dtype=adapter.dtype, requires_grad=True)
+    sites, adapter = problem.bench.sites, problem.bench.adapter
+    return torch.zeros(len(sites), sites[0].size, device=adapter.device, dtype=adapter.dtype, requires_grad=True)
 
 
 def _at_most(values: Tensor, lengths: Tensor) -> Tensor:
@@ -253,7 +252,7 @@ def newton(problem: Problem) -> Found:
         found = float(least.detach())
         passes += 1
         if found >= reached - near:
-            # Decay holds the margin below its goal: that is the end where the target leads already.
+            # Decay holds the margin below its goal.
             done = settings.margin - found <= near or (found > settings.margin / 2 and abs(found - reached) <= near)
             kept, reached = values.detach(), found
             if done:
