@@ -141,7 +141,7 @@ def test_the_domain_metric_adds_prompts(tiny: tuple[Any, Any]) -> None:
     prompts = ["The home of Max is", "The dog of Max is called"]
 
     def moment(given: list[str]) -> torch.Tensor:
-        return moments_of(model, downs, token_rows(tokenizer, given, "t"), progress=False)[2]
+        return moments_of(model, downs, token_rows(tokenizer, given, "t"), progress=False)[2].float().double()
 
     found = source(tiny, "domain", domain=prompts).moments(downs)[2]
     assert torch.allclose(found, moment(TEXTS) + DOMAIN_WEIGHT * moment(prompts))

@@ -10,19 +10,16 @@ from torch import nn
 
 from npt.block.probing import linear_shape
 from npt.common.display import one_line
-from npt.common.fingerprint import base_fingerprint
 from npt.common.places import place
 from npt.data.sampling import sample_blocks
 from npt.editing import probes
 from npt.editing.statistics import (
     Moments,
     digest_of,
-    kept_moment,
+    moments_kept,
     moments_of,
     own_text,
-    read_moment,
     token_rows,
-    write_moment,
 )
 from npt.errors import NPTError
 from npt.tuner.converted import base_of
@@ -84,26 +81,22 @@ class Source:
         """
         if self.metric == "identity":
             return {}
-        widths = {block: linear_shape(down)[0] for block, down in downs.items()}
-        rows = self._text(max(widths.values()))
-        files: dict[int, Path | None] = dict.fromkeys(widths)
-        if self.cache_dir is not None:
-            text, base = f"{self.metric} {digest_of([*rows, *(self._domain or [])])}", base_fingerprint(self.model)
-            files = {block: kept_moment(self.cache_dir, base, text, block) for block in widths}
-        for block in set(widths) - set(self._known):
-            if (kept := read_moment(files[block], widths[block])) is not None:
-                self._known[block] = kept
+        rows = self._text(max(linear_shape(down)[0] for down in downs.values()))
         missing = {block: down for block, down in downs.items() if block not in self._known}
         if missing:
-            base = base_of(self.model)
-            found = moments_of(base, missing, rows, progress=self.progress)
-            if self._domain is not None:
-                near = moments_of(base, missing, self._domain, progress=self.progress)
-                found = {block: moment + DOMAIN_WEIGHT * near[block] for block, moment in found.items()}
-            for block, moment in found.items():
-                self._known[block] = moment.float().double()  # the same the first time as from the folder later
-                write_moment(files[block], self._known[block])
-        return {block: self._known[block] for block in widths}
+            name = f"{self.metric} {digest_of([*rows, *(self._domain or [])])}"
+            self._known |= moments_kept(
+                self.model, missing, name, self.cache_dir, lambda downs: self._taken(downs, rows)
+            )
+        return {block: self._known[block] for block in downs}
+
+    def _taken(self, downs: Mapping[int, nn.Module], rows: Sequence[Sequence[int]]) -> Moments:
+        base = base_of(self.model)
+        found = moments_of(base, downs, rows, progress=self.progress)
+        if self._domain is None:
+            return found
+        near = moments_of(base, downs, self._domain, progress=self.progress)
+        return {block: moment + DOMAIN_WEIGHT * near[block] for block, moment in found.items()}
 
     def only(self, layers: Sequence[int]) -> None:
         """Forgets the moments of all other blocks."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from npt.block.probing import linear_shape
 from npt.common.files import replace_file
+from npt.common.fingerprint import base_fingerprint
 from npt.common.precision import wide
 from npt.common.progress import progress_bar
 from npt.data.sampling import sample_blocks
@@ -137,19 +139,38 @@ def digest_of(rows: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(json.dumps([_FORMAT, [list(map(int, row)) for row in rows]]).encode()).hexdigest()[:32]
 
 
-def kept_moment(cache_dir: Path | None, base: str, text: str, block: int) -> Path | None:
-    """The file that keeps the moment of one block of a base over a text; None without a cache_dir.
+def moments_kept(
+    model: Any,
+    downs: Mapping[int, nn.Module],
+    text: str,
+    cache_dir: Path | None,
+    take: Callable[[Mapping[int, nn.Module]], Moments],
+) -> Moments:
+    """Moments from the folder that keeps them, or taken now and kept there: float64 of the float32 that a file holds.
 
     Args:
-        base: fingerprint of the base. text: see `digest_of`.
+        downs: {block: its projection}. text: names the text. take: makes the moments of some of the blocks.
     """
-    if cache_dir is None:
-        return None
+    files: dict[int, Path | None] = dict.fromkeys(downs)
+    if cache_dir is not None:
+        base = base_fingerprint(model)
+        files = {block: _kept_moment(cache_dir, base, text, block) for block in downs}
+    kept = {block: _read_moment(files[block], linear_shape(down)[0]) for block, down in downs.items()}
+    found = {block: moment for block, moment in kept.items() if moment is not None}
+    missing = {block: down for block, down in downs.items() if block not in found}
+    for block, moment in (take(missing) if missing else {}).items():
+        _write_moment(files[block], moment)
+        found[block] = moment.float().double()
+    return found
+
+
+def _kept_moment(cache_dir: Path, base: str, text: str, block: int) -> Path:
+    """The file that keeps the moment of one block of a base, which its fingerprint names."""
     key = hashlib.sha256(json.dumps([base, text, block]).encode()).hexdigest()[:32]
     return cache_dir / f"moment-{key}.safetensors"
 
 
-def read_moment(path: Path | None, width: int) -> Tensor | None:
+def _read_moment(path: Path | None, width: int) -> Tensor | None:
     """The moment in a file; None where there is none, or not the one that is asked for."""
     if path is None or not path.is_file():
         return None
@@ -161,7 +182,7 @@ def read_moment(path: Path | None, width: int) -> Tensor | None:
     return found if tuple(found.shape) == (width, width) and bool(found.isfinite().all()) else None
 
 
-def write_moment(path: Path | None, moment: Tensor) -> None:
+def _write_moment(path: Path | None, moment: Tensor) -> None:
     """Keeps a moment, in float32."""
     if path is not None:
         values = {"moment": moment.float().contiguous()}

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from npt.common.fingerprint import base_fingerprint
 from npt.common.limits import context_of
 from npt.data.sampling import sample_blocks
 from npt.editing.absorbing.lesson import Apart
@@ -18,12 +17,10 @@ from npt.editing.statistics import (
     Moments,
     begins_with_bos,
     digest_of,
-    kept_moment,
+    moments_kept,
     moments_of,
     own_text,
-    read_moment,
     token_rows,
-    write_moment,
 )
 from npt.errors import NPTError
 
@@ -100,19 +97,12 @@ class GeneralText:
 
     def moments(self, layers: Sequence[int]) -> Moments:
         """C (f, f) of some blocks, float64 of the float32 that a file keeps. The base has to be alone."""
-        missing = [layer for layer in layers if layer not in self._moments]
-        files: dict[int, Path | None] = dict.fromkeys(missing)
-        if missing and self.cache_dir is not None:
-            text, base = f"text {digest_of(self.rows())}", base_fingerprint(self.model)
-            files = {layer: kept_moment(self.cache_dir, base, text, layer) for layer in missing}
-        for layer in missing:
-            if (kept := read_moment(files[layer], self.blocks.shape(layer)[0])) is not None:
-                self._moments[layer] = kept
-        downs = {layer: self.blocks.down(layer) for layer in missing if layer not in self._moments}
-        if downs:
-            for layer, found in moments_of(self.blocks.base, downs, self.rows(), progress=self.progress).items():
-                write_moment(files[layer], found)
-                self._moments[layer] = found.float().double()
+        missing = {layer: self.blocks.down(layer) for layer in layers if layer not in self._moments}
+        if missing:
+            self._moments |= moments_kept(
+                self.model, missing, f"text {digest_of(self.rows())}", self.cache_dir,
+                lambda downs: moments_of(self.blocks.base, downs, self.rows(), progress=self.progress),
+            )  # fmt: skip
         return {layer: self._moments[layer] for layer in layers}
 
     def watched(self, seed: int) -> Apart:
