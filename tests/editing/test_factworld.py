@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.editing_tables import factworld_table, kept_factworld
 from npt.cli import main
 from npt.editing.bench import written
 from npt.editing.benchmark import small
@@ -30,7 +31,7 @@ from npt.editing.benchmark.registry import made
 from npt.editing.benchmark.small import Gates, Recipe, gates_of, small_model
 from npt.editing.benchmark.wording import RELATIONS
 from npt.editing.benchmark.world import LACKING, Size, World
-from npt.editing.benchmark.worlds import Result, read_worlds, worlds_table
+from npt.editing.benchmark.worlds import KeptWorlds, Result, read_worlds, worlds_table, write_worlds
 from npt.errors import NPTError, RunError
 from npt.runs.factworld_bench import FactWorldBench, measure_factworld
 
@@ -282,6 +283,16 @@ def test_the_table_has_the_mean_and_the_worst_seed() -> None:
     shown = worlds_table(results)
     assert "| newton | llama | 64 | 2 | 95.0% (90.0%) |" in shown and "0.02 (0.03)" in shown
     assert all(name in shown for name in NAMES)
+
+
+def test_all_kept_results_are_one_table(tmp_path: Path) -> None:
+    figures = Figures(1.0, 1.0, 1.0, 1.0, 1.0, 0.01)
+    for model in ("llama", "gpt2"):
+        result = Result("newton", model, 0, 1, "b", figures, GATES)
+        write_worlds(tmp_path / f"factworld-{model}.json", KeptWorlds({}, {}, [result]))
+    shown = factworld_table(kept_factworld(tmp_path)).splitlines()
+    assert [line.split(" | ")[1] for line in shown[2:4]] == ["gpt2", "llama"]
+    assert shown[4] == "" and shown[5].startswith("- gpt2, seed 0, before any edit: recall 100.0%, held-out 100.0%")
 
 
 def test_results_are_kept_and_not_measured_again(kept: Path, tmp_path: Path, monkeypatch: Any) -> None:

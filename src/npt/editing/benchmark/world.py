@@ -40,7 +40,7 @@ SHARING = (4, 8)
 #: Trained wordings of a relation that a person's training text lacks.
 LACKING = 2
 #: Shares of documents' tokens, by kind.
-SHARES = {"biography": 0.50, "news": 0.30, "geography": 0.05, "prose": 0.15}
+SHARES = {"biography": 0.35, "news": 0.50, "geography": 0.04, "prose": 0.11}
 #: Tokens of a document of each kind, about; shares are of tokens, and documents are drawn.
 _TOKENS = {"biography": 38.0, "news": 37.0, "geography": 23.0, "prose": 29.0}
 
