@@ -1,12 +1,11 @@
-"""Markdown tables of benchmarks/results/editing-*.json, which `npt bench editing` and `python -m benchmarks.editing` write, and
-of factworld-*.json beside them.
+"""Markdown tables of benchmarks/results/editing-*.json, which `npt bench editing` and `python -m benchmarks.editing` write.
 
     python -m benchmarks.editing --records FILE --output benchmarks/results/editing-NAME--PART.json
     npt bench editing --factworld llama gpt2 --seed 0 1 2 --output benchmarks/results/factworld-NAME.json
     python -m benchmarks.editing_tables
 
-The last command writes the table of each NAME between its markers in docs/editing.md. Files of records of one NAME are joined, so
-that methods can be measured by separate commands; all files of FactWorld give one table.
+The last command writes the table of each NAME between its markers in docs/editing.md. Files of records of one NAME are joined,
+so methods can be measured by separate commands; all files of FactWorld, factworld-*.json, give one table.
 """
 
 from __future__ import annotations
@@ -54,7 +53,9 @@ def section_of(name: str) -> str:
 
 def kept_factworld(folder: Path = RESULTS) -> list[Result]:
     """The results of all files of FactWorld."""
-    return [result for path in sorted(folder.glob("factworld-*.json")) for result in read_worlds(path, "--output").results]
+    return [
+        result for path in sorted(folder.glob("factworld-*.json")) for result in read_worlds(path, "--output").results
+    ]
 
 
 def factworld_table(results: Sequence[Result]) -> str:
@@ -66,7 +67,9 @@ def factworld_table(results: Sequence[Result]) -> str:
 def tables() -> dict[str, str]:
     """{name of its markers: table} of what is kept."""
     found = {section_of(name): editing_table(kept) for name, kept in kept_editing().items()}
-    return found | {FACTWORLD: factworld_table(results) for results in [kept_factworld()] if results}
+    if results := kept_factworld():
+        found[FACTWORLD] = factworld_table(results)
+    return found
 
 
 def main() -> None:

@@ -117,7 +117,8 @@ BENCH = [
     bad_worlds("more edits than people", ("--edits", "1", "900"), "edits=900: the world has 308 people"),
     bad_worlds("no edit", ("--edits", "0"), "edits=0", "use 1 to 308"),
     bad_worlds("a layer too high", ("--layers", "4"), "--layers 4: the model has 4 blocks; use 0 to 3"),
-    bad_worlds("an unknown option", ("--option", "newton.clam=3"), "--option newton.clam=3: no setting of values"),
+    bad_worlds("an unknown option", ("--option", "margin.clam=3"), "--option margin.clam=3: no setting of values"),
+    bad_worlds("an option of another method", ("--option", "newton.clamp=3"), "--option newton: --method does not name"),
     bad_worlds(
         "an output that holds something else", ("--output", "o.json"),
         "--output o.json: holds no figures of npt bench editing --factworld", o_json=json.dumps(FIGURES).encode(),

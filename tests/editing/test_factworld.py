@@ -268,8 +268,28 @@ def test_edits_are_measured_and_undone(tiny: tuple[Any, Any, World]) -> None:
     assert written(model, tokenizer, prompt, 4) == before
     nothing = examiner.figures(batch)
     assert (nothing.neighbours, nothing.others, nothing.kl) == (1.0, 1.0, 0.0) and nothing.prompt < 1
-    told = measured(made("context", setup, {}), examiner, [batch], progress=False)
-    assert told.kl == 0.0 and told.neighbours < 1  # statements in front, which this model takes for anything
+    asked = list[str]()
+
+    def told(prompt: str) -> str:
+        asked.append(prompt)
+        return f"The {prompt}"
+
+    examiner.figures(batch, told)
+    known = [(*f.trained, *f.paraphrases, *(near.prompt for near in (*f.neighbours, *f.others))) for f in batch]
+    assert asked and set(asked) == {prompt for prompts in known for prompt in prompts}
+    assert examiner.answers(["old"], told) == {"old": examiner.answers(["The old"])["The old"]}
+
+
+def test_margin_reads_no_subject(tiny: tuple[Any, Any, World]) -> None:
+    model, tokenizer, world = tiny
+    setup, examiner = (
+        Setup(model, tokenizer, source_of(model, tokenizer, world), (0,)),
+        Examiner(model, tokenizer, world),
+    )
+    batch = facts(world, 6)
+    without = [replace(fact, request=replace(fact.request, subject=None)) for fact in batch]
+    one, other = (measured(made("margin", setup, {}), examiner, [part], progress=False) for part in (batch, without))
+    assert one.kl > 0 and replace(one, kl=0.0) == replace(other, kl=0.0) and one.kl == pytest.approx(other.kl, rel=1e-3)
 
 
 GATES = Gates(1.0, 1.0, 1.0, 1.0)
@@ -300,14 +320,14 @@ def test_results_are_kept_and_not_measured_again(kept: Path, tmp_path: Path, mon
     monkeypatch.setattr("npt.runs.factworld_bench.gates_of", lambda *args, **more: GATES)
     output = tmp_path / "o.json"
     some = measure_factworld(bench(kept, output=output))
-    assert [(result.asked, result.gates) for result in some] == [(("newton", "llama", 0, 2), GATES)]
-    more = measure_factworld(bench(kept, output=output, edits=(1, 2), methods=("context", "newton")))
-    assert [result.asked[::3] for result in more] == [("context", 1), ("context", 2), ("newton", 1), ("newton", 2)]
+    assert [(result.asked, result.gates) for result in some] == [(("margin", "llama", 0, 2), GATES)]
+    more = measure_factworld(bench(kept, output=output, edits=(1, 2), methods=("context", "margin")))
+    assert [result.asked[::3] for result in more] == [("context", 1), ("context", 2), ("margin", 1), ("margin", 2)]
     assert more[-1] == some[0] and len(read_worlds(output, "--output").results) == 4
     monkeypatch.setattr("npt.runs.factworld_bench.small_model", None)  # nothing is left to do
     assert measure_factworld(bench(kept, output=output)) == some
-    with pytest.raises(NPTError, match=r"was begun with --layers 1, and it is 0 now"):
-        measure_factworld(bench(kept, output=output, layers=(0,)))
+    with pytest.raises(NPTError, match=r"was begun with --layers 0, and it is 1 now"):
+        measure_factworld(bench(kept, output=output, layers=(1,)))
     text = output.read_text()
     output.write_text(text.replace(some[0].base, "0"))
     monkeypatch.undo()
@@ -323,11 +343,11 @@ def test_the_command_prints_the_table_and_the_gates(monkeypatch: Any, capsys: py
         return [Result("newton", "gpt2", 1, 64, "b", Figures(1.0, 1.0, 1.0, 1.0, 1.0, 0.01), GATES)]
 
     monkeypatch.setattr("npt.runs.factworld_bench.measure_factworld", measure)
-    words = ["--factworld", "llama", "gpt2", "--seed", "1", "2", "--edits", "64", "--option", "newton.decay=0"]
+    words = ["--factworld", "llama", "gpt2", "--seed", "1", "2", "--edits", "64", "--option", "margin.margin=9"]
     assert main(["--quiet", "bench", "editing", *words]) == 0
     (bench,) = asked
     assert (bench.models, bench.seeds, bench.edits) == (["llama", "gpt2"], [1, 2], [64])
-    assert bench.own_options()["newton"]["decay"] == 0
+    assert bench.methods == ("margin",) and bench.options == ["margin.margin=9"]
     said = capsys.readouterr().out
     assert "| newton | gpt2 | 64 | 1 |" in said and "gpt2, seed 1, before any edit: recall 100.0%" in said
 

@@ -38,7 +38,9 @@ Records = Annotated[
     Path | None, typer.Option("--records", help="A JSON file of CounterFact's or zsRE's format.", callback=place_of)
 ]
 Model = Annotated[str, typer.Option("--model", metavar="NAME", help="The base.")]
-Methods = Annotated[list[str] | None, typer.Option("--method", help="Methods by name (default: all).")]
+Methods = Annotated[
+    list[str] | None, typer.Option("--method", help="Methods by name (default: all; of --factworld, margin).")
+]
 Limit = Annotated[int | None, typer.Option("--limit", help="The first so many records.")]
 Batch = Annotated[
     list[int] | None, typer.Option("--batch", help="Records written together; several sizes (default: 1).")
@@ -160,12 +162,13 @@ def _measure_factworld(
     cache: Path | None,
     output: Path | None,
 ) -> None:
+    from npt.editing.benchmark.factworld import METHOD
     from npt.editing.benchmark.worlds import gates_text, worlds_table
     from npt.runs.factworld_bench import FactWorldBench, measure_factworld
 
     found = measure_factworld(
         FactWorldBench(
-            models, seeds or (0,), edits or (1, 64, 256), methods or ("newton",), layers or (), metric, options or (),
+            models, seeds or (0,), edits or (1, 64, 256), methods or (METHOD,), layers or (), metric, options or (),
             cache=cache, output=output,
         )
     )  # fmt: skip

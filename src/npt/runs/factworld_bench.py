@@ -14,9 +14,9 @@ from npt.common.display import one_line
 from npt.common.distribution import versions
 from npt.common.fingerprint import base_fingerprint
 from npt.common.writable import check_file
-from npt.editing.benchmark.factworld import LAYERS, OPTIONS, SINGLES, Examiner, facts, measured, source_of
+from npt.editing.benchmark.factworld import LAYERS, METHOD, SINGLES, Examiner, facts, measured, source_of
 from npt.editing.benchmark.methods import Setup
-from npt.editing.benchmark.registry import METHODS, made, options_of
+from npt.editing.benchmark.registry import made, options_of
 from npt.editing.benchmark.small import FAMILIES, Gates, Recipe, gates_of, small_model
 from npt.editing.benchmark.world import World
 from npt.editing.benchmark.worlds import KeptWorlds, Result, read_worlds, write_worlds
@@ -38,7 +38,7 @@ class FactWorldBench:
     models: Sequence[str] = ("llama",)
     seeds: Sequence[int] = (0,)
     edits: Sequence[int] = (1, 64, 256)
-    methods: Sequence[str] = ("newton",)
+    methods: Sequence[str] = (METHOD,)
     layers: Sequence[int] = ()
     metric: str = "domain"
     options: Sequence[str] = ()
@@ -83,17 +83,10 @@ class FactWorldBench:
         chosen = facts(world, self.singles if count == 1 else count, wordings=self.wordings)
         return [[fact] for fact in chosen] if count == 1 else [chosen]
 
-    def own_options(self) -> dict[str, dict[str, Any]]:
-        """{method: its options}: those that are given, beside those chosen for FactWorld."""
-        given = options_of(self.options)
-        return {name: {**OPTIONS.get(name, {}), **given.get(name, {})} for name in METHODS}
-
     def decides(self) -> dict[str, Any]:
         """The arguments that every figure depends on, as the file holds them."""
-        own = self.own_options()
         return {
-            "--layers": list(self.layers or LAYERS), "--metric": self.metric,
-            "--option": [f"{method}.{name}={value}" for method in sorted(own) for name, value in sorted(own[method].items())],
+            "--layers": list(self.layers or LAYERS), "--metric": self.metric, "--option": sorted(self.options),
             "wordings": self.wordings, "single edits": self.singles,
             "recipe": {name: v for name, v in asdict(self.recipe).items() if name not in ("family", "seed")},
         }  # fmt: skip
@@ -156,10 +149,10 @@ def _of_model(
     gates.check(name)
     source = source_of(model, tokenizer, world, bench.metric, bench.progress)
     setup = Setup(model, tokenizer, source, tuple(bench.layers or LAYERS))
-    examiner, options = Examiner(model, tokenizer, world), bench.own_options()
+    examiner, options = Examiner(model, tokenizer, world), options_of(bench.options)
     for method, _, _, count in missing:
         label = f"{name}, {method}, {count} at once" if count > 1 else f"{name}, {method}"
         found = measured(
-            made(method, setup, options[method]), examiner, bench.batches(world, count), label, bench.progress
+            made(method, setup, options.get(method, {})), examiner, bench.batches(world, count), label, bench.progress
         )
         yield Result(method, recipe.family, recipe.seed, count, base, found, gates)

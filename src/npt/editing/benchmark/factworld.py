@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -189,9 +189,10 @@ def _sentence(text: str) -> str:
 
 # -- the measurement -------------------------------------------------------------------------------------------------------
 
-#: The blocks, and what methods are given here, chosen on other worlds than those reported.
-LAYERS: tuple[int, ...] = (1,)
-OPTIONS: Mapping[str, Mapping[str, Any]] = {}
+#: What is taken where nothing is said, chosen on a world that is not reported: docs/experiments.md. A fact is looked up at the
+#: prompt's last token here, whose key in the last block is `margin`'s; the other methods' blocks hold the subject.
+METHOD = "margin"
+LAYERS: tuple[int, ...] = (0,)
 
 
 def source_of(model: Any, tokenizer: Any, world: World, metric: str = "domain", progress: bool = True) -> Source:
