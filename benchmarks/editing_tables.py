@@ -1,24 +1,27 @@
 """Markdown tables of benchmarks/results/editing-*.json, which `npt bench editing` and `python -m benchmarks.editing` write.
 
     python -m benchmarks.editing --records FILE --output benchmarks/results/editing-NAME--PART.json
+    npt bench editing --factworld llama gpt2 --seed 0 1 2 --output benchmarks/results/factworld-NAME.json
     python -m benchmarks.editing_tables
 
-The second command writes the table of each NAME between its markers in docs/editing.md. Files of one NAME are joined, so that
-methods can be measured by separate commands.
+The last command writes the table of each NAME between its markers in docs/editing.md. Files of records of one NAME are joined,
+so methods can be measured by separate commands; all files of FactWorld, factworld-*.json, give one table.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.tables import RESULTS
 from npt.editing.benchmark.rows import Kept, joined, read_kept, table
+from npt.editing.benchmark.worlds import Result, gates_text, read_worlds, worlds_table
 from scripts.marked import write_section
 
-#: The document with the tables, and the columns of a table.
+#: The document with the tables, the markers of FactWorld's, and the columns of the others.
 DOCUMENT = "docs/editing.md"
+FACTWORLD = "factworld"
 COLUMNS = ("efficacy", "paraphrase", "locality", "S", "gap", "kl", "largest kl", "perplexity", "passes", "bytes")
 
 
@@ -48,15 +51,31 @@ def section_of(name: str) -> str:
     return f"editing {name}"
 
 
-def write_tables(kept: Mapping[str, Kept]) -> None:
-    """Writes every table whose markers stand in the document."""
-    for name, found in kept.items():
-        write_section(DOCUMENT, section_of(name), editing_table(found))
+def kept_factworld(folder: Path = RESULTS) -> list[Result]:
+    """The results of all files of FactWorld."""
+    return [
+        result for path in sorted(folder.glob("factworld-*.json")) for result in read_worlds(path, "--output").results
+    ]
+
+
+def factworld_table(results: Sequence[Result]) -> str:
+    """A line for each method, model and number of edits, and the gates of every model behind it."""
+    gates = "\n".join(f"- {line}" for line in gates_text(results).splitlines())
+    return f"{worlds_table(results)}\n\n{gates}"
+
+
+def tables() -> dict[str, str]:
+    """{name of its markers: table} of what is kept."""
+    found = {section_of(name): editing_table(kept) for name, kept in kept_editing().items()}
+    if results := kept_factworld():
+        found[FACTWORLD] = factworld_table(results)
+    return found
 
 
 def main() -> None:
-    """Writes the tables of what is kept."""
-    write_tables(kept_editing())
+    """Writes every table whose markers stand in the document."""
+    for name, table_of_it in tables().items():
+        write_section(DOCUMENT, name, table_of_it)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from npt.editing.bench import Bench
 from npt.editing.benchmark.methods import Method, Setup, block_outputs, targets_at
 from npt.editing.requests import Request
 from npt.editing.solve import Factors, Pairs, solve
-from npt.editing.values import Settings, settings_of
+from npt.editing.trial import Settings
+from npt.editing.values import settings_of
 from npt.errors import NPTError
 
 #: Share of a value by which the block's output may differ from it.
@@ -36,7 +37,7 @@ class Rome(Method):
 
     Args:
         setup: see `Method`.
-        settings: of `optimised` in `npt.editing.values.Settings`: steps, rate, weight_decay, essence, clamp.
+        settings: of `optimised` in `npt.editing.trial.Settings`: steps, rate, weight_decay, essence, clamp.
     """
 
     def __init__(self, setup: Setup, **settings: Any):

@@ -12,7 +12,7 @@ from npt.editing.bench import Bench, chunks
 from npt.editing.benchmark.methods import Method, Setup, targets_at
 from npt.editing.requests import Request
 from npt.editing.solve import Factors
-from npt.editing.values import Settings, Trial
+from npt.editing.trial import Settings, Trial
 from npt.errors import NPTError
 
 

@@ -109,7 +109,7 @@ class Plain:
     def moment(self, layer: int) -> Tensor:
         with torch.no_grad():
             inputs = torch.cat([self.run(self.prompts.ids(text))[1]["key", layer] for text in TEXTS])
-        return inputs.T @ inputs / len(inputs)
+        return (inputs.T @ inputs / len(inputs)).float().double()  # statistics are kept in float32
 
     def best(self, request: Request, layer: int, what: str, clamp: float = 1e3, decay: float = 0.5) -> Tensor:
         """delta of equation 4 of ROME, at the output of the projection or of the block."""

@@ -34,6 +34,12 @@ def bad_bench(name: str, arguments: tuple[str, ...], *words: str, **files: bytes
     return Entry(f"bench: {name}", given, words, found)
 
 
+def bad_worlds(name: str, arguments: tuple[str, ...], *words: str, **files: bytes) -> Entry:
+    """Options beside --factworld."""
+    found = {file.replace("_", "."): content for file, content in files.items()}
+    return Entry(f"bench worlds: {name}", ("bench", "editing", "--factworld", "llama", *arguments), words, found)
+
+
 def bad_records(name: str, content: str, *words: str) -> Entry:
     """A file of records."""
     return Entry(
@@ -54,7 +60,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 BENCH = [
-    Entry("bench: nothing to do", ("bench", "editing"), ("give --records FILE to measure, or --from FILE",)),
+    Entry("bench: nothing to do", ("bench", "editing"), ("give --records FILE or --factworld NAME", "--from FILE")),
     Entry("bench: unknown command", ("bench", "fly"), ("No such command 'fly'", "see npt bench --help")),
     bad_bench("an unknown method", ("--method", "newton", "best"), "--method best: no method has that name; use newton"),
     bad_bench("an option of no form", ("--option", "newton.clamp"), "--option 'newton.clamp': use METHOD.NAME=VALUE"),
@@ -102,6 +108,25 @@ BENCH = [
     bad_bench("records and kept figures", ("--from", "f.json"), "--from: goes without --records"),
     Entry("bench: limit and kept figures", ("bench", "editing", "--from", "f.json", "--limit", "2"),
           ("--from: goes without --limit", "measured already")),
+    bad_bench("records and worlds", ("--factworld", "llama"), "--factworld: goes without --records", "bring their models"),
+    bad_bench("a seed of records", ("--seed", "1"), "--seed: goes with --factworld"),
+    bad_bench("edits of records", ("--edits", "8"), "--edits: goes with --factworld", "--factworld llama gpt2"),
+    bad_worlds("a page", ("--page", "p.html"), "--factworld: goes without --page"),
+    bad_worlds("kept figures", ("--from", "f.json"), "--factworld: goes without --from"),
+    bad_worlds("an unknown model", ("bert",), "--factworld bert: use llama or gpt2"),
+    bad_worlds("more edits than people", ("--edits", "1", "900"), "edits=900: the world has 308 people"),
+    bad_worlds("no edit", ("--edits", "0"), "edits=0", "use 1 to 308"),
+    bad_worlds("a layer too high", ("--layers", "4"), "--layers 4: the model has 4 blocks; use 0 to 3"),
+    bad_worlds("an unknown option", ("--option", "margin.clam=3"), "--option margin.clam=3: no setting of values"),
+    bad_worlds("an option of another method", ("--option", "newton.clamp=3"), "--option newton: --method does not name"),
+    bad_worlds(
+        "an output that holds something else", ("--output", "o.json"),
+        "--output o.json: holds no figures of npt bench editing --factworld", o_json=json.dumps(FIGURES).encode(),
+    ),
+    bad_worlds(
+        "an output of other arguments", ("--output", "o.json"), "--output o.json: was begun with --layers not given",
+        o_json=json.dumps({"format_version": 1, "about": {}, "arguments": {}, "results": []}).encode(),
+    ),
     bad_records("empty", "", "r.json: not JSON", "name a JSON file of records"),
     bad_records("an object", "{}", "r.json: holds no list of records"),
     bad_records("of no format", '[{"prompt": "a b"}]', "r.json record 1: KeyError('subject')", "use CounterFact's format"),

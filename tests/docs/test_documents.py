@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.editing_tables import DOCUMENT, editing_table, kept_editing, section_of
+from benchmarks.editing_tables import DOCUMENT, tables
 from benchmarks.law_tables import README_MODEL, kept_laws, law_readme, law_table
 from benchmarks.tables import (
     RESULTS,
@@ -211,7 +211,7 @@ def test_tables_are_those_of_the_kept_figures() -> None:
         ("docs/speed.md", "linear"): linear_table(speed),
         ("docs/speed.md", "command"): command_table(json.loads(text_of(RESULTS / "command.json"))),
         **{("docs/results.md", f"equivalence {name}"): equivalence_table(kept[name]) for name in kept},
-        **{(DOCUMENT, section_of(name)): editing_table(found) for name, found in kept_editing().items()},
+        **{(DOCUMENT, name): table for name, table in tables().items()},
     }
     for (file, name), table in expected.items():
         assert section(text_of(ROOT / file), name) == table, f"{file}: {name}"

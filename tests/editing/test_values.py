@@ -17,7 +17,8 @@ from npt.editing.keys import Prompts
 from npt.editing.requests import Request, continued
 from npt.editing.solve import Metric, Pairs, solve
 from npt.editing.statistics import begins_with_bos, moments_of, token_rows
-from npt.editing.values import STRATEGIES, Problem, Trial, margins, settings_of, word_ends
+from npt.editing.trial import Problem, Trial, margins, word_ends
+from npt.editing.values import STRATEGIES, settings_of
 from npt.errors import DataError, NPTError
 from tests.helpers import random_base, spelling_tokenizer
 

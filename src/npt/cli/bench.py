@@ -38,7 +38,9 @@ Records = Annotated[
     Path | None, typer.Option("--records", help="A JSON file of CounterFact's or zsRE's format.", callback=place_of)
 ]
 Model = Annotated[str, typer.Option("--model", metavar="NAME", help="The base.")]
-Methods = Annotated[list[str] | None, typer.Option("--method", help="Methods by name (default: all).")]
+Methods = Annotated[
+    list[str] | None, typer.Option("--method", help="Methods by name (default: all; of --factworld, margin).")
+]
 Limit = Annotated[int | None, typer.Option("--limit", help="The first so many records.")]
 Batch = Annotated[
     list[int] | None, typer.Option("--batch", help="Records written together; several sizes (default: 1).")
@@ -76,6 +78,15 @@ Page = Annotated[Path | None, typer.Option("--page", help="An HTML file: table, 
 From = Annotated[
     list[Path] | None, typer.Option("--from", help="Files of --output, joined; measures nothing.", callback=place_of)
 ]
+FactWorld = Annotated[
+    list[str] | None,
+    typer.Option("--factworld", metavar="NAME", help="Edit small models of invented worlds: llama, gpt2, or both."),
+]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Of the worlds of --factworld; several (default: 0).")]
+Edits = Annotated[
+    list[int] | None,
+    typer.Option("--edits", help="Facts of --factworld written together; several numbers (default: 1 64 256)."),
+]
 
 
 @bench.command(cls=_Several)
@@ -98,6 +109,9 @@ def editing(
     output: Output = None,
     page: Page = None,
     from_: From = None,
+    factworld: FactWorld = None,
+    seed: Seeds = None,
+    edits: Edits = None,
     set_: Set = None,
 ) -> None:
     """Writes records of facts by several methods and prints a row of figures for each.
@@ -111,11 +125,18 @@ def editing(
 
     if page is not None:
         check_file("--page", page, ".html")
+    if factworld:
+        _alone(ctx, "--factworld", _OF_WORLDS, "its worlds bring their models, records and text")
+        _measure_factworld(factworld, seed, edits, method, layers, metric, option, cache, output)
+        return
+    _without_worlds(ctx)
     if from_:
-        _only_shows(ctx)
+        _alone(ctx, "--from", ("from_", "page"), "its figures are measured already")
         kept = editing_bench.joined_figures(from_)
     elif records is None:
-        raise NPTError("npt bench editing: give --records FILE to measure, or --from FILE to show what was kept")
+        raise NPTError(
+            "npt bench editing: give --records FILE or --factworld NAME to measure, or --from FILE to show what was kept"
+        )
     else:
         kept = editing_bench.measure_editing(
             editing_bench.Bench(
@@ -130,13 +151,59 @@ def editing(
         say(f"page: {write_page(kept, page)}")
 
 
-def _only_shows(ctx: typer.Context) -> None:
-    """Checks that --from stands beside --page alone.
+def _measure_factworld(
+    models: list[str],
+    seeds: list[int] | None,
+    edits: list[int] | None,
+    methods: list[str] | None,
+    layers: list[int] | None,
+    metric: str,
+    options: list[str] | None,
+    cache: Path | None,
+    output: Path | None,
+) -> None:
+    from npt.editing.benchmark.factworld import METHOD
+    from npt.editing.benchmark.worlds import gates_text, worlds_table
+    from npt.runs.factworld_bench import FactWorldBench, measure_factworld
+
+    found = measure_factworld(
+        FactWorldBench(
+            models, seeds or (0,), edits or (1, 64, 256), methods or (METHOD,), layers or (), metric, options or (),
+            cache=cache, output=output,
+        )
+    )  # fmt: skip
+    say(worlds_table(found))
+    say(gates_text(found))
+
+
+#: Parameters that go with --factworld, and those of them that go with nothing else.
+_OF_WORLDS = ("factworld", "seed", "edits", "method", "layers", "metric", "option", "cache", "output")
+_WORLDS_ALONE = ("seed", "edits")
+
+
+def _given(ctx: typer.Context) -> list[tuple[str, str]]:
+    """(name, option) of every parameter that stands on the command line."""
+    sources = [(param, ctx.get_parameter_source(str(param.name))) for param in ctx.command.params]
+    return [(str(p.name), p.opts[0]) for p, source in sources if source is not None and source.name == "COMMANDLINE"]
+
+
+def _alone(ctx: typer.Context, option: str, beside: tuple[str, ...], why: str) -> None:
+    """Checks that an option stands beside certain parameters only.
 
     Raises:
-        NPTError: names another option.
+        NPTError: names another one.
     """
-    for param in ctx.command.params:
-        source = ctx.get_parameter_source(str(param.name))
-        if param.name not in ("from_", "page") and source is not None and source.name == "COMMANDLINE":
-            raise NPTError(f"--from: goes without {param.opts[0]}; its figures are measured already")
+    for name, other in _given(ctx):
+        if name not in beside:
+            raise NPTError(f"{option}: goes without {other}; {why}")
+
+
+def _without_worlds(ctx: typer.Context) -> None:
+    """Checks that nothing is given that belongs to --factworld.
+
+    Raises:
+        NPTError: names it.
+    """
+    for name, option in _given(ctx):
+        if name in _WORLDS_ALONE:
+            raise NPTError(f"{option}: goes with --factworld; name its models, as in --factworld llama gpt2")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -23,11 +22,9 @@ from npt.editing.metrics import Source
 from npt.editing.requests import NAMES, Request, check_together, request_of
 from npt.editing.scan import choose_layers
 from npt.editing.solve import Factors, Pairs, joined, solve
-from npt.editing.values import SHARING, Settings, settings_of
+from npt.editing.values import SHARING, settings_of
 from npt.editing.writing import Edit, Writer, note_on
 from npt.errors import NPTError
-
-logger = logging.getLogger(__name__)
 
 
 class EditStore:
@@ -49,7 +46,7 @@ class EditStore:
         cache_dir: a folder that keeps statistics for the next store; None keeps them in memory alone.
         read_back: write down the text before and after each new edit; False leaves both blank, and asks one pass if it holds.
         progress: show progress bars.
-        settings: of the strategy: see `npt.editing.values.Settings`.
+        settings: of the strategy: see `npt.editing.trial.Settings`.
 
     Raises:
         NPTError: an argument out of range, or edits are at work on the model already.
@@ -73,7 +70,7 @@ class EditStore:
         **settings: Any,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.settings: Settings = settings_of(values, settings)
+        self.settings = settings_of(values, settings)
         self.values, self.ridge, self.read_back, self.progress = values, checked_ridge(ridge), read_back, progress
         self.source = Source(model, tokenizer, metric, statistics, domain, cache_dir, progress)
         self._together: list[DownAdapter] = []

@@ -12,7 +12,8 @@ from npt.editing.keys import Place
 from npt.editing.metrics import Source
 from npt.editing.requests import Request
 from npt.editing.solve import Metric
-from npt.editing.values import STRATEGIES, Found, Problem, Settings
+from npt.editing.trial import Problem, Settings
+from npt.editing.values import STRATEGIES, Found
 
 #: Prefixes that keys are averaged over, and their tokens.
 PREFIXES, PREFIX_TOKENS = 4, 8

@@ -79,13 +79,7 @@ class Bench:
         Raises:
             NPTError: an unknown method, option or figure, or a number out of range.
         """
-        for name in self.names():
-            known_method(name)
-        for method in options_of(self.options):
-            if method not in self.names():
-                raise NPTError(f"--option {method}: --method does not name {method}; add it, or leave the option out")
-        if self.metric not in METRICS:
-            raise NPTError(f"--metric {one_line(self.metric, 40)}: is unknown; use {', '.join(METRICS)}")
+        check_methods(self.names(), self.options, self.metric, self.layers)
         Extras(self.extras)
         numbers = {"--limit": [self.limit], "--draws": [self.draws], "--batch": self.batches}
         for option, values in numbers.items():
@@ -98,8 +92,6 @@ class Bench:
             raise NPTError(
                 "--sequential: a batch of 1 has no order; leave --batch out for all records, or give a larger size"
             )
-        if list(self.layers) != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
-            raise NPTError(f"--layers {' '.join(map(str, self.layers))}: use block indices from 0, each once, rising")
         if self.output is not None:
             check_file("--output", self.output, ".json")
 
@@ -115,6 +107,26 @@ class Bench:
         digest = None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
         contents = {"the records' content": names_of([records]), "the text's content": digest}
         return found | contents
+
+
+def check_methods(methods: Sequence[str], options: Sequence[str], metric: str, layers: Sequence[int]) -> None:
+    """Checks words that say how facts are written.
+
+    Args:
+        methods, options, metric, layers: see `Bench`.
+
+    Raises:
+        NPTError: an unknown method, option or metric, or layers out of order.
+    """
+    for name in methods:
+        known_method(name)
+    for method in options_of(options):
+        if method not in methods:
+            raise NPTError(f"--option {method}: --method does not name {method}; add it, or leave the option out")
+    if metric not in METRICS:
+        raise NPTError(f"--metric {one_line(metric, 40)}: is unknown; use {', '.join(METRICS)}")
+    if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
+        raise NPTError(f"--layers {' '.join(map(str, layers))}: use block indices from 0, each once, rising")
 
 
 @dataclass
@@ -293,14 +305,23 @@ def _begun(path: Path, arguments: Mapping[str, Any]) -> Kept | None:
     if not path.exists():
         return None
     kept = read_kept(path, "--output")
-    for name in [*arguments, *kept.arguments]:
-        there, here = kept.arguments.get(name), arguments.get(name)
+    check_arguments(path, kept.arguments, arguments)
+    return kept
+
+
+def check_arguments(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Checks that an output was begun with the arguments that it is to go on with.
+
+    Raises:
+        NPTError: it was not.
+    """
+    for name in [*now, *before]:
+        there, here = before.get(name), now.get(name)
         if there != here:
             raise NPTError(
                 f"--output {path}: was begun with {name} {_said(there)}, and it is {_said(here)} now; use the same arguments, "
                 "or name another file"
             )
-    return kept
 
 
 def _said(value: Any) -> str:
@@ -343,19 +364,23 @@ def kept_records(records: Sequence[Record], asker: Asker, together: bool = False
 
 def about(model: Any, name: str, text: Sequence[Sequence[int]]) -> dict[str, Any]:
     """The base, the running text, the versions and the machine that figures belong to."""
-    dtype = next(model.parameters()).dtype
     return {
         "model": name,
         "base_fingerprint": base_fingerprint(model),
         "text": digest_of(text),
         "text_tokens": sum(map(len, text)),
         "versions": versions(),
-        "machine": {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "dtype": str(dtype).removeprefix("torch."),
-        },
+        "machine": machine(next(model.parameters()).dtype),
+    }
+
+
+def machine(dtype: torch.dtype) -> dict[str, Any]:
+    """The device, cores, threads and format that figures computed here belong to. dtype: of the weights."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
     }
 
 

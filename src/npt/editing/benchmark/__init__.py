@@ -10,7 +10,8 @@ figures      a method and records -> figures on generated text, with standard er
 rows         figures -> a table, and a file that keeps them
 page         rows -> one HTML page
 
-wording, world, small and factworld belong together: invented people, small models that know them, edits measured on those.
+wording, world, small, factworld, worlds belong together: invented people, models that know them, edits measured on those.
 continuing   many prompts -> the text behind each, in batches
 muon         the optimizer of the small models
+worlds       figures of FactWorld -> a table, and a file that keeps them
 """

@@ -22,7 +22,8 @@ from npt.editing.keys import Place, Target
 from npt.editing.metrics import Source
 from npt.editing.requests import Request, continued
 from npt.editing.solve import EPSILON, Factors, Metric
-from npt.editing.values import Problem, Settings, Trial, descend
+from npt.editing.trial import Problem, Settings, Trial
+from npt.editing.values import descend
 from npt.editing.writing import PREFIX_TOKENS, PREFIXES
 from npt.errors import NPTError
 from npt.tuner.converted import base_of

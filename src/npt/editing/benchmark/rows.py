@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -101,14 +101,28 @@ def cell(value: float, error: float) -> str:
 
 # -- the file --------------------------------------------------------------------------------------------------------------
 
-_Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A part of a file: nothing is converted, and no name is passed over."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class _Example(_Strict):
+class FiguresFile(Strict):
+    """Beginning of every file of figures. holds: names them, for errors."""
+
+    holds: ClassVar[str] = "figures"
+    format_version: Literal[1]
+    about: dict[str, Any]
+    arguments: dict[str, Any]
+
+
+File = TypeVar("File", bound=FiguresFile)
+
+
+class _Example(Strict):
     kind: Literal["prompt", "paraphrase", "neighbour"]
     prompt: str
     target: str
@@ -117,14 +131,14 @@ class _Example(_Strict):
     right: bool
 
 
-class _Row(_Strict):
+class _Row(Strict):
     method: str
     batch: Annotated[int, Field(ge=1)]
     sequential: bool
     sizes: list[Annotated[int, Field(ge=1)]]
     asked: str
-    records: dict[str, list[_Number | None]]
-    batches: dict[str, list[_Number | None]]
+    records: dict[str, list[Number | None]]
+    batches: dict[str, list[Number | None]]
     examples: list[_Example]
 
     @model_validator(mode="after")
@@ -147,10 +161,8 @@ class _Row(_Strict):
         return self
 
 
-class _File(_Strict):
-    format_version: Literal[1]
-    about: dict[str, Any]
-    arguments: dict[str, Any]
+class _File(FiguresFile):
+    holds = "figures of npt bench editing"
     rows: list[_Row]
 
 
@@ -172,11 +184,6 @@ def write_kept(path: Path, kept: Kept) -> None:
     Raises:
         RunError: the disk is full or gone; the old file is as it was.
     """
-    lines = [
-        f'{{"format_version": {FORMAT},',
-        f'"about": {_line(kept.about)},',
-        f'"arguments": {_line(kept.arguments)},',
-    ]
     rows = []
     for row in kept.rows:
         own = {name: getattr(row, name) for name in ("method", "batch", "sequential", "sizes", "asked")}
@@ -186,15 +193,36 @@ def write_kept(path: Path, kept: Kept) -> None:
             "batches": {name: [_short(getattr(row.outcomes[at], name)) for at in starts] for name in OF_BATCH},
         }
         columns = [
-            f'"{part}": {{\n' + ",\n".join(f'"{name}": {_line(values)}' for name, values in found.items()) + "}"
+            f'"{part}": {{\n' + ",\n".join(f'"{name}": {line_of(values)}' for name, values in found.items()) + "}"
             for part, found in parts.items()
         ]
-        examples = ",\n".join(_line(asdict(example)) for example in row.examples)
-        rows.append(f"{_line(own)[:-1]},\n" + ",\n".join(columns) + f',\n"examples": [{examples}]}}')
-    write_text(path, "\n".join([*lines, '"rows": [', ",\n".join(rows), "]}", ""]))
+        examples = ",\n".join(line_of(asdict(example)) for example in row.examples)
+        rows.append(f"{line_of(own)[:-1]},\n" + ",\n".join(columns) + f',\n"examples": [{examples}]}}')
+    write_figures(path, kept.about, kept.arguments, "rows", rows)
 
 
-def _line(value: Any) -> str:
+def write_figures(
+    path: Path, about: Mapping[str, Any], arguments: Mapping[str, Any], name: str, parts: Sequence[str]
+) -> None:
+    """Writes a file of figures, a line for each thing in it.
+
+    Args:
+        path: the file. about, arguments: see `Kept`. name: of the list behind them. parts: its items, in JSON.
+
+    Raises:
+        RunError: the disk is full or gone; the old file is as it was.
+    """
+    lines = [
+        f'{{"format_version": {FORMAT},',
+        f'"about": {line_of(about)},',
+        f'"arguments": {line_of(arguments)},',
+        f'"{name}": [',
+    ]
+    write_text(path, "\n".join([*lines, ",\n".join(parts), "]}", ""]))
+
+
+def line_of(value: Any) -> str:
+    """JSON on one line."""
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(", ", ": "))
 
 
@@ -211,11 +239,24 @@ def read_kept(path: Path, option: str) -> Kept:
     Raises:
         DataError: missing, damaged, or of a newer format.
     """
+    file = read_figures(path, option, _File)
+    return Kept(file.about, file.arguments, [_row(row) for row in file.rows])
+
+
+def read_figures(path: Path, option: str, kind: type[File]) -> File:
+    """A file of figures, checked.
+
+    Args:
+        path, option: see `read_kept`. kind: the file's form.
+
+    Raises:
+        DataError: missing, damaged, or of a newer format.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict) and isinstance(version := found.get("format_version"), int) and version > FORMAT:
             raise DataError(f"{option} {path}: format_version={version} was written by a newer npt; upgrade npt")
-        file = _File.model_validate(found)
+        return kind.model_validate(found)
     except OSError as error:
         raise DataError(
             f"{option} {path}: can't be read ({error.strerror or error}); name a file of --output"
@@ -224,14 +265,13 @@ def read_kept(path: Path, option: str) -> Kept:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DataError(
-            f"{option} {path}: holds no figures of npt bench editing ({one_line(where, 60)}: {one_line(first['msg'], 80)}); "
+            f"{option} {path}: holds no {kind.holds} ({one_line(where, 60)}: {one_line(first['msg'], 80)}); "
             "name a file of --output"
         ) from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, NPTError):
             raise
         raise DataError(f"{option} {path}: not JSON ({one_line(error, 80)}); name a file of --output") from error
-    return Kept(file.about, file.arguments, [_row(row) for row in file.rows])
 
 
 def _row(file: _Row) -> Row:

@@ -51,7 +51,7 @@ class Recipe:
     heads: int = 4
     start: float = 0.06
     embedding: float = 0.3
-    steps: int = 1500
+    steps: int = 2400
     tokens: int = 1024
     context: int = 256
     beside: float = 0.05
@@ -180,7 +180,10 @@ def untrained(recipe: Recipe, tokenizer: Any) -> Any:
                 vocab_size=len(tokenizer), n_embd=recipe.hidden, n_inner=recipe.inner, n_layer=recipe.blocks,
                 n_head=recipe.heads, n_positions=recipe.context, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ends,
             ))  # fmt: skip
-        torch.nn.init.normal_(model.get_input_embeddings().weight, std=recipe.embedding)
+        embeddings = model.get_input_embeddings().weight
+        torch.nn.init.normal_(embeddings, std=recipe.embedding)
+        with torch.no_grad():  # one map copies every token then, which overriding a fact needs
+            model.get_output_embeddings().weight.copy_(embeddings * (recipe.start / recipe.embedding))
     return model
 
 
