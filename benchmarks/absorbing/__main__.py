@@ -131,7 +131,7 @@ def plans_of(
             plans[kind] = replace(plan, trainings=(Training(one.rate, one.tokens, given.batch),))
     about: dict[str, Any] = {
         "model": given.model, "part": given.part, "machine": machine(), "options": options, "steps": list(steps),
-        "batch": given.batch, "memory": given.memory, "limit": limit,
+        "batch": given.batch, "limit": limit,
         "rates": list(given.rates) if tuned is None else tuned.about["rates"],
         "tokens": list(given.tokens) if tuned is None else tuned.about["tokens"],
         "chosen": None if chosen is None else {kind: asdict(one) for kind, one in chosen.items()},

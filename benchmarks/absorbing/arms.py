@@ -67,7 +67,7 @@ def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
         case: the context.
         plan: what is run.
     """
-    given = {name: value for name, value in plan.options.items() if name != "blocks"}
+    given = {name: value for name, value in plan.options.items() if name not in ("questions", "answers", "blocks")}
     exam = Exam(store, case, options_of(given))
     nothing = exam.mark()
     found: dict[str, Any] = {

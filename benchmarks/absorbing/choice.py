@@ -17,7 +17,7 @@ ARMS = ("nothing", "context", "absorb", "gradient")
 
 @dataclass(frozen=True)
 class Chosen:
-    """The gradient's setting. rate: AdamW's. tokens: see `benchmarks.absorbing.gradient.TOKENS`. steps: after which it ends."""
+    """The gradient's setting. rate, tokens: see `benchmarks.absorbing.gradient.Training`. steps: after which it ends."""
 
     rate: float
     tokens: str

@@ -1,4 +1,4 @@
-"""The tables and plots of docs/editing.md from benchmarks/results/absorbing-*--test.json: python -m benchmarks.absorbing.tables"""
+"""Tables and plots of benchmarks/results/absorbing-*--test.json, for docs/editing.md: python -m benchmarks.absorbing.tables"""
 
 from __future__ import annotations
 
