@@ -120,18 +120,18 @@ def plans_of(
         limit: on general text.
     """
     options = {"number": given.number, "new_tokens": given.new_tokens}
-    steps = tuple(sorted(set(given.steps)))
+    steps, batch = tuple(sorted(set(given.steps))), given.batch
     if tuned is not None:
-        steps = tuple(tuned.about["steps"])
+        steps, batch = tuple(tuned.about["steps"]), tuned.about["batch"]
     chosen = None if tuned is None else {kind: choose(tuned.contexts, kind, limit) for kind in FILES}
-    plan = arms.Plan(arms.trainings(given.rates, given.tokens, given.batch), steps, given.memory, options)
+    plan = arms.Plan(arms.trainings(given.rates, given.tokens, batch), steps, given.memory, options)
     plans = dict.fromkeys(FILES, plan)
     if chosen is not None:
         for kind, one in chosen.items():
-            plans[kind] = replace(plan, trainings=(Training(one.rate, one.tokens, given.batch),))
+            plans[kind] = replace(plan, trainings=(Training(one.rate, one.tokens, batch),))
     about: dict[str, Any] = {
         "model": given.model, "part": given.part, "machine": machine(), "options": options, "steps": list(steps),
-        "batch": given.batch, "limit": limit,
+        "batch": batch, "limit": limit,
         "rates": list(given.rates) if tuned is None else tuned.about["rates"],
         "tokens": list(given.tokens) if tuned is None else tuned.about["tokens"],
         "chosen": None if chosen is None else {kind: asdict(one) for kind, one in chosen.items()},
@@ -162,10 +162,10 @@ def parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", default=[], metavar="NAME", help="these contexts of the part")
     add("--output", type=Path, help="the file of the figures (default: in benchmarks/results)")
     add("--tuned-on", type=Path, help="with --part test: the file of the development contexts")
-    add("--rates", type=float, nargs="*", default=[3e-4, 1e-3, 3e-3], help="of AdamW, to choose from")
-    add("--steps", type=int, nargs="+", default=[10, 20, 50, 100, 200], help="after which a LoRA is measured")
+    add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of AdamW, to choose from (development)")
+    add("--steps", type=int, nargs="+", default=[10, 20, 50, 100, 200], help="after which it is measured (development)")
     add("--tokens", nargs="+", choices=TOKENS, default=["all"], help="that the LoRA's KL is taken over, to choose from")
-    add("--batch", type=int, default=8, help="conversations of a step (default: 8)")
+    add("--batch", type=int, default=8, help="conversations of a step (development; default: 8)")
     add("--number", type=int, default=Options.number, help="questions that the model writes, as for npt absorb")
     add("--new-tokens", type=int, default=Options.new_tokens, help="the longest answer, as for npt absorb")
     add("--memory", action="store_true", help="count each arm's peak, in runs of its own")

@@ -71,7 +71,8 @@ def with_error(values: Sequence[float | None]) -> tuple[float, float] | None:
 def choose(records: Mapping[str, Record], kind: str, limit: float) -> Chosen:
     """The gradient's setting with the largest mean share recovered among those within the limit on general text.
 
-    As absorbing chooses: where none is within, the one nearest to the limit.
+    As absorbing chooses: where none is within, the one nearest to the limit. Where no development context of the kind has a
+    large enough effect, those of the other kind choose.
 
     Args:
         records: of the development contexts.
@@ -79,11 +80,14 @@ def choose(records: Mapping[str, Record], kind: str, limit: float) -> Chosen:
         limit: mean KL on general text that is allowed, in nats a token.
 
     Raises:
-        NPTError: no development context of this kind was measured, or not all with the same settings.
+        NPTError: no development context was measured, or not all with the same settings.
     """
-    found = measured(records, kind)
+    found = measured(records, kind) or {name: one for name, one in records.items() if "absorb" in one}
     if not found:
-        raise NPTError(f"no development context of kind {kind!r} was measured; run --part development first")
+        raise NPTError(
+            "no development context was measured that moves the model enough; run --part development first, with a model "
+            "that follows one of them"
+        )
     first = next(iter(found.values()))
     ranked = []
     for one in first["gradient"]:

@@ -212,9 +212,10 @@ def test_the_gradient_is_chosen_within_the_limit_on_general_text() -> None:
     assert choose(found, "document", 0.02) == Chosen(0.1, "all", 10)
     assert choose(found, "document", 0.04) == Chosen(0.1, "all", 20)
     assert choose(found, "document", 0.005) == Chosen(0.1, "all", 10), "the nearest to the limit"
+    assert choose(found, "prompt", 0.02) == Chosen(0.1, "all", 10), "no prompt of its own"
     weak = {name: value for name, value in found["a"].items() if name != "absorb"}
     for records in ({}, {"a": weak}):
-        with pytest.raises(NPTError, match="run --part development first"):
+        with pytest.raises(NPTError, match="run --part development first, with"):
             choose(records, "document", 0.02)
 
 
