@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.absorbing import tables as absorbing
 from benchmarks.editing_tables import DOCUMENT, tables
 from benchmarks.law_tables import README_MODEL, kept_laws, law_readme, law_table
 from benchmarks.tables import (
@@ -212,6 +213,10 @@ def test_tables_are_those_of_the_kept_figures() -> None:
         ("docs/speed.md", "command"): command_table(json.loads(text_of(RESULTS / "command.json"))),
         **{("docs/results.md", f"equivalence {name}"): equivalence_table(kept[name]) for name in kept},
         **{(DOCUMENT, name): table for name, table in tables().items()},
+        **{
+            (DOCUMENT, absorbing.section_of(n)): absorbing.absorbing_section(n, k)
+            for n, k in absorbing.kept_absorbing().items()
+        },
     }
     for (file, name), table in expected.items():
         assert section(text_of(ROOT / file), name) == table, f"{file}: {name}"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from npt.common.display import one_line
 from npt.editing.absorbing.absorbed import Absorbed, Compared, Figures, id_of
 from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.choice import Choice, Trial, block_sets
-from npt.editing.absorbing.dialogue import Dialogue, context_from, shown
+from npt.editing.absorbing.dialogue import Conversation, Dialogue, context_from, shown
 from npt.editing.absorbing.general import CHOOSING, REPORTING, GeneralText
 from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.patches import Patches
@@ -261,9 +262,9 @@ class Contexts:
         Raises:
             DataError: the model with the context answers none of the questions.
         """
-        conversations, dialogue = one.reported, self.dialogue(one.style)
+        conversations = one.reported
         if questions is not None:
-            teacher = Teacher(self.blocks, dialogue, Options(new_tokens=one.new_tokens), self.progress)
+            teacher = Teacher(self.blocks, self.dialogue(one.style), Options(new_tokens=one.new_tokens), self.progress)
             teacher.check(questions)
             with self.facts_off(), self.patches.off():
                 found, _ = teacher.answered(
@@ -272,15 +273,7 @@ class Contexts:
             conversations = tuple(conversation for _, conversation in found)
         if not conversations:
             raise DataError("questions: the model with the context answers none of them; give others")
-        prompts = [c.student[: len(c.student) - c.answer] for c in conversations]
-        counts = [dialogue.room(len(prompt), one.new_tokens) for prompt in prompts]
-
-        def said() -> list[str]:
-            ids = continued(
-                self.blocks.base, self.tokenizer, prompts, counts, dialogue.ends, label="Reading back", progress=self.progress
-            )  # fmt: skip
-            return [dialogue.text(row).strip() for row in ids]
-
+        said = partial(self.said, conversations, one.style, one.new_tokens)
         with self.facts_off(), self.patches.off():
             lesson = Lesson(self.blocks, conversations)
             before, kl_before = said(), lesson.kl()
@@ -290,6 +283,22 @@ class Contexts:
             Compared(c.question, one, c.reply, other, float(kl_one), float(kl_other), int(n))
             for c, one, other, kl_one, kl_other, n in rows
         ]
+
+    def said(self, conversations: Sequence[Conversation], style: str, new_tokens: int) -> list[str]:
+        """The texts that the model writes to the questions without a context, with what is at work.
+
+        Args:
+            conversations: with the questions.
+            style: how they are put.
+            new_tokens: the longest answer.
+        """
+        dialogue = self.dialogue(style)
+        prompts = [c.student[: len(c.student) - c.answer] for c in conversations]
+        counts = [dialogue.room(len(prompt), new_tokens) for prompt in prompts]
+        ids = continued(
+            self.blocks.base, self.tokenizer, prompts, counts, dialogue.ends, label="Reading back", progress=self.progress
+        )  # fmt: skip
+        return [dialogue.text(row).strip() for row in ids]
 
 
 def _means(rows: Sequence[Compared], text_kl: float, seconds: float) -> Figures:

@@ -1,0 +1,173 @@
+"""All arms on one context: nothing, the context in front, absorb, and a LoRA trained by gradient."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from benchmarks.absorbing.cases import Case
+from benchmarks.absorbing.exam import Exam
+from benchmarks.absorbing.gradient import LowRank, Training
+from benchmarks.timing import synchronize
+from npt import EditStore
+from npt.block.modes import having
+from npt.editing.absorbing.absorbed import Absorbed
+from npt.editing.absorbing.choice import block_sets
+from npt.editing.absorbing.contexts import Contexts
+from npt.editing.absorbing.general import CHOOSING, REPORTING
+from npt.editing.absorbing.settings import options_of
+from npt.editing.absorbing.teaching import Teacher
+from npt.planning.counters import AllocationCounter
+
+#: The least effect of a context, in nats, with which it is measured.
+EFFECT = 0.2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    trainings: the gradient's. steps: after which it is measured, ascending. memory: count each arm's peak in runs of its own.
+    options: of `EditStore.absorb`.
+    """
+
+    trainings: tuple[Training, ...]
+    steps: tuple[int, ...]
+    memory: bool
+    options: dict[str, Any]
+
+
+def prepare(store: EditStore, blocks: Sequence[int] | None = None) -> float:
+    """Seconds of what a model needs once: its own text and second moments, and the text that damage is measured on.
+
+    Args:
+        store: the store.
+        blocks: those that may be patched; None for those that `blocks="auto"` compares.
+    """
+    start = time.perf_counter()
+    contexts = store.contexts
+    sets = block_sets(len(contexts.blocks)) if blocks is None else [tuple(blocks)]
+    contexts.general.moments(sorted({block for one in sets for block in one}))
+    contexts.watched(CHOOSING)
+    contexts.watched(REPORTING)
+    return time.perf_counter() - start
+
+
+def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
+    """The record of one context.
+
+    effect is the KL of the model without the context. Below `EFFECT` the record ends there; else `absorb` and `gradient`
+    follow, the latter with a list over `plan.steps` for each training. Seconds are without those of measuring.
+
+    Args:
+        store: a store with nothing in it, prepared.
+        case: the context.
+        plan: what is run.
+    """
+    given = {name: value for name, value in plan.options.items() if name not in ("questions", "answers", "blocks")}
+    exam = Exam(store, case, options_of(given))
+    nothing = exam.mark()
+    found: dict[str, Any] = {
+        "kind": case.kind, "part": case.part, "effect": nothing.kl, "questions": exam.questions, "answers": exam.answers,
+        "left_out": exam.left_out, "taught": list(exam.taught), "nothing": nothing.kept(),
+    }  # fmt: skip
+    if nothing.kl < EFFECT:
+        return found
+    with spent() as seconds:
+        edit = store.absorb(case.text, **plan.options)
+    assert isinstance(edit, Absorbed)
+    found["setting"] = {**asdict(edit.setting), "blocks": list(edit.setting.blocks)}
+    found["learnt"] = {"conversations": len(edit.learnt), "tokens": sum(c.shared for c in edit.learnt)}
+    found["asking_seconds"] = seconds["asking"]
+    found["absorb"] = {**exam.mark().kept(), "seconds": seconds["absorbing"]}
+    store.undo(edit.id)
+    found["gradient"] = [
+        {**asdict(training), "points": trained(store, exam, edit, training, plan.steps)} for training in plan.trainings
+    ]
+    if plan.memory:
+        found["peaks"] = peaks(store, case, plan, edit)
+    return found
+
+
+def trained(
+    store: EditStore, exam: Exam, edit: Absorbed, training: Training, steps: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The figures of a LoRA after each number of steps, and the seconds up to there. The store is empty."""
+    found, seconds = [], 0.0
+    start = clock()
+    one = lora(store, edit, training)
+    try:
+        for count in steps:
+            loss = one.train(count - one.steps)
+            seconds += clock() - start
+            found.append({"steps": count, "loss": loss, "seconds": seconds, **exam.mark().kept()})
+            start = clock()
+    finally:
+        one.close()
+    return found
+
+
+def lora(store: EditStore, edit: Absorbed, training: Training) -> LowRank:
+    """A LoRA at the place and of the rank of an absorbed context, which learns from the same tokens."""
+    contexts, setting = store.contexts, edit.setting
+    return LowRank(contexts.blocks, setting.blocks, setting.rank, edit.learnt, training, contexts.patches.together)
+
+
+def peaks(store: EditStore, case: Case, plan: Plan, edit: Absorbed) -> dict[str, int]:
+    """{arm: most bytes alive at once above what was there before}, counted in runs that no time is taken of."""
+
+    def absorb() -> None:
+        store.undo(store.absorb(case.text, **plan.options).id)
+
+    def train() -> None:
+        one = lora(store, edit, plan.trainings[0])
+        one.train(2)
+        one.close()
+
+    found = {}
+    runs: dict[str, Callable[[], None]] = {"absorb": absorb, "gradient": train if plan.trainings else lambda: None}
+    for name, run in runs.items():
+        with AllocationCounter() as counter:
+            run()
+        found[name] = counter.peak
+    return found
+
+
+@contextmanager
+def spent() -> Iterator[dict[str, float]]:
+    """Seconds of an `absorb` within a `with` block: of its questions and the teacher's answers, which the gradient needs too
+    (asking), of reporting, and of the rest (absorbing).
+    """
+    found = {"asking": 0.0, "reporting": 0.0, "absorbing": 0.0}
+    parts = ((Teacher, "teach", "asking"), (Contexts, "compare", "reporting"), (Contexts, "text_kl", "reporting"))
+    start = clock()
+    with ExitStack() as stack:
+        for owner, method, part in parts:
+            stack.enter_context(having([owner], method, _timed(getattr(owner, method), found, part)))
+        yield found
+    found["absorbing"] = clock() - start - found["asking"] - found["reporting"]
+
+
+def _timed(method: Callable[..., Any], found: dict[str, float], part: str) -> Callable[..., Any]:
+    def run(*args: Any, **named: Any) -> Any:
+        start = clock()
+        try:
+            return method(*args, **named)
+        finally:
+            found[part] += clock() - start
+
+    return run
+
+
+def clock() -> float:
+    """Seconds, with a GPU's queue empty."""
+    synchronize()
+    return time.perf_counter()
+
+
+def trainings(rates: Sequence[float], tokens: Sequence[str], batch: int) -> tuple[Training, ...]:
+    """Every rate with every choice of tokens."""
+    return tuple(replace(Training(rate), tokens=which, batch=batch) for which in tokens for rate in rates)
