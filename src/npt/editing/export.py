@@ -52,12 +52,11 @@ class Lora:
 
 def facts_in_rank(store: EditStore) -> tuple[dict[int, Factors], tuple[str, ...]]:
     """({block: weight delta of the facts, of a rank that servers accept}, ids of facts that are lost by that)."""
-    found, whole = {}, store.factors
-    for layer, pairs in store.pairs.items():
-        factors = whole[layer]
-        found[layer] = truncated(factors, pairs, RANKS[-1]) if len(pairs) > RANKS[-1] else factors
-    cut = any(found[layer] is not whole[layer] for layer in found)
-    return found, _lost(store, found) if cut else ()
+    pairs, whole = store.pairs, store.factors
+    if all(len(own) <= RANKS[-1] for own in pairs.values()):
+        return whole, ()
+    found = {layer: truncated(factors, pairs[layer], RANKS[-1]) for layer, factors in whole.items()}
+    return found, _lost(store, found)
 
 
 def rank_for(keys: int) -> int:
@@ -92,14 +91,14 @@ def _lost(store: EditStore, factors: Mapping[int, Factors], joint: Sequence[int]
 
     Args:
         store: with its edits at work.
-        factors: {block: the weight delta instead of that of the facts}.
+        factors: {block: the weight delta instead of that of the facts}, of every block with facts.
         joint: blocks where it stands for the contexts' weight delta too.
     """
     edits = store.facts
     ask = holding(store.bench, [edit.request for edit in edits])
     whole = ask()
     try:
-        store.bench.set({**store.factors, **factors})
+        store.bench.set(factors)
         with ExitStack() as stack:
             for layer in joint:
                 stack.enter_context(store.contexts.patches.off(layer))

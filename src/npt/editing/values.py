@@ -195,7 +195,11 @@ STRATEGIES: dict[str, Callable[[Problem], Found]] = {
 }
 
 #: Defaults of a strategy's own.
-_OWN = {"optimised": Settings(steps=25, clamp=4.0), "margin": Settings(margin=8.0)}
+_OWN = {
+    "optimised": Settings(steps=25, clamp=4.0),
+    "margin": Settings(margin=8.0, contexts=0),
+    "naive": Settings(contexts=0),
+}
 #: Blocks that share a fact where `layer="auto"` chooses them; one with a strategy that is not named.
 SHARING = {"newton": 3, "optimised": 3}
 
