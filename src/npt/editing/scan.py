@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 #: Blocks that are compared, and the part of the depth they are spread over: below, little has been read; above, few are left.
 CANDIDATES, LOWEST, HIGHEST = 8, 0.2, 0.7
 MOMENT_BYTES = 4 << 30
+#: Neighbouring blocks that are chosen where several can share a fact.
+SPREAD = 3
 #: The depth at which an edit without a subject works best.
 WITHOUT_SUBJECT = 0.85
 

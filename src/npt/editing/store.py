@@ -20,7 +20,7 @@ from npt.editing.checks import checked_layers, checked_ridge, known_ids
 from npt.editing.measure import Preview, Verification
 from npt.editing.metrics import Source
 from npt.editing.requests import NAMES, Request, check_together, request_of
-from npt.editing.scan import choose_layers
+from npt.editing.scan import SPREAD, choose_layers
 from npt.editing.solve import Factors, Pairs, joined, solve
 from npt.editing.values import SHARING, settings_of
 from npt.editing.writing import Edit, Writer, note_on
@@ -199,7 +199,9 @@ class EditStore:
         found = {}
         with self.contexts.patches.off():  # keys and values are the base's
             if self._bench is None:
-                self._bench = self._opened(choose_layers(self.source, requests, SHARING.get(self.values, 1)))
+                self._bench = self._opened(
+                    choose_layers(self.source, requests, SPREAD if self.values in SHARING else 1)
+                )
             writer = self._writer()
             for request in requests:  # before any long work
                 writer.check(request)

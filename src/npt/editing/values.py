@@ -200,8 +200,8 @@ _OWN = {
     "margin": Settings(margin=8.0, contexts=0),
     "naive": Settings(contexts=0),
 }
-#: Blocks that share a fact where `layer="auto"` chooses them; one with a strategy that is not named.
-SHARING = {"newton": 3, "optimised": 3}
+#: Strategies whose facts several blocks can share.
+SHARING = ("newton", "optimised")
 
 
 def settings_of(name: str, given: dict[str, Any]) -> Settings:

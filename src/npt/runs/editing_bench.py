@@ -27,7 +27,7 @@ from npt.editing.benchmark.records import Record, check_apart, read_records
 from npt.editing.benchmark.registry import METHODS, known_method, made, options_of
 from npt.editing.benchmark.rows import Kept, Row, joined, names_of, read_kept, write_kept
 from npt.editing.metrics import METRICS, Source
-from npt.editing.scan import choose_layers
+from npt.editing.scan import SPREAD, choose_layers
 from npt.editing.statistics import digest_of, own_text, token_rows
 from npt.errors import DataError, NPTError
 from npt.runs.base_model import load_base
@@ -35,8 +35,6 @@ from npt.runs.edits import Options, config_for, only_process
 
 logger = logging.getLogger(__name__)
 
-#: Blocks of methods that edit several.
-SPREAD = 3
 #: The random stream of the running text that the base writes, and its width; statistics have another stream.
 _TEXT_SEED, _TEXT_WIDTH = 1, 64
 #: Seconds between two saves: a command that is killed loses no more than these and the batch that it was at.
