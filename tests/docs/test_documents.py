@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from benchmarks.absorbing import tables as absorbing
+from benchmarks.beyond import tables as beyond
 from benchmarks.editing_tables import DOCUMENT, tables
 from benchmarks.law_tables import README_MODEL, kept_laws, law_readme, law_table
 from benchmarks.tables import (
@@ -217,6 +218,7 @@ def test_tables_are_those_of_the_kept_figures() -> None:
             (DOCUMENT, absorbing.section_of(n)): absorbing.absorbing_section(n, k)
             for n, k in absorbing.kept_absorbing().items()
         },
+        **{(DOCUMENT, beyond.section_of(n)): beyond.beyond_section(k) for n, k in beyond.kept_beyond().items()},
     }
     for (file, name), table in expected.items():
         assert section(text_of(ROOT / file), name) == table, f"{file}: {name}"
