@@ -67,6 +67,8 @@ FINETUNINGS = [
     bad("a method twice", "finetuning.compare", "names an entry twice", more=("--compare", "lora,lora")),
     bad("a method that is no list", "finetuning.compare", "use a list", given=("finetuning.compare=3",)),
     bad("an anchor below zero", "finetuning.anchor_weight: -1", "0 or more", given=("finetuning.anchor_weight=-1",)),
+    bad("one learning rate for two methods", "finetuning.compare_learning_rates: names 1 for 2 methods", "one for each",
+        given=("finetuning.compare=[lora,dora]", "finetuning.compare_learning_rates=[0.01]")),
     bad("an anchor without blocks", "finetuning.num_anchor_samples: 0", "1 or more",
         given=("finetuning.num_anchor_samples=0",)),
     bad(

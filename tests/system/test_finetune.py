@@ -70,6 +70,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 #: Of the run that most tests read: every feature at once.
 EVERY: dict[str, Any] = {
     "data__score": "replies", "finetuning__anchor_weight": 0.2, "finetuning__num_anchor_samples": 3,
+    "finetuning__compare_learning_rates": "[0.01, 0.004]",
 }  # fmt: skip
 
 
@@ -106,6 +107,14 @@ def test_it_starts_as_the_base_and_the_held_out_loss_falls(finished: Path) -> No
         assert lost["perplexity_ratio_standard_error"] > 0
         first = rows_in(finished, "" if method == "npt" else method)
         assert next(row for row in first if "base_loss" in row)["language_loss"] == pytest.approx(start["first_loss"])
+
+
+def test_each_method_has_its_own_learning_rate(finished: Path) -> None:
+    methods = report_in(finished)["methods"]
+    for method, rate in (("npt", 0.01), ("lora", 0.01), ("dora", 0.004)):
+        rows = rows_in(finished, "" if method == "npt" else method)
+        assert methods[method]["learning_rate"] == rate
+        assert max(row["learning_rate"] for row in rows if "learning_rate" in row) == pytest.approx(rate)
 
 
 def test_methods_are_of_about_as_many_parameters(finished: Path) -> None:
@@ -157,7 +166,7 @@ def test_another_setting_on_resume_is_one_line(finished: Path, tiny: Path, capfd
         ({"model__rank": 2}, "model.rank is 2 here and 3"),
         ({"data__score": "all"}, "the training text is another"),
     ):
-        assert main(words(tiny, finished, "--resume", **{**EVERY, **changes})) == 2
+        assert main(words(tiny, finished, "--compare", "lora,dora", "--resume", **{**EVERY, **changes})) == 2
         assert message in capfd.readouterr().err.splitlines()[-1]
 
 
@@ -198,6 +207,7 @@ def test_two_processes_train_as_one_does(fsdp: bool, tiny: Path, tmp_path: Path)
         folder.mkdir()
         (folder / "chats.jsonl").write_text(chats())
         changes = {**EVERY, "training__batch_size": batch, "data__eval_texts": "[]"}
+        changes["finetuning__compare_learning_rates"] = "[]"
         changes["optimization__fsdp"] = fsdp and processes > 1
         arguments = words(tiny, folder, *([] if fsdp else ["--compare", "dora"]), **changes)
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]

@@ -293,6 +293,14 @@ class FinetuningSection(Section):
     anchor_weight: Annotated[Real, Field(ge=0)] = 0.0
     num_anchor_samples: Positive = 64
     compare: Annotated[list[Literal["lora", "dora"]], BeforeValidator(_listed), AfterValidator(_no_duplicates)] = []
+    compare_learning_rates: list[Annotated[Real, Field(gt=0)]] = []
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """A learning rate belongs to each method, or to none."""
+        rates, methods = len(self.compare_learning_rates), len(self.compare)
+        if rates not in (0, methods):
+            text = f"names {rates} for {methods} methods; give one for each, or [] for training.learning_rate"
+            yield ("compare_learning_rates", "compare"), text
 
 
 class RunConfig(Section):

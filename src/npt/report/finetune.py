@@ -91,11 +91,12 @@ def tables(report: Report) -> dict[str, list[dict[str, str]]]:
 
 def _row(method: str, of_method: Mapping[str, Any], corpus: str, gained: bool) -> dict[str, str]:
     figures = section(of_method, "figures", corpus)
-    trained, rank = of_method.get("trained_parameters"), of_method.get("rank")
+    trained, rank, rate = (of_method.get(name) for name in ("trained_parameters", "rank", "learning_rate"))
     row = {
         "method": NAMES.get(method, method),
         "trained": "0" if trained is None else f"{trained:,}",
         "rank": "" if rank is None else str(rank),
+        "learning rate": "" if rate is None else f"{rate:g}",
     }
     return row | dict(_gained(method, figures) if gained else _lost(method, figures))
 

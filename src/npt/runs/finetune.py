@@ -255,9 +255,13 @@ def train_other(config: RunConfig, method: str, shared: Shared, npt: Arm, *, res
 
 
 def of_method(config: RunConfig, method: str) -> RunConfig:
-    """The configuration with the folders of a method of `finetuning.compare`, and without trackers."""
+    """The configuration with the folders and learning rate of a method of `finetuning.compare`, and without trackers."""
     folders = {f"paths.{n}": str(Path(getattr(config.paths, n)) / method) for n in ("output_dir", "checkpoint_dir")}
-    return with_overrides(config, {**folders, "training.report_to": [], "wandb.enabled": False})
+    f = config.finetuning
+    rates = f.compare_learning_rates
+    rate = rates[list[str](f.compare).index(method)] if rates else config.training.learning_rate
+    own = {"training.learning_rate": rate, "training.report_to": [], "wandb.enabled": False}
+    return with_overrides(config, {**folders, **own})
 
 
 def train_arm(
@@ -273,6 +277,7 @@ def train_arm(
     """
     output, checkpoints = Path(config.paths.output_dir), Path(config.paths.checkpoint_dir)
     spent, corpus, is_npt = shared.spent, shared.corpus, bool(npt_layers(model))
+    arm.learning_rate = arguments.learning_rate
     trainer = make_trainer(config, arguments, model, shared, last, arm)
     config = with_precision(config, trainer.accelerator.mixed_precision)
     if last is not None:

@@ -28,6 +28,7 @@ class Arm:
 
     name: npt, lora or dora. trained: parameters that it trains. rank: of it. blocks: indices. places: the
     projections of another method.
+    learning_rate: of its training, before the schedule.
     figures, base: {corpus: figures} of the model and of the base beside it (`npt.finetuning.figures`). seconds: of training
     in this process. steps: taken. samples: texts of both models. model, protocol: the parts of the report that the
     converted model decides.
@@ -38,6 +39,7 @@ class Arm:
     rank: int
     blocks: list[int] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
+    learning_rate: float = 0.0
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     base: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -135,6 +137,7 @@ def figures_of(arm: Arm, output: Path, config: RunConfig) -> dict[str, Any]:
         "trained_parameters": arm.trained,
         "rank": arm.rank,
         "places": arm.places,
+        "learning_rate": arm.learning_rate,
         "best_step": chosen["step"],
         "steps": arm.steps,
         "seconds": arm.seconds,
