@@ -15,6 +15,7 @@ from benchmarks.absorbing import tables as absorbing
 from benchmarks.beyond import tables as beyond
 from benchmarks.editing_tables import DOCUMENT, tables
 from benchmarks.law_tables import README_MODEL, kept_laws, law_readme, law_table
+from benchmarks.plasticity import tables as plasticity
 from benchmarks.tables import (
     RESULTS,
     command_table,
@@ -219,6 +220,10 @@ def test_tables_are_those_of_the_kept_figures() -> None:
             for n, k in absorbing.kept_absorbing().items()
         },
         **{(DOCUMENT, beyond.section_of(n)): beyond.beyond_section(k) for n, k in beyond.kept_beyond().items()},
+        **{
+            (plasticity.DOCUMENT, plasticity.section_of(n)): plasticity.plasticity_section(k)
+            for n, k in plasticity.kept_plasticity().items()
+        },
     }
     for (file, name), table in expected.items():
         assert section(text_of(ROOT / file), name) == table, f"{file}: {name}"

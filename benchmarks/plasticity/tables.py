@@ -1,0 +1,75 @@
+"""Tables of benchmarks/results/plasticity-*--test.json, for docs/finetuning.md: python -m benchmarks.plasticity.tables"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.absorbing.__main__ import Kept, read_kept
+from benchmarks.absorbing.choice import with_error
+from benchmarks.plasticity.arms import ARMS
+from benchmarks.plasticity.tasks import TASKS
+from benchmarks.tables import RESULTS
+from npt.common.display import markdown
+from npt.report.finetune import NAMES
+from scripts.marked import write_section
+
+DOCUMENT = "docs/finetuning.md"
+HEAD = ("task", "method", "learning rate", "trained", "right answers", "held-out loss", "KL on general text", "seconds")
+
+
+def kept_plasticity(folder: Path = RESULTS) -> dict[str, Kept]:
+    """{model's name in its file: its figures}."""
+    paths = sorted(folder.glob("plasticity-*--test.json"))
+    return {path.stem.removeprefix("plasticity-").removesuffix("--test"): read_kept(path) for path in paths}
+
+
+def section_of(name: str) -> str:
+    """The name of a table's markers."""
+    return f"plasticity {name}"
+
+
+def plasticity_section(kept: Kept) -> str:
+    """A line on what was measured, and a row for each task and method."""
+    about, records = kept.about, list(kept.contexts.values())
+    size, seeds = about["size"], sorted({record["seed"] for record in records})
+    form = f", {' '.join(about['set'])}" if about["set"] else ""
+    rates = ", ".join(f"{rate:g}" for rate in about["rates"])
+    line = (
+        f"`{about['model']}`, {about['machine']['device']}, {size['steps']} steps of {size['batch']} x {size['length']} "
+        f"tokens, seeds {', '.join(map(str, seeds))}{form}. Rates chosen among {rates}."
+    )
+    rows = []
+    for task in TASKS:
+        own = [record["arms"] for record in records if record["task"] == task]
+        rows += [[task, NAMES[arm], *cells([arms[arm] for arms in own])] for arm in ARMS if own]
+    return f"{line}\n\n{markdown(HEAD, rows)}"
+
+
+def cells(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One method's figures on one task, each a mean over seeds with its standard error."""
+    right = [100 * fmean(run["right"]) for run in runs]
+    columns = [(right, "{:.1f}", " %"), *(([run[name] for run in runs], form, "") for name, form in _FORMS)]
+    return [f"{runs[0]['rate']:g}", f"{runs[0]['trained']:,}", *(_shown(*column) for column in columns)]
+
+
+_FORMS = (("loss", "{:.3f}"), ("kl", "{:.4f}"), ("seconds", "{:.0f}"))
+
+
+def _shown(values: Sequence[float], form: str, unit: str) -> str:
+    found = with_error(values)
+    assert found is not None
+    mean, error = found
+    return f"{form.format(mean)}{'' if error != error else f' ± {form.format(error)}'}{unit}"
+
+
+def main() -> None:
+    """Writes the tables of what is kept."""
+    for name, kept in kept_plasticity().items():
+        write_section(DOCUMENT, section_of(name), plasticity_section(kept))
+
+
+if __name__ == "__main__":
+    main()
