@@ -14,10 +14,10 @@ from peft import PeftModel
 from benchmarks.plasticity.tasks import Example, examples, right
 from npt import load_base
 from npt.adapters.folder import load_adapter
-from npt.config import load_config
 from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.dialogue import Dialogue
 from npt.runs.finetune import run_finetuning
+from npt.runs.finetune_settings import finetune_settings
 from npt.tuner.converted import vocabulary_size
 
 ARMS = ("npt", "lora", "dora")
@@ -85,7 +85,7 @@ def measure(
     folder.mkdir(parents=True)
     asked = examples(task, seed, part, ASKED)
     write_chats(folder / "chats.jsonl", examples(task, seed, "train", size.examples))
-    report = run_finetuning(load_config(None, settings(base, seed, rates, size, form, folder)))
+    report = run_finetuning(finetune_settings(None, settings(base, seed, rates, size, form, folder)))
     found = {}
     for arm in ARMS:
         figures = report["methods"][arm]["figures"]

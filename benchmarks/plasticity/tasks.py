@@ -71,7 +71,7 @@ def examples(task: str, seed: int, part: str, count: int) -> list[Example]:
     """
     chance = random.Random(f"{task} {part} {seed}")
     found: dict[str, Example] = {}
-    for _ in range(200 * count):
+    for _ in range(1000 + 20 * count):
         one = TASKS[task](chance)
         if part_of(one.prompt) == part:
             found.setdefault(one.prompt, one)
