@@ -31,6 +31,8 @@ from npt.errors import NPTError
 #: The seed on which rates are chosen; others are reported.
 DEVELOPMENT = 1000
 PARTS = ("development", "test")
+#: What both parts have to be measured with.
+SAME = ("model", "size", "set")
 
 
 def file_of(model: str, part: str) -> Path:
@@ -123,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "model": given.model, "part": given.part, "size": asdict(size), "set": given.set, "machine": machine(),
             "rates": given.rates if tuned is None else tuned.about["rates"],
         }  # fmt: skip
+        if tuned is not None and (other := [name for name in SAME if tuned.about[name] != about[name]]):
+            raise NPTError(f"the development part was measured with another {other[0]}; measure it again with this one")
         run(given, tuned, opened(path, about), path, size)
     except NPTError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,7 +23,7 @@ from npt.tuner.converted import vocabulary_size
 ARMS = ("npt", "lora", "dora")
 #: Of a base that has no chat template of its own.
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 #: The longest answer, in tokens, and prompts that an adapter is asked.
@@ -109,7 +109,7 @@ def settings(
     values = {
         "model.base_model_name": base, "model.rank": size.rank, "model.npt_layers": "all",
         "data.data_files": f"[{folder}/chats.jsonl]",
-        "data.score": "replies", "data.max_length": size.length, "data.num_eval_samples": 8,
+        "data.score": "replies", "data.max_length": size.length, "data.num_eval_samples": 32,
         "training.batch_size": size.batch, "training.num_train_steps": size.steps, "training.seed": seed,
         "training.learning_rate": rates["npt"], "training.eval_steps": size.steps, "training.save_steps": size.steps,
         "training.logging_steps": size.steps, "training.prediction_logging_steps": size.steps,

@@ -1,4 +1,8 @@
-"""Tasks as seeded generators of examples. Training, development and test examples have no prompt in common."""
+"""Tasks as seeded generators of examples.
+
+What an example is about (its digits, its function, its words) decides whether it is for training, development or the test.
+So no answer of the test can be known from training, and no seed changes that.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 PARTS = ("train", "development", "test")
-#: Of 8 prompts so many are for the test, and as many for development.
+#: Of 8 groups of examples so many are for the test, and as many for development.
 _HELD = 1
 _NAMES = (
     "Ann",
@@ -28,10 +32,8 @@ _NAMES = (
     "Otto",
     "Pam",
 )
-_PLACES = {
-    "Paris": "France", "Rome": "Italy", "Madrid": "Spain", "Berlin": "Germany", "Oslo": "Norway", "Cairo": "Egypt",
-    "Lima": "Peru", "Delhi": "India", "Tokyo": "Japan", "Athens": "Greece",
-}  # fmt: skip
+_CITIES = ("Paris", "Rome", "Madrid", "Berlin", "Oslo", "Cairo", "Lima", "Delhi", "Tokyo", "Athens")
+_COUNTRIES = ("France", "Italy", "Spain", "Germany", "Norway", "Egypt", "Peru", "India", "Japan", "Greece")
 _RULES: dict[str, Callable[[list[int]], list[int]]] = {
     "up": sorted,
     "down": lambda numbers: sorted(numbers, reverse=True),
@@ -45,15 +47,16 @@ _STEMS = ("rin", "tol", "bek", "dal", "vos", "mig", "pel", "har", "nud", "sif")
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answer; of an answer with steps, the last word is what counts."""
+    """A prompt and its answer; of an answer with steps, the last word is what counts. group: what it is about."""
 
     prompt: str
     answer: str
+    group: str
 
 
-def part_of(prompt: str) -> str:
-    """The part that a prompt belongs to, by its own letters: whatever the seed, no two parts share one."""
-    number = hashlib.sha256(prompt.encode()).digest()[0] % 8
+def part_of(group: str) -> str:
+    """The part that a group of examples belongs to, by its own letters."""
+    number = hashlib.sha256(group.encode()).digest()[0] % 8
     return "test" if number < _HELD else "development" if number < 2 * _HELD else "train"
 
 
@@ -73,7 +76,7 @@ def examples(task: str, seed: int, part: str, count: int) -> list[Example]:
     found: dict[str, Example] = {}
     for _ in range(1000 + 20 * count):
         one = TASKS[task](chance)
-        if part_of(one.prompt) == part:
+        if part_of(one.group) == part:
             found.setdefault(one.prompt, one)
         if len(found) == count:
             return list(found.values())
@@ -89,7 +92,7 @@ def right(task: str, text: str, answer: str) -> bool:
 def rule_switching(chance: random.Random) -> Example:
     """A cue says what is to be done with four digits."""
     cue, numbers = chance.choice(list(_RULES)), chance.sample(range(10), 4)
-    return Example(f"{cue}: {_joined(numbers)}", _joined(_RULES[cue](numbers)))
+    return Example(f"{cue}: {_joined(numbers)}", _joined(_RULES[cue](numbers)), _joined(sorted(numbers)))
 
 
 def recall(chance: random.Random) -> Example:
@@ -97,24 +100,26 @@ def recall(chance: random.Random) -> Example:
     count = chance.choice((4, 8, 16, 32, 64))
     pairs = {key: chance.randrange(10) for key in _distinct(chance, count)}
     asked = chance.choice(list(pairs))
-    return Example(f"{' '.join(f'{key}={value}' for key, value in pairs.items())} {asked}=?", str(pairs[asked]))
+    prompt = f"{' '.join(f'{key}={value}' for key, value in pairs.items())} {asked}=?"
+    return Example(prompt, str(pairs[asked]), prompt)
 
 
 def regression(chance: random.Random) -> Example:
     """y = a x + b of small numbers, from three points."""
-    a, b, (*known, x) = chance.randint(1, 5), chance.randint(0, 9), chance.sample(range(10), 4)
+    a, b, (*known, x) = chance.randint(1, 9), chance.randint(0, 20), chance.sample(range(10), 4)
     points = " ".join(f"{value}:{a * value + b}" for value in known)
-    return Example(f"{points} {x}:?", str(a * x + b))
+    return Example(f"{points} {x}:?", str(a * x + b), f"{a} {b}")
 
 
 def two_hop(chance: random.Random) -> Example:
-    """People live in cities, cities lie in countries: in which country does one live?"""
-    people, cities = chance.sample(_NAMES, 4), chance.sample(list(_PLACES), 4)
+    """People live in cities, cities lie in countries, other ones each time: in which country does one live?"""
+    people, cities, countries = (chance.sample(names, 4) for names in (_NAMES, _CITIES, _COUNTRIES))
     said = [f"{person} lives in {city}." for person, city in zip(people, cities, strict=True)]
-    said += [f"{city} is in {_PLACES[city]}." for city in cities]
+    said += [f"{city} is in {country}." for city, country in zip(cities, countries, strict=True)]
     chance.shuffle(said)
     who = chance.randrange(4)
-    return Example(f"{' '.join(said)} In which country does {people[who]} live?", _PLACES[cities[who]])
+    prompt = f"{' '.join(said)} In which country does {people[who]} live?"
+    return Example(prompt, countries[who], prompt)
 
 
 def chains(chance: random.Random) -> Example:
@@ -124,13 +129,14 @@ def chains(chance: random.Random) -> Example:
     for number in numbers[1:]:
         steps.append(f"{total}+{number}={total + number}")
         total += number
-    return Example(f"{'+'.join(map(str, numbers))}=?", f"{' '.join(steps)} so {total}")
+    return Example(f"{'+'.join(map(str, numbers))}=?", f"{' '.join(steps)} so {total}", _joined(sorted(numbers)))
 
 
 def domain(chance: random.Random) -> Example:
     """Words of an invented language, whose ending is that of the sentence's first syllable."""
     opening, stems = chance.choice(list(_ENDINGS)), chance.sample(_STEMS, 4)
-    return Example(f"{opening} {' '.join(stems)}", " ".join(f"{stem}{_ENDINGS[opening]}" for stem in stems))
+    answer = " ".join(f"{stem}{_ENDINGS[opening]}" for stem in stems)
+    return Example(f"{opening} {' '.join(stems)}", answer, " ".join(sorted(stems)))
 
 
 #: {name: its generator of one example}.

@@ -18,10 +18,12 @@ from tests.helpers import quick_reports
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_parts_have_no_prompt_in_common_whatever_the_seed(task: str) -> None:
+def test_parts_have_nothing_in_common_whatever_the_seed(task: str) -> None:
     prompts = {part: {one.prompt for seed in (0, 1) for one in examples(task, seed, part, 150)} for part in PARTS}
     assert not prompts["train"] & prompts["test"] and not prompts["train"] & prompts["development"]
     assert not prompts["test"] & prompts["development"]
+    groups = {part: {one.group for one in examples(task, 0, part, 150)} for part in PARTS}
+    assert not groups["train"] & (groups["test"] | groups["development"])
     assert examples(task, 0, "train", 20) == examples(task, 0, "train", 20) != examples(task, 1, "train", 20)
     assert len({one.prompt for one in examples(task, 0, "train", 150)}) == 150
 
@@ -99,3 +101,15 @@ def test_all_arms_run_and_a_second_call_measures_nothing_anew(tmp_path: Any, cap
 def test_the_development_seed_is_not_reported(capsys: Any) -> None:
     assert command.main(["--part", "test", "--seed", str(DEVELOPMENT)]) == 1
     assert "rates were chosen on it" in capsys.readouterr().err
+
+
+def test_the_template_ends_a_turn_with_a_line_break_that_ends_an_answer_too() -> None:
+    from transformers import AutoTokenizer
+
+    from benchmarks.plasticity.arms import TEMPLATE
+    from npt.builtin import model_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("builtin:tiny"))
+    tokenizer.chat_template = TEMPLATE
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "user: a\nassistant: b\n"
