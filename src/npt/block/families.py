@@ -200,6 +200,11 @@ def register_family(model_type: str, family: Family | Callable[[Any], Family]) -
     FAMILIES[model_type] = family
 
 
+def refusal(config: Any) -> str | None:
+    """Why models of a configuration can't be converted, whatever their type; None where nothing is against it."""
+    return next((reason for reason, applies in _REFUSALS.items() if applies(config)), None)
+
+
 def family_of(model: nn.Module) -> Family:
     """The family of a causal LM.
 
@@ -208,9 +213,8 @@ def family_of(model: nn.Module) -> Family:
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    for reason, applies in _REFUSALS.items():
-        if applies(config):
-            raise ConversionError(f"{type(model).__name__} can't be converted: {reason}")
+    if (reason := refusal(config)) is not None:
+        raise ConversionError(f"{type(model).__name__} can't be converted: {reason}")
     if model_type not in FAMILIES:
         raise ConversionError(
             f"model type {model_type!r} of {type(model).__name__} is not supported; known: {', '.join(sorted(FAMILIES))}. "

@@ -1,4 +1,4 @@
-"""Commands of the first minutes: a configuration to start from, a check of the installation."""
+"""Commands of the first minutes: a configuration to start from, which models work, a check of the installation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from npt.cli.app import app, load, say
+from npt.cli.app import app, console, load, say
 from npt.cli.options import Config, Set, place_of
 from npt.common.distribution import DISTRIBUTION
 from npt.errors import NPTError
@@ -56,6 +56,36 @@ def init(
     write_text(file, text)
     command = "finetune" if preset is Preset.FINETUNE else "train"
     say(f"{file}: edit it, then: npt {command} --config {file}")
+
+
+class Standing(str, Enum):
+    """The states of `npt.block.known_types`."""
+
+    CONVERTED = "converted"
+    REFUSED = "refused"
+    NOT_TRIED = "not-tried"
+
+
+@app.command()
+def families(
+    only: Annotated[Standing | None, typer.Option("--only", help="The types of one state.")] = None,
+) -> None:
+    """Lists model types: converted, refused, not tried.
+
+    All causal types of the installed transformers, each judged by its default configuration.
+    """
+    from rich.table import Table
+
+    from npt.block.known_types import standings
+
+    groups: dict[tuple[str, str], list[str]] = {}
+    for one in standings():
+        groups.setdefault((one.state.value, one.reason), []).append(one.model_type)
+    table = Table("types", "state", "model types", "why not")
+    for (state, reason), types in sorted(groups.items()):
+        if only is None or state == only.value.replace("-", " "):
+            table.add_row(str(len(types)), state, ", ".join(types), reason)
+    console().print(table)
 
 
 @app.command()

@@ -14,7 +14,6 @@ import torch
 from accelerate import cpu_offload
 from accelerate.utils.memory import clear_device_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from npt.block.families import FAMILIES, blocks_of, family_of, resolve_layers
 from npt.common.display import one_line
@@ -23,6 +22,7 @@ from npt.common.gguf import GGUFError, config_of
 from npt.common.places import expanded
 from npt.common.precision import DTYPE_REASON, choose_dtype
 from npt.common.processes import world
+from npt.common.quiet import quiet_transformers
 from npt.config import ModelSection, OptimizationSection, RunConfig, with_overrides
 from npt.errors import ConversionError, NPTError
 from npt.runs.base_adapters import refuse_attached
@@ -68,7 +68,7 @@ def load_base(
     bits: dict[str, Any] = _bitsandbytes(4 if optimization.use_4bit else 8) if quantized else {}
     weights_dtype, reason = base_dtype(model, optimization, base_config(model, cache_dir, revision))
     tokenizer = _tokenizer(model, cache_dir, revision)
-    with _named(model), _quiet_libraries():
+    with _named(model), quiet_transformers():
         name = weights_of(model, cache_dir)
         # Weights of other shapes are let through to be named below, where the library only points to a log.
         base, found = AutoModelForCausalLM.from_pretrained(
@@ -90,7 +90,7 @@ def load_tokenizer(model: ModelSection, cache_dir: str | None = None, revision: 
 
 
 def _tokenizer(model: ModelSection, cache_dir: str | None, revision: str | None) -> Any:
-    with _named(model), _quiet_libraries():
+    with _named(model), quiet_transformers():
         return AutoTokenizer.from_pretrained(weights_of(model, cache_dir), **_arguments(model, cache_dir, revision))
 
 
@@ -102,7 +102,7 @@ def base_config(model: ModelSection, cache_dir: str | None = None, revision: str
             section asks for.
     """
     where = f"model.base_model_name={model.base_model_name}"
-    with _named(model), _quiet_libraries():
+    with _named(model), quiet_transformers():
         name, gguf = config_place(model, cache_dir, where)
         found = (
             AutoConfig.from_pretrained(name, **_arguments(model, cache_dir, revision))
@@ -191,21 +191,6 @@ def _named(model: ModelSection) -> Iterator[None]:
             f"model.base_model_name={name!r} can't be loaded: it is no local model folder, and the hub did not deliver it "
             f"({reason}); {hub_remedy(error)}"
         ) from error
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Silences transformers' own reports, which are told in one line here, and its bars where stderr is no terminal."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _check_complete(name: str, found: Any) -> None:
