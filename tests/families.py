@@ -143,7 +143,8 @@ _BARE: dict[str, Any] = {
 
 CASES = [
     *(Case(name) for name in ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo", "ernie4_5", "diffllama",
-                              "helium", "hunyuan_v1_dense", "ministral", "ministral3", "seed_oss")),
+                              "helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "ministral", "ministral3",
+                              "seed_oss")),
     Case("cwm", {"sliding_window": 4}),
     Case("youtu", {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
                    "head_dim": 4, "num_key_value_heads": 4}),

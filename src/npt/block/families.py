@@ -140,6 +140,8 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "helium": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
     "hyperclovax": replace(_LLAMA, tap="post_norm1", out="post_norm2", multiplier="residual_multiplier"),
+    "internlm3": _LLAMA,
+    "iquestcoder": _LLAMA,
     "jais2": _UNGATED_LLAMA,
     "lfm2": Family(
         "model.layers", ("self_attn.out_proj", "conv.out_proj"), "ffn_norm", "feed_forward",

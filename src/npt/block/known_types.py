@@ -24,7 +24,7 @@ class State(str, Enum):
 
 @dataclass(frozen=True)
 class Standing:
-    """A model type. reason: why it is not converted, blank where it is."""
+    """A model type. reason: why it is not converted; where it is, blank, or the type that its models are saved as."""
 
     model_type: str
     state: State
@@ -46,6 +46,8 @@ def standing_of(model_type: str) -> Standing:
         return Standing(model_type, State.CONVERTED)
     try:
         config: Any = AutoConfig.for_model(model_type)
+        if config.model_type in FAMILIES:
+            return Standing(model_type, State.CONVERTED, f"as {config.model_type}")
         reason = refusal(config) or refusal(config.get_text_config(decoder=True))
     except Exception as error:  # the code of a model that nobody has tried: whatever it does, the list goes on
         problem = one_line(str(error) or type(error).__name__, 60)
