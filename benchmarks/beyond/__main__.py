@@ -84,7 +84,7 @@ def arms_of(room: Room, given: argparse.Namespace, chosen: Chosen | None) -> dic
     def lora() -> dict[str, Any]:
         if chosen is not None:
             (mark,) = room.trained(Training(given.rank, chosen.rate, chosen.epochs), [chosen.epochs])
-            return mark
+            return {**mark, "rate": chosen.rate}
         trainings = [
             {"rate": rate, "marks": room.trained(Training(given.rank, rate, EPOCHS), AFTER)} for rate in given.rates
         ]
@@ -173,7 +173,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "number": given.number,
             "machine": machine(),
         }
-        about["lora"] = list(given.rates) if chosen is None else asdict(chosen)
         run(given, opened(path, about), path, chosen)
     except NPTError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -35,11 +35,10 @@ def beyond_section(kept: Kept) -> str:
     """A line on what was measured, and a row for each number of facts and arm."""
     records = list(kept.contexts.values())
     seeds = sorted({record["seed"] for record in records})
-    lora = kept.about["lora"]
-    line = (
-        f"`{kept.about['model']}`, {kept.about['machine']['device']}, seeds {', '.join(map(str, seeds))}. LoRA: rank "
-        f"{kept.about['rank']}, rate {lora['rate']:g}, {lora['epochs']} epochs."
-    )
+    lora = next((record for record in records if record["arm"] == "lora"), None)
+    line = f"`{kept.about['model']}`, {kept.about['machine']['device']}, seeds {', '.join(map(str, seeds))}."
+    if lora is not None:
+        line += f" LoRA: rank {kept.about['rank']}, rate {lora['rate']:g}, {lora['epochs']} epochs."
     rows = []
     for count in sorted({record["facts"] for record in records}):
         for arm in ARMS:
