@@ -12,67 +12,25 @@ benchmarks/results/absorbing-MODEL--PART.json; a command that was killed goes on
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import machine
 from benchmarks.absorbing import arms
-from benchmarks.absorbing.cases import FILES, PARTS, Case, read_cases
-from benchmarks.absorbing.choice import Chosen, Record, at, choose, recovered
+from benchmarks.absorbing.cases import FILES, Case, read_cases
+from benchmarks.absorbing.choice import Chosen, at, choose, recovered
 from benchmarks.absorbing.gradient import TOKENS, Training
-from benchmarks.tables import RESULTS
+from benchmarks.kept import PARTS, Kept, Record, ended, file_of, opened, read_kept
 from npt import EditStore, load_base
 from npt.common.display import one_line
-from npt.common.files import write_json
 from npt.editing.absorbing.settings import Options
 from npt.errors import NPTError
 
-
-@dataclass
-class Kept:
-    """The figures in a file. about: what they were measured with. contexts: {name: its record}."""
-
-    about: dict[str, Any]
-    contexts: dict[str, Record]
-
-
-def file_of(model: str, part: str) -> Path:
-    """The file in which a part is kept."""
-    return RESULTS / f"absorbing-{model.replace(':', '-').replace('/', '-')}--{part}.json"
-
-
-def read_kept(path: Path) -> Kept:
-    """The figures in a file.
-
-    Raises:
-        NPTError: it can't be read, or is of another kind.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Kept(values["about"], values["contexts"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = one_line(repr(error), 80)
-        raise NPTError(f"{path}: holds no figures of this benchmark ({problem}); measure them first") from error
-
-
-def opened(path: Path, about: dict[str, Any]) -> Kept:
-    """The figures to go on with, none where there is no file.
-
-    Raises:
-        NPTError: the file was measured with something else.
-    """
-    if not path.exists():
-        return Kept(about, {})
-    kept = read_kept(path)
-    other = [name for name in about if kept.about.get(name) != about[name]]
-    if other:
-        was, now = (one_line(repr(one.get(other[0])), 60) for one in (kept.about, about))
-        raise NPTError(f"{path}: was measured with {other[0]} {was}, not {now}; give that, or another --output")
-    return kept
+KIND = "absorbing"
 
 
 def run(store: EditStore, cases: Sequence[Case], plans: Mapping[str, arms.Plan], kept: Kept, path: Path) -> None:
@@ -86,10 +44,8 @@ def run(store: EditStore, cases: Sequence[Case], plans: Mapping[str, arms.Plan],
         path: their file.
     """
     for case in cases:
-        if case.name not in kept.contexts:
-            kept.contexts[case.name] = arms.measure(store, case, plans[case.kind])
-            write_json(path, asdict(kept))
-        print(line_of(case.name, kept.contexts[case.name], kept.about["chosen"]), flush=True)
+        found = kept.measured(case.name, partial(arms.measure, store, case, plans[case.kind]), path)
+        print(line_of(case.name, found, kept.about["chosen"]), flush=True)
 
 
 def line_of(name: str, record: Record, chosen: Mapping[str, Any] | None) -> str:
@@ -176,22 +132,22 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 1 for an error that is said in one line."""
     given = parser().parse_args(arguments)
-    path = given.output or file_of(given.model, given.part)
-    try:
-        if min(*given.steps, given.batch, 1) < 1 or any(not rate > 0 for rate in given.rates):
-            raise NPTError("--steps, --batch and --rates: use whole numbers from 1, and rates above 0")
-        tuned = None if given.part == PARTS[0] else read_kept(given.tuned_on or file_of(given.model, PARTS[0]))
-        plans, about = plans_of(given, tuned, Options.limit)
-        cases, kept = chosen_cases(given.part, given.only), opened(path, about)
-        model, tokenizer = load_base(given.model)
-        store = EditStore(model, tokenizer, cache_dir=given.cache, progress=False)
-        if any(case.name not in kept.contexts for case in cases):
-            print(f"once for the model: {arms.prepare(store):.0f} s", flush=True)
-        run(store, cases, plans, kept, path)
-    except NPTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return ended(lambda: command(given))
+
+
+def command(given: argparse.Namespace) -> None:
+    """Measures what the command line asks for."""
+    path = given.output or file_of(KIND, given.model, given.part)
+    if min(*given.steps, given.batch, 1) < 1 or any(not rate > 0 for rate in given.rates):
+        raise NPTError("--steps, --batch and --rates: use whole numbers from 1, and rates above 0")
+    tuned = None if given.part == PARTS[0] else read_kept(given.tuned_on or file_of(KIND, given.model, PARTS[0]))
+    plans, about = plans_of(given, tuned, Options.limit)
+    cases, kept = chosen_cases(given.part, given.only), opened(path, about)
+    model, tokenizer = load_base(given.model)
+    store = EditStore(model, tokenizer, cache_dir=given.cache, progress=False)
+    if any(case.name not in kept.contexts for case in cases):
+        print(f"once for the model: {arms.prepare(store):.0f} s", flush=True)
+    run(store, cases, plans, kept, path)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kept import PARTS
 from npt.common.display import one_line
 from npt.editing.absorbing.dialogue import checked
 from npt.editing.requests import file_text, json_lines
 from npt.errors import DataError
 
 FOLDER = Path(__file__).resolve().parent
-#: {kind: its file}, and the parts: choices are made on the first, figures reported on the second.
+#: {kind: its file}.
 FILES = {"document": FOLDER / "documents.jsonl", "prompt": FOLDER / "prompts.jsonl"}
-PARTS = ("development", "test")
 NAMES = ("name", "part", "text", "questions")
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.absorbing.__main__ import Kept, read_kept
+from benchmarks.absorbing.__main__ import KIND
 from benchmarks.absorbing.cases import FILES
 from benchmarks.absorbing.choice import ARMS, Chosen, caught_up, curve, left_out, measured, summary
+from benchmarks.kept import Kept, reported
 from benchmarks.tables import RESULTS
 from npt.common.display import human_bytes, markdown
 from npt.common.files import write_text
@@ -25,8 +26,7 @@ HEAD = ("arm", "KL recovered", "right answers given", "KL on general text", "sec
 
 def kept_absorbing(folder: Path = RESULTS) -> dict[str, Kept]:
     """{model's name in its file: its figures on the test contexts}."""
-    paths = sorted(folder.glob("absorbing-*--test.json"))
-    return {path.stem.removeprefix("absorbing-").removesuffix("--test"): read_kept(path) for path in paths}
+    return reported(KIND, folder)
 
 
 def section_of(name: str) -> str:

@@ -11,23 +11,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from benchmarks.__main__ import machine
-from benchmarks.absorbing.__main__ import Kept, opened, read_kept
 from benchmarks.absorbing.arms import prepare
-from benchmarks.absorbing.cases import PARTS
 from benchmarks.beyond.arms import Room, Training
 from benchmarks.beyond.facts import DEVELOPMENT, MOST, facts, text_of
-from benchmarks.tables import RESULTS
+from benchmarks.kept import PARTS, Kept, ended, file_of, opened, read_kept
 from npt import EditStore, load_base
-from npt.common.files import write_json
 from npt.editing.absorbing.settings import Options
 from npt.errors import NPTError
 
+KIND = "beyond"
 #: The LoRA's most epochs, the epochs after which it is measured, and the KL on general text within which it is chosen.
 EPOCHS, AFTER, LIMIT = 40, (5, 10, 20, 40), 0.05
 #: In the order in which they are measured: edits stay in the store, so that a larger number only adds to them.
@@ -40,11 +38,6 @@ class Chosen:
 
     rate: float
     epochs: int
-
-
-def file_of(model: str, part: str) -> Path:
-    """The file in which a part is kept."""
-    return RESULTS / f"beyond-{model.replace(':', '-').replace('/', '-')}--{part}.json"
 
 
 def choose(records: Mapping[str, Mapping[str, Any]], limit: float = LIMIT) -> Chosen:
@@ -127,11 +120,10 @@ def run(given: argparse.Namespace, kept: Kept, path: Path, chosen: Chosen | None
         for arm in [arm for arm in ARMS if arm in given.arm]:
             for count in sorted(set(given.facts)):
                 place = f"{arm}, {count} facts, seed {seed}"
-                if place not in kept.contexts:
-                    measured = arms_of(Room(store, most[:count]), given, chosen)[arm]()
-                    kept.contexts[place] = {"arm": arm, "facts": count, "seed": seed, **measured}
-                    write_json(path, asdict(kept))
-                print(line_of(place, kept.contexts[place]), flush=True)
+                own = {"arm": arm, "facts": count, "seed": seed}
+                measure = arms_of(Room(store, most[:count]), given, chosen)[arm]
+                found = kept.measured(place, lambda own=own, measure=measure: {**own, **measure()}, path)  # type: ignore[misc]
+                print(line_of(place, found), flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -157,27 +149,23 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 1 for an error that is said in one line."""
     given = parser().parse_args(arguments)
-    path = given.output or file_of(given.model, given.part)
-    try:
-        if not all(1 <= count <= MOST for count in given.facts) or given.rank < 1 or min(given.rates) <= 0:
-            raise NPTError(f"--facts, --rank, --rates: use 1 to {MOST} facts, a rank from 1, and rates above 0")
-        if given.part == PARTS[1] and DEVELOPMENT in given.seed:
-            raise NPTError(f"--seed {DEVELOPMENT}: choices were made on it; use others")
-        chosen = None
-        if given.part == PARTS[1] and "lora" in given.arm:
-            chosen = choose(read_kept(given.tuned_on or file_of(given.model, PARTS[0])).contexts)
-        about = {
-            "model": given.model,
-            "part": given.part,
-            "rank": given.rank,
-            "number": given.number,
-            "machine": machine(),
-        }
-        run(given, opened(path, about), path, chosen)
-    except NPTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return ended(lambda: command(given))
+
+
+def command(given: argparse.Namespace) -> None:
+    """Measures what the command line asks for."""
+    path = given.output or file_of(KIND, given.model, given.part)
+    if not all(1 <= count <= MOST for count in given.facts) or given.rank < 1 or min(given.rates) <= 0:
+        raise NPTError(f"--facts, --rank, --rates: use 1 to {MOST} facts, a rank from 1, and rates above 0")
+    if given.part == PARTS[1] and DEVELOPMENT in given.seed:
+        raise NPTError(f"--seed {DEVELOPMENT}: choices were made on it; use others")
+    chosen = None
+    if given.part == PARTS[1] and "lora" in given.arm:
+        chosen = choose(read_kept(given.tuned_on or file_of(KIND, given.model, PARTS[0])).contexts)
+    about = {
+        "model": given.model, "part": given.part, "rank": given.rank, "number": given.number, "machine": machine(),
+    }  # fmt: skip
+    run(given, opened(path, about), path, chosen)
 
 
 if __name__ == "__main__":

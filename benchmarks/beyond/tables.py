@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.absorbing.__main__ import Kept, read_kept
 from benchmarks.absorbing.choice import with_error
 from benchmarks.absorbing.tables import shown
-from benchmarks.beyond.__main__ import ARMS
+from benchmarks.beyond.__main__ import ARMS, KIND
+from benchmarks.kept import Kept, reported
 from benchmarks.tables import RESULTS
 from npt.common.display import markdown
 from scripts.marked import write_section
@@ -22,8 +22,7 @@ HEAD = ("facts", "arm", "asked in other words", "as stated", "KL on general text
 
 def kept_beyond(folder: Path = RESULTS) -> dict[str, Kept]:
     """{model's name in its file: its figures}."""
-    paths = sorted(folder.glob("beyond-*--test.json"))
-    return {path.stem.removeprefix("beyond-").removesuffix("--test"): read_kept(path) for path in paths}
+    return reported(KIND, folder)
 
 
 def section_of(name: str) -> str:

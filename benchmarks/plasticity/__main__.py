@@ -16,28 +16,22 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from benchmarks.__main__ import machine
-from benchmarks.absorbing.__main__ import Kept, opened, read_kept
+from benchmarks.kept import PARTS, Kept, ended, file_of, opened, read_kept
 from benchmarks.plasticity.arms import ARMS, Size, base_with_template, measure
 from benchmarks.plasticity.tasks import TASKS
-from benchmarks.tables import RESULTS
-from npt.common.files import write_json
 from npt.errors import NPTError
 
+KIND = "plasticity"
 #: The seed on which rates are chosen; others are reported.
 DEVELOPMENT = 1000
-PARTS = ("development", "test")
 #: What both parts have to be measured with.
 SAME = ("model", "size", "set")
-
-
-def file_of(model: str, part: str) -> Path:
-    """The file in which a part is kept."""
-    return RESULTS / f"plasticity-{model.replace(':', '-').replace('/', '-')}--{part}.json"
 
 
 def chosen_rates(records: Mapping[str, Mapping[str, Any]], task: str) -> dict[str, float]:
@@ -84,11 +78,10 @@ def run(given: argparse.Namespace, tuned: Kept | None, kept: Kept, path: Path, s
     with tempfile.TemporaryDirectory() as scratch:
         base = base_with_template(given.model, Path(scratch))
         for place, (task, seed, rates) in runs.items():
-            if place not in kept.contexts:
-                arms = measure(base, task, seed, given.part, rates, size, given.set, Path(scratch) / "run")
-                kept.contexts[place] = {"task": task, "seed": seed, "arms": arms}
-                write_json(path, asdict(kept))
-            print(line_of(place, kept.contexts[place]), flush=True)
+            how = partial(measure, base, task, seed, given.part, rates, size, given.set, Path(scratch) / "run")
+            own = {"task": task, "seed": seed}
+            found = kept.measured(place, lambda own=own, how=how: {**own, "arms": how()}, path)  # type: ignore[misc]
+            print(line_of(place, found), flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -113,25 +106,25 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 1 for an error that is said in one line."""
     given = parser().parse_args(arguments)
-    path = given.output or file_of(given.model, given.part)
-    try:
-        if min(given.steps, given.batch, given.examples, given.rank) < 1 or min(given.rates) <= 0:
-            raise NPTError("--steps, --batch, --examples, --rank, --rates: use whole numbers from 1, and rates above 0")
-        if given.part == PARTS[1] and DEVELOPMENT in given.seed:
-            raise NPTError(f"--seed {DEVELOPMENT}: rates were chosen on it; use others")
-        tuned = None if given.part == PARTS[0] else read_kept(given.tuned_on or file_of(given.model, PARTS[0]))
-        size = Size(steps=given.steps, batch=given.batch, examples=given.examples, rank=given.rank)
-        about = {
-            "model": given.model, "part": given.part, "size": asdict(size), "set": given.set, "machine": machine(),
-            "rates": given.rates if tuned is None else tuned.about["rates"],
-        }  # fmt: skip
-        if tuned is not None and (other := [name for name in SAME if tuned.about[name] != about[name]]):
-            raise NPTError(f"the development part was measured with another {other[0]}; measure it again with this one")
-        run(given, tuned, opened(path, about), path, size)
-    except NPTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return ended(lambda: command(given))
+
+
+def command(given: argparse.Namespace) -> None:
+    """Measures what the command line asks for."""
+    path = given.output or file_of(KIND, given.model, given.part)
+    if min(given.steps, given.batch, given.examples, given.rank) < 1 or min(given.rates) <= 0:
+        raise NPTError("--steps, --batch, --examples, --rank, --rates: use whole numbers from 1, and rates above 0")
+    if given.part == PARTS[1] and DEVELOPMENT in given.seed:
+        raise NPTError(f"--seed {DEVELOPMENT}: rates were chosen on it; use others")
+    tuned = None if given.part == PARTS[0] else read_kept(given.tuned_on or file_of(KIND, given.model, PARTS[0]))
+    size = Size(steps=given.steps, batch=given.batch, examples=given.examples, rank=given.rank)
+    about = {
+        "model": given.model, "part": given.part, "size": asdict(size), "set": given.set, "machine": machine(),
+        "rates": given.rates if tuned is None else tuned.about["rates"],
+    }  # fmt: skip
+    if tuned is not None and (other := [name for name in SAME if tuned.about[name] != about[name]]):
+        raise NPTError(f"the development part was measured with another {other[0]}; measure it again with this one")
+    run(given, tuned, opened(path, about), path, size)
 
 
 if __name__ == "__main__":

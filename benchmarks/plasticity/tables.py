@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.absorbing.__main__ import Kept, read_kept
 from benchmarks.absorbing.choice import with_error
+from benchmarks.kept import Kept, reported
+from benchmarks.plasticity.__main__ import KIND
 from benchmarks.plasticity.arms import ARMS
 from benchmarks.plasticity.tasks import TASKS
 from benchmarks.tables import RESULTS
@@ -22,8 +23,7 @@ HEAD = ("task", "method", "learning rate", "trained", "right answers", "held-out
 
 def kept_plasticity(folder: Path = RESULTS) -> dict[str, Kept]:
     """{model's name in its file: its figures}."""
-    paths = sorted(folder.glob("plasticity-*--test.json"))
-    return {path.stem.removeprefix("plasticity-").removesuffix("--test"): read_kept(path) for path in paths}
+    return reported(KIND, folder)
 
 
 def section_of(name: str) -> str:

@@ -14,11 +14,12 @@ import torch
 
 from benchmarks.absorbing import __main__ as command
 from benchmarks.absorbing import arms
-from benchmarks.absorbing.cases import FILES, PARTS, Case, contains, read_cases
+from benchmarks.absorbing.cases import FILES, Case, contains, read_cases
 from benchmarks.absorbing.choice import Chosen, caught_up, choose, given, recovered, summary, with_error
 from benchmarks.absorbing.exam import Exam
 from benchmarks.absorbing.gradient import LowRank, Training, mean_divergence
 from benchmarks.absorbing.tables import drawn, kind_table
+from benchmarks.kept import PARTS, Kept, read_kept
 from npt import EditStore, load_base
 from npt.editing.absorbing.lesson import divergences
 from npt.editing.absorbing.settings import Options
@@ -230,7 +231,7 @@ def test_tables_name_what_was_left_out_and_the_plot_is_drawn() -> None:
     }
     points = [(10, 0.5, 0.01, 3.0), (20, 0.2, 0.015, 8.0)]
     records = {"a": record_of(0.25, points), "b": record_of(0.15, points), "c": weak}
-    kept = command.Kept(about, records)
+    kept = Kept(about, records)
     text = kind_table("document", kept)
     assert "**2 documents**" in text and "c (0.12 nats)" in text and kind_table("prompt", kept) == ""
     assert "| absorb | 80.0 ± 5.0 % | 100.0 ± 0.0 % | 0.0100 ± 0.0000 | 2.0 ± 0.0 |  |" in text
@@ -260,7 +261,7 @@ def test_a_run_that_was_killed_goes_on_and_leaves_the_same_file(
     options = ["--rates", "0.1", "--steps", "10", "5"]
     with pytest.raises(KeyboardInterrupt):
         command.main([*options, "--output", str(one)])
-    assert list(command.read_kept(one).contexts) == ["village"]
+    assert list(read_kept(one).contexts) == ["village"]
     assert command.main([*options, "--output", str(one)]) == 0 and asked.count("village") == 1
     assert command.main([*options, "--output", str(other)]) == 0
     assert one.read_bytes() == other.read_bytes()
@@ -269,7 +270,7 @@ def test_a_run_that_was_killed_goes_on_and_leaves_the_same_file(
     assert "was measured with batch 8, not 4" in capsys.readouterr().err
     test = ["--part", "test", "--tuned-on", str(one), "--output", str(tmp_path / "test.json")]
     assert command.main([*test, "--only", "museum"]) == 0
-    kept = command.read_kept(tmp_path / "test.json")
+    kept = read_kept(tmp_path / "test.json")
     assert list(kept.contexts) == ["museum"] and kept.about["chosen"]["document"] == {
         "rate": 0.1, "tokens": "all", "steps": 5,
     }  # fmt: skip
