@@ -2,8 +2,9 @@
 
 A text states facts of invented people. It is read once, by edits, by absorbing or by a LoRA, and then asked for in other words
 without it; the model with the text in front, and the model alone, stand beside. --part development tries the LoRA's rates and
-epochs, on another seed; --part test takes the best of them. Prints a line for each arm and keeps the figures in
-benchmarks/results/beyond-MODEL--PART.json; a command that was killed goes on with the next arm.
+epochs, on another seed; --part test takes the best of them, whatever the damage (lora) or within a limit (lora, mild). Prints
+a line for each arm and keeps the figures in benchmarks/results/beyond-MODEL--PART.json; a command that was killed goes on with
+the next arm.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,10 +28,12 @@ from npt.editing.absorbing.settings import Options
 from npt.errors import NPTError
 
 KIND = "beyond"
-#: The LoRA's most epochs, the epochs after which it is measured, and the KL on general text within which it is chosen.
-EPOCHS, AFTER, LIMIT = 40, (5, 10, 20, 40), 0.05
+#: The LoRA's most epochs, and the epochs after which it is measured.
+EPOCHS, AFTER = 40, (5, 10, 20, 40)
+#: {arm: the mean KL on general text, in nats a token, within which its LoRA is chosen}.
+LIMITS = {"lora": float("inf"), "lora, mild": 0.05}
 #: In the order in which they are measured: edits stay in the store, so that a larger number only adds to them.
-ARMS = ("nothing", "context", "absorb", "absorb, told", "lora", "edits")
+ARMS = ("nothing", "context", "absorb", "absorb, told", "lora", "lora, mild", "edits")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Chosen:
     epochs: int
 
 
-def choose(records: Mapping[str, Mapping[str, Any]], limit: float = LIMIT) -> Chosen:
+def choose(records: Mapping[str, Mapping[str, Any]], limit: float) -> Chosen:
     """The rate and epochs with the most facts answered in the asked wording, among those within the limit on general text.
 
     Args:
@@ -65,19 +69,22 @@ def choose(records: Mapping[str, Mapping[str, Any]], limit: float = LIMIT) -> Ch
     return min(points, key=key)
 
 
-def arms_of(room: Room, given: argparse.Namespace, chosen: Chosen | None) -> dict[str, Callable[[], dict[str, Any]]]:
+def arms_of(
+    room: Room, given: argparse.Namespace, chosen: Mapping[str, Chosen] | None
+) -> dict[str, Callable[[], dict[str, Any]]]:
     """{arm: what gives its figures}.
 
     Args:
         room: the model and the facts.
         given: the command line.
-        chosen: the LoRA's setting.
+        chosen: the LoRA's settings, by arm.
     """
 
-    def lora() -> dict[str, Any]:
+    def lora(arm: str) -> dict[str, Any]:
         if chosen is not None:
-            (mark,) = room.trained(Training(given.rank, chosen.rate, chosen.epochs), [chosen.epochs])
-            return {**mark, "rate": chosen.rate}
+            rate, epochs = chosen[arm].rate, chosen[arm].epochs
+            (mark,) = room.trained(Training(given.rank, rate, epochs), [epochs])
+            return {**mark, "rate": rate}
         trainings = [
             {"rate": rate, "marks": room.trained(Training(given.rank, rate, EPOCHS), AFTER)} for rate in given.rates
         ]
@@ -88,7 +95,7 @@ def arms_of(room: Room, given: argparse.Namespace, chosen: Chosen | None) -> dic
         "context": lambda: room.mark(0.0, text_of(room.facts)) | {"text_kl": 0.0},
         "absorb": lambda: room.absorbed(given.number, told=False),
         "absorb, told": lambda: room.absorbed(given.number, told=True),
-        "lora": lora,
+        **{arm: partial(lora, arm) for arm in LIMITS},
         "edits": room.edited,
     }
 
@@ -106,7 +113,7 @@ def line_of(place: str, record: Mapping[str, Any]) -> str:
     return f"{place}: {'; '.join(parts)}"
 
 
-def run(given: argparse.Namespace, kept: Kept, path: Path, chosen: Chosen | None) -> None:
+def run(given: argparse.Namespace, kept: Kept, path: Path, chosen: Mapping[str, Chosen] | None) -> None:
     """Measures what is not in the file yet, and keeps each arm's figures."""
     model, tokenizer = load_base(given.model)
     seeds = given.seed if given.part == PARTS[1] else [DEVELOPMENT]
@@ -160,8 +167,11 @@ def command(given: argparse.Namespace) -> None:
     if given.part == PARTS[1] and DEVELOPMENT in given.seed:
         raise NPTError(f"--seed {DEVELOPMENT}: choices were made on it; use others")
     chosen = None
-    if given.part == PARTS[1] and "lora" in given.arm:
-        chosen = choose(read_kept(given.tuned_on or file_of(KIND, given.model, PARTS[0])).contexts)
+    if given.part == PARTS[1] and not LIMITS.keys().isdisjoint(given.arm):
+        tried = read_kept(given.tuned_on or file_of(KIND, given.model, PARTS[0])).contexts
+        chosen = {arm: choose(tried, limit) for arm, limit in LIMITS.items()}
+    if given.part == PARTS[0]:
+        given.arm = [arm for arm in given.arm if arm != "lora, mild"]  # the same trainings
     about = {
         "model": given.model, "part": given.part, "rank": given.rank, "number": given.number, "machine": machine(),
     }  # fmt: skip

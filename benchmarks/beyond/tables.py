@@ -34,10 +34,13 @@ def beyond_section(kept: Kept) -> str:
     """A line on what was measured, and a row for each number of facts and arm."""
     records = list(kept.contexts.values())
     seeds = sorted({record["seed"] for record in records})
-    lora = next((record for record in records if record["arm"] == "lora"), None)
     line = f"`{kept.about['model']}`, {kept.about['machine']['device']}, seeds {', '.join(map(str, seeds))}."
-    if lora is not None:
-        line += f" LoRA: rank {kept.about['rank']}, rate {lora['rate']:g}, {lora['epochs']} epochs."
+    loras = {
+        r["arm"]: f" {r['arm']}: rank {kept.about['rank']}, rate {r['rate']:g}, {r['epochs']} epochs."
+        for r in records
+        if "rate" in r
+    }
+    line += "".join(loras.values())
     rows = []
     for count in sorted({record["facts"] for record in records}):
         for arm in ARMS:

@@ -47,7 +47,7 @@ def test_the_lora_that_answers_most_within_the_limit_is_chosen() -> None:
     assert choose({"lora": {"trainings": trainings}}, 0.05) == Chosen(1e-3, 5)
     assert choose({"lora": {"trainings": trainings}}, 0.5) == Chosen(1e-3, 10)
     with pytest.raises(NPTError, match="holds no LoRA"):
-        choose({"nothing": {}})
+        choose({"nothing": {}}, 1.0)
 
 
 def test_every_arm_runs_and_a_second_call_measures_nothing_anew(
@@ -72,7 +72,7 @@ def test_every_arm_runs_and_a_second_call_measures_nothing_anew(
     assert command.main(call) == 0
     assert test.read_bytes() == first and "edits, 2 facts, seed 0" in capsys.readouterr().out
     section = beyond_section(kept_beyond(tmp_path)["tiny"])
-    assert section.count("\n| 2 |") == len(command.ARMS) and "rate 0.001, 60 epochs" in section
+    assert section.count("\n| 2 |") == len(command.ARMS) and "lora: rank 8, rate 0.001, 60 epochs" in section
 
 
 def test_the_development_seed_is_not_reported(capsys: Any) -> None:
