@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
-from typing import Any
 
 from benchmarks.absorbing.exam import right
+from benchmarks.kept import Record
 from npt.errors import NPTError
 
-Record = Mapping[str, Any]
 ARMS = ("nothing", "context", "absorb", "gradient")
 
 

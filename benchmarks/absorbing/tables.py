@@ -81,7 +81,7 @@ def shown(value: tuple[float, float] | None, form: str) -> str:
     mean, error = value
     if form == "bytes":
         return human_bytes(mean)
-    scale, digits, unit = {"percent": (100, 1, " %"), "kl": (1, 4, ""), "seconds": (1, 1, "")}[form]
+    scale, digits, unit = {"percent": (100, 1, " %"), "loss": (1, 3, ""), "kl": (1, 4, ""), "seconds": (1, 1, "")}[form]
     error_text = "" if math.isnan(error) else f" ± {scale * error:.{digits}f}"
     return f"{scale * mean:.{digits}f}{error_text}{unit}"
 

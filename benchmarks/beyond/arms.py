@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,12 +9,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.absorbing.arms import clock
 from benchmarks.beyond.facts import Fact, text_of
-from benchmarks.timing import synchronize
 from npt import EditStore
 from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.dialogue import Dialogue
 from npt.editing.bench import chunks
+from npt.editing.measure import follows
 from npt.editing.statistics import padded
 from npt.finetuning.other_methods import adapted, places_of
 from npt.tuner.converted import device_of, vocabulary_size
@@ -122,19 +122,15 @@ class Room:
 
 
 def right(text: str, fact: Fact) -> int:
-    """1 where a text begins with the fact's value and no word goes on behind it."""
-    value = fact.value.casefold()
-    rest = text.casefold().removeprefix(value)
-    return int(text.casefold().startswith(value) and not rest[:1].isalnum())
+    """1 where a text begins with the fact's value, in any case, and no word goes on behind it."""
+    return int(follows(text.casefold(), fact.value.casefold()))
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds of a call, with a GPU's queue empty."""
-    synchronize()
-    start = time.perf_counter()
+    """Seconds of a call."""
+    start = clock()
     run()
-    synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _epoch(model: Any, optimizer: torch.optim.Optimizer, rows: Sequence[list[int]]) -> None:

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.absorbing.choice import with_error
+from benchmarks.absorbing.tables import shown
 from benchmarks.kept import Kept, reported
 from benchmarks.plasticity.__main__ import KIND
 from benchmarks.plasticity.arms import ARMS
@@ -50,19 +51,9 @@ def plasticity_section(kept: Kept) -> str:
 
 def cells(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """One method's figures on one task, each a mean over seeds with its standard error."""
-    right = [100 * fmean(run["right"]) for run in runs]
-    columns = [(right, "{:.1f}", " %"), *(([run[name] for run in runs], form, "") for name, form in _FORMS)]
-    return [f"{runs[0]['rate']:g}", f"{runs[0]['trained']:,}", *(_shown(*column) for column in columns)]
-
-
-_FORMS = (("loss", "{:.3f}"), ("kl", "{:.4f}"), ("seconds", "{:.0f}"))
-
-
-def _shown(values: Sequence[float], form: str, unit: str) -> str:
-    found = with_error(values)
-    assert found is not None
-    mean, error = found
-    return f"{form.format(mean)}{'' if error != error else f' ± {form.format(error)}'}{unit}"
+    right = shown(with_error([fmean(run["right"]) for run in runs]), "percent")
+    others = (shown(with_error([run[name] for run in runs]), name) for name in ("loss", "kl", "seconds"))
+    return [f"{runs[0]['rate']:g}", f"{runs[0]['trained']:,}", right, *others]
 
 
 def main() -> None:
