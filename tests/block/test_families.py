@@ -19,7 +19,8 @@ from npt.block.component import NORM_WEIGHT_EPSILON
 from npt.block.families import FAMILIES, Family, family_of, register_family
 from npt.block.modes import Mode, running_as, watching_deltas
 from npt.errors import ConversionError
-from npt.evaluation.least_norm import least_joint_norms
+from npt.evaluation.least_norm import LeastNorms
+from npt.evaluation.look import observe
 from npt.tuner.converted import active_layers, npt_layers
 from scripts.family_list import DOCUMENT, NAME, family_list
 from scripts.marked import ROOT, section
@@ -221,12 +222,19 @@ def test_calibration_brings_every_family_nearer_to_its_base(case: Case) -> None:
             assert figures["error_after"] <= 0.95 * figures["error_before"], errors
 
 
+def least_joint_norms(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The figures of block 1."""
+    norms = LeastNorms(model)
+    observe(model, [batch], [norms])
+    return norms.figures()["layer_1"]
+
+
 @EACH
 def test_least_joint_norm_is_below_the_exact_values(case: Case) -> None:
     """Searched for in float64 on every kind of block; the starting point is the exact value's own norm."""
     model = get_peft_model(case.build(), NPTConfig(npt_layers=[1], rank=2)).eval()
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    found = least_joint_norms(model, batch)["layer_1"]
+    found = least_joint_norms(model, batch)
     seen: list[Any] = []
     (layer,) = active_layers(model)
     with (
@@ -245,9 +253,9 @@ def test_least_joint_norm_of_a_half_precision_base() -> None:
     (llama,) = (case for case in CASES if case.name == "llama")
     model = get_peft_model(llama.build(torch.bfloat16), NPTConfig(npt_layers=[1], rank=2)).eval()
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    figures = least_joint_norms(model, batch)["layer_1"]
+    figures = least_joint_norms(model, batch)
     wide = get_peft_model(llama.build(), NPTConfig(npt_layers=[1], rank=2)).eval()
-    expected = least_joint_norms(wide, batch)["layer_1"]
+    expected = least_joint_norms(wide, batch)
     assert abs(figures["exact"] / expected["exact"] - 1) < 0.05
     assert figures["least_found"] < 0.8 * figures["exact"]
 

@@ -131,7 +131,8 @@ def test_weight_delta_figures_are_those_of_the_matrices(pair: Any) -> None:
             for name, delta in deltas.items():
                 cells = [delta.matrix(*divmod(n, ids.shape[1])).norm() for n in range(ids.numel())]
                 norms[f"layer_{index}.{name}"] = [float(c) for c in cells]
-        records = delta_records(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], mode)
+        with running_as(layers, mode):
+            records = delta_records(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
         for path, values in norms.items():
             layer, name = path.split(".")
             found = records[int(layer.removeprefix("layer_"))][name].norms()

@@ -7,7 +7,8 @@ import torch
 
 from npt import Objective, calibrate
 from npt.block.modes import Mode, running_as
-from npt.evaluation.weight_deltas import weight_delta_stats
+from npt.evaluation.look import observe
+from npt.evaluation.weight_deltas import WeightDeltas
 from npt.runs.base_model import offload_frozen
 from npt.tuner.converted import active_layers, device_of
 from tests.helpers import converted
@@ -35,7 +36,9 @@ def test_offloaded_blocks_compute_the_same(kind: str) -> None:
         outputs += [p.grad for layer in active_layers(model) for p in layer.component.parameters()]
         calibrate(model, [batch])
         outputs.append(model(ids).logits.detach())
-        stats = weight_delta_stats(model, [batch])
+        deltas = WeightDeltas(model)
+        observe(model, [batch], [deltas])
+        stats = deltas.figures()
         outputs.append(torch.tensor([stats["mean_frobenius"], stats["relative_frobenius"], stats["exact_frobenius"]]))
         results.append(outputs)
     for one, other in zip(*results, strict=True):

@@ -32,6 +32,7 @@ from npt.equivalence.teacher import ROW, TeacherCache, grouped
 from npt.errors import REMEDY, NPTError, RunError
 from npt.tuner.converted import ConvertedModel, active_layers, run_backbone
 from npt.tuner.nonfinite import find_nonfinite
+from npt.tuner.trunk import shared_trunk
 
 OBJECTIVES = ("local", "logits", "composite")
 REGULARIZERS = ("factors", "delta")
@@ -201,14 +202,15 @@ class LogitsObjective(Objective):
         self, model: ConvertedModel, inputs: dict[str, Tensor], counted: Tensor, items: Tensor | float
     ) -> Losses:
         layers, head = active_layers(model), logit_head(model)
-        if self.teacher is not None and ROW in inputs:
-            target = [x[counted] for x in self.teacher.log_probabilities(inputs[ROW], counted.device)]
-        else:
-            with torch.no_grad(), running_as(layers, Mode.ORIGINAL):
-                target = [run_backbone(model, inputs)[counted]]
         norms = _DeltaSquares(counted)
-        with watching_deltas(layers, norms.see if self._needs_deltas else None):
-            student = run_backbone(model, inputs)[counted]
+        with shared_trunk(model):
+            if self.teacher is not None and ROW in inputs:
+                target = [x[counted] for x in self.teacher.log_probabilities(inputs[ROW], counted.device)]
+            else:
+                with torch.no_grad(), running_as(layers, Mode.ORIGINAL):
+                    target = [run_backbone(model, inputs)[counted]]
+            with watching_deltas(layers, norms.see if self._needs_deltas else None):
+                student = run_backbone(model, inputs)[counted]
         kl = divergence_sum(head, student, target)
         equivalence = kl / items
         delta = norms.mean_square(kl) / (items * len(layers))

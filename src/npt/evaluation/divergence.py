@@ -7,7 +7,7 @@ probability. Definitions: docs/report.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,15 @@ from npt.common.progress import tracked
 from npt.common.sharded import is_sharded
 from npt.data.batches import batches_of, collated, scored_positions
 from npt.errors import REMEDY, DataError, RunError
-from npt.tuner.converted import ConvertedModel, as_original, device_of, eval_mode
+from npt.evaluation.look import STREAM_ROWS, Batch, Observer, look
+from npt.tuner.converted import ConvertedModel, as_original, base_of, device_of, eval_mode
 from npt.tuner.nonfinite import find_nonfinite
 
 #: Bytes one batch of float32 logits may take; a longer batch is split by sequences.
 LOGIT_BUDGET = 256 * 2**20
-#: Entries of float64 distributions compared at once.
-CHUNK_ENTRIES = 2**20
+#: Entries of float64 distributions compared at once: on a CPU few enough that they stay in its cache.
+CHUNK_ENTRIES = {"cpu": 2**17}
+LARGEST_CHUNK = 2**20
 #: The figures kept of a scored token, a float64 each.
 COLUMNS = (
     "kl", "npt_nll", "original_nll", "same_top", "delta_p", "npt_top", "original_top", "target", "block", "position"
@@ -41,6 +43,8 @@ def token_divergences(
     batch_size: int = 16,
     progress: bool = False,
     collate: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    observers: Sequence[Observer] = (),
+    observed: int = 0,
 ) -> Tokens:
     """Compares both models on every scored token. Returns {name of `COLUMNS`: float64 (tokens,)}.
 
@@ -50,6 +54,7 @@ def token_divergences(
 
     Args:
         collate: makes a batch of tensors from rows that may differ in length; without it they have one.
+        observers: see the passes of the first `observed` blocks; those of one process see its own share alone.
 
     Raises:
         DataError: not one token counts.
@@ -62,22 +67,21 @@ def token_divergences(
         (len(blocks[i]["input_ids"]) for i in range(len(blocks) if collate else min(1, len(blocks)))), default=1
     )
     batch_size = max(1, min(batch_size, LOGIT_BUDGET // (4 * vocabulary * length)))
-    starts, base = range(0, len(blocks), batch_size), model.get_base_model()
-    own = list(share(starts, is_sharded(model)))
+    entries = CHUNK_ENTRIES.get(device.type, LARGEST_CHUNK)
+    few = min(observed, len(blocks)) if observers else 0
+    parts = [*_parts(0, few, min(batch_size, STREAM_ROWS)), *_parts(few, len(blocks), batch_size)]
+    own = list(share(parts, is_sharded(model)))
     # One table from the start: small tensors kept between large ones that come and go would leave the heap in pieces.
     table, filled = np.empty((len(own) * batch_size * (length - 1), len(COLUMNS))), 0
     with eval_mode(model):
-        for _, first, counts in tracked(own, "Evaluating", progress, unit="batches"):
-            rows = [blocks[i] for i in range(first, min(first + batch_size, len(blocks)))]
+        for _, part, counts in tracked(own, "Evaluating", progress, unit="batches"):
+            rows = [blocks[i] for i in part]
             batch = next(batches_of(rows, batch_size, device)) if collate is None else collated(rows, collate, device)
-            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
             counted = scored_positions(batch["labels"])
-            with as_original(model):
-                teacher = base(**inputs).logits[:, :-1][counted]
-            student = base(**inputs).logits[:, :-1][counted]
+            teacher, student = look(model, batch, observers if part.stop <= few else (), _logits_at(counted))
             target = batch["input_ids"][:, 1:][counted]
-            place = counted.nonzero() + torch.tensor([first, 1], device=device)
-            for chunk in torch.arange(len(target), device=device).split(max(1, CHUNK_ENTRIES // vocabulary)):
+            place = counted.nonzero() + torch.tensor([part.start, 1], device=device)
+            for chunk in torch.arange(len(target), device=device).split(max(1, entries // vocabulary)):
                 figures = compare(teacher[chunk], student[chunk], target[chunk])
                 end = filled + len(chunk)
                 table[filled:end] = torch.cat([figures, place[chunk].double()], -1).cpu().numpy()
@@ -93,6 +97,22 @@ def token_divergences(
     return dict(zip(COLUMNS, table.T, strict=True))
 
 
+def _logits_at(counted: Tensor) -> Callable[[ConvertedModel, Batch], Tensor]:
+    """A forward that returns the logits (tokens, vocabulary) of the positions that count."""
+
+    def run(model: ConvertedModel, batch: Batch) -> Tensor:
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        logits: Tensor = base_of(model)(**inputs).logits
+        return logits[:, :-1][counted]
+
+    return run
+
+
+def _parts(start: int, end: int, size: int) -> list[range]:
+    """The rows start ... end - 1 in batches of `size`."""
+    return [range(first, min(first + size, end)) for first in range(start, end, size)]
+
+
 def _of_all(table: np.ndarray) -> np.ndarray:
     """Returns the rows of all processes, in the order of the text."""
     if world()[1] == 1:
@@ -104,16 +124,29 @@ def _of_all(table: np.ndarray) -> np.ndarray:
 
 
 def compare(teacher_logits: Tensor, student_logits: Tensor, target: Tensor) -> Tensor:
-    """(tokens, 8) float64, the first eight of `COLUMNS`, from logits (tokens, vocabulary) and token ids (tokens,)."""
-    teacher = teacher_logits.double().log_softmax(-1)
-    student = student_logits.double().log_softmax(-1)
-    kl = (teacher.exp() * (teacher - student)).sum(-1).clamp_min(0)
-    original_nll = -teacher.gather(-1, target[:, None])[:, 0]
-    npt_nll = -student.gather(-1, target[:, None])[:, 0]
-    original_top, npt_top = teacher.argmax(-1), student.argmax(-1)
+    """(tokens, 8) float64, the first eight of `COLUMNS`, from logits (tokens, vocabulary) and token ids (tokens,).
+
+    With t and s the logits and p the teacher's probabilities, KL = E_p[t - s] - log sum exp t + log sum exp s: three passes of
+    float64 over the vocabulary instead of those of two log_softmax.
+    """
+    teacher, student = teacher_logits.double(), student_logits.double()
+    difference = teacher - student
+    at_target = [x.gather(-1, target[:, None])[:, 0] for x in (teacher, student)]
+    original_log_sum, original_top, weights = _log_sum(teacher)
+    npt_log_sum, npt_top, _ = _log_sum(student)
+    mean = difference.mul_(weights).sum(-1) / weights.sum(-1)
+    kl = (mean - original_log_sum + npt_log_sum).clamp_min(0)
+    original_nll, npt_nll = original_log_sum - at_target[0], npt_log_sum - at_target[1]
     same, delta_p = (original_top == npt_top).double(), torch.exp(-npt_nll) - torch.exp(-original_nll)
     ids = [npt_top.double(), original_top.double(), target.double()]
     return torch.stack([kl, npt_nll, original_nll, same, delta_p, *ids], -1)
+
+
+def _log_sum(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log sum exp (tokens,), index of the largest (tokens,), exp(logits - largest)) of (tokens, vocabulary), in its place."""
+    largest, top = logits.max(-1, keepdim=True)
+    weights = logits.sub_(largest).exp_()
+    return weights.sum(-1).log() + largest[:, 0], top[:, 0], weights
 
 
 #: Name of a percentile in the report -> its share.

@@ -15,17 +15,18 @@ from npt.common.distribution import versions
 from npt.common.limits import check_ids, check_length
 from npt.common.options import is_calibrated
 from npt.common.precision import DTYPE_REASON, matmul_precision
+from npt.common.processes import world
 from npt.data import pack
 from npt.data.batches import batches_of
 from npt.data.inputs import documents_or_blocks
 from npt.data.packing import IGNORED
 from npt.data.seen import RECORD, TextRecord
 from npt.errors import DataError
-from npt.evaluation.block_errors import layer_equivalence, residual_stream
-from npt.evaluation.divergence import kl_by_position, summarize, token_divergences, worst_tokens
+from npt.evaluation.details import Details
+from npt.evaluation.divergence import Tokens, kl_by_position, summarize, token_divergences, worst_tokens
 from npt.evaluation.generation import DEFAULT_PROMPTS, generation_section, listed_prompts, side_by_side
+from npt.evaluation.look import observe
 from npt.evaluation.verdict import UNKNOWN_SHARE, expected_outcomes, grade
-from npt.evaluation.weight_deltas import weight_delta_stats
 from npt.tuner.config import NPTConfig
 from npt.tuner.converted import (
     ConvertedModel,
@@ -94,11 +95,12 @@ def evaluate(
     window = context_length, stride, None if max_tokens is None else max_tokens // context_length, begin_with_bos
     blocks = {name: _blocks(name, corpus, tokenizer, model, window, score) for name, corpus in corpora.items()}
     prompts = listed_prompts(model, tokenizer, prompts)
-    results = {name: _of_corpus(model, tokenizer, packed, batch_size, progress) for name, packed in blocks.items()}
-    detail = _first_rows(next(iter(blocks.values())), detail_blocks)
+    details, detail = Details(model), _first_rows(next(iter(blocks.values())), detail_blocks)
+    results = _of_corpora(model, tokenizer, blocks, batch_size, progress, details, detail)
     evaluations: dict[str, Any] = {
         **{name: x for name, x in next(iter(results.values())).items() if name not in ("tokens", "unknown_tokens")},
-        **detail_figures(model, tokenizer, detail, context_length, batch_size),
+        **details.figures(tokenizer),
+        "kl_by_position": _by_position(model, detail, context_length, batch_size),
         "generation_samples": _samples(model, tokenizer, prompts, seed),
         "corpora": results,
     }
@@ -190,13 +192,32 @@ def _computed_in(model: ConvertedModel, layers: Sequence[NPTLayer], blocks: data
     return str(found[0]).removeprefix("torch.")
 
 
-def _of_corpus(
-    model: ConvertedModel, tokenizer: Any, blocks: datasets.Dataset, batch_size: int, progress: bool
-) -> dict[str, Any]:
+def _of_corpora(
+    model: ConvertedModel,
+    tokenizer: Any,
+    corpora: Mapping[str, datasets.Dataset],
+    batch_size: int,
+    progress: bool,
+    details: Details,
+    detail: datasets.Dataset,
+) -> dict[str, dict[str, Any]]:
+    """{name: figures of a corpus}. details: see the passes of `detail`, the first blocks of the first corpus."""
+    if world()[1] > 1:  # several processes share the batches of a corpus, and each of them sees all details
+        with eval_mode(model):
+            observe(model, batches_of(detail, batch_size, device_of(model)), details.observers)
+    observers = details.observers if world()[1] == 1 else []
+    found: dict[str, dict[str, Any]] = {}
+    for name, blocks in corpora.items():
+        seen: dict[str, Any] = {} if found else {"observers": observers, "observed": len(detail)}
+        figures = token_divergences(model, blocks, batch_size=batch_size, progress=progress, **seen)
+        found[name] = _of_corpus(figures, tokenizer, blocks)
+    return found
+
+
+def _of_corpus(figures: Tokens, tokenizer: Any, blocks: datasets.Dataset) -> dict[str, Any]:
     """The figures of one corpus: perplexity, divergence, the worst tokens, the number of scored tokens and the share of them
     that is the unknown token.
     """
-    figures = token_divergences(model, blocks, batch_size=batch_size, progress=progress)
     worst, unknown = worst_tokens(figures, blocks, tokenizer), getattr(tokenizer, "unk_token_id", None)
     # GPT-2's end of text goes by the name of unknown token too, and stands for nothing unknown.
     if unknown in (getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id")):
@@ -216,20 +237,6 @@ def _beginnings(tokenizer: Any, corpora: Mapping[str, datasets.Dataset]) -> dict
             for name, blocks in corpora.items()
         },
     }
-
-
-def detail_figures(
-    model: ConvertedModel, tokenizer: Any, blocks: Any, context_length: int, batch_size: int
-) -> dict[str, Any]:
-    """The figures per converted block and per position, of a few blocks of text: they cost more per token."""
-    batches = list(batches_of(blocks, batch_size, device_of(model)))
-    with eval_mode(model):
-        return {
-            "layer_equivalence": layer_equivalence(model, batches),
-            "residual_stream": residual_stream(model, batches),
-            "weight_delta_stats": weight_delta_stats(model, batches, tokenizer),
-            "kl_by_position": _by_position(model, blocks, context_length, batch_size),
-        }
 
 
 REPORTED_OPTIONS = ("key", "carry", "gain", "gain_units", "low_rank_at", "target_projections", "modulation_scale")

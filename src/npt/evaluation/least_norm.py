@@ -19,50 +19,56 @@ import torch
 from torch import Tensor
 
 from npt.block.layer import BlockRecord, NPTLayer
-from npt.block.modes import Mode, running_as, watching
+from npt.block.modes import Mode
 from npt.block.spec import INPUT_PROJECTIONS
 from npt.common.precision import wide_dtype
 from npt.common.sharded import gathered
-from npt.tuner.converted import ConvertedModel, active_layers, chosen_layers, run_backbone
+from npt.evaluation.look import Batch, Observer
+from npt.tuner.converted import ConvertedModel, chosen_layers
 
-#: Tokens per block, and steps of L-BFGS.
-TOKENS, STEPS = 16, 80
+#: Tokens per block, of so many sequences, and steps of L-BFGS.
+TOKENS, SEQUENCES, STEPS = 16, 4, 80
 
 
-def least_joint_norms(
-    model: ConvertedModel, batch: dict[str, Tensor], blocks: Collection[int] | None = None
-) -> dict[str, dict[str, float]]:
-    """{"layer_<i>": {exact, least_found, tokens}}: mean joint norm sqrt(sum over projections |dW|_F^2) of some tokens.
+class LeastNorms(Observer):
+    """The report's `least_joint_norm`: mean joint norm sqrt(sum over projections |dW|_F^2) of some tokens.
 
-    The tokens are spread over the first sequences of the batch, with the original model's h and a.
+    The tokens are spread over the first sequences, with the original model's h and a.
 
     Args:
         blocks: converted blocks; None for all.
     """
-    layers = chosen_layers(model, blocks)
-    rows = {key: value[:4] for key, value in batch.items()}
-    records: dict[int, BlockRecord] = {}
 
-    def see(layer: NPTLayer, record: BlockRecord) -> None:
-        records[layer.index] = record
+    def __init__(self, model: ConvertedModel, blocks: Collection[int] | None = None):
+        self.layers = chosen_layers(model, blocks)
+        self.kept: dict[int, list[tuple[Tensor, Tensor]]] = {layer.index: [] for layer in self.layers}
+        self.seen = 0
 
-    with torch.no_grad(), running_as(active_layers(model), Mode.ORIGINAL), watching(layers, see):
-        run_backbone(model, rows)
-    real = rows["attention_mask"].bool()
-    count = int(real.sum())
-    chosen = torch.linspace(0, count - 1, min(TOKENS, count), dtype=torch.float32).round().long().to(real.device)
-    found = {}
-    for layer in layers:
-        record = records[layer.index]
-        h, a = (x[real][chosen][None].detach() for x in (record.hidden_states, record.attention))
-        with gathered(layer.get_base_layer()):
-            exact, least = _search(layer, h, a)
-        found[f"layer_{layer.index}"] = {
-            "exact": float(exact.sqrt().mean()),
-            "least_found": float(least.sqrt().mean()),
-            "tokens": len(chosen),
-        }
-    return found
+    def begin(self, batch: Batch) -> None:
+        """Settles which of the batch's sequences are among the first."""
+        self.rows = batch["attention_mask"].bool()[: max(0, SEQUENCES - self.seen)]
+        self.seen += len(self.rows)
+
+    def see_original(self, layer: NPTLayer, record: BlockRecord) -> None:
+        """Keeps h and a of the first sequences."""
+        if len(self.rows) and layer.index in self.kept:
+            pair = (x[: len(self.rows)][self.rows].detach() for x in (record.hidden_states, record.attention))
+            self.kept[layer.index].append(tuple(pair))  # type: ignore[arg-type]
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """{"layer_<i>": {exact, least_found, tokens}}."""
+        found = {}
+        for layer in self.layers:
+            h, a = (torch.cat(parts) for parts in zip(*self.kept[layer.index], strict=True))
+            chosen = torch.linspace(0, len(h) - 1, min(TOKENS, len(h)), dtype=torch.float32).round().long().to(h.device)
+            with gathered(layer.get_base_layer()):
+                exact, least = _search(layer, h[chosen][None], a[chosen][None])
+            found[f"layer_{layer.index}"] = {
+                "exact": float(exact.sqrt().mean()),
+                "least_found": float(least.sqrt().mean()),
+                "tokens": len(chosen),
+            }
+        return found
 
 
 def _search(layer: NPTLayer, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

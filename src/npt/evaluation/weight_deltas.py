@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -11,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npt.block.layer import NPTLayer
-from npt.block.modes import Mode, running_as, watching_deltas
+from npt.block.layer import BlockRecord, NPTLayer
+from npt.block.modes import Mode, watching_deltas
 from npt.block.probing import execution_device
 from npt.block.weight_delta import WeightDelta
 from npt.common.sharded import gathered
-from npt.evaluation.least_norm import least_joint_norms
+from npt.evaluation.look import Batch, Observer
 from npt.tuner.converted import ConvertedModel, active_layers, chosen_layers, run_backbone
 
 #: Tokens whose dW x is held per projection, for its effective rank.
@@ -42,37 +43,99 @@ class DeltaRecord:
         return found
 
 
-@torch.no_grad()
-def delta_records(
-    model: ConvertedModel,
-    batches: Sequence[dict[str, Tensor]],
-    mode: Mode | None = None,
-    *,
-    effect_tokens: int = RANK_TOKENS,
-) -> dict[int, dict[str, DeltaRecord]]:
-    """Returns {block: {projection: record}} on the model's own stream; of the exact value in Mode.EXACT.
+Figures = dict[str, Any]
+#: {block: {projection: record}}.
+Records = dict[int, dict[str, DeltaRecord]]
+
+
+class WeightDeltas(Observer):
+    """The weight deltas of every token: the adapter's on its own stream, and the exact value's on the original's.
 
     Args:
         effect_tokens: the number of tokens whose dW x is kept; 0 where only norms are wanted.
     """
-    layers = active_layers(model)
-    records: dict[int, dict[str, DeltaRecord]] = {layer.index: {} for layer in layers}
-    mask: list[Tensor] = []
 
-    def see(layer: NPTLayer, deltas: dict[str, WeightDelta]) -> None:
+    def __init__(self, model: ConvertedModel, *, effect_tokens: int = RANK_TOKENS):
+        self.model = model
+        self.own: Records = {layer.index: {} for layer in active_layers(model)}
+        self.exact: Records = {index: {} for index in self.own}
+        self.effect_tokens = effect_tokens
+        self.rows: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self, batch: Batch) -> None:
+        """Keeps the batch's ids and which tokens are real."""
+        self.mask = batch["attention_mask"].bool()
+        self.rows += zip(batch["input_ids"].cpu(), self.mask.cpu(), strict=True)
+
+    def see_original(self, layer: NPTLayer, record: BlockRecord) -> None:
+        """Takes the exact value's deltas: those that give the block the original's output."""
+        with watching_deltas([layer], partial(self._add, self.exact)):
+            layer.update_from(record.hidden_states, record.attention, Mode.EXACT)
+
+    def see_deltas(self, layer: NPTLayer, deltas: dict[str, WeightDelta]) -> None:
+        """Takes the adapter's deltas."""
+        self._add(self.own, layer, deltas)
+
+    def _add(self, records: Records, layer: NPTLayer, deltas: dict[str, WeightDelta]) -> None:
         for name, delta in deltas.items():
             record = records[layer.index].setdefault(name, DeltaRecord())
-            record.squares.append(delta.frobenius_norm_square()[mask[0]].double().cpu())
-            record.skipped += float(delta.skipped[mask[0]].sum())
-            room = effect_tokens - sum(map(len, record.effects))
+            record.squares.append(delta.frobenius_norm_square()[self.mask].double().cpu())
+            record.skipped += float(delta.skipped[self.mask].sum())
+            room = self.effect_tokens - sum(map(len, record.effects))
             if room > 0:
-                record.effects.append(delta.apply()[mask[0]][:room].float().cpu())
+                record.effects.append(delta.apply()[self.mask][:room].float().cpu())
 
-    with running_as(layers, mode), watching_deltas(layers, see):
+    def figures(self, tokenizer: Any = None, blocks: Collection[int] | None = None) -> Figures:
+        """The report's `weight_delta_stats` without `least_joint_norm`.
+
+        Means over real tokens, converted blocks and target projections, in this order: frobenius |dW|_F, relative
+        |dW|_F / |W|_F, rms_entry |dW|_F / sqrt(rows columns); `exact` beside on the same tokens. With a tokenizer, also the
+        tokens that write the largest deltas.
+
+        Args:
+            blocks: converted blocks; None for all.
+        """
+        per_layer = {
+            f"layer_{layer.index}": {
+                name: _projection_figures(layer, name, record, self.exact[layer.index][name])
+                for name, record in self.own[layer.index].items()
+            }
+            for layer in chosen_layers(self.model, blocks)
+        }
+
+        def mean(key: str) -> float:
+            if not any(per_layer.values()):  # the adapter is disabled: there is no dW
+                return 0.0
+            return fmean(fmean(figures[key] for figures in entry.values()) for entry in per_layer.values())
+
+        tokens = sum(int(mask.sum()) for _, mask in self.rows)
+        squares = (np.square(r.norms()) for entry in self.own.values() for r in entry.values())
+        joint = np.sqrt(sum(squares, np.zeros(tokens)))
+        return {
+            "mean_frobenius": mean("frobenius"),
+            "relative_frobenius": mean("relative"),
+            "rms_entry": mean("rms_entry"),
+            "exact_frobenius": mean("exact_frobenius"),
+            "tokens": tokens,
+            "effective_rank_tokens": min(self.effect_tokens, tokens),
+            "largest": [] if tokenizer is None else _largest(joint, self.rows, tokenizer),
+            "per_layer": per_layer,
+        }
+
+
+@torch.no_grad()
+def delta_records(model: ConvertedModel, batches: Iterable[Batch], *, effect_tokens: int = RANK_TOKENS) -> Records:
+    """The weight deltas of the model as it runs, on its own stream, without the original's pass.
+
+    Args:
+        effect_tokens: as of `WeightDeltas`.
+    """
+    deltas = WeightDeltas(model, effect_tokens=effect_tokens)
+    with watching_deltas(active_layers(model), deltas.see_deltas):
         for batch in batches:
-            mask[:] = [batch["attention_mask"].bool()]
+            deltas.begin(batch)
             run_backbone(model, batch)
-    return records
+    return deltas.own
 
 
 def effective_rank(rows: Tensor) -> float:
@@ -96,50 +159,6 @@ def weight_norm(layer: NPTLayer, name: str) -> float:
         for chunk in unit.split(512):
             square += float(product(chunk).double().square().sum())
     return square**0.5
-
-
-def weight_delta_stats(
-    model: ConvertedModel,
-    batches: Sequence[dict[str, Tensor]],
-    tokenizer: Any = None,
-    blocks: Collection[int] | None = None,
-) -> dict[str, Any]:
-    """The report's `weight_delta_stats`: means over real tokens, converted blocks and target projections, in this order.
-
-    frobenius |dW|_F, relative |dW|_F / |W|_F, rms_entry |dW|_F / sqrt(rows columns); `exact` beside on the same tokens.
-    With a tokenizer, also the tokens that write the largest deltas.
-
-    Args:
-        blocks: converted blocks; None for all.
-    """
-    layers = chosen_layers(model, blocks)
-    own, exact = delta_records(model, batches), delta_records(model, batches, Mode.EXACT)
-    per_layer = {
-        f"layer_{layer.index}": {
-            name: _projection_figures(layer, name, record, exact[layer.index][name])
-            for name, record in own[layer.index].items()
-        }
-        for layer in layers
-    }
-
-    def mean(key: str) -> float:
-        if not any(per_layer.values()):  # the adapter is disabled: there is no dW
-            return 0.0
-        return fmean(fmean(figures[key] for figures in entry.values()) for entry in per_layer.values())
-
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    joint = np.sqrt(sum((np.square(r.norms()) for entry in own.values() for r in entry.values()), np.zeros(tokens)))
-    return {
-        "mean_frobenius": mean("frobenius"),
-        "relative_frobenius": mean("relative"),
-        "rms_entry": mean("rms_entry"),
-        "exact_frobenius": mean("exact_frobenius"),
-        "tokens": tokens,
-        "effective_rank_tokens": min(RANK_TOKENS, tokens),
-        "least_joint_norm": least_joint_norms(model, batches[0], blocks),
-        "largest": [] if tokenizer is None else _largest(joint, batches, tokenizer),
-        "per_layer": per_layer,
-    }
 
 
 def _projection_figures(layer: NPTLayer, name: str, own: DeltaRecord, exact: DeltaRecord) -> dict[str, Any]:
@@ -168,9 +187,12 @@ def _distribution(norms: np.ndarray) -> dict[str, float]:
     }
 
 
-def _largest(norms: np.ndarray, batches: Sequence[dict[str, Tensor]], tokenizer: Any) -> list[dict[str, Any]]:
-    """The tokens with the largest joint norm over all converted blocks and projections, and the text before each."""
-    rows = [(row[keep], keep.nonzero()[:, 0]) for b in batches for row, keep in _rows(b)]
+def _largest(norms: np.ndarray, text: Sequence[tuple[Tensor, Tensor]], tokenizer: Any) -> list[dict[str, Any]]:
+    """The tokens with the largest joint norm over all converted blocks and projections, and the text before each.
+
+    text: (ids (tokens,), whether each is real) of every sequence.
+    """
+    rows = [(ids[real], real.nonzero()[:, 0]) for ids, real in text]
     owner = np.repeat(np.arange(len(rows)), [len(ids) for ids, _ in rows])
     within = np.concatenate([np.arange(len(ids)) for ids, _ in rows])
     found = []
@@ -186,7 +208,3 @@ def _largest(norms: np.ndarray, batches: Sequence[dict[str, Tensor]], tokenizer:
             }
         )
     return found
-
-
-def _rows(batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(batch["input_ids"].cpu(), batch["attention_mask"].bool().cpu(), strict=True))

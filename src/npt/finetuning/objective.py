@@ -24,6 +24,7 @@ from npt.data.batches import scored_positions
 from npt.equivalence.objectives import POSITION_CHUNK, check_logit_head, divergence_sum
 from npt.finetuning.anchor import ANCHOR
 from npt.tuner.converted import as_original, run_backbone
+from npt.tuner.trunk import shared_trunk
 
 
 class LanguageLosses(NamedTuple):
@@ -72,10 +73,11 @@ class LanguageModelObjective:
         head, counted = logit_head(model), torch.nn.functional.pad(scored_positions(inputs["labels"]), (0, 1))
         target = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1))[counted]
         base = wide(torch.zeros((), device=target.device))
-        if self.measures_base:
-            with torch.no_grad(), as_original(model):
-                base = cross_entropy_sum(head, run_backbone(model, inputs)[counted], target) / items
-        language = cross_entropy_sum(head, run_backbone(model, inputs)[counted], target) / items
+        with shared_trunk(model):
+            if self.measures_base:
+                with torch.no_grad(), as_original(model):
+                    base = cross_entropy_sum(head, run_backbone(model, inputs)[counted], target) / items
+            language = cross_entropy_sum(head, run_backbone(model, inputs)[counted], target) / items
         if not self.anchor_weight:
             return LanguageLosses(language, language.detach(), torch.zeros_like(base), base)
         anchor = self._anchor(model, head, inputs[ANCHOR], counted.sum(-1) / items)
@@ -84,9 +86,10 @@ class LanguageModelObjective:
     def _anchor(self, model: Any, head: Callable[[Tensor], Tensor], ids: Tensor, weights: Tensor) -> Tensor:
         """The sum over rows of a row's weight times its mean KL. ids: (rows, tokens). weights: (rows,)."""
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        with torch.no_grad(), as_original(model):
-            teacher = run_backbone(model, inputs).flatten(0, 1)
-        student = run_backbone(model, inputs).flatten(0, 1)
+        with shared_trunk(model):
+            with torch.no_grad(), as_original(model):
+                teacher = run_backbone(model, inputs).flatten(0, 1)
+            student = run_backbone(model, inputs).flatten(0, 1)
         return divergence_sum(head, student, [teacher], wide(weights / ids.shape[1]).repeat_interleave(ids.shape[1]))
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from npt.block.families import blocks_of
-from npt.block.modes import Mode
 from npt.common.limits import check_length
 from npt.common.options import is_calibrated
 from npt.config import DataSection, OptimizationSection, RunConfig, TrainingSection
@@ -27,10 +26,9 @@ from npt.equivalence.objectives import Objective, objective_class
 from npt.equivalence.parts import SLICE_TOKENS
 from npt.equivalence.scale import TOKENS_PER_UNIT
 from npt.equivalence.teacher import bytes_per_block
-from npt.evaluation.block_errors import layer_equivalence, residual_stream
+from npt.evaluation.details import Details
 from npt.evaluation.divergence import token_divergences
-from npt.evaluation.evaluate import DETAIL_BLOCKS
-from npt.evaluation.weight_deltas import delta_records
+from npt.evaluation.look import STREAM_ROWS
 from npt.finetuning.anchor import ANCHOR
 from npt.finetuning.objective import LanguageModelObjective
 from npt.planning.counters import AllocationCounter, PretendValues, WorkCounter
@@ -279,16 +277,23 @@ def _calibration_peak(model: Any, rows: int, data: DataSection, processes: int) 
 
 def _evaluation_phases(model: Any, rows: int, length: int, *, with_blocks: bool) -> Iterator[Phase]:
     """The phases of the evaluation. rows: of a batch. with_blocks: True where there are figures by block."""
-    detail = [_batch(min(DETAIL_BLOCKS, rows), length)]
     with eval_mode(model):
         # Positions past the training length are evaluated too, where the model reaches that far.
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-        ones = [1] * (2 * length if context >= 2 * length else length)
-        longest = datasets.Dataset.from_dict({name: [ones] * rows for name in COLUMNS})
+        longest = _blocks(rows, 2 * length if context >= 2 * length else length)
         runs: dict[str, Callable[[], object]] = {
             "divergence": lambda: token_divergences(model, longest, batch_size=rows),
-            "blocks": lambda: (layer_equivalence(model, detail), residual_stream(model, detail)),
-            "weight deltas": lambda: (delta_records(model, detail), delta_records(model, detail, Mode.EXACT)),
+            "blocks and weight deltas": lambda: _observed(model, _blocks(min(rows, STREAM_ROWS), length)),
         }
         for name, run in runs.items() if with_blocks else [("divergence", runs["divergence"])]:
             yield Phase(f"evaluation: {name}", allocation_peak(model, run))
+
+
+def _blocks(rows: int, length: int) -> datasets.Dataset:
+    """Blocks of text without a meaning."""
+    return datasets.Dataset.from_dict({name: [[1] * length] * rows for name in COLUMNS})
+
+
+def _observed(model: Any, blocks: datasets.Dataset) -> None:
+    """One batch of the evaluation of which the figures by block are taken too."""
+    token_divergences(model, blocks, batch_size=len(blocks), observers=Details(model).observers, observed=len(blocks))

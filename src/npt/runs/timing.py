@@ -22,10 +22,12 @@ from npt.data.batches import batches_of
 from npt.data.sampling import default_batch, seconds_per_draw
 from npt.equivalence.calibration_time import FitSeconds, fit_seconds
 from npt.equivalence.objectives import Objective
-from npt.evaluation.block_errors import layer_equivalence, residual_stream
+from npt.evaluation.details import Details
 from npt.evaluation.divergence import token_divergences
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
-from npt.evaluation.weight_deltas import delta_records, weight_delta_stats
+from npt.evaluation.least_norm import LeastNorms
+from npt.evaluation.look import observe
+from npt.evaluation.weight_deltas import WeightDeltas
 from npt.finetuning.anchor import ANCHOR
 from npt.finetuning.objective import LanguageModelObjective
 from npt.tuner.converted import active_layers, adapter_config, device_of, eval_mode, run_backbone
@@ -106,7 +108,7 @@ def _measure(
     calibrates = trains and config.training.calibrate and is_calibrated(config.model.carry, config.model.gain)
     objectives = _objectives(config, tuned_by) if trains and config.training.num_train_steps != 0 else []
     compare = _seconds(lambda: token_divergences(model, blocks, batch_size=rows), device)
-    detail, detail_once = (0.0, 0.0) if tuned_by else _detail(model, tokenizer, blocks, one, device)
+    detail, detail_once = (0.0, 0.0) if tuned_by else _detail(model, tokenizer, blocks, device)
     sample = _seconds(lambda: side_by_side(model, tokenizer, DEFAULT_PROMPTS[:1], TIMED_TOKENS), device)
     draw_rows, draws = 0, (0.0, 0.0)
     to_draw = _blocks_to_draw(config, tuned_by)
@@ -131,19 +133,20 @@ def _measure(
     )
 
 
-def _detail(
-    model: Any, tokenizer: Any, blocks: datasets.Dataset, forward: float, device: torch.device
-) -> tuple[float, float]:
-    """Seconds of the figures by block for one block of text, without those by position, and once for all text.
+def _detail(model: Any, tokenizer: Any, blocks: datasets.Dataset, device: torch.device) -> tuple[float, float]:
+    """Seconds that the figures by block add to one block of text, without those by position, and once for all text.
 
-    What is done once is timed for one converted block and counted for each. forward: seconds of one block's forward pass.
+    What is done once is timed for one converted block and counted for each.
     """
     layers, batch = active_layers(model), next(batches_of(blocks, 1, device))
+    last = [layers[-1].index]
     with eval_mode(model):
-        deltas = _seconds(lambda: delta_records(model, [batch]), device)
-        errors = _seconds(lambda: (layer_equivalence(model, [batch]), residual_stream(model, [batch])), device)
-        one = _seconds(lambda: weight_delta_stats(model, [batch], tokenizer, [layers[-1].index]), device)
-    return 2 * deltas + errors, len(layers) * max(0.0, one - 2 * deltas - forward)
+        alone = _seconds(lambda: observe(model, [batch], []), device)
+        details = _seconds(lambda: observe(model, [batch], Details(model).observers), device)
+        deltas, norms = WeightDeltas(model), LeastNorms(model, last)
+        observe(model, [batch], [deltas, norms])
+        once = _seconds(lambda: (deltas.figures(tokenizer, last), norms.figures()), device)
+    return max(0.0, details - alone), len(layers) * once
 
 
 def _text(tokenizer: Any, rows: int, length: int, device: torch.device) -> Batch:

@@ -1,0 +1,115 @@
+"""One look at a batch: the trunk once, each upper half once; observers take what they need from the two passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npt.block.families import blocks_of
+from npt.block.hooks import first_tensor
+from npt.block.layer import BlockRecord, NPTLayer
+from npt.block.modes import watching, watching_deltas
+from npt.block.weight_delta import WeightDelta
+from npt.tuner.converted import ConvertedModel, active_layers, as_original, base_of, npt_layers, run_backbone
+from npt.tuner.trunk import shared_trunk
+
+Batch = dict[str, Tensor]
+#: Sequences whose hidden states of all blocks are held at once.
+STREAM_ROWS = 4
+
+
+class Observer:
+    """Sees a batch: every method is called for each batch, in this order. Methods that a class leaves out cost nothing."""
+
+    def begin(self, batch: Batch) -> None:
+        """Takes the batch {"input_ids", "attention_mask"}, (rows, tokens) each."""
+
+    def see_original(self, layer: NPTLayer, record: BlockRecord) -> None:
+        """Takes the original's pass through a converted block."""
+
+    def see_own(self, layer: NPTLayer, record: BlockRecord) -> None:
+        """Takes the NPT model's pass through a converted block."""
+
+    def see_deltas(self, layer: NPTLayer, deltas: dict[str, WeightDelta]) -> None:
+        """Takes the weight deltas of the NPT model's pass."""
+
+    def see_streams(self, original: dict[int, Tensor], own: dict[int, Tensor]) -> None:
+        """Takes {block: output (rows, tokens, d)} of every block from the first converted one on, of both models."""
+
+
+def look(
+    model: ConvertedModel,
+    batch: Batch,
+    observers: Sequence[Observer] = (),
+    run: Callable[[ConvertedModel, Batch], Tensor] = run_backbone,
+) -> tuple[Tensor, Tensor]:
+    """Runs the original and the NPT model on a batch. Returns what `run` gives of each, in this order.
+
+    Args:
+        model: in evaluation mode, with an active adapter: NPT's, or without observers one of another method.
+        observers: see the passes. run: (model, batch) -> hidden states or logits.
+    """
+    layers = active_layers(model) if npt_layers(model) else []
+    for observer in observers:
+        observer.begin(batch)
+    streams = _watched(observers, "see_streams")
+    with shared_trunk(model):
+        with (
+            as_original(model),
+            watching(layers, _all(observers, "see_original")),
+            _outputs(model, streams) as original,
+        ):
+            teacher = run(model, batch)
+        deltas = watching_deltas(layers, _all(observers, "see_deltas"))
+        with watching(layers, _all(observers, "see_own")), deltas, _outputs(model, streams) as own:
+            student = run(model, batch)
+    for see in streams:
+        see(original, own)
+    return teacher, student
+
+
+@torch.no_grad()
+def observe(model: ConvertedModel, batches: Iterable[Batch], observers: Sequence[Observer]) -> None:
+    """Shows batches to observers, a few rows at a time."""
+    for batch in batches:
+        for start in range(0, len(batch["input_ids"]), STREAM_ROWS):
+            look(model, {key: value[start : start + STREAM_ROWS] for key, value in batch.items()}, observers)
+
+
+def _watched(observers: Sequence[Observer], name: str) -> list[Callable[..., None]]:
+    """The methods of this name, of the observers that have one of their own."""
+    return [getattr(o, name) for o in observers if getattr(type(o), name) is not getattr(Observer, name)]
+
+
+def _all(observers: Sequence[Observer], name: str) -> Callable[..., None] | None:
+    """One function in the place of `_watched`; None where nobody watches."""
+    watched = _watched(observers, name)
+
+    def see(*values: Any) -> None:
+        for method in watched:
+            method(*values)
+
+    return see if watched else None
+
+
+@contextmanager
+def _outputs(model: ConvertedModel, wanted: Sequence[Any]) -> Iterator[dict[int, Tensor]]:
+    """Keeps the output of every block from the first converted one on, where it is wanted."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            kept[index] = first_tensor(output)
+
+        return hook
+
+    with ExitStack() as stack:
+        if wanted:
+            blocks = list(blocks_of(base_of(model)))
+            for index in range(active_layers(model)[0].index, len(blocks)):
+                stack.callback(blocks[index].register_forward_hook(keep(index)).remove)
+        yield kept
