@@ -226,12 +226,12 @@ def quick_reports() -> Iterator[None]:
     def draw_picture(name: str, draw: Any, *_: Any) -> Any:
         return Picture(name, name, b"", "<svg></svg>")
 
-    def few(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 4, seed: int | None = None) -> Any:
-        return write(model, tokenizer, prompt, min(4, max_new_tokens), seed)
+    def few(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 4, *more: Any) -> Any:
+        return write(model, tokenizer, prompt, min(4, max_new_tokens), *more)
 
-    write = generation.continue_text
+    write = generation.continue_texts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "continue_text", few)
+        patch.setattr(generation, "continue_texts", few)
         patch.setattr(plots, "draw_picture", draw_picture)
         patch.setattr(least_norm, "STEPS", 2)
         yield

@@ -17,7 +17,14 @@ from npt.builtin import model_folder
 from npt.cli import main
 from npt.data import sample_blocks
 from npt.errors import NPTError
-from npt.evaluation.generation import continue_by_own_settings, continue_text, own_settings, side_by_side
+from npt.evaluation.generation import (
+    continue_by_own_settings,
+    continue_text,
+    continue_texts,
+    own_settings,
+    side_by_side,
+    side_by_side_with_seeds,
+)
 from tests.families import CASES
 from tests.helpers import converted, randomize
 
@@ -118,6 +125,25 @@ def test_greedy_text_takes_the_likeliest_token_and_sampling_follows_the_distribu
     likeliest = int(probabilities.argmax())
     p = probabilities[likeliest].item()
     assert abs(float((drawn == likeliest).double().mean()) - p) < 4 * (p * (1 - p) / 400) ** 0.5
+
+
+def test_texts_of_several_seeds_are_those_of_each_alone(pair: Any, monkeypatch: Any) -> None:
+    """Also where one of them ends before the others."""
+    model, tokenizer = pair
+    seeds = (None, 3, 4)
+    alone = [continue_text(model, tokenizer, PROMPT, 12, seed) for seed in seeds]
+    own = GenerationConfig(eos_token_id=max((new for _, new in alone), key=len)[4])
+    for config in (model.get_base_model().generation_config, own):
+        monkeypatch.setattr(model.get_base_model(), "generation_config", config)
+        alone = [continue_text(model, tokenizer, PROMPT, 12, seed) for seed in seeds]
+        assert continue_texts(model, tokenizer, PROMPT, 12, seeds) == alone
+        columns = [side_by_side(model, tokenizer, [PROMPT, "b"], 6, seed) for seed in seeds]
+        assert side_by_side_with_seeds(model, tokenizer, [PROMPT, "b"], 6, seeds) == columns
+    assert len({len(new) for _, new in alone}) > 1, "one ends early"
+    calls: list[int] = []
+    model.get_base_model().register_forward_hook(lambda m, a, o: calls.append(len(o.logits)))
+    continue_texts(model, tokenizer, PROMPT, 1, seeds)
+    assert calls == [3], "one batch"
 
 
 def test_every_end_of_text_that_the_base_names_ends_one(pair: Any, monkeypatch: Any) -> None:

@@ -77,14 +77,15 @@ def token_divergences(
         for _, part, counts in tracked(own, "Evaluating", progress, unit="batches"):
             rows = [blocks[i] for i in part]
             batch = next(batches_of(rows, batch_size, device)) if collate is None else collated(rows, collate, device)
-            counted = scored_positions(batch["labels"])
-            teacher, student = look(model, batch, observers if part.stop <= few else (), _logits_at(counted))
-            target = batch["input_ids"][:, 1:][counted]
-            place = counted.nonzero() + torch.tensor([part.start, 1], device=device)
+            watching = observers if part.stop <= few else ()
+            teacher, student = (logits.flatten(0, 1) for logits in look(model, batch, watching, _logits))
+            row, position = scored_positions(batch["labels"]).nonzero().T
+            place = torch.stack([part.start + row, position + 1], -1).double()
+            target, at = batch["input_ids"][row, position + 1], row * batch["input_ids"].shape[1] + position
             for chunk in torch.arange(len(target), device=device).split(max(1, entries // vocabulary)):
-                figures = compare(teacher[chunk], student[chunk], target[chunk])
+                figures = compare(teacher[at[chunk]], student[at[chunk]], target[chunk])
                 end = filled + len(chunk)
-                table[filled:end] = torch.cat([figures, place[chunk].double()], -1).cpu().numpy()
+                table[filled:end] = torch.cat([figures, place[chunk]], -1).cpu().numpy()
                 if not np.isfinite(table[filled:end]).all():
                     raise RunError(f"evaluation: the logits are not finite, {find_nonfinite(model, batch)}; {REMEDY}")
                 filled = end if counts else filled
@@ -97,15 +98,11 @@ def token_divergences(
     return dict(zip(COLUMNS, table.T, strict=True))
 
 
-def _logits_at(counted: Tensor) -> Callable[[ConvertedModel, Batch], Tensor]:
-    """A forward that returns the logits (tokens, vocabulary) of the positions that count."""
-
-    def run(model: ConvertedModel, batch: Batch) -> Tensor:
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        logits: Tensor = base_of(model)(**inputs).logits
-        return logits[:, :-1][counted]
-
-    return run
+def _logits(model: ConvertedModel, batch: Batch) -> Tensor:
+    """Logits (rows, tokens, vocabulary)."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    logits: Tensor = base_of(model)(**inputs).logits
+    return logits
 
 
 def _parts(start: int, end: int, size: int) -> list[range]:

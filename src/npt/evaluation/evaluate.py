@@ -24,7 +24,7 @@ from npt.data.seen import RECORD, TextRecord
 from npt.errors import DataError
 from npt.evaluation.details import Details
 from npt.evaluation.divergence import Tokens, kl_by_position, summarize, token_divergences, worst_tokens
-from npt.evaluation.generation import DEFAULT_PROMPTS, generation_section, listed_prompts, side_by_side
+from npt.evaluation.generation import DEFAULT_PROMPTS, generation_section, listed_prompts, side_by_side_with_seeds
 from npt.evaluation.look import observe
 from npt.evaluation.verdict import UNKNOWN_SHARE, expected_outcomes, grade
 from npt.tuner.config import NPTConfig
@@ -137,7 +137,7 @@ def _report(
 
 
 def _samples(model: ConvertedModel, tokenizer: Any, prompts: Sequence[str], seed: int) -> dict[str, Any]:
-    return generation_section(*(side_by_side(model, tokenizer, prompts, seed=s) for s in (None, seed)))
+    return generation_section(*side_by_side_with_seeds(model, tokenizer, prompts, seeds=(None, seed)))
 
 
 def _first_rows(blocks: datasets.Dataset, count: int) -> datasets.Dataset:

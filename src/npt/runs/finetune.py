@@ -22,7 +22,7 @@ from npt.common.sharded import through
 from npt.common.stopwatch import Stopwatch
 from npt.config import RunConfig, with_overrides
 from npt.config.finetuning import check_finetuning
-from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
+from npt.evaluation.generation import side_by_side_with_seeds
 from npt.finetuning.figures import model_figures
 from npt.finetuning.low_rank import train_low_rank
 from npt.finetuning.objective import LanguageModelObjective
@@ -302,12 +302,8 @@ def train_arm(
         )
         if is_npt:
             seeds = (None, config.training.seed)  # greedy, then sampled
-            arm.samples = through(
-                model,
-                lambda: [
-                    s for seed in seeds for s in side_by_side(model, shared.tokenizer, DEFAULT_PROMPTS, seed=seed)
-                ],
-            )
+            greedy_and_sampled = partial(side_by_side_with_seeds, model, shared.tokenizer, seeds=seeds)
+            arm.samples = [sample for of_seed in through(model, greedy_and_sampled) for sample in of_seed]
     arm.seconds, arm.steps = spent.seconds.get(part, 0.0), trainer.state.global_step
     if is_npt:
         first_does(lambda: arm.keep(model, shared.tokenizer, config))
