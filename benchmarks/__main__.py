@@ -73,6 +73,11 @@ def parts(models: dict[str, Any], options: argparse.Namespace, folder: str) -> d
             max(3, rounds // 3),
         ),
     }
+    few = max(2, rounds // 5)
+    scored, frozen = text[: max(1, len(text) // 4)], models["base"]
+    reference = c.forwards(frozen, scored, options.batch)
+    found["divergence"] = ({"base": reference, "npt": c.divergence(models["npt"], scored)}, few)
+    found["report"] = ({"base": reference, "npt": c.report(models["npt"], scored)}, few)
     if CUDA or options.compile:
         compiled = {name: torch.compile(models[name]) for name in ("base", "npt")}
         found["compiled forward"] = ({name: c.forward(model, ids) for name, model in compiled.items()}, rounds)

@@ -12,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.timing import Run
-from npt import NPTConfig, calibrate
+from npt import NPTConfig, calibrate, evaluate
 from npt.builtin import source_of
 from npt.equivalence.objectives import OBJECTIVES, Objective, update_scales
 from npt.equivalence.teacher import ROW, teacher_cache
+from npt.evaluation.divergence import token_divergences
 from npt.tuner.converted import run_backbone
 
 RANK = 16
@@ -146,6 +147,32 @@ def optimizer_of(model: Any) -> torch.optim.Optimizer:
 def calibration(model: Any, ids: torch.Tensor, batch: int) -> Run:
     """Calibration over ids."""
     return lambda: calibrate(model, [{"input_ids": part} for part in ids.split(batch)])
+
+
+class NoWords:
+    """The part of a tokenizer that a report without prompts asks for; random models have none."""
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        """The ids themselves."""
+        return " ".join(map(str, ids))
+
+
+def divergence(model: Any, ids: torch.Tensor) -> Run:
+    """Both models on ids, compared token by token."""
+    blocks = datasets.Dataset.from_dict({"input_ids": ids.tolist()})
+    return lambda: token_divergences(model, blocks)
+
+
+def report(model: Any, ids: torch.Tensor) -> Run:
+    """Every figure of a report on ids, without the texts that both models write."""
+    blocks = datasets.Dataset.from_dict({"input_ids": ids.tolist()})
+    return lambda: evaluate(model, NoWords(), blocks, context_length=ids.shape[1], prompts=[])
+
+
+def forwards(model: Any, ids: torch.Tensor, batch: int) -> Run:
+    """The frozen forward over ids, logits included."""
+    runs = [forward(model, part) for part in ids.split(batch)]
+    return lambda: [run() for run in runs]
 
 
 def backbone(model: Any, ids: torch.Tensor, batch: int) -> Run:

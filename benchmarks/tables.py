@@ -27,6 +27,8 @@ LINES = (
     ("training step, `composite`", "training step", "composite"),
     ("training step, `logits`", "training step", "logits"),
     ("calibration", "calibration", "npt"),
+    ("divergence of a text", "divergence", "npt"),
+    ("whole report of a text, without samples", "report", "npt"),
 )
 
 
