@@ -26,6 +26,7 @@ from scripts.family_list import DOCUMENT, NAME, family_list
 from scripts.marked import ROOT, section
 from tests.families import CASES, SIZES, Case, raw
 from tests.helpers import randomize
+from tests.mixtures import MIXTURES
 
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -43,7 +44,7 @@ OPTIONS.append({"key": "input", "carry": "diagonal", "gain": "denominator", "low
 
 
 def test_every_family_has_a_case() -> None:
-    assert {case.model_type for case in CASES} == set(FAMILIES)
+    assert {case.model_type for case in CASES} | {mixture.name for mixture in MIXTURES} == set(FAMILIES)
 
 
 def run_blocks(case: Case, model: Any) -> dict[int, dict[str, Tensor]]:

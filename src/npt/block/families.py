@@ -36,6 +36,8 @@ class Family:
         parallel: the MLP reads Norm2(h), not Norm2(h + a): attention changes nothing but the residual stream.
         multiplier: the block's attribute that scales both attention and MLP on their way into the residual stream.
         run: (block, z) -> the MLP's update y - h, where it isn't out(mlp(z)) times the multiplier.
+        experts: where the MLP of some blocks is a mixture, the module of its experts, called with (z, indices, weights). `up`
+            and `down` are then the whole MLP: what reads z, the router included, and what comes out.
     """
 
     blocks: str
@@ -49,6 +51,7 @@ class Family:
     parallel: bool = False
     multiplier: str | None = None
     run: Callable[[Any, Tensor], Tensor] | None = None
+    experts: str | None = None
 
     @property
     def projections(self) -> dict[str, str]:
@@ -81,6 +84,21 @@ _FUSED_LLAMA = replace(_LLAMA, **_FUSED)
 _UNGATED_LLAMA = replace(_LLAMA, gate=None)
 _PARALLEL_LLAMA = replace(_LLAMA, norm="input_layernorm", parallel=True)
 _HYBRID_LLAMA = replace(_LLAMA, tap=("self_attn.o_proj", "linear_attn.out_proj"))
+_MIXTURE = replace(_LLAMA, gate=None, up="mlp", down="mlp", experts="mlp.experts")
+_HYBRID_MIXTURE = replace(_MIXTURE, tap=_HYBRID_LLAMA.tap)
+_FEED_FORWARD: dict[str, Any] = {
+    "mlp": "feed_forward", "up": "feed_forward", "down": "feed_forward", "experts": "feed_forward.experts"
+}  # fmt: skip
+_GRANITE_MIXTURE = replace(
+    _MIXTURE, mlp="block_sparse_moe", up="block_sparse_moe", down="block_sparse_moe", experts="block_sparse_moe.experts",
+    multiplier="residual_multiplier",
+)  # fmt: skip
+#: Types whose block is a Llama's with experts in the place of its MLP, dense in some of the first blocks of many.
+_MIXTURES = (
+    "aria_text", "axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
+    "flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "hunyuan_v1_moe", "hy_v3", "kimi_linear", "laguna",
+    "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open",
+)  # fmt: skip
 _GPTJ = Family("transformer.h", "attn.out_proj", "ln_1", mlp="mlp", up="mlp.fc_in", down="mlp.fc_out", parallel=True)
 _GPT2 = Family("transformer.h", "attn.resid_dropout", "ln_2", **_CONV)
 # The block holds the projections itself, as OPT's does.
@@ -174,6 +192,32 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "starcoder2": replace(_LLAMA, **_CONV),
     "vaultgemma": replace(_LLAMA, norm="pre_feedforward_layernorm"),
     "youtu": _LLAMA,
+    **dict.fromkeys(_MIXTURES, _MIXTURE),
+    "afmoe": replace(_MIXTURE, tap="post_attention_layernorm", norm="pre_mlp_layernorm", out="post_mlp_layernorm"),
+    "bamba": Family(
+        "model.layers", ("self_attn.o_proj", "mamba.out_proj"), "pre_ff_layernorm", "feed_forward",
+        up="feed_forward.up_proj", down="feed_forward.down_proj", gate="feed_forward.gate_proj",
+    ),
+    "cohere2_moe": replace(_MIXTURE, norm="input_layernorm", parallel=True),
+    "flex_olmo": replace(_MIXTURE, tap="post_attention_layernorm", norm=None, out="post_feedforward_layernorm"),
+    "granitemoe": _GRANITE_MIXTURE,
+    "granitemoe_swa": _GRANITE_MIXTURE,
+    "jamba": replace(_MIXTURE, tap=("self_attn.o_proj", "mamba.out_proj"), norm="pre_ff_layernorm", **_FEED_FORWARD),
+    "kolibri1": replace(_MIXTURE, tap="post_self_attn_layernorm", out="post_mlp_layernorm"),
+    "lfm3": Family(
+        "model.layers", "post_operator_norm", "ffn_norm", "feed_forward", up="feed_forward.w3", down="feed_forward.w2",
+        gate="feed_forward.w1", out="post_ffn_norm",
+    ),
+    "lfm2_moe": replace(_MIXTURE, tap=("self_attn.out_proj", "conv.out_proj"), norm="ffn_norm", **_FEED_FORWARD),
+    "modernbert-decoder": Family(
+        "model.layers", "attn.Wo", "mlp_norm", "mlp", up="mlp.Wi", down="mlp.Wo", gate="mlp.Wi"
+    ),
+    "qwen3_5_moe_text": _HYBRID_MIXTURE,
+    "qwen3_next": _HYBRID_MIXTURE,
+    "recurrent_gemma": Family(
+        "model.layers", ("temporal_block.o_proj", "temporal_block.linear_out"), "channel_pre_norm", "mlp_block",
+        up="mlp_block.up_proj", down="mlp_block.down_proj", gate="mlp_block.gate_proj",
+    ),
 }  # fmt: skip
 
 
@@ -187,8 +231,8 @@ def _experts(config: Any) -> bool:
 _REFUSALS: dict[str, Callable[[Any], bool]] = {
     "it has an encoder, and its decoder's blocks add cross-attention to the residual stream as well; "
     "npt converts decoder-only models": lambda config: bool(getattr(config, "is_encoder_decoder", False)),
-    "its MLPs are mixtures of experts, and a weight delta would be needed for every expert a token is routed to; "
-    "use a dense model of the family": _experts,
+    "its MLPs are mixtures of experts, and its type is none of those whose mixtures npt knows (npt families lists them); add "
+    "it with register_family(model_type, Family(..., experts=...)), or use a dense model": _experts,
 }
 
 
@@ -215,15 +259,17 @@ def family_of(model: nn.Module) -> Family:
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    if (reason := refusal(config)) is not None:
+    entry = FAMILIES.get(str(model_type))
+    family = entry if isinstance(entry, Family) or entry is None else entry(config)
+    reason = refusal(config)
+    if reason is not None and (family is None or family.experts is None):
         raise ConversionError(f"{type(model).__name__} can't be converted: {reason}")
-    if model_type not in FAMILIES:
+    if family is None:
         raise ConversionError(
             f"model type {model_type!r} of {type(model).__name__} is not supported; known: {', '.join(sorted(FAMILIES))}. "
             "Add one with npt.families.register_family(model_type, Family(...))"
         )
-    entry = FAMILIES[model_type]
-    return entry if isinstance(entry, Family) else entry(config)
+    return family
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:

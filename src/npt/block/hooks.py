@@ -21,6 +21,8 @@
 | `add_down`     | down, after          | its input i,             | output + v_down, or pass: down where a norm   |
 |                |                      | pass: attention, values  | follows the MLP                               |
 | `add_out`      | out, after           | pass: down               | output + v_down                               |
+| `see_experts`  | a mixture's experts, | indices, weights         | pass: routing, where weight deltas are wanted |
+|                | before               |                          |                                               |
 | `finish`       | block, after         | pass: observed           | nothing; empties the pass, tells `on_block`   |
 
 tap: the last module whose output attention adds to the residual stream. out: the norm after the MLP, where there is one.
@@ -44,10 +46,12 @@ from torch.utils.hooks import RemovableHandle
 
 from npt.block.component import NPComponent
 from npt.block.deltas import down_deltas, input_deltas
+from npt.block.mixture import mixture_deltas
 from npt.block.passes import BlockRecord, Mode, Pass, ThreadState
 from npt.block.probing import BlockParts
 from npt.block.spec import INPUT_PROJECTIONS
 from npt.block.terms import InputValues
+from npt.block.weight_delta import Routing, WeightDelta
 from npt.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -177,27 +181,33 @@ class BlockHooks:
                 halves[i] = halves[i] + self.parts.product(name)(values.shift).view_as(halves[i])
         return torch.cat(halves, -1)
 
-    def add_down(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def add_down(self, module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
         """Makes v_down from a, and adds it to down's output unless a norm follows."""
         now = self.thread.now
         if now.mode is Mode.ZERO:
-            return torch.zeros_like(output)
+            return _with_first(output, torch.zeros_like)
         component, values, attention = now.component, now.values, now.attention
         if component is None or values is None or attention is None:
             return None
         # Let go here, the last use: a recomputed forward under gradient checkpointing never reaches the block's hook.
         now.attention = now.values = now.residual = None
         inner = shaped(args[0], attention)
-        if now.on_deltas is not None:
-            deltas = down_deltas(component, attention, inner)
-            now.on_deltas(self.layer, {name: delta.scaled(1 / now.multiplier) for name, delta in deltas.items()})
         value = component.down_value(attention, inner, values.modulation)
+        if now.on_deltas is not None:
+            deltas = self._down_deltas(component, attention, inner, value, values)
+            now.on_deltas(self.layer, {name: delta.scaled(1 / now.multiplier) for name, delta in deltas.items()})
         if value is not None and now.multiplier != 1:
             value = value / now.multiplier
         if self.family.out is not None:
             now.down = value
             return None
-        return None if value is None else output + value.view_as(output)
+        return None if value is None else _with_first(output, lambda x: x + value.view_as(x))
+
+    def see_experts(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Keeps which experts a mixture's tokens go to, and by what weights."""
+        now = self.thread.now
+        if now.on_deltas is not None and now.component is not None:
+            now.routing = Routing(args[1], args[2])
 
     def add_out(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         """Where a norm follows the MLP, v_down joins after it."""
@@ -223,10 +233,23 @@ class BlockHooks:
         exact_input = self._exact_input(z, attention) if component.spec.carry == "exact" else None
         scale = component.norm_scale(self._residual(z, attention), z) if component.reads_denominator else None
         on_deltas = self.thread.now.on_deltas
-        if on_deltas is not None:
+        if on_deltas is not None and self.family.experts is None:
             products = {name: self.parts.product(name) for name in component.spec.input_projections}
             on_deltas(self.layer, input_deltas(component, attention, z, products, exact_input, scale))
         return component.input_values(attention, z, exact_input, scale)
+
+    def _down_deltas(
+        self, component: NPComponent, attention: Tensor, inner: Tensor, value: Tensor | None, values: InputValues
+    ) -> dict[str, WeightDelta]:
+        """dW of down; of a mixture, where `inner` is the input of the whole MLP, of all its projections."""
+        if self.family.experts is None:
+            return down_deltas(component, attention, inner)
+        shift = torch.zeros_like(inner) if values.shift is None else values.shift
+        value = torch.zeros_like(inner) if value is None else value
+        found = mixture_deltas(self.parts, shift, value, inner - shift, self.thread.now.routing)
+        targets = ["up"] * bool(component.spec.input_projections) + ["down"] * ("down" in component.spec.projections)
+        # What reads z is not scaled by the block's multiplier, and add_down scales all that it is given.
+        return {name: found[name].scaled(self.thread.now.multiplier if name == "up" else 1.0) for name in targets}
 
     def _exact_input(self, z: Tensor, attention: Tensor) -> Tensor:
         """The original block's MLP input, from h: what the norm read, or z itself where there is no norm."""
@@ -300,6 +323,8 @@ class BlockHooks:
         self.handles += [self.parts.module(role).register_forward_pre_hook(hook) for role, hook in before]
         self.handles += [self.parts.module(role).register_forward_hook(hook) for role, hook in after]
         self.hook_norm()
+        if self.parts.experts is not None:
+            self.handles.append(self.parts.experts.register_forward_pre_hook(self.see_experts))
         hooked, block = {id(self.parts.module(role)) for role in roles}, self.parts.block
         # Last: until then a thread that comes to `begin` finds the old places, and waits.
         self._places = [(m._modules, n, c) for m in block.modules() for n, c in m.named_children() if id(c) in hooked]
@@ -350,6 +375,11 @@ def first_tensor(output: Any) -> Tensor:
     """A block's hidden states: its output, or the first entry of the tuple it returns."""
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
+
+
+def _with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A module's output with its hidden states changed: a tensor, or the first entry of a tuple."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
 def shaped(x: Tensor, like: Tensor) -> Tensor:

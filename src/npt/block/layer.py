@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from npt.block.component import ComponentSpec, NPComponent
 from npt.block.families import Family
 from npt.block.hooks import BlockHooks, first_tensor
+from npt.block.mixture import check_mixture
 from npt.block.passes import BlockRecord, Mode
 from npt.block.probing import BlockParts, probe_norm
 from npt.common.processes import from_first, loads_once
@@ -73,8 +74,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         """The down projection's weight: PEFT asks a tuner layer's weight for device and dtype."""
-        weight: Tensor = self.module("down").weight
-        return weight
+        return self.parts.weight
 
     @property
     def bias(self) -> None:
@@ -135,6 +135,8 @@ class NPTLayer(nn.Module, BaseTunerLayer):
                 f"target_projections={list(projections)}: this family's MLP has {', '.join(self.family.projections)} only"
             )
         spec = self._spec(projections=present, **options)
+        if self.family.experts is not None:
+            check_mixture(spec)
         if spec.rank > spec.hidden_size:
             raise ConversionError(
                 f"rank={spec.rank} is larger than the model's hidden size {spec.hidden_size}; use a rank up to that"
@@ -243,7 +245,7 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             z = hidden_states if family.norm is None else self.module("norm")(hidden_states)
             if family.run is not None:
                 return family.run(self.parts.block, z)
-            update: Tensor = self.module("mlp")(z)
+            update: Tensor = first_tensor(self.module("mlp")(z))
             return (update if family.out is None else self.module("out")(update)) * now.multiplier
         finally:
             now.clear()

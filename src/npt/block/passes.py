@@ -16,7 +16,7 @@ from torch import Tensor
 
 from npt.block.component import NPComponent
 from npt.block.terms import InputValues
-from npt.block.weight_delta import WeightDelta
+from npt.block.weight_delta import Routing, WeightDelta
 
 if TYPE_CHECKING:
     from npt.block.layer import NPTLayer
@@ -66,6 +66,7 @@ class Pass:
         self.residual: Tensor | None = None
         self.values: InputValues | None = None
         self.down: Tensor | None = None
+        self.routing: Routing | None = None
 
 
 class ThreadState(threading.local):

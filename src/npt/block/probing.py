@@ -41,7 +41,10 @@ def find(block: nn.Module, family: Family, role: str) -> Any:
 
 
 def projection_shape(block: nn.Module, family: Family, name: str) -> tuple[int, int]:
-    """(in, out) of a block's projection; of its own half where gate and up are one."""
+    """(in, out) of a block's projection; of its own half where gate and up are one; of a mixture's whole MLP."""
+    if family.experts is not None:
+        norm = find(block, family, "norm" if family.norm is not None else "out")
+        return (len(norm.weight),) * 2
     size_in, size_out = linear_shape(find(block, family, name))
     return size_in, size_out // (2 if family.fused and name != "down" else 1)
 
@@ -123,8 +126,33 @@ class BlockParts:
         """(in, out) of a projection; of its own half where gate and up are one."""
         return projection_shape(self.block, self.family, name)
 
+    @property
+    def experts(self) -> Any:
+        """The module of a mixture's experts; None in a dense block."""
+        try:
+            return None if self.family.experts is None else self.block.get_submodule(self.family.experts)
+        except AttributeError:
+            return None
+
+    @property
+    def weight(self) -> Tensor:
+        """The down projection's weight; of a mixture the first one of its MLP that is not quantised."""
+        if self.family.experts is None:
+            weight: Tensor = self.module("down").weight
+            return weight
+        own = list(self.module("mlp").parameters())
+        return next((p for p in own if p.is_floating_point()), own[0])
+
     def product(self, name: str) -> Callable[[Tensor], Tensor]:
-        """x -> W_t x of a projection, without bias."""
+        """x -> W_t x of a projection, without bias.
+
+        Raises:
+            ConversionError: of a mixture, which has one for each expert.
+        """
+        if self.family.experts is not None:
+            raise ConversionError(
+                f"{name} of {type(self.block).__name__} is a mixture of experts, which is no one product"
+            )
         product = linear_product(self.module(name))
         if not self.family.fused or name == "down":
             return product

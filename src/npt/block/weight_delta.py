@@ -73,3 +73,11 @@ class WeightDelta:
 
     def _low_rank_product(self, m: Tensor, c: Tensor, b: Tensor) -> Tensor:
         return ((self.inputs @ c) * m) @ b
+
+
+@dataclass
+class Routing:
+    """The experts that a pass used. indices (tokens, k) of experts; weights p_e (tokens, k)."""
+
+    indices: Tensor
+    weights: Tensor

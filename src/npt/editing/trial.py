@@ -35,12 +35,12 @@ class Settings:
     in nats below which it stops. alpha: of `naive`.
     """
 
-    margin: float = 4.0
+    margin: float = 3.0
     steps: int = 10
     decay: float = 0.05
-    clamp: float = 8.0
+    clamp: float = 1.5
     terminator: str | None = None
-    contexts: int = 1
+    contexts: int = 2
     rate: float = 0.5
     weight_decay: float = 0.5
     essence: float = 0.0625

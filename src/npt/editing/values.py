@@ -196,7 +196,7 @@ STRATEGIES: dict[str, Callable[[Problem], Found]] = {
 
 #: Defaults of a strategy's own.
 _OWN = {
-    "optimised": Settings(steps=25, clamp=4.0),
+    "optimised": Settings(steps=25, clamp=4.0, contexts=1),
     "margin": Settings(margin=8.0, contexts=0),
     "naive": Settings(contexts=0),
 }

@@ -40,7 +40,8 @@ class LeastNorms(Observer):
     """
 
     def __init__(self, model: ConvertedModel, blocks: Collection[int] | None = None):
-        self.layers = chosen_layers(model, blocks)
+        # A mixture has one value for each expert, and which of them are at work would change while it is searched.
+        self.layers = [layer for layer in chosen_layers(model, blocks) if layer.family.experts is None]
         self.kept: dict[int, list[tuple[Tensor, Tensor]]] = {layer.index: [] for layer in self.layers}
         self.seen = 0
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from npt.block.layer import BlockRecord, NPTLayer
+from npt.block.mixture import mixture_weight
 from npt.block.modes import Mode, watching_deltas
 from npt.block.probing import execution_device
 from npt.block.weight_delta import WeightDelta
@@ -149,6 +150,16 @@ def effective_rank(rows: Tensor) -> float:
 
 
 @torch.no_grad()
+def weight_size(layer: NPTLayer, name: str) -> tuple[float, float]:
+    """Returns (|W_t|_F, number of entries); of a mixture those at work for a token."""
+    if layer.family.experts is not None:
+        with gathered(layer.get_base_layer()):
+            return mixture_weight(layer.parts, name)
+    rows, columns = layer.shape(name)
+    return weight_norm(layer, name), float(rows * columns)
+
+
+@torch.no_grad()
 def weight_norm(layer: NPTLayer, name: str) -> float:
     """Returns |W_t|_F of a linear of any kind, from its products with the unit vectors."""
     rows, module, product = layer.shape(name)[0], layer.module(name), layer.product(name)
@@ -162,15 +173,14 @@ def weight_norm(layer: NPTLayer, name: str) -> float:
 
 
 def _projection_figures(layer: NPTLayer, name: str, own: DeltaRecord, exact: DeltaRecord) -> dict[str, Any]:
-    rows, columns = layer.shape(name)
-    weight, entries = max(weight_norm(layer, name), 1e-300), (rows * columns) ** 0.5
+    weight, entries = weight_size(layer, name)
     figures: dict[str, Any] = {}
     for prefix, record in (("", own), ("exact_", exact)):
         norm = float(record.norms().mean())
         figures |= {
             f"{prefix}frobenius": norm,
-            f"{prefix}relative": norm / weight,
-            f"{prefix}rms_entry": norm / entries,
+            f"{prefix}relative": norm / max(weight, 1e-300),
+            f"{prefix}rms_entry": norm / entries**0.5,
             f"{prefix}distribution": _distribution(record.norms()),
             f"{prefix}effective_rank": effective_rank(torch.cat(record.effects)),
         }

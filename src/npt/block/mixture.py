@@ -1,0 +1,170 @@
+"""Weight deltas of a mixture of experts, for norms and inspection. The forward pass needs none of this.
+
+A mixture's MLP is a function of z: the shift D of its input reaches the router, every expert and a shared expert alike, and
+attention's own part joins its output (docs/maths.md, section 6). So dW of each projection that reads z is (W D) k^T with
+k = z / |z|^2, in the router and in the experts that a token is routed to. What joins the output is one value v for each `down`
+at work: with routing weights p_e, v = a / (sum of p_e and the shared expert's share), whose sum over experts, weighted, is a.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npt.block.component import ComponentSpec
+from npt.block.probing import BlockParts, linear_product
+from npt.block.weight_delta import Routing, WeightDelta
+from npt.errors import ConversionError
+
+
+def check_mixture(spec: ComponentSpec) -> None:
+    """Checks a component's options for a mixture.
+
+    Raises:
+        ConversionError: a key or a site that would need weights of each expert's own.
+    """
+    if spec.rank > 0 and spec.key != "input":
+        raise ConversionError(
+            f"key={spec.key!r}: in a mixture of experts the low-rank part would need a key for every expert; use key='input'"
+        )
+    if spec.rank > 0 and spec.low_rank_at != "input":
+        raise ConversionError(
+            f"low_rank_at={spec.low_rank_at!r}: in a mixture of experts it would need a matrix for every expert; use "
+            "low_rank_at='input'"
+        )
+
+
+def mixture_deltas(
+    parts: BlockParts, shift: Tensor, value: Tensor, z: Tensor, routing: Routing | None
+) -> dict[str, WeightDelta]:
+    """{"up", "down"}: the deltas of all projections at work, stacked, so that their norms are roots of summed squares.
+
+    Args:
+        parts: of the block. shift: D (..., d). value: what joins the MLP's output (..., d). z: the MLP's input without D, the
+            same. routing: of the pass; None in a dense block of such a model.
+    """
+    tokens, d = z.reshape(-1, z.shape[-1]), z.shape[-1]
+    shifts, seen = shift.reshape(-1, d), (z + shift).reshape(-1, d)
+    values: list[Tensor] = []  # W D of every projection at work, (tokens, its rows)
+    inverse, share = tokens.new_zeros(len(tokens)), tokens.new_zeros(len(tokens), 1)  # sum of 1 / |i_e|^2, sum of p_e
+    mlp = parts.module("mlp")
+    if routing is not None:
+        weight = _router_weight(_router_of(mlp))
+        values.append((shifts.to(weight.dtype) @ weight.T).to(shifts.dtype))
+        experts = _Experts(parts.experts)
+        for slot in range(routing.indices.shape[1]):
+            moved, inner = experts.of_slot(routing.indices[:, slot], shifts, seen)
+            values.append(moved)
+            inverse = inverse + _inverse_square(inner)
+        share = share + routing.weights.sum(-1, keepdim=True).to(share.dtype)
+    for module, shared_gate in _shared(mlp, routing is None):
+        reads, down = _linears(module)
+        values += [linear_product(linear)(shifts) for linear in reads]
+        inverse = inverse + _inverse_square(_input_of(down, module, seen))
+        share = share + (1.0 if shared_gate is None else torch.sigmoid(linear_product(shared_gate)(seen)))
+    v = value.reshape(-1, d) / share
+    # An input of this length carries v as all the experts' inputs together do: |dW|^2 = |v|^2 sum of 1 / |i_e|^2.
+    length = torch.where(inverse > 0, inverse.clamp_min(1e-300).rsqrt(), 0)[:, None]
+    lead = z.shape[:-1]
+    return {
+        "up": WeightDelta(torch.cat(values, -1).view(*lead, -1), z),
+        "down": WeightDelta(v.view(*lead, d), length.view(*lead, 1)),
+    }
+
+
+def _inverse_square(x: Tensor) -> Tensor:
+    square = x.square().sum(-1)
+    return torch.where(square > 0, 1 / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
+
+
+def _router_of(mlp: Any) -> Any:
+    return next(getattr(mlp, name) for name in ("gate", "router") if hasattr(mlp, name))
+
+
+def _router_weight(router: Any) -> Tensor:
+    """(experts, d)."""
+    return next(p for p in router.parameters() if p.ndim == 2)
+
+
+def _shared(mlp: Any, dense: bool) -> list[tuple[Any, Any]]:
+    """(a shared expert, its gate or None) of a mixture; the MLP itself where the block is dense."""
+    if dense:
+        return [(mlp, None)]
+    names = ("shared_expert", "shared_experts", "shared_mlp")
+    found = next((getattr(mlp, name) for name in names if getattr(mlp, name, None) is not None), None)
+    return [] if found is None else [(found, getattr(mlp, "shared_expert_gate", None))]
+
+
+def _linears(module: Any) -> tuple[list[Any], Any]:
+    """(the linears that read a dense MLP's input, the one back)."""
+    linears = {name: child for name, child in module.named_children() if hasattr(child, "in_features")}
+    down = next(name for name in ("down_proj", "w2") if name in linears)
+    return [child for name, child in linears.items() if name != down], linears[down]
+
+
+def _input_of(linear: Any, module: Any, x: Tensor) -> Tensor:
+    """A linear's input in a pass of `module` on x."""
+    seen: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        module.forward(x)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+class _Experts:
+    """A module of transformers' experts: all weights in one tensor (experts, out, in), or (experts, in, out)."""
+
+    def __init__(self, module: Any):
+        self.module = module
+        name = "gate_up_proj" if getattr(module, "has_gate", False) else "up_proj"
+        weight: Any = getattr(module, name, None)
+        self.weight: Tensor = weight
+        self.bias: Tensor | None = getattr(module, f"{name}_bias", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise ConversionError(
+                f"{type(module).__name__}: its experts' weights are not one tensor of numbers ({name}), so the norms of their "
+                "deltas can't be taken; the model itself runs"
+            )
+
+    def of_slot(self, indices: Tensor, shift: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """(W_e D, i_e), (tokens, rows) each, of one expert for each token. shift, seen: D and z + D, (tokens, d)."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for expert in indices.unique().tolist():
+            at = (indices == expert).nonzero()[:, 0]
+            weight = self.weight[expert] if getattr(self.module, "is_transposed", False) else self.weight[expert].T
+            out = seen[at] @ weight
+            out = out if self.bias is None else out + self.bias[expert]
+            gated = getattr(self.module, "has_gate", False)
+            found.append((at, shift[at] @ weight, self.module._apply_gate(out) if gated else self.module.act_fn(out)))
+        order = torch.cat([at for at, _, _ in found]).argsort()
+        moved, inner = (torch.cat([part[i] for part in found])[order] for i in (1, 2))
+        return moved, inner
+
+
+def mixture_weight(parts: BlockParts, name: str) -> tuple[float, float]:
+    """(|W|_F, number of entries) of the projections that `name` stands for: "up" of router and experts, "down" of experts.
+
+    Of the routed experts it counts as many as a token is sent to, each at the mean.
+    """
+    mlp = parts.module("mlp")
+    square = entries = 0.0
+    if parts.experts is not None:
+        routed, router = _Experts(parts.experts), _router_of(mlp)
+        weight = routed.module.down_proj if name == "down" else routed.weight
+        used = int(getattr(router, "top_k", None) or getattr(mlp, "top_k", None) or len(weight)) / len(weight)
+        whole = [_router_weight(router)] if name == "up" else []
+        square, entries = used * _square(weight), used * weight.numel()
+    else:
+        whole = []
+    for module, _ in _shared(mlp, parts.experts is None):
+        reads, down = _linears(module)
+        whole += [linear.weight for linear in ([down] if name == "down" else reads)]
+    return (square + sum(map(_square, whole))) ** 0.5, entries + sum(weight.numel() for weight in whole)
+
+
+def _square(weight: Tensor) -> float:
+    return float(weight.detach().double().square().sum())

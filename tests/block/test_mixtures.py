@@ -1,0 +1,260 @@
+"""Mixtures of experts: the shift reaches the router and every expert, and attention's part joins what they give together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from npt import NPTConfig, calibrate
+from npt.block.families import FAMILIES, Family, family_of
+from npt.block.modes import watching, watching_deltas
+from npt.errors import ConversionError
+from npt.evaluation.look import observe
+from npt.evaluation.weight_deltas import WeightDeltas
+from npt.tuner.converted import active_layers
+from tests.helpers import randomize
+from tests.mixtures import MIXTURES, Mixture
+
+#: One of each way to write the experts: plain, with a shared expert behind a gate, transposed with biases.
+WRITTEN_OUT = ("mixtral", "qwen2_moe", "gpt_oss")
+#: Those of the default suite: the three, a dense first block, post-norm, parallel, a multiplier.
+FEW = {*WRITTEN_OUT, "deepseek_v3", "flex_olmo", "cohere2_moe", "granitemoe"}
+EACH = pytest.mark.parametrize(
+    "mixture",
+    [pytest.param(m, id=m.name, marks=[] if m.name in FEW else [pytest.mark.slow]) for m in MIXTURES],
+)
+IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+
+
+def named(name: str) -> Mixture:
+    """The mixture of a type."""
+    return next(m for m in MIXTURES if m.name == name)
+
+
+def converted(mixture: Mixture, layers: Any = "all", **options: Any) -> Any:
+    """A converted model that differs from its base."""
+    model = get_peft_model(mixture.build(), NPTConfig(npt_layers=layers, rank=3, **options)).eval()
+    randomize(model, 0.05)
+    return model
+
+
+@EACH
+@torch.no_grad()
+def test_exact_and_denominator_are_the_original(mixture: Mixture) -> None:
+    base = mixture.build()
+    expected = base(IDS).logits
+    model = get_peft_model(base, NPTConfig(npt_layers="all", carry="exact")).eval()
+    assert (model(IDS).logits - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert tuple(i for i, layer in enumerate(active_layers(model)) if layer.parts.experts is not None) == mixture.blocks
+    # Norms of transformers compute in float32, whatever their input, and so does what can be read off them.
+    model = get_peft_model(mixture.build(), NPTConfig(npt_layers="all", rank=3, gain="denominator")).eval()
+    assert (model(IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    randomize(model)
+    assert not torch.equal(model(IDS).logits, expected)
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, expected)
+    assert torch.equal(model.unload()(IDS).logits, expected)
+
+
+@EACH
+@torch.no_grad()
+def test_a_block_is_its_mlp_of_the_shifted_input_and_the_value(mixture: Mixture) -> None:
+    for options in ({"carry": "diagonal", "gain": "state"}, {"carry": "none", "gain": "none"}, {"gain": "denominator"}):
+        model, seen = converted(mixture, **options), []
+        layers = active_layers(model)
+        with watching(layers, lambda layer, record, seen=seen: seen.append((layer, record))):
+            model(IDS, use_cache=False)
+        for layer, record in seen:
+            h, a, y = record.hidden_states, record.attention, record.output
+            parts, component = layer.parts, layer.component
+            z, _ = parts.mlp_inputs(h, a)
+            shift = component.input_values(a, z, None, component.norm_scale(h, z)).shift
+            value = component.down_value(a, z, component.modulation(a))
+            update = parts.module("mlp").forward(z + shift)
+            update = update[0] if isinstance(update, tuple) else update
+            update = update.view_as(z) if parts.family.out is None else parts.module("out").forward(update.view_as(z))
+            expected = h + parts.multiplier * update + value
+            assert (y - expected).norm() <= 1e-10 * (expected - h).norm(), f"block {layer.index}, {options}"
+
+
+def experts_of(name: str, mlp: Any, z: Tensor) -> dict[str, Any]:
+    """One token's routed experts, written out: {router (E, d), and its bias, weights (k,), chosen (k,)}."""
+    router = mlp.router if name == "gpt_oss" else mlp.gate
+    logits = router.weight @ z + (router.bias if name == "gpt_oss" else 0)
+    if name == "gpt_oss":
+        values, chosen = logits.topk(2)
+        return {"router": router.weight, "weights": values.softmax(-1), "chosen": chosen}
+    values, chosen = logits.float().softmax(-1).double().topk(2)
+    return {
+        "router": router.weight,
+        "weights": values / values.sum() if name == "mixtral" else values,
+        "chosen": chosen,
+    }
+
+
+def half(name: str, mlp: Any, expert: int, path: str) -> tuple[Tensor, Tensor | float]:
+    """(W (out, in), bias) of an expert."""
+    weight = getattr(mlp.experts, path)[expert]
+    bias = getattr(mlp.experts, f"{path}_bias")[expert] if name == "gpt_oss" else 0.0
+    return (weight.T if name == "gpt_oss" else weight), bias
+
+
+def gated(name: str, out: Tensor) -> Tensor:
+    """down's input of an expert, from gate and up together."""
+    if name == "gpt_oss":
+        gate, up = out[::2].clamp(max=7.0), out[1::2].clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    gate, up = out.chunk(2)
+    return torch.nn.functional.silu(gate) * up
+
+
+def written_out(name: str, mlp: Any, z: Tensor, shift: Tensor, value: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """(the MLP's output with every dW formed as a matrix, {projection: sum of |dW|_F^2}) of one token; vectors (d,)."""
+    key, squares = z / (z @ z), {"up": 0.0, "down": 0.0}
+
+    def moved(weight: Tensor) -> Tensor:
+        delta = torch.outer(weight @ shift, key)
+        squares["up"] += float(delta.square().sum())
+        return weight + delta
+
+    routed = experts_of(name, mlp, z + shift)
+    router = mlp.router if name == "gpt_oss" else mlp.gate
+    logits = moved(router.weight) @ z + (router.bias if name == "gpt_oss" else 0)
+    assert set(logits.topk(2).indices.tolist()) == set(routed["chosen"].tolist())
+    # (W + dW, bias, down's input, its weight) of every projection at work
+    work: list[tuple[Tensor, Any, Tensor, Tensor]] = []
+    for weight, expert in zip(routed["weights"], routed["chosen"].tolist(), strict=True):
+        up, bias = half(name, mlp, expert, "gate_up_proj")
+        work.append((*half(name, mlp, expert, "down_proj"), gated(name, moved(up) @ z + bias), weight))
+    if name == "qwen2_moe":
+        shared = mlp.shared_expert
+        inner = torch.nn.functional.silu(moved(shared.gate_proj.weight) @ z) * (moved(shared.up_proj.weight) @ z)
+        share = torch.sigmoid(mlp.shared_expert_gate.weight @ (z + shift))[0]
+        work.append((shared.down_proj.weight, 0.0, inner, share))
+    v = value / sum(weight for *_, weight in work)
+    total = torch.zeros_like(z)
+    for down, bias, inner, weight in work:
+        delta = torch.outer(v, inner / (inner @ inner))
+        squares["down"] += float(delta.square().sum())
+        total = total + weight * ((down + delta) @ inner + bias)
+    return total, squares
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+@torch.no_grad()
+def test_deltas_formed_in_router_experts_and_shared_expert_give_the_block(name: str) -> None:
+    """To 1e-6: the routers of transformers compute in float32."""
+    model, records, norms = converted(named(name), [2]), [], []
+    (layer,) = active_layers(model)
+    with (
+        watching([layer], lambda layer, record: records.append(record)),
+        watching_deltas([layer], lambda layer, deltas: norms.append(deltas)),
+    ):
+        model(IDS, use_cache=False)
+    (record,), (deltas,) = records, norms
+    z, _ = layer.parts.mlp_inputs(record.hidden_states, record.attention)
+    component = layer.component
+    shift = component.input_values(record.attention, z, None, None).shift
+    value = component.down_value(record.attention, z, component.modulation(record.attention))
+    for token in ((0, 0), (0, 5), (1, 7)):
+        found, squares = written_out(name, layer.module("mlp"), z[token], shift[token], value[token])
+        expected = record.output[token] - record.hidden_states[token]
+        assert (found - expected).norm() <= 1e-6 * expected.norm()
+        for projection, square in squares.items():
+            assert float(deltas[projection].frobenius_norm_square()[token]) == pytest.approx(square, rel=1e-6)
+
+
+@EACH
+@torch.no_grad()
+def test_report_figures_of_the_exact_value_are_those_of_a_model_that_starts_exact(mixture: Mixture) -> None:
+    """Also in the dense blocks of such a model."""
+    model = get_peft_model(mixture.build(), NPTConfig(npt_layers="all", rank=3, gain="denominator")).eval()
+    deltas = WeightDeltas(model)
+    observe(model, [BATCH], [deltas])
+    figures = deltas.figures()
+    assert figures["mean_frobenius"] == pytest.approx(figures["exact_frobenius"], rel=1e-3)
+    for entry in figures["per_layer"].values():
+        assert set(entry) == {"up", "down"}
+        for name, own in entry.items():
+            zero = name == "up" and family_of(model.get_base_model()).parallel  # attention leaves the MLP's input alone
+            assert own["weight_frobenius"] > 0 and (own["rms_entry"] == 0) == zero, name
+
+
+@EACH
+@torch.no_grad()
+def test_cached_generation_equals_uncached_also_after_save_and_load(mixture: Mixture, tmp_path: Path) -> None:
+    model = converted(mixture, "upper_half")
+    arguments: dict[str, Any] = {
+        "input_ids": IDS, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0
+    }  # fmt: skip
+    cached = model.generate(**arguments, use_cache=True)
+    assert torch.equal(cached, model.generate(**arguments, use_cache=False))
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(mixture.build(), str(tmp_path)).eval()
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+@EACH
+def test_calibration_brings_it_nearer(mixture: Mixture) -> None:
+    ids = torch.randint(3, 96, (48, 16), generator=torch.Generator().manual_seed(7))
+    model = get_peft_model(mixture.build(torch.float32), NPTConfig(npt_layers=[1, 3], rank=4))
+    family = family_of(model.get_base_model())
+    for figures in calibrate(model, [{"input_ids": part} for part in ids[:32].split(8)]).values():
+        if family.parallel or family.norm is None:  # nothing but sums to replace, and the start has them already
+            assert figures["error_before"] < 1e-6 and figures["error_after"] < 1e-6
+        else:
+            assert figures["error_after"] <= 0.95 * figures["error_before"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe", "flex_olmo"])
+def test_a_planted_wrong_line_is_caught_at_conversion(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = named(name).build()
+    right = family_of(base)
+    wrong = [replace(right, parallel=not right.parallel)]
+    if right.norm is not None:
+        wrong.append(replace(right, norm="input_layernorm"))
+    if right.multiplier:
+        wrong.append(replace(right, multiplier=None))
+    if right.out:
+        wrong.append(replace(right, out=None, down="mlp.experts"))
+    for line in wrong:
+        monkeypatch.setitem(FAMILIES, name, line)
+        with pytest.raises(ConversionError):
+            get_peft_model(named(name).build(), NPTConfig(npt_layers="all"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mlp": "mlp.experts", "up": "mlp.experts", "down": "mlp"},  # the router is not shifted
+        {"down": "mlp.shared_expert"},  # the value joins the shared expert's output alone, times its gate
+        {"down": "mlp.experts", "up": "mlp.experts", "mlp": "mlp.experts"},  # the shared expert is forgotten
+    ],
+)
+def test_a_wrong_place_inside_the_mixture_is_caught(wrong: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = FAMILIES["qwen2_moe"]
+    assert isinstance(right, Family)
+    monkeypatch.setitem(FAMILIES, "qwen2_moe", replace(right, **wrong))  # type: ignore[arg-type]
+    with pytest.raises(ConversionError, match="breaks the conversion contract"):
+        get_peft_model(named("qwen2_moe").build(), NPTConfig(npt_layers="all"))
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"key": "learned"}, "key='learned'.*for every expert.*key='input'"),
+        ({"key": "tied", "target_projections": ["up"]}, "key='tied'.*for every expert"),
+        ({"low_rank_at": "projection"}, "low_rank_at='projection'.*for every expert"),
+        ({"target_projections": ["gate"]}, "MLP has up, down only"),
+    ],
+)
+def test_options_that_need_weights_of_each_expert_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConversionError, match=reason):
+        get_peft_model(named("mixtral").build(), NPTConfig(**options))
