@@ -159,13 +159,6 @@ CASES = [
          source=("self_attn.out_proj", "conv.out_proj"), norm="ffn_norm", before=_norm("ffn_norm"), gate="feed_forward.w1",
          up="feed_forward.w3", down="feed_forward.w2", act=lambda block: torch.nn.functional.silu),
     Case("qwen3_5_text", **_HYBRID),
-    *(
-        Case("lfm3", {"layer_types": ["conv", "conv", "full_attention", "full_attention"], "use_sandwich_norm": sandwich},
-             source=("self_attn.out_proj", "conv.out_proj"), norm="ffn_norm", before=_norm("ffn_norm"), gate="feed_forward.w1",
-             up="feed_forward.w3", down="feed_forward.w2", act=lambda block: torch.nn.functional.silu,
-             after_attention=_norm("post_operator_norm"), after=_norm("post_ffn_norm"))
-        for sandwich in (True, False)
-    ),
     Case("bamba", {"attn_layer_indices": [2, 3], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
                    "mamba_d_state": 8},
          source=("self_attn.o_proj", "mamba.out_proj"), norm="pre_ff_layernorm", before=_norm("pre_ff_layernorm"),

@@ -300,11 +300,13 @@ def test_post_norm_opt_is_refused_with_the_reason() -> None:
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
 REFUSED = [
-    *((name, MOE, "mixtures of experts") for name in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe")),
+    ("beam", MOE, "mixtures of experts.*register_family"),
+    ("jetmoe", MOE, "its attention is a mixture too"),
+    ("longcat_flash", {"head_dim": None, "num_key_value_heads": 4}, "two attentions"),
     ("t5", {}, "encoder"),
     ("bart", {}, "is not supported; known: apertus"),
-    ("mamba", {}, "is not supported; known: apertus"),
-    ("openai-gpt", {}, "is not supported; known: apertus"),
+    ("mamba", {}, "no MLP"),
+    ("openai-gpt", {}, "normalises the residual stream itself"),
 ]
 
 

@@ -6,19 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from npt import NPTConfig, calibrate
+from npt import NPTConfig, calibrate, evaluate
 from npt.block.families import FAMILIES, Family, family_of
 from npt.block.modes import watching, watching_deltas
 from npt.errors import ConversionError
 from npt.evaluation.look import observe
 from npt.evaluation.weight_deltas import WeightDeltas
 from npt.tuner.converted import active_layers
-from tests.helpers import randomize
+from tests.helpers import randomize, spelling_tokenizer
 from tests.mixtures import MIXTURES, Mixture
 
 #: One of each way to write the experts: plain, with a shared expert behind a gate, transposed with biases.
@@ -258,3 +259,37 @@ def test_a_wrong_place_inside_the_mixture_is_caught(wrong: dict[str, str], monke
 def test_options_that_need_weights_of_each_expert_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConversionError, match=reason):
         get_peft_model(named("mixtral").build(), NPTConfig(**options))
+
+
+@torch.no_grad()
+def test_the_report_says_how_often_both_models_route_alike() -> None:
+    """Against the routers' own logits; block 1 is not converted, and block 0 is below the first that is."""
+    model = converted(named("mixtral"), [1, 3])
+    routed: list[dict[int, Tensor]] = []
+    base = model.get_base_model()
+    for off in (True, False):
+        chosen: dict[int, Tensor] = {}
+        handles = [
+            block.mlp.gate.register_forward_hook(lambda m, a, o, i=i, c=chosen: c.update({i: o[2].sort(-1).values}))
+            for i, block in enumerate(base.model.layers)
+        ]
+        if off:
+            with model.disable_adapter():
+                model(IDS, use_cache=False)
+        else:
+            model(IDS, use_cache=False)
+        routed.append(chosen)
+        for handle in handles:
+            handle.remove()
+    report = evaluate(model, spelling_tokenizer(), datasets.Dataset.from_dict({"input_ids": IDS.tolist()}),
+                      context_length=9, prompts=[])  # fmt: skip
+    routing = report["evaluations"]["routing"]
+    assert list(routing["per_layer"]) == ["layer_1", "layer_2", "layer_3"]
+    for index in (1, 2, 3):
+        one, other = routed[0][index], routed[1][index]
+        same = float((one == other).all(-1).double().mean())
+        figures = routing["per_layer"][f"layer_{index}"]
+        assert figures["agreement"] == pytest.approx(same) and figures["experts_per_token"] == 2
+        assert figures["agreement"] <= figures["shared_experts"] <= 1
+    assert 0 < routing["mean_agreement"] < 1
+    assert report["evaluations"]["weight_delta_stats"]["least_joint_norm"] == {}

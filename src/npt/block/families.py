@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from npt.block.refusals import refusal
 from npt.common.display import one_line, ranges
 from npt.common.options import is_automatic
 from npt.errors import ConversionError
@@ -97,7 +98,8 @@ _GRANITE_MIXTURE = replace(
 _MIXTURES = (
     "aria_text", "axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
     "flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "hunyuan_v1_moe", "hy_v3", "kimi_linear", "laguna",
-    "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open",
+    "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+    "solar_open",
 )  # fmt: skip
 _GPTJ = Family("transformer.h", "attn.out_proj", "ln_1", mlp="mlp", up="mlp.fc_in", down="mlp.fc_out", parallel=True)
 _GPT2 = Family("transformer.h", "attn.resid_dropout", "ln_2", **_CONV)
@@ -204,10 +206,6 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "granitemoe_swa": _GRANITE_MIXTURE,
     "jamba": replace(_MIXTURE, tap=("self_attn.o_proj", "mamba.out_proj"), norm="pre_ff_layernorm", **_FEED_FORWARD),
     "kolibri1": replace(_MIXTURE, tap="post_self_attn_layernorm", out="post_mlp_layernorm"),
-    "lfm3": Family(
-        "model.layers", "post_operator_norm", "ffn_norm", "feed_forward", up="feed_forward.w3", down="feed_forward.w2",
-        gate="feed_forward.w1", out="post_ffn_norm",
-    ),
     "lfm2_moe": replace(_MIXTURE, tap=("self_attn.out_proj", "conv.out_proj"), norm="ffn_norm", **_FEED_FORWARD),
     "modernbert-decoder": Family(
         "model.layers", "attn.Wo", "mlp_norm", "mlp", up="mlp.Wi", down="mlp.Wo", gate="mlp.Wi"
@@ -221,21 +219,6 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
 }  # fmt: skip
 
 
-def _experts(config: Any) -> bool:
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    counts = [getattr(config, name, None) for name in names]
-    return any(isinstance(count, int) and count > 1 for count in counts) and getattr(config, "is_moe", True) is True
-
-
-#: Architectures that are refused: the reason, and a test of the model's config.
-_REFUSALS: dict[str, Callable[[Any], bool]] = {
-    "it has an encoder, and its decoder's blocks add cross-attention to the residual stream as well; "
-    "npt converts decoder-only models": lambda config: bool(getattr(config, "is_encoder_decoder", False)),
-    "its MLPs are mixtures of experts, and its type is none of those whose mixtures npt knows (npt families lists them); add "
-    "it with register_family(model_type, Family(..., experts=...)), or use a dense model": _experts,
-}
-
-
 def register_family(model_type: str, family: Family | Callable[[Any], Family]) -> None:
     """Adds a model family to the table.
 
@@ -244,11 +227,6 @@ def register_family(model_type: str, family: Family | Callable[[Any], Family]) -
         family: its line, or a function of the config that returns one.
     """
     FAMILIES[model_type] = family
-
-
-def refusal(config: Any) -> str | None:
-    """Why models of a configuration can't be converted, whatever their type; None where nothing is against it."""
-    return next((reason for reason, applies in _REFUSALS.items() if applies(config)), None)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from npt.block.families import FAMILIES, refusal
+from npt.block.families import FAMILIES
+from npt.block.refusals import REASONS, refusal
 from npt.common.display import one_line
 from npt.common.quiet import quiet_transformers
 
@@ -44,6 +45,8 @@ def standing_of(model_type: str) -> Standing:
     """How npt stands to a type, known to transformers or not."""
     if model_type in FAMILIES:
         return Standing(model_type, State.CONVERTED)
+    if model_type in REASONS:
+        return Standing(model_type, State.REFUSED, REASONS[model_type])
     try:
         config: Any = AutoConfig.for_model(model_type)
         if config.model_type in FAMILIES:

@@ -1,7 +1,7 @@
 """Weight deltas of a mixture of experts, for norms and inspection. The forward pass needs none of this.
 
 A mixture's MLP is a function of z: the shift D of its input reaches the router, every expert and a shared expert alike, and
-attention's own part joins its output (docs/maths.md, section 6). So dW of each projection that reads z is (W D) k^T with
+attention's own part joins its output (docs/maths.md, section 5). So dW of each projection that reads z is (W D) k^T with
 k = z / |z|^2, in the router and in the experts that a token is routed to. What joins the output is one value v for each `down`
 at work: with routing weights p_e, v = a / (sum of p_e and the shared expert's share), whose sum over experts, weighted, is a.
 """

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npt.block.families import blocks_of
+from npt.block.families import blocks_of, family_of
 from npt.block.hooks import first_tensor
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import watching, watching_deltas
+from npt.block.probing import BlockParts
 from npt.block.weight_delta import WeightDelta
 from npt.tuner.converted import ConvertedModel, active_layers, as_original, base_of, npt_layers, run_backbone
 from npt.tuner.trunk import shared_trunk
@@ -40,6 +41,9 @@ class Observer:
     def see_streams(self, original: dict[int, Tensor], own: dict[int, Tensor]) -> None:
         """Takes {block: output (rows, tokens, d)} of every block from the first converted one on, of both models."""
 
+    def see_routes(self, original: dict[int, Tensor], own: dict[int, Tensor]) -> None:
+        """Takes {block: experts (rows x tokens, k)} of every mixture from the first converted block on, of both models."""
+
 
 def look(
     model: ConvertedModel,
@@ -56,19 +60,18 @@ def look(
     layers = active_layers(model) if npt_layers(model) else []
     for observer in observers:
         observer.begin(batch)
-    streams = _watched(observers, "see_streams")
+    streams, routes = (_watched(observers, name) for name in ("see_streams", "see_routes"))
     with shared_trunk(model):
-        with (
-            as_original(model),
-            watching(layers, _all(observers, "see_original")),
-            _outputs(model, streams) as original,
-        ):
+        with as_original(model), watching(layers, _all(observers, "see_original")), ExitStack() as stack:
+            originals = [stack.enter_context(kept) for kept in (_outputs(model, streams), _routes(model, routes))]
             teacher = run(model, batch)
         deltas = watching_deltas(layers, _all(observers, "see_deltas"))
-        with watching(layers, _all(observers, "see_own")), deltas, _outputs(model, streams) as own:
+        with watching(layers, _all(observers, "see_own")), deltas, ExitStack() as stack:
+            owns = [stack.enter_context(kept) for kept in (_outputs(model, streams), _routes(model, routes))]
             student = run(model, batch)
-    for see in streams:
-        see(original, own)
+    for watching_both, original, own in zip((streams, routes), originals, owns, strict=True):
+        for see in watching_both:
+            see(original, own)
     return teacher, student
 
 
@@ -112,4 +115,26 @@ def _outputs(model: ConvertedModel, wanted: Sequence[Any]) -> Iterator[dict[int,
             blocks = list(blocks_of(base_of(model)))
             for index in range(active_layers(model)[0].index, len(blocks)):
                 stack.callback(blocks[index].register_forward_hook(keep(index)).remove)
+        yield kept
+
+
+@contextmanager
+def _routes(model: ConvertedModel, wanted: Sequence[Any]) -> Iterator[dict[int, Tensor]]:
+    """Keeps which experts every mixture from the first converted block on sends its tokens to, where it is wanted."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any) -> None:
+            kept.setdefault(index, args[1])  # observers may run the block again, on other values
+
+        return hook
+
+    with ExitStack() as stack:
+        if wanted:
+            base = base_of(model)
+            family = family_of(base)
+            for index, block in list(enumerate(blocks_of(base)))[active_layers(model)[0].index :]:
+                experts = BlockParts(block, family).experts
+                if experts is not None:
+                    stack.callback(experts.register_forward_pre_hook(keep(index)).remove)
         yield kept
