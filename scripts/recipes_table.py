@@ -32,12 +32,17 @@ class Row:
 
 
 ONE, NODE, TWO = "llama-3.1-8b-1gpu", "llama-3.1-8b-8gpu", "llama-3.1-70b-2nodes"
+QWEN, OSS = "qwen3-30b-a3b-8gpu", "gpt-oss-20b-1gpu"
 SMALL, LARGE, SHARDED = "llama-3.1-8b", "llama-3.1-70b", ("optimization.fsdp=true",)
 RECIPES = (
     Row(ONE, SMALL, 1),
     Row(NODE, SMALL, 8),
     Row(NODE, SMALL, 8, options=SHARDED),
     Row(TWO, LARGE, 16, 2),
+    Row(QWEN, "qwen3-30b-a3b", 1, options=("optimization.fsdp=false",)),
+    Row(QWEN, "qwen3-30b-a3b", 8),
+    Row(OSS, "gpt-oss-20b", 1),
+    Row(OSS, "gpt-oss-20b", 8),
 )
 SCALING = (
     Row(NODE, SMALL, 1),

@@ -37,7 +37,8 @@ class Mixture:
     def build(self, dtype: torch.dtype = torch.float64) -> Any:
         """The model. Of the ways to compute experts only the plain one knows float64."""
         base = Case(self.name, {**EXPERTS, **self.options}).build(dtype)
-        base.set_experts_implementation("eager")
+        if dtype == torch.float64:
+            base.set_experts_implementation("eager")
         return base
 
 

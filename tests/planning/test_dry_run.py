@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from npt.cli import main
 from npt.common.display import human_bytes
@@ -171,3 +171,18 @@ def test_a_fine_tuning_is_planned_with_its_own_step(shapes: Path, capsys: Any) -
         assert ("sampling text" in shown) == (weight > 0) and list(Path.cwd().rglob("*")) == []
         peaks.append(next(line for line in shown.splitlines() if "training step" in line))
     assert peaks[0] != peaks[1], "an anchored step needs more"
+
+
+def test_a_mixture_is_planned_and_says_what_a_token_uses(shapes: Path, capsys: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "mixture"
+    MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=8, num_experts_per_tok=2, vocab_size=509, max_position_embeddings=64,
+        architectures=["MixtralForCausalLM"], dtype="bfloat16",
+    ).save_pretrained(folder)  # fmt: skip
+    assert dry(folder, "--device", "a100-80gb") == 0
+    shown = capsys.readouterr().out
+    whole = 4 * 8 * 3 * 96 * 64  # gate, up and down of eight experts in four blocks, of which a token uses a quarter
+    rest = 4 * (64 * 64 * 2 + 2 * 32 * 64 + 8 * 64 + 2 * 64) + 2 * 509 * 64 + 64
+    assert f"{whole + rest:,} parameters in bfloat16, of which a token uses {whole // 4 + rest:,}" in shown
+    assert "blocks and weight deltas" in shown and "fits a100-80gb" in shown

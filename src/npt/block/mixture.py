@@ -8,12 +8,14 @@ at work: with routing weights p_e, v = a / (sum of p_e and the shared expert's s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from npt.block.component import ComponentSpec
+from npt.block.families import Family
 from npt.block.probing import BlockParts, linear_product
 from npt.block.weight_delta import Routing, WeightDelta
 from npt.errors import ConversionError
@@ -133,8 +135,9 @@ class _Experts:
     def of_slot(self, indices: Tensor, shift: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """(W_e D, i_e), (tokens, rows) each, of one expert for each token. shift, seen: D and z + D, (tokens, d)."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for expert in indices.unique().tolist():
-            at = (indices == expert).nonzero()[:, 0]
+        # On shapes alone every token goes to the first expert: as many products, of the same sizes.
+        for expert in [0] if indices.is_meta else indices.unique().tolist():
+            at = torch.arange(len(seen), device="meta") if indices.is_meta else (indices == expert).nonzero()[:, 0]
             weight = self.weight[expert] if getattr(self.module, "is_transposed", False) else self.weight[expert].T
             out = seen[at] @ weight
             out = out if self.bias is None else out + self.bias[expert]
@@ -153,10 +156,9 @@ def mixture_weight(parts: BlockParts, name: str) -> tuple[float, float]:
     mlp = parts.module("mlp")
     square = entries = 0.0
     if parts.experts is not None:
-        routed, router = _Experts(parts.experts), _router_of(mlp)
-        weight = routed.module.down_proj if name == "down" else routed.weight
-        used = int(getattr(router, "top_k", None) or getattr(mlp, "top_k", None) or len(weight)) / len(weight)
-        whole = [_router_weight(router)] if name == "up" else []
+        routed = _Experts(parts.experts)
+        weight, used = routed.module.down_proj if name == "down" else routed.weight, _share_used(parts)
+        whole = [_router_weight(_router_of(mlp))] if name == "up" else []
         square, entries = used * _square(weight), used * weight.numel()
     else:
         whole = []
@@ -168,3 +170,19 @@ def mixture_weight(parts: BlockParts, name: str) -> tuple[float, float]:
 
 def _square(weight: Tensor) -> float:
     return float(weight.detach().double().square().sum())
+
+
+def _share_used(parts: BlockParts) -> float:
+    """The share of a block's experts that a token is sent to."""
+    mlp, experts = parts.module("mlp"), len(next(parts.experts.parameters()))
+    return int(getattr(_router_of(mlp), "top_k", None) or getattr(mlp, "top_k", None) or experts) / experts
+
+
+def unused_parameters(blocks: Iterable[nn.Module], family: Family) -> int:
+    """How many parameters of the experts a token does not use; 0 for a dense model."""
+    parts = [BlockParts(block, family) for block in blocks]
+    return sum(
+        round((1 - _share_used(one)) * sum(p.numel() for p in one.experts.parameters()))
+        for one in parts
+        if one.experts is not None
+    )

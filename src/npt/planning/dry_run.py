@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+from npt.block.families import blocks_of, family_of
+from npt.block.mixture import unused_parameters
 from npt.common.display import human_bytes, ranges
 from npt.common.launch import local_world_size, world_size
 from npt.common.processes import env_flag
@@ -64,11 +66,13 @@ def dry_run(config: RunConfig, launch: Launch, limit: int | None, console: Conso
         plan = plan_model(model, config, launch.processes, strategy, tuned_by)
     own, base = parameter_counts(model)
     name = str(dtype).removeprefix("torch.")
+    unused = unused_parameters(blocks_of(model.get_base_model()), family_of(model.get_base_model()))
     converted = [layer.index for layer in active_layers(model)]
     depth = model.config.get_text_config().num_hidden_layers
     for line in (
         "dry run: no weights are read, nothing is trained or written; every figure is predicted",
-        f"model: {config.model.base_model_name}, {base:,} parameters in {name}",
+        f"model: {config.model.base_model_name}, {base:,} parameters in {name}"
+        + (f", of which a token uses {base - unused:,}" if unused else ""),
         f"converted blocks: {ranges(converted)} ({len(converted)} of {depth})",
         f"new parameters: {own:,} ({100 * own / base:.3g} %)",
         *([] if trained is None else [f"of these trained, the low-rank part: {trained:,}"]),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM
 
 from npt.common.display import quiet
 from npt.config import RunConfig, with_overrides
@@ -37,11 +37,26 @@ LLAMA_3_1_8B = {
 LLAMA_3_1_70B = {
     **_LLAMA_3_1, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
 }  # fmt: skip
+#: Mixtures of experts: 30.5 billion parameters of which a token uses 3.3, and 20.9 of which it uses 3.6.
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+    "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "vocab_size": 151936,
+    "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+GPT_OSS_20B = {
+    "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4,
+    "vocab_size": 201088, "sliding_window": 128, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}  # fmt: skip
 #: Models known by shape: values of `model.base_model_name` that `npt memory` and `npt train --dry-run` know without a hub.
 KNOWN_SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": LLAMA_7B,
     "llama-3.1-8b": LLAMA_3_1_8B,
     "llama-3.1-70b": LLAMA_3_1_70B,
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
+    "gpt-oss-20b": GPT_OSS_20B,
 }
 #: Bytes per parameter of a component, in float32: the parameter or its gradient, and AdamW's two moments of it.
 OWN_BYTES, MOMENTS_BYTES = 4, 8
@@ -57,7 +72,8 @@ def load_shapes(config: RunConfig) -> Any:
     """
     name = config.model.base_model_name
     if name in KNOWN_SHAPES and not Path(name).is_dir():
-        return LlamaConfig(**KNOWN_SHAPES[name])
+        known = {"model_type": "llama", **KNOWN_SHAPES[name]}
+        return CONFIG_MAPPING[known.pop("model_type")](**known)
     try:
         return base_config(config.model, config.paths.cache_dir)
     except ConversionError:
