@@ -152,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.only in name:
             result["suites"].setdefault(name, {}).update(measure())
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_section("docs/speed.md", f"speed {options.name}", speed_table(result))
     if options.readme:
         write_section("README.md", "speed sentence", speed_sentence(result))
         write_section("docs/speed.md", "speed", speed_table(result))

@@ -51,6 +51,8 @@ RUNS: list[tuple[str, Any, list[str]]] = [
         ["training.batch_size=1", "training.gradient_accumulation_steps=4"],
     ),
     ("the same, `local`", QWEN_SHAPE, ["training.objective=local"]),
+    ("the same, 8-bit base", QWEN_SHAPE, ["training.objective=local", "optimization.use_8bit=true"]),
+    ("the same, 4-bit base", QWEN_SHAPE, ["training.objective=local", "optimization.use_4bit=true"]),
 ]
 
 CHILD = """

@@ -210,6 +210,7 @@ def test_tables_are_those_of_the_kept_figures() -> None:
         ("README.md", "speed sentence"): speed_sentence(speed),
         ("docs/results.md", "outcomes"): outcomes_table(kept),
         ("docs/speed.md", "speed"): speed_table(speed),
+        ("docs/speed.md", "speed cpu-1-core"): speed_table(json.loads(text_of(RESULTS / "cpu-1-core.json"))),
         ("docs/speed.md", "materialized"): materialized_table(speed),
         ("docs/speed.md", "linear"): linear_table(speed),
         ("docs/speed.md", "command"): command_table(json.loads(text_of(RESULTS / "command.json"))),

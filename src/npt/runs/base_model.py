@@ -263,5 +263,6 @@ def _bitsandbytes(bits: int) -> dict[str, Any]:
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
     config = BitsAndBytesConfig(**four) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
     # Over all GPUs of a single process, or each of several processes on its own.
-    device_map = "auto" if world()[1] == 1 else {"": torch.cuda.current_device()}
+    here = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    device_map = "auto" if world()[1] == 1 else {"": here}
     return {"quantization_config": config, "device_map": device_map}
