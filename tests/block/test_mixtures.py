@@ -12,12 +12,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from npt import NPTConfig, calibrate, evaluate
+from npt import EditStore, NPTConfig, calibrate, evaluate
 from npt.block.families import FAMILIES, Family, family_of
 from npt.block.modes import watching, watching_deltas
+from npt.equivalence.objectives import Objective
 from npt.errors import ConversionError
 from npt.evaluation.look import observe
 from npt.evaluation.weight_deltas import WeightDeltas
+from npt.finetuning.other_methods import places_of
 from npt.tuner.converted import active_layers
 from tests.helpers import randomize, spelling_tokenizer
 from tests.mixtures import MIXTURES, Mixture
@@ -293,3 +295,34 @@ def test_the_report_says_how_often_both_models_route_alike() -> None:
         assert figures["agreement"] <= figures["shared_experts"] <= 1
     assert 0 < routing["mean_agreement"] < 1
     assert report["evaluations"]["weight_delta_stats"]["least_joint_norm"] == {}
+
+
+def test_edits_and_other_methods_on_a_mixture_are_refused_with_the_reason() -> None:
+    base = named("mixtral").build()
+    with pytest.raises(ConversionError, match="mixture of experts: edits are written into one down projection.*dense"):
+        EditStore(base, spelling_tokenizer())
+    with pytest.raises(ConversionError, match="mixture of experts: LoRA and DoRA.*dense"):
+        places_of(base, [1], ("up", "down"))
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_training_steps_are_those_of_a_checkpointed_model(name: str) -> None:
+    """Both objectives with the norms of deltas as regulariser, which read the experts."""
+    model = get_peft_model(named(name).build(), NPTConfig(npt_layers=[2, 3], rank=2))
+    randomize(model, 0.05)
+    batch = {**BATCH, "labels": IDS}
+    found = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
+        for objective in ("local", "logits"):
+            losses = Objective(objective, scales={2: 1.0, 3: 1.0}, regularization_weight=0.1)(model, batch, 16.0)
+            assert float(losses.regularization) > 0
+            losses.total.backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert found[0] and len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)

@@ -160,7 +160,9 @@ def test_a_new_run_sets_the_old_one_aside(local_model: Path, tmp_path: Path) -> 
 @pytest.mark.usefixtures("quick_reports")
 @pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_quantised_base_is_trained_on_a_cpu(bits: int, tmp_path: Path) -> None:
-    overrides = settings(Path("builtin:tiny"), tmp_path, model__dtype="auto", **{f"optimization__use_{bits}bit": "true"})
+    overrides = settings(
+        Path("builtin:tiny"), tmp_path, model__dtype="auto", **{f"optimization__use_{bits}bit": "true"}
+    )
     assert main(["train", *overrides]) == 0
     report = json.loads((tmp_path / "outputs" / "evaluation_report.json").read_text())
     assert report["protocol"]["quantization"] == "bitsandbytes"

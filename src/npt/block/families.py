@@ -250,6 +250,16 @@ def family_of(model: nn.Module) -> Family:
     return family
 
 
+def refuse_mixture(model: nn.Module, why: str) -> None:
+    """Refuses a mixture of experts where a block's MLP has to be one.
+
+    Raises:
+        ConversionError: it is one; says `why`.
+    """
+    if family_of(model).experts is not None:
+        raise ConversionError(f"{type(model).__name__} is a mixture of experts: {why}; use a dense model")
+
+
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks of a causal LM, in depth order."""
     blocks: Any = model.get_submodule(family_of(model).blocks)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from npt.block.families import refuse_mixture
 from npt.block.probing import linear_shape
 from npt.common.display import one_line
 from npt.common.places import place
@@ -38,7 +39,7 @@ class Source:
         model, tokenizer, metric, statistics, domain, cache_dir, progress: as `EditStore` takes them.
 
     Raises:
-        NPTError: an unknown metric. DataError: text that is none.
+        NPTError: an unknown metric. DataError: text that is none. ConversionError: a mixture of experts.
     """
 
     def __init__(
@@ -59,6 +60,9 @@ class Source:
             raise NPTError(
                 f"domain={one_line(repr(domain), 60)}: use a list of texts, or None for those of the package"
             )
+        refuse_mixture(
+            base_of(model), "edits are written into one down projection of a block, and it has one for each expert"
+        )
         self.model, self.tokenizer, self.metric = model, tokenizer, metric
         self.cache_dir = None if cache_dir is None else place(cache_dir)
         self.progress = progress

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from npt.block.families import blocks_of, family_of
+from npt.block.families import blocks_of, family_of, refuse_mixture
 from npt.block.probing import find, linear_shape
 
 #: lora_alpha over the rank: the update is scaled by it.
@@ -29,6 +29,9 @@ def places_of(base: Any, blocks: Collection[int], projections: Sequence[str]) ->
     Args:
         base: the causal LM. blocks: indices. projections: of gate, up, down; those that the family lacks are left out.
     """
+    refuse_mixture(
+        base, "LoRA and DoRA beside it would be on the projections of one MLP, and it has those of each expert"
+    )
     family = family_of(base)
     names = {id(module): name for name, module in base.named_modules()}
     found: dict[str, Place] = {}
