@@ -1,8 +1,8 @@
 """Phase 1 on a small mixture of experts beside a dense model of the same active size: python -m benchmarks.mixture
 
 Trains both here, on text that builtin:tiny writes (seeded; some minutes on two CPU cores), converts the upper half of each,
-calibrates on training text and measures on text that neither saw. Writes benchmarks/results/mixture.json and the table in
-docs/families.md.
+calibrates on training text and measures on text that neither saw. `--forward` measures, instead, the forward pass of a random
+mixture of hidden size 1,024 beside the frozen one. Writes benchmarks/results/mixture.json and the table in docs/families.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 
+from benchmarks.contenders import forward as forward_of
+from benchmarks.contenders import sharing
 from benchmarks.tables import RESULTS, markdown
+from benchmarks.timing import interleaved
 from npt import NPTConfig, calibrate, evaluate, load_base
 from npt.data.sampling import sample_blocks
 from scripts.marked import write_section
@@ -78,6 +81,21 @@ def measure(model: Any, tokenizer: Any, seen: Any, unseen: Any) -> dict[str, Any
     }
 
 
+def forward(rounds: int) -> dict[str, float]:
+    """{ratio, spread, experts, tokens}: medians of a forward over the frozen one's, in interleaved rounds."""
+    torch.manual_seed(0)
+    more = {"num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 8000}
+    config = MixtralConfig(hidden_size=1024, intermediate_size=1408, num_local_experts=8, num_experts_per_tok=2, **more)
+    base = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    converted = get_peft_model(sharing(base), NPTConfig(npt_layers="upper_half", rank=16)).eval()
+    ids = torch.randint(3, 8000, (4, 256), generator=torch.Generator().manual_seed(1))
+    runs = {"base": forward_of(base, ids), "npt": forward_of(converted, ids)}
+    times = interleaved(runs, rounds)
+    ratio = times["npt"]["seconds"] / times["base"]["seconds"]
+    spread = ratio * times["npt"]["spread"] / times["npt"]["seconds"]
+    return {"ratio": ratio, "spread": spread, "experts": 8, "tokens": ids.numel()}
+
+
 def table(kept: dict[str, Any]) -> str:
     """A row for each model."""
     head = ["", "parameters", "perplexity", "mean KL", "perplexity ratio", "same top token", "same experts"]
@@ -95,15 +113,17 @@ def table(kept: dict[str, Any]) -> str:
                 "" if routing is None else f"{100 * routing:.1f} % of tokens",
             ]
         )
-    return markdown(head, rows)
+    found = markdown(head, rows)
+    if (f := kept.get("forward")) is not None:
+        found += (
+            f"\n\nA forward pass of a random mixture of hidden size 1,024 with {f['experts']} experts, upper half, rank 16, "
+            f"takes {f['ratio']:.3f} ± {f['spread']:.3f} times as long as the frozen one."
+        )
+    return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, measures, writes."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mixture", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--blocks", type=int, default=1024, help=f"of {LENGTH} tokens, to train on")
-    options = parser.parse_args(arguments)
+def phase_one(options: argparse.Namespace) -> dict[str, Any]:
+    """Trains and measures both models."""
     writer, tokenizer = load_base("builtin:tiny")
     held = 64
     blocks = sample_blocks(writer, tokenizer, options.blocks + held, LENGTH, seed=0)
@@ -118,6 +138,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = measure(model, tokenizer, seen.select(range(min(256, len(seen)))), unseen)
         kept["models"][name] = {"parameters": count, "seconds": round(seconds), **found}
         print(name, kept["models"][name], flush=True)
+    return kept
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains, measures, writes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mixture", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--blocks", type=int, default=1024, help=f"of {LENGTH} tokens, to train on")
+    parser.add_argument("--forward", action="store_true", help="measure the forward pass alone; the rest is kept")
+    options = parser.parse_args(arguments)
+    kept: dict[str, Any] = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {"models": {}}
+    if options.forward:
+        kept["forward"] = forward(rounds=15)
+    else:
+        kept |= phase_one(options)
     KEPT.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     write_section("docs/families.md", "mixture", table(kept))
     print(table(kept))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks import mixture
 from benchmarks.absorbing import tables as absorbing
 from benchmarks.beyond import tables as beyond
 from benchmarks.editing_tables import DOCUMENT, tables
@@ -211,6 +212,7 @@ def test_tables_are_those_of_the_kept_figures() -> None:
         ("docs/results.md", "outcomes"): outcomes_table(kept),
         ("docs/speed.md", "speed"): speed_table(speed),
         ("docs/speed.md", "speed cpu-1-core"): speed_table(json.loads(text_of(RESULTS / "cpu-1-core.json"))),
+        ("docs/families.md", "mixture"): mixture.table(json.loads(text_of(RESULTS / "mixture.json"))),
         ("docs/speed.md", "materialized"): materialized_table(speed),
         ("docs/speed.md", "linear"): linear_table(speed),
         ("docs/speed.md", "command"): command_table(json.loads(text_of(RESULTS / "command.json"))),
