@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npt.data import sample_blocks
-from npt.data.sampling import _with_labels, draw
+from npt.data.sampling import DRAW_BLOCK, _with_labels, draw
 from npt.errors import DataError
 from tests.helpers import converted, random_base
 
@@ -71,6 +71,35 @@ def test_draws_never_hit_an_impossible_token() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
     uniforms = torch.tensor([0.0, 0.499, 0.501, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits, uniforms).tolist() == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("vocabulary", [5, DRAW_BLOCK, 3 * DRAW_BLOCK, 3 * DRAW_BLOCK + 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_draws_invert_the_whole_distribution_function(vocabulary: int, dtype: torch.dtype) -> None:
+    """Against cumulative sums of float64 over the whole vocabulary; within 1e-6 of a step either token is right."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = (4 * torch.randn(300, vocabulary, generator=generator)).to(dtype)
+    logits[:, ::3] = float("-inf")
+    logits[4:8, vocabulary // 2 :] = float("-inf")
+    uniforms = torch.rand(300, generator=generator, dtype=torch.float64)
+    uniforms[:8] = torch.tensor([0.0, 1 - 1e-16, 1 - 1e-9, 1e-12] * 2, dtype=torch.float64)
+    found = draw(logits, uniforms)
+    probabilities = logits.double().softmax(-1)
+    ends = probabilities.cumsum(-1).gather(1, found[:, None])[:, 0]
+    begins = ends - probabilities.gather(1, found[:, None])[:, 0]
+    assert ((begins - 1e-6 <= uniforms) & (uniforms <= ends + 1e-6)).all()
+    assert (probabilities.gather(1, found[:, None]) > 0).all(), "a token that can't be was drawn"
+
+
+def test_a_rare_token_of_a_large_vocabulary_is_drawn_as_often_as_it_should_be() -> None:
+    """Sums in float32 over all 60,000 tokens would have lost it."""
+    logits = torch.zeros(1, 60_000)
+    logits[0, 0] = 16.0
+    inside = torch.linspace(0, 1, 60_001, dtype=torch.float64)[:-1] + 0.5 / 60_000
+    weights = logits[0].double().exp()
+    centres = (weights.cumsum(0) - weights / 2) / weights.sum()
+    assert draw(logits.expand(500, -1), centres[-500:]).tolist() == list(range(59_500, 60_000))
+    assert draw(logits.expand(3, -1), inside[:3] * float(weights[0] / weights.sum())).tolist() == [0, 0, 0]
 
 
 def test_sampling_goes_on_after_a_separator() -> None:

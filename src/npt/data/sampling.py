@@ -37,6 +37,9 @@ from npt.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+#: Tokens of the vocabulary whose probabilities are summed first.
+DRAW_BLOCK = 256
+
 # The default batch: at most this many blocks, and no more than keep keys, values and probabilities within this size.
 _MAX_BATCH = 256
 _BATCH_BYTES = 4 << 30
@@ -221,12 +224,26 @@ def seconds_per_draw(base: Any, rows: int, length: int) -> float:
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """(batch,) ids, one from each row of (batch, vocabulary) logits: the inverse of the distribution function."""
-    # float64: summed over a large vocabulary, float32 would lose the rare tokens. MPS has no float64.
-    wide = logits.cpu().double() if logits.device.type == "mps" else logits.double()
-    cumulative = wide.softmax(-1).cumsum(-1)
-    target = uniforms.to(wide.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    """(batch,) ids, one from each row of (batch, vocabulary) logits: the inverse of the distribution function.
+
+    First a block of `DRAW_BLOCK` tokens, by the blocks' sums, then a token in it. Only those two sums are in float64, so that
+    rare tokens of a large vocabulary are not lost; each token's probability is float32's, right to 1e-6 of itself.
+    """
+    wide = logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
+    wide = wide if wide.dtype == torch.float64 else wide.float()
+    weights = (wide - wide.amax(-1, keepdim=True)).exp_()
+    rows, vocabulary = weights.shape
+    blocks = nn.functional.pad(weights, (0, -vocabulary % DRAW_BLOCK)).view(rows, -1, DRAW_BLOCK)
+    sums = blocks.sum(-1).double().cumsum(-1)
+    # Below one, also where a product rounds up, so that no token of weight zero is met at the end.
+    target = uniforms.to(sums.device)[:, None].clamp_max(1 - 1e-15) * sums[:, -1:]
+    block = torch.searchsorted(sums, target, right=True).clamp_(max=sums.shape[1] - 1)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp_min(0)), 0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, DRAW_BLOCK))[:, 0].double().cumsum(-1)
+    # As a share of the block, whose sum in float32 differs in the last digits.
+    share_of_block = ((target - before) / (sums.gather(1, block) - before)).clamp(0, 1 - 1e-15)
+    token = torch.searchsorted(inside, share_of_block * inside[:, -1:], right=True)
+    return (block * DRAW_BLOCK + token)[:, 0].clamp_(max=vocabulary - 1)
 
 
 class _PreallocatedLayer(DynamicLayer):
