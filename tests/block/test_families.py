@@ -304,7 +304,7 @@ REFUSED = [
     ("jetmoe", MOE, "its attention is a mixture too"),
     ("longcat_flash", {"head_dim": None, "num_key_value_heads": 4}, "two attentions"),
     ("t5", {}, "encoder"),
-    ("bart", {}, "is not supported; known: apertus"),
+    ("bart", {}, "is not supported; npt families lists the"),
     ("mamba", {}, "no MLP"),
     ("openai-gpt", {}, "normalises the residual stream itself"),
 ]

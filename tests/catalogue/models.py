@@ -65,7 +65,7 @@ BASES = [
     bad_base("no model_type", write(CONFIG, b"{}"), "can't be loaded", "restore its config.json"),
     bad_base("an unknown model_type", json_of(CONFIG, model_type="llamma"), "llamma", "correct model_type in its config"),
     bad_base("a model_type that is none", json_of(CONFIG, model_type=7), "can't be loaded", "correct model_type"),
-    bad_base("another family", json_of(CONFIG, model_type="bert"), "'bert' is not supported", "use one of apertus"),
+    bad_base("another family", json_of(CONFIG, model_type="bert"), "'bert' is not supported", "npt families lists"),
     bad_base("a size that is text", json_of(CONFIG, hidden_size="wide"), "hidden_size", "restore its config.json"),
     bad_base("no weights", remove(WEIGHTS), "model.safetensors", "restore its config.json, tokenizer and"),
     bad_base("truncated weights", cut(WEIGHTS, 5_000), "can't be loaded", "restore", script=True),

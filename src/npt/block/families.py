@@ -244,8 +244,8 @@ def family_of(model: nn.Module) -> Family:
         raise ConversionError(f"{type(model).__name__} can't be converted: {reason}")
     if family is None:
         raise ConversionError(
-            f"model type {model_type!r} of {type(model).__name__} is not supported; known: {', '.join(sorted(FAMILIES))}. "
-            "Add one with npt.families.register_family(model_type, Family(...))"
+            f"model type {model_type!r} of {type(model).__name__} is not supported; npt families lists the {len(FAMILIES)} "
+            "that are. Add one with npt.families.register_family(model_type, Family(...))"
         )
     return family
 

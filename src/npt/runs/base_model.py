@@ -114,8 +114,8 @@ def base_config(model: ModelSection, cache_dir: str | None = None, revision: str
     # Of a model of several parts the text part alone may be what is loaded.
     if not {found.model_type, text.model_type} & set(FAMILIES):
         raise ConversionError(
-            f"{where}: model type {found.model_type!r} is not supported; use one of {', '.join(sorted(FAMILIES))}, or add "
-            "it with npt.families.register_family(model_type, Family(...))"
+            f"{where}: model type {found.model_type!r} is not supported; use one of the {len(FAMILIES)} that npt families "
+            "lists, or add it with npt.families.register_family(model_type, Family(...))"
         )
     if blocks is not None:
         resolve_layers(model.npt_layers, blocks)
