@@ -14,7 +14,10 @@ from torch import Tensor
 
 from npt import EditStore, NPTConfig, calibrate, evaluate
 from npt.block.families import FAMILIES, Family, family_of
+from npt.block.mixture import mixture_deltas
 from npt.block.modes import watching, watching_deltas
+from npt.block.probing import BlockParts
+from npt.block.weight_delta import Routing
 from npt.equivalence.objectives import Objective
 from npt.errors import ConversionError
 from npt.evaluation.look import observe
@@ -172,6 +175,54 @@ def test_deltas_formed_in_router_experts_and_shared_expert_give_the_block(name: 
         assert (found - expected).norm() <= 1e-6 * expected.norm()
         for projection, square in squares.items():
             assert float(deltas[projection].frobenius_norm_square()[token]) == pytest.approx(square, rel=1e-6)
+
+
+#: Factors on routing weights, under the names that configurations have for them: in the router or behind the experts.
+SCALED = {
+    "routed_scaling_factor": 2.5,
+    "moe_routed_scaling_factor": 2.5,
+    "router_scaling_factor": 2.5,
+    "route_scale": 2.5,
+}
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        pytest.param(m, id=m.name, marks=[] if m.name in {"qwen2_moe", "cohere2_moe", "laguna"} else [pytest.mark.slow])
+        for m in MIXTURES
+    ],
+)
+@torch.no_grad()
+def test_one_value_for_each_down_at_work_is_the_value_behind_the_mlp(mixture: Mixture) -> None:
+    """Added to what each expert at work and the shared expert give, in float64; `average` of cohere2_moe is its default."""
+    base = replace(mixture, options={**mixture.options, **SCALED}).build()
+    family = family_of(base)
+    parts = BlockParts(base.get_submodule(family.blocks)[mixture.blocks[0]], family)
+    mlp, routed = parts.module("mlp"), []
+    if hasattr(mlp, "post_mlp_layernorm"):  # axk1's: the value of `down` is in the units of what the norm reads
+        mlp.post_mlp_layernorm = torch.nn.Identity()
+    z, shift, value = torch.randn(3, 1, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def output() -> Tensor:
+        found = mlp(z + shift)
+        return (found[0] if isinstance(found, tuple) else found).view_as(z)
+
+    parts.experts.register_forward_pre_hook(lambda m, args: routed.append(Routing(args[1], args[2])))
+    before = output()
+    v = mixture_deltas(parts, shift, value, z, routed[0])["down"].value[0]
+    parts.experts.register_forward_hook(lambda m, args, out: out + (args[2].sum(-1, keepdim=True) * v).view_as(out))
+    shared = [child for name, child in mlp.named_children() if name.startswith("shared") and not name.endswith("gate")]
+    for child in shared:
+        child.register_forward_hook(lambda m, args, out: out + v.view_as(out))
+    # hy_v3 adds experts and shared expert up in float32.
+    torch.testing.assert_close(output() - before, value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shared_expert_beside_the_experts_is_refused_with_the_reason() -> None:
+    base = replace(named("granitemoe_swa"), options={"shared_intermediate_size": 16}).build()
+    with pytest.raises(ConversionError, match="two modules side by side"):
+        get_peft_model(base, NPTConfig())
 
 
 @EACH

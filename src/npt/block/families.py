@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from npt.block.refusals import refusal
+from npt.block.refusals import SIDE_BY_SIDE, refusal
 from npt.common.display import one_line, ranges
 from npt.common.options import is_automatic
 from npt.errors import ConversionError
@@ -129,6 +129,15 @@ def _opt(config: Any) -> Family:
     return replace(_BARE, blocks="model.decoder.layers")
 
 
+def _granitemoe_swa(config: Any) -> Family:
+    if config.shared_intermediate_size:
+        raise ConversionError(
+            f"granitemoe_swa with shared_intermediate_size={config.shared_intermediate_size} can't be converted: "
+            f"{SIDE_BY_SIDE}; use a model without a shared expert"
+        )
+    return _GRANITE_MIXTURE
+
+
 #: By config.json's model_type; a function of the config where that decides.
 FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "apertus": replace(_UNGATED_LLAMA, norm="feedforward_layernorm"),
@@ -203,7 +212,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "cohere2_moe": replace(_MIXTURE, norm="input_layernorm", parallel=True),
     "flex_olmo": replace(_MIXTURE, tap="post_attention_layernorm", norm=None, out="post_feedforward_layernorm"),
     "granitemoe": _GRANITE_MIXTURE,
-    "granitemoe_swa": _GRANITE_MIXTURE,
+    "granitemoe_swa": _granitemoe_swa,
     "jamba": replace(_MIXTURE, tap=("self_attn.o_proj", "mamba.out_proj"), norm="pre_ff_layernorm", **_FEED_FORWARD),
     "kolibri1": replace(_MIXTURE, tap="post_self_attn_layernorm", out="post_mlp_layernorm"),
     "lfm2_moe": replace(_MIXTURE, tap=("self_attn.out_proj", "conv.out_proj"), norm="ffn_norm", **_FEED_FORWARD),

@@ -3,7 +3,8 @@
 A mixture's MLP is a function of z: the shift D of its input reaches the router, every expert and a shared expert alike, and
 attention's own part joins its output (docs/maths.md, section 5). So dW of each projection that reads z is (W D) k^T with
 k = z / |z|^2, in the router and in the experts that a token is routed to. What joins the output is one value v for each `down`
-at work: with routing weights p_e, v = a / (sum of p_e and the shared expert's share), whose sum over experts, weighted, is a.
+at work: with routing weights p_e, v = a / (sum of p_e and the shared expert's share), whose sum over experts, weighted, is a;
+what the MLP multiplies the experts' sum by counts in p_e and in the share.
 """
 
 from __future__ import annotations
@@ -60,13 +61,13 @@ def mixture_deltas(
             moved, inner = experts.of_slot(routing.indices[:, slot], shifts, seen)
             values.append(moved)
             inverse = inverse + _inverse_square(inner)
-        share = share + routing.weights.sum(-1, keepdim=True).to(share.dtype)
+        share = share + _routed_scale(mlp) * routing.weights.sum(-1, keepdim=True).to(share.dtype)
     for module, shared_gate in _shared(mlp, routing is None):
         reads, down = _linears(module)
         values += [linear_product(linear)(shifts) for linear in reads]
         inverse = inverse + _inverse_square(_input_of(down, module, seen))
         share = share + (1.0 if shared_gate is None else torch.sigmoid(linear_product(shared_gate)(seen)))
-    v = value.reshape(-1, d) / share
+    v = value.reshape(-1, d) / (share * (0.5 if routing is not None and _is_average(mlp) else 1.0))
     # An input of this length carries v as all the experts' inputs together do: |dW|^2 = |v|^2 sum of 1 / |i_e|^2.
     length = torch.where(inverse > 0, inverse.clamp_min(1e-300).rsqrt(), 0)[:, None]
     lead = z.shape[:-1]
@@ -79,6 +80,17 @@ def mixture_deltas(
 def _inverse_square(x: Tensor) -> Tensor:
     square = x.square().sum(-1)
     return torch.where(square > 0, 1 / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
+
+
+def _routed_scale(mlp: Any) -> float:
+    """The factor on what the experts give together (laguna, minimax_m3); other types have it in the router, in p_e."""
+    return float(getattr(mlp, "routed_scaling_factor", 1.0))
+
+
+def _is_average(mlp: Any) -> bool:
+    """True where the MLP gives the mean of experts and shared expert, not their sum (cohere2_moe)."""
+    has_shared = bool(_shared(mlp, dense=False))
+    return has_shared and getattr(mlp, "shared_expert_combination_strategy", "sum") == "average"
 
 
 def _router_of(mlp: Any) -> Any:

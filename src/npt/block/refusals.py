@@ -9,6 +9,7 @@ _POST_NORM = "each block normalises the residual stream itself, so no weight del
 _STREAMS = "its residual stream is several streams that each block mixes"
 _SCALED = "each block scales the whole residual stream, not what it adds alone"
 _NO_MLP = "a block holds one mixer and no MLP: there is none to take attention's part"
+SIDE_BY_SIDE = "its MLP is two modules side by side, experts and a shared one, and npt shifts the input of one"
 _TWO_WRITERS = "two modules write to the residual stream before the MLP, and npt takes the output of one"
 
 #: By config.json's model_type.
@@ -16,11 +17,10 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(("deepseek_v4", "hy_v4", "gemma3n", "gemma3n_text"), _STREAMS),
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "minimax", "doge"), _SCALED),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "xlstm", "nemotron_h"), _NO_MLP),
+    **dict.fromkeys(("granitemoehybrid", "granitemoeshared"), SIDE_BY_SIDE),
     **dict.fromkeys(("falcon_h1", "zamba", "zamba2"), _TWO_WRITERS),
     "dbrx": "the weights of its experts are one matrix, of which npt does not know the parts",
     "gpt_neox_japanese": "attention's bias joins the residual stream behind the last module of attention",
-    "granitemoehybrid": "its MLP is two modules side by side, experts and a shared one, and npt shifts the input of one",
-    "granitemoeshared": "its MLP is two modules side by side, experts and a shared one, and npt shifts the input of one",
     "jetmoe": "its attention is a mixture too, and no module's output is what it adds to the residual stream",
     "llama4": "its router scales what the experts read, which the norms of weight deltas do not know",
     "llama4_text": "its router scales what the experts read, which the norms of weight deltas do not know",
