@@ -187,7 +187,13 @@ def _square(weight: Tensor) -> float:
 def _share_used(parts: BlockParts) -> float:
     """The share of a block's experts that a token is sent to."""
     mlp, experts = parts.module("mlp"), len(next(parts.experts.parameters()))
-    return int(getattr(_router_of(mlp), "top_k", None) or getattr(mlp, "top_k", None) or experts) / experts
+    used = getattr(_router_of(mlp), "top_k", None) or getattr(mlp, "top_k", None)
+    if used is None:
+        raise ConversionError(
+            f"{type(mlp).__name__}: neither it nor its router says how many experts a token is sent to (top_k), so what a "
+            "token uses can't be told; the model itself runs"
+        )
+    return int(used) / experts
 
 
 def unused_parameters(blocks: Iterable[nn.Module], family: Family) -> int:

@@ -87,8 +87,10 @@ def _setup(
     level = logging.ERROR if not TALKS else logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, handlers=[_Log()], force=True)
     logging.getLogger("npt").setLevel(level)
-    # It warns at every import, whatever the command, that an optional package of faster CPU kernels is missing.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # They warn at every import that an optional package of faster CPU kernels is missing, and at every product that float32
+    # is cast, neither of which a user could change.
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def load(config: Path | None, overrides: Sequence[str] | None) -> Any:

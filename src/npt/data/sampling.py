@@ -45,7 +45,7 @@ _MAX_BATCH = 256
 _BATCH_BYTES = 4 << 30
 
 # To be raised whenever the same arguments would give other text, so that older cache files no longer match.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def sample_blocks(
