@@ -19,8 +19,10 @@ from tests.helpers import random_base
 def test_a_padding_token_among_the_first_is_no_reason_to_refuse(case: Case) -> None:
     """Its embedding is zero, so z = 0 where the norm has no bias: the exact value has no key to act through."""
     base = case.build(noise=0.0, pad_token_id=3, bos_token_id=1)
-    padding = base.get_input_embeddings().weight[3]
-    assert not padding.any() or base.get_input_embeddings().padding_idx is None
+    embedding = base.get_input_embeddings()
+    if embedding.padding_idx is not None:
+        with torch.no_grad():
+            embedding.weight[3] = 0.0  # as torch makes it; transformers' own initial values of some types overwrite it
     get_peft_model(base, NPTConfig(npt_layers="all"))
 
 

@@ -425,7 +425,7 @@ def test_contexts_go_on_beside_the_text_that_they_were_absorbed_beside(llama: An
 
 def test_facts_that_the_rank_of_the_joint_lora_loses_are_named(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fact alone is within the rank; beside a large weight delta that its own tokens never meet it is not."""
-    one = store(llama, clamp=50.0, terminator=None, decay=0.0, steps=8)
+    one = store(llama, clamp=50.0, terminator=None, decay=0.0, steps=8, margin=4.0, contexts=1)
     fact = one.write("the home of Ada is", "Ada", "O")
     assert fact.holds
     row = one.bench.prompts.target(fact.request.prompt, fact.request.target, None).ids
