@@ -101,6 +101,24 @@ def converted(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> 
     return model
 
 
+def checked_as_original(build: Callable[[], Any], ids: torch.Tensor) -> Any:
+    """Checks conversions that change nothing, and that a changed one can be switched and taken off. Returns the exact one."""
+    base = build()
+    expected = base(ids).logits
+    exact = get_peft_model(base, NPTConfig(npt_layers="all", carry="exact")).eval()
+    assert (exact(ids).logits - expected).abs().max() <= 1e-10 * expected.abs().max()
+    # Norms of transformers compute in float32, whatever their input, and so does what can be read off them.
+    model = get_peft_model(build(), NPTConfig(npt_layers="all", rank=3, gain="denominator")).eval()
+    assert (model(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    model = get_peft_model(build(), NPTConfig(npt_layers="all", rank=3)).eval()
+    randomize(model)
+    assert not torch.equal(model(ids).logits, expected)
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, expected)
+    assert torch.equal(model.unload()(ids).logits, expected)
+    return exact
+
+
 def allocated(run: Callable[[], Any]) -> int:
     """The peak, in bytes, of the memory that torch's CPU allocator hands out during a call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:

@@ -25,7 +25,7 @@ from npt.tuner.converted import active_layers, npt_layers
 from scripts.family_list import DOCUMENT, NAME, family_list
 from scripts.marked import ROOT, section
 from tests.families import CASES, SIZES, Case, raw
-from tests.helpers import randomize
+from tests.helpers import checked_as_original, randomize
 from tests.mixtures import MIXTURES
 
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -176,19 +176,7 @@ def test_any_subset_of_projections(case: Case, targets: list[str]) -> None:
 @EACH
 @torch.no_grad()
 def test_exact_and_denominator_are_the_original_and_disabling_gives_it_back_bit_for_bit(case: Case) -> None:
-    base = case.build()
-    expected = base(IDS).logits
-    model = get_peft_model(base, NPTConfig(npt_layers="all", carry="exact")).eval()
-    assert (model(IDS).logits - expected).abs().max() <= 1e-10 * expected.abs().max()
-    # Norms of transformers compute in float32, whatever their input, and so does what can be read off them.
-    model = get_peft_model(case.build(), NPTConfig(npt_layers="all", rank=3, gain="denominator")).eval()
-    assert (model(IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-    model = get_peft_model(case.build(), NPTConfig(npt_layers="all", rank=3)).eval()
-    randomize(model)
-    assert not torch.equal(model(IDS).logits, expected)
-    with model.disable_adapter():
-        assert torch.equal(model(IDS).logits, expected)
-    assert torch.equal(model.unload()(IDS).logits, expected)
+    checked_as_original(case.build, IDS)
 
 
 @EACH

@@ -185,7 +185,7 @@ class BlockHooks:
         """Makes v_down from a, and adds it to down's output unless a norm follows."""
         now = self.thread.now
         if now.mode is Mode.ZERO:
-            return _with_first(output, torch.zeros_like)
+            return with_first(output, torch.zeros_like)
         component, values, attention = now.component, now.values, now.attention
         if component is None or values is None or attention is None:
             return None
@@ -201,7 +201,7 @@ class BlockHooks:
         if self.family.out is not None:
             now.down = value
             return None
-        return None if value is None else _with_first(output, lambda x: x + value.view_as(x))
+        return None if value is None else with_first(output, lambda x: x + value.view_as(x))
 
     def see_experts(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Keeps which experts a mixture's tokens go to, and by what weights."""
@@ -377,7 +377,7 @@ def first_tensor(output: Any) -> Tensor:
     return tensor
 
 
-def _with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def with_first(output: Any, change: Callable[[Tensor], Tensor | None]) -> Any:
     """A module's output with its hidden states changed: a tensor, or the first entry of a tuple."""
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from npt.block.component import ComponentSpec
 from npt.block.families import Family
 from npt.block.probing import BlockParts, linear_product
-from npt.block.weight_delta import Routing, WeightDelta
+from npt.block.weight_delta import Routing, WeightDelta, inverse_square
 from npt.errors import ConversionError
 
 
@@ -60,12 +60,12 @@ def mixture_deltas(
         for slot in range(routing.indices.shape[1]):
             moved, inner = experts.of_slot(routing.indices[:, slot], shifts, seen)
             values.append(moved)
-            inverse = inverse + _inverse_square(inner)
+            inverse = inverse + inverse_square(inner)
         share = share + _routed_scale(mlp) * routing.weights.sum(-1, keepdim=True).to(share.dtype)
     for module, shared_gate in _shared(mlp, routing is None):
         reads, down = _linears(module)
         values += [linear_product(linear)(shifts) for linear in reads]
-        inverse = inverse + _inverse_square(_input_of(down, module, seen))
+        inverse = inverse + inverse_square(_input_of(down, module, seen))
         share = share + (1.0 if shared_gate is None else torch.sigmoid(linear_product(shared_gate)(seen)))
     v = value.reshape(-1, d) / (share * (0.5 if routing is not None and _is_average(mlp) else 1.0))
     # An input of this length carries v as all the experts' inputs together do: |dW|^2 = |v|^2 sum of 1 / |i_e|^2.
@@ -75,11 +75,6 @@ def mixture_deltas(
         "up": WeightDelta(torch.cat(values, -1).view(*lead, -1), z),
         "down": WeightDelta(v.view(*lead, d), length.view(*lead, 1)),
     }
-
-
-def _inverse_square(x: Tensor) -> Tensor:
-    square = x.square().sum(-1)
-    return torch.where(square > 0, 1 / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
 
 
 def _routed_scale(mlp: Any) -> float:

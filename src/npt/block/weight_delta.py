@@ -43,8 +43,7 @@ class WeightDelta:
 
     def frobenius_norm_square(self) -> Float[Tensor, "*tokens"]:
         """|dW|_F^2 per token (docs/maths.md, Eq. 3)."""
-        input_square = self.inputs.square().sum(-1)
-        inverse = torch.where(input_square > 0, 1 / input_square.clamp_min(torch.finfo(input_square.dtype).tiny), 0)
+        inverse = inverse_square(self.inputs)
         square = self.value.square().sum(-1) * inverse
         if self.low_rank is not None:
             m, c, b = self.low_rank
@@ -73,6 +72,12 @@ class WeightDelta:
 
     def _low_rank_product(self, m: Tensor, c: Tensor, b: Tensor) -> Tensor:
         return ((self.inputs @ c) * m) @ b
+
+
+def inverse_square(x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens"]:
+    """1 / |x|^2, zero where x is."""
+    square = x.square().sum(-1)
+    return torch.where(square > 0, 1 / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
 
 
 @dataclass

@@ -14,6 +14,7 @@ depend on which other blocks are converted, so blocks may be trained by separate
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -203,9 +204,10 @@ class LogitsObjective(Objective):
     ) -> Losses:
         layers, head = active_layers(model), logit_head(model)
         norms = _DeltaSquares(counted)
-        with shared_trunk(model):
-            if self.teacher is not None and ROW in inputs:
-                target = [x[counted] for x in self.teacher.log_probabilities(inputs[ROW], counted.device)]
+        teacher = self.teacher if ROW in inputs else None
+        with shared_trunk(model) if teacher is None else nullcontext():
+            if teacher is not None:
+                target = [x[counted] for x in teacher.log_probabilities(inputs[ROW], counted.device)]
             else:
                 with torch.no_grad(), running_as(layers, Mode.ORIGINAL):
                     target = [run_backbone(model, inputs)[counted]]

@@ -10,6 +10,7 @@ terms. `items` counts the tokens of the whole optimiser step: the split into mic
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -73,7 +74,7 @@ class LanguageModelObjective:
         head, counted = logit_head(model), torch.nn.functional.pad(scored_positions(inputs["labels"]), (0, 1))
         target = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1))[counted]
         base = wide(torch.zeros((), device=target.device))
-        with shared_trunk(model):
+        with shared_trunk(model) if self.measures_base else nullcontext():
             if self.measures_base:
                 with torch.no_grad(), as_original(model):
                     base = cross_entropy_sum(head, run_backbone(model, inputs)[counted], target) / items

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from npt.block.families import blocks_of
+from npt.block.hooks import with_first
 from npt.tuner.converted import active_layers, base_of, npt_layers, own_parameters
 
 #: Held while stand-ins are put on or taken off, which several threads may do at once.
@@ -80,10 +81,10 @@ class _Bypass:
         if not self.has_run:
             output, self.has_run = forward(*args, **kwargs), True
             # A tensor that some block above changes in place would not be the trunk's any more.
-            self.kept = _with_hidden(output, lambda x: x.detach().clone() if self.last else None)
+            self.kept = with_first(output, lambda x: x.detach().clone() if self.last else None)
             return output
         hidden = args[0] if args else kwargs["hidden_states"]
-        return _with_hidden(self.kept, torch.clone if self.last else lambda _: hidden)
+        return with_first(self.kept, torch.clone if self.last else lambda _: hidden)
 
 
 class _Switch:
@@ -118,8 +119,3 @@ class _Switch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stand_in = self.stand_ins.get(threading.get_ident())
         return self.forward(*args, **kwargs) if stand_in is None else stand_in.run(self.forward, args, kwargs)
-
-
-def _with_hidden(output: Any, change: Any) -> Any:
-    """A block's output with its hidden states changed: a tensor, or a tuple that begins with one."""
-    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
