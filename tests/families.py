@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ VISION = {
     "num_attention_heads": 2,
     "image_size": 28,
 }
+#: Of one that also hears.
+AUDIO = {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2}
 
 
 def raw(module: Any) -> tuple[Tensor, Tensor]:
@@ -43,6 +46,8 @@ class Case:
     gate, up, down: the projections, "path:0" and "path:1" for the halves of a fused one; act: (block) -> activation.
     inner: (block, act(gate) * up) -> what down reads.
     after: (block, down's output) -> what joins the residual stream, times multiplier.
+    tail: (block, the residual stream behind the MLP, *what the block reads beside hidden states) -> the block's output; None
+        where that is the stream itself.
     """
 
     model_type: str
@@ -57,6 +62,7 @@ class Case:
     act: Callable[[Any], Callable[[Tensor], Tensor]] = lambda block: block.mlp.act_fn
     inner: Callable[[Any, Tensor], Tensor] = lambda block, i: i
     after: Callable[[Any, Tensor], Tensor] = lambda block, u: u
+    tail: Callable[..., Tensor] | None = None
     multiplier: float = 1.0
     blocks: str = "model.layers"
     norm: str | None = "post_attention_layernorm"
@@ -65,7 +71,11 @@ class Case:
     @property
     def name(self) -> str:
         """For test ids."""
-        switches = [f"{name}={value}" for name, value in self.options.items() if isinstance(value, bool)]
+        switches = [
+            f"{name}={value}"
+            for name, value in self.options.items()
+            if isinstance(value, bool) or name == "num_kv_shared_layers"
+        ]
         return "-".join([self.model_type, *switches])
 
     def projection(self, block: Any, name: str) -> tuple[Tensor, Tensor]:
@@ -89,7 +99,7 @@ class Case:
             return ones, zeros, False
         norm = block.get_submodule(self.norm)
         weight = getattr(norm, "weight", ones)
-        if "Gemma" in type(norm).__name__ or "Qwen3_5" in type(norm).__name__:
+        if re.match("Gemma(?!4)|RecurrentGemma|VaultGemma", type(norm).__name__) or "Qwen3_5" in type(norm).__name__:
             weight = (1.0 + weight.float()).double()  # these classes do so in float32
         elif "1P" in type(norm).__name__:
             weight = 1.0 + weight
@@ -106,6 +116,9 @@ class Case:
         with torch.no_grad():
             for parameter in base.parameters():
                 parameter.add_(noise * torch.randn_like(parameter))
+            for name, buffer in base.named_buffers():
+                if name.endswith("layer_scalar"):  # ones, unless a checkpoint says otherwise
+                    buffer.mul_(0.7)
         return base.to(dtype).eval()
 
 
@@ -131,6 +144,22 @@ _HYBRID: dict[str, Any] = {
                 "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
                                     "mrope_section": [1, 1, 0]}},
+}  # fmt: skip
+
+
+def _gemma4_tail(block: Any, x: Tensor, embedding: Any = None, *_: Any) -> Tensor:
+    """A second gated update, by an embedding of the block's own, and a factor on everything."""
+    if getattr(block, "hidden_size_per_layer_input", 0) == 0:
+        return block.layer_scalar * x
+    gate, back = block.per_layer_input_gate.weight, block.per_layer_projection.weight
+    gated = torch.nn.functional.gelu(x @ gate.T, approximate="tanh") * embedding
+    return block.layer_scalar * (x + block.post_per_layer_input_norm(gated @ back.T))
+
+
+_GEMMA4: dict[str, Any] = {
+    **_SANDWICH, "tail": _gemma4_tail, "options": {
+    "sliding_window": 4, "hidden_size_per_layer_input": 0, "global_head_dim": 8, "vocab_size_per_layer_input": 96,
+    "layer_types": ["sliding_attention", "full_attention"] * 2}
 }  # fmt: skip
 _POST_NORM = {**_SANDWICH, "before": lambda block, x: x, "norm": None}
 _PARALLEL: dict[str, Any] = {"parallel": True, "before": _norm("input_layernorm"), "norm": "input_layernorm"}
@@ -158,12 +187,21 @@ CASES = [
     Case("lfm2", {"layer_types": ["conv", "conv", "full_attention", "full_attention"], "block_auto_adjust_ff_dim": False},
          source=("self_attn.out_proj", "conv.out_proj"), norm="ffn_norm", before=_norm("ffn_norm"), gate="feed_forward.w1",
          up="feed_forward.w3", down="feed_forward.w2", act=lambda block: torch.nn.functional.silu),
+    Case("lfm3", {"layer_types": ["conv", "conv", "full_attention", "sliding_attention"], "sliding_window": 4},
+         source=("self_attn.o_proj", "conv.out_proj"), after_attention=_norm("post_operator_norm"), norm="ffn_norm",
+         before=_norm("ffn_norm"), after=_norm("post_ffn_norm"), gate="feed_forward.w1", up="feed_forward.w3",
+         down="feed_forward.w2", act=lambda block: torch.nn.functional.silu),
     Case("qwen3_5_text", **_HYBRID),
     Case("bamba", {"attn_layer_indices": [2, 3], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
                    "mamba_d_state": 8},
          source=("self_attn.o_proj", "mamba.out_proj"), norm="pre_ff_layernorm", before=_norm("pre_ff_layernorm"),
          gate="feed_forward.gate_proj", up="feed_forward.up_proj", down="feed_forward.down_proj",
          act=lambda block: block.feed_forward.act_fn),
+    Case("granitemoehybrid", {"num_local_experts": 0, "shared_intermediate_size": 40, "residual_multiplier": 0.4,
+                              "layer_types": _HYBRID["options"]["layer_types"], "mamba_n_heads": 4, "mamba_d_head": 16,
+                              "mamba_n_groups": 1, "mamba_d_state": 8},
+         source=("self_attn.o_proj", "mamba.out_proj"), gate="shared_mlp.input_linear:0", up="shared_mlp.input_linear:1",
+         down="shared_mlp.output_linear", act=lambda block: block.shared_mlp.activation, multiplier=0.4),
     Case("recurrent_gemma", {"lru_width": 32, "attention_window_size": 16},
          source=("temporal_block.o_proj", "temporal_block.linear_out"), norm="channel_pre_norm",
          before=_norm("channel_pre_norm"), gate="mlp_block.gate_proj", up="mlp_block.up_proj", down="mlp_block.down_proj",
@@ -174,6 +212,12 @@ CASES = [
     Case("gemma"),
     Case("gemma2", {"sliding_window": 4}, **_SANDWICH),
     Case("gemma3_text", {"sliding_window": 4}, **_SANDWICH),
+    *(Case(name, **_GEMMA4) for name in ("gemma4_text", "gemma4_unified_text")),
+    Case("gemma4_text", **{**_GEMMA4, "options": {**_GEMMA4["options"], "hidden_size_per_layer_input": 6,
+                                                  "num_kv_shared_layers": 2}}),
+    *(
+        Case(name, composite=True, blocks="model.language_model.layers", **_GEMMA4) for name in ("gemma4", "gemma4_unified")
+    ),
     Case("gemma3", {"sliding_window": 4}, composite=True, blocks="model.language_model.layers", **_SANDWICH),
     *(Case(name, {"residual_multiplier": 0.4}, multiplier=0.4) for name in ("granite", "granite_swa")),
     Case("hyperclovax", {"residual_multiplier": 0.4}, multiplier=0.4, after_attention=_norm("post_norm1"),
@@ -183,6 +227,7 @@ CASES = [
     Case("stablelm"),
     Case("stablelm", {"use_parallel_residual": True}, **_PARALLEL),
     *(Case(name, **_FUSED) for name in ("phi3", "glm")),
+    Case("phi4_multimodal", {"vision_config": VISION, "audio_config": AUDIO}, **_FUSED),
     Case("glm4", **_FUSED, after_attention=_norm("post_self_attn_layernorm"), after=_norm("post_mlp_layernorm")),
     _plain("phi", "mlp.", "fc1", "fc2", "input_layernorm", source="self_attn.dense", parallel=True,
            before=_norm("input_layernorm"), act=lambda block: block.mlp.activation_fn),

@@ -21,6 +21,7 @@ _LATENT = {
 }  # fmt: skip
 _SPARSE = {**_LATENT, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 64}
 _LINEAR = {"layer_types": ["linear_attention", "linear_attention", "full_attention", "full_attention"]}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 _DELTA = {
     **_LINEAR, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8
 }  # fmt: skip
@@ -53,12 +54,16 @@ MIXTURES = [
     Mixture("afmoe", {"num_dense_layers": 1}, _DENSE_FIRST),
     Mixture("ernie4_5_moe", {"moe_layer_start_index": 1, "moe_layer_end_index": 3}, _DENSE_FIRST),
     *(Mixture(name, {"residual_multiplier": 0.4}) for name in ("granitemoe", "granitemoe_swa")),
+    Mixture("granitemoeshared", {"residual_multiplier": 0.4, "shared_intermediate_size": 24}),
+    Mixture("granitemoehybrid", {"residual_multiplier": 0.4, "shared_intermediate_size": 24, **_MAMBA,
+                                 **_LINEAR}),
     *(Mixture(name, _LATENT, _DENSE_FIRST) for name in ("deepseek_v2", "glm4_moe_lite")),
     *(Mixture(name, {**_LATENT, "head_dim": None}, _DENSE_FIRST) for name in ("deepseek_v3", "axk1")),
     *(Mixture(name, _SPARSE, _DENSE_FIRST) for name in ("deepseek_v32", "glm_moe_dsa")),
     Mixture("kimi_linear", {**_LATENT, **_LINEAR, "linear_num_heads": 4, "linear_head_dim": 8}, _DENSE_FIRST),
     Mixture("bailing_hybrid", {**_LATENT, **_LINEAR}, _DENSE_FIRST),
     *(Mixture(name, _DELTA) for name in ("qwen3_next", "qwen3_5_moe_text")),
+    Mixture("llama4_text", {"intermediate_size_mlp": 40, "moe_layers": [1, 2, 3], "use_qk_norm": False}, _DENSE_FIRST),
     Mixture("lfm2_moe", {"layer_types": ["conv", "conv", "full_attention", "full_attention"]}, (2, 3)),
     Mixture("jamba", {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
                       "expert_layer_offset": 1}, (1, 3)),

@@ -47,9 +47,9 @@ def test_every_family_has_a_case() -> None:
     assert {case.model_type for case in CASES} | {mixture.name for mixture in MIXTURES} == set(FAMILIES)
 
 
-def run_blocks(case: Case, model: Any) -> dict[int, dict[str, Tensor]]:
+def run_blocks(case: Case, model: Any) -> dict[int, dict[str, Any]]:
     """Per converted block h, a and its output, over the NPT model's own stream; a from the output projection's input."""
-    seen: dict[int, dict[str, Tensor]] = {}
+    seen: dict[int, dict[str, Any]] = {}
     handles = []
     for layer in npt_layers(model):
         entry, block = seen.setdefault(layer.index, {}), layer.get_base_layer()
@@ -59,7 +59,7 @@ def run_blocks(case: Case, model: Any) -> dict[int, dict[str, Tensor]]:
             entry["a"] = case.multiplier * case.after_attention(block, args[0] @ weight.T + bias)
 
         def keep(module: Any, args: Any, kwargs: Any, output: Any, entry: Any = entry) -> None:
-            entry["h"] = args[0] if args else kwargs["hidden_states"]
+            entry["h"], entry["rest"] = args[0] if args else kwargs["hidden_states"], args[1:2]
             entry["y"] = output[0] if isinstance(output, tuple) else output
 
         handles.append(case.source_of(block).register_forward_pre_hook(attention))
@@ -68,6 +68,13 @@ def run_blocks(case: Case, model: Any) -> dict[int, dict[str, Tensor]]:
     for handle in handles:
         handle.remove()
     return seen
+
+
+def output_of(case: Case, block: Any, stream: Tensor, rest: Any, token: tuple[int, int]) -> Tensor:
+    """What a block makes of the residual stream behind its MLP, (d,)."""
+    if case.tail is None:
+        return stream
+    return case.tail(block, stream, *(x[token] for x in rest if isinstance(x, Tensor)))
 
 
 def explicit_update(case: Case, layer: Any, h: Tensor, a: Tensor, z: Tensor, original: Tensor) -> Tensor:
@@ -152,7 +159,8 @@ def test_block_equals_explicit_formula_for_every_option(case: Case) -> None:
             original = z if case.parallel else case.before(block, h + a)
             for token in ((0, 0), (1, 7)):
                 expected = explicit_update(case, layer, h[token], a[token], z[token], original[token])
-                error = (y[token] - h[token] - expected).norm() / expected.norm()
+                found = output_of(case, block, h[token] + expected, seen[layer.index]["rest"], token)
+                error = (y[token] - found).norm() / expected.norm()
                 assert error <= 1e-10, f"{options}, block {layer.index}, token {token}: {error:.2g}"
 
 
@@ -167,10 +175,12 @@ def test_any_subset_of_projections(case: Case, targets: list[str]) -> None:
         model = get_peft_model(case.build(), config).eval()
         randomize(model)
         (layer,) = active_layers(model)
-        h, a, y = (run_blocks(case, model)[2][k] for k in "hay")
+        seen = run_blocks(case, model)[2]
+        h, a, y = (seen[k] for k in "hay")
         z = case.before(layer.get_base_layer(), h)
         expected = explicit_update(case, layer, h[1, 5], a[1, 5], z[1, 5], z[1, 5])
-        assert (y[1, 5] - h[1, 5] - expected).norm() <= 1e-10 * expected.norm()
+        found = output_of(case, layer.get_base_layer(), h[1, 5] + expected, seen["rest"], (1, 5))
+        assert (y[1, 5] - found).norm() <= 1e-10 * expected.norm()
 
 
 @EACH

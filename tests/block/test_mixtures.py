@@ -14,10 +14,9 @@ from torch import Tensor
 
 from npt import EditStore, NPTConfig, calibrate, evaluate
 from npt.block.families import FAMILIES, Family, family_of
-from npt.block.mixture import mixture_deltas
+from npt.block.mixture import mixture_deltas, routing_of
 from npt.block.modes import watching, watching_deltas
 from npt.block.probing import BlockParts
-from npt.block.weight_delta import Routing
 from npt.equivalence.objectives import Objective
 from npt.errors import ConversionError
 from npt.evaluation.look import observe
@@ -27,10 +26,11 @@ from npt.tuner.converted import active_layers
 from tests.helpers import checked_as_original, randomize, spelling_tokenizer
 from tests.mixtures import MIXTURES, Mixture
 
-#: One of each way to write the experts: plain, with a shared expert behind a gate, transposed with biases.
-WRITTEN_OUT = ("mixtral", "qwen2_moe", "gpt_oss")
-#: Those of the default suite: the three, a dense first block, post-norm, parallel, a multiplier.
-FEW = {*WRITTEN_OUT, "deepseek_v3", "flex_olmo", "cohere2_moe", "granitemoe"}
+#: One of each way to write the experts: plain, a shared expert behind a gate, transposed with biases, a router that scales
+#: what experts read.
+WRITTEN_OUT = ("mixtral", "qwen2_moe", "gpt_oss", "llama4_text")
+#: Those of the default suite: these, a dense first block, post-norm, parallel, a multiplier.
+FEW = {*WRITTEN_OUT, "deepseek_v3", "flex_olmo", "cohere2_moe", "granitemoeshared"}
 EACH = pytest.mark.parametrize(
     "mixture",
     [pytest.param(m, id=m.name, marks=[] if m.name in FEW else [pytest.mark.slow]) for m in MIXTURES],
@@ -74,31 +74,31 @@ def test_a_block_is_its_mlp_of_the_shifted_input_and_the_value(mixture: Mixture)
             value = component.down_value(a, z, component.modulation(a))
             update = parts.module("mlp").forward(z + shift)
             update = update[0] if isinstance(update, tuple) else update
+            if parts.family.beside is not None:
+                update = update + parts.module("beside").forward(z + shift)
             update = update.view_as(z) if parts.family.out is None else parts.module("out").forward(update.view_as(z))
             expected = h + parts.multiplier * update + value
             assert (y - expected).norm() <= 1e-10 * (expected - h).norm(), f"block {layer.index}, {options}"
 
 
 def experts_of(name: str, mlp: Any, z: Tensor) -> dict[str, Any]:
-    """One token's routed experts, written out: {router (E, d), and its bias, weights (k,), chosen (k,)}."""
-    router = mlp.router if name == "gpt_oss" else mlp.gate
+    """One token's routed experts, written out: {weights (k,), chosen (k,), scales (k,) of what they read, if any}."""
+    router = getattr(mlp, "router", None) or mlp.gate
     logits = router.weight @ z + (router.bias if name == "gpt_oss" else 0)
+    values, chosen = logits.topk(2)
     if name == "gpt_oss":
-        values, chosen = logits.topk(2)
-        return {"router": router.weight, "weights": values.softmax(-1), "chosen": chosen}
+        return {"weights": values.softmax(-1), "chosen": chosen}
+    if name == "llama4_text":
+        return {"weights": torch.ones(2), "chosen": chosen, "scales": torch.sigmoid(values.float()).double()}
     values, chosen = logits.float().softmax(-1).double().topk(2)
-    return {
-        "router": router.weight,
-        "weights": values / values.sum() if name == "mixtral" else values,
-        "chosen": chosen,
-    }
+    return {"weights": values / values.sum() if name == "mixtral" else values, "chosen": chosen}
 
 
 def half(name: str, mlp: Any, expert: int, path: str) -> tuple[Tensor, Tensor | float]:
     """(W (out, in), bias) of an expert."""
     weight = getattr(mlp.experts, path)[expert]
     bias = getattr(mlp.experts, f"{path}_bias")[expert] if name == "gpt_oss" else 0.0
-    return (weight.T if name == "gpt_oss" else weight), bias
+    return (weight.T if name in ("gpt_oss", "llama4_text") else weight), bias
 
 
 def gated(name: str, out: Tensor) -> Tensor:
@@ -120,18 +120,21 @@ def written_out(name: str, mlp: Any, z: Tensor, shift: Tensor, value: Tensor) ->
         return weight + delta
 
     routed = experts_of(name, mlp, z + shift)
-    router = mlp.router if name == "gpt_oss" else mlp.gate
+    router = getattr(mlp, "router", None) or mlp.gate
     logits = moved(router.weight) @ z + (router.bias if name == "gpt_oss" else 0)
     assert set(logits.topk(2).indices.tolist()) == set(routed["chosen"].tolist())
     # (W + dW, bias, down's input, its weight) of every projection at work
     work: list[tuple[Tensor, Any, Tensor, Tensor]] = []
-    for weight, expert in zip(routed["weights"], routed["chosen"].tolist(), strict=True):
+    scales = routed.get("scales", [1.0, 1.0])
+    for weight, expert, scale in zip(routed["weights"], routed["chosen"].tolist(), scales, strict=True):
         up, bias = half(name, mlp, expert, "gate_up_proj")
-        work.append((*half(name, mlp, expert, "down_proj"), gated(name, moved(up) @ z + bias), weight))
-    if name == "qwen2_moe":
+        work.append((*half(name, mlp, expert, "down_proj"), gated(name, scale * (moved(up) @ z) + bias), weight))
+    if hasattr(mlp, "shared_expert"):
         shared = mlp.shared_expert
         inner = torch.nn.functional.silu(moved(shared.gate_proj.weight) @ z) * (moved(shared.up_proj.weight) @ z)
-        share = torch.sigmoid(mlp.shared_expert_gate.weight @ (z + shift))[0]
+        share = torch.ones(())
+        if name == "qwen2_moe":
+            share = torch.sigmoid(mlp.shared_expert_gate.weight @ (z + shift))[0]
         work.append((shared.down_proj.weight, 0.0, inner, share))
     v = value / sum(weight for *_, weight in work)
     total = torch.zeros_like(z)
@@ -178,7 +181,11 @@ SCALED = {
 @pytest.mark.parametrize(
     "mixture",
     [
-        pytest.param(m, id=m.name, marks=[] if m.name in {"qwen2_moe", "cohere2_moe", "laguna"} else [pytest.mark.slow])
+        pytest.param(
+            m,
+            id=m.name,
+            marks=[] if m.name in {"qwen2_moe", "cohere2_moe", "laguna", "granitemoehybrid"} else [pytest.mark.slow],
+        )
         for m in MIXTURES
     ],
 )
@@ -193,25 +200,28 @@ def test_one_value_for_each_down_at_work_is_the_value_behind_the_mlp(mixture: Mi
         mlp.post_mlp_layernorm = torch.nn.Identity()
     z, shift, value = torch.randn(3, 1, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
+    beside = [parts.module("beside")] if family.beside is not None else []
+
     def output() -> Tensor:
         found = mlp(z + shift)
-        return (found[0] if isinstance(found, tuple) else found).view_as(z)
+        found = (found[0] if isinstance(found, tuple) else found).view_as(z)
+        return sum((module(z + shift) for module in beside), found)
 
-    parts.experts.register_forward_pre_hook(lambda m, args: routed.append(Routing(args[1], args[2])))
+    parts.experts.register_forward_pre_hook(lambda m, args: routed.append(routing_of(args, mlp)))
     before = output()
     v = mixture_deltas(parts, shift, value, z, routed[0])["down"].value[0]
-    parts.experts.register_forward_hook(lambda m, args, out: out + (args[2].sum(-1, keepdim=True) * v).view_as(out))
+
+    def add(module: Any, args: Any, out: Tensor) -> Tensor:
+        if len(args) == 3:
+            return out + (args[2].sum(-1, keepdim=True) * v).view_as(out)
+        return out + args[0].any(-1, keepdim=True) * v.repeat(len(out) // len(v), 1)  # all experts, one below the other
+
+    parts.experts.register_forward_hook(add)
     shared = [child for name, child in mlp.named_children() if name.startswith("shared") and not name.endswith("gate")]
-    for child in shared:
+    for child in shared + beside:
         child.register_forward_hook(lambda m, args, out: out + v.view_as(out))
     # hy_v3 adds experts and shared expert up in float32.
     torch.testing.assert_close(output() - before, value, rtol=1e-5, atol=1e-6)
-
-
-def test_a_shared_expert_beside_the_experts_is_refused_with_the_reason() -> None:
-    base = replace(named("granitemoe_swa"), options={"shared_intermediate_size": 16}).build()
-    with pytest.raises(ConversionError, match="two modules side by side"):
-        get_peft_model(base, NPTConfig())
 
 
 @EACH
@@ -256,7 +266,7 @@ def test_calibration_brings_it_nearer(mixture: Mixture) -> None:
             assert figures["error_after"] <= 0.95 * figures["error_before"]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "granitemoe", "flex_olmo"])
+@pytest.mark.parametrize("name", ["mixtral", "granitemoeshared", "flex_olmo"])
 def test_a_planted_wrong_line_is_caught_at_conversion(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = named(name).build()
     right = family_of(base)
@@ -265,6 +275,8 @@ def test_a_planted_wrong_line_is_caught_at_conversion(name: str, monkeypatch: py
         wrong.append(replace(right, norm="input_layernorm"))
     if right.multiplier:
         wrong.append(replace(right, multiplier=None))
+    if right.beside:
+        wrong.append(replace(right, beside=None))
     if right.out:
         wrong.append(replace(right, out=None, down="mlp.experts"))
     for line in wrong:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from npt.block.hooks import first_tensor
 from npt.block.layer import NPTLayer
 from npt.block.modes import Mode, running_as
+from npt.block.outputs import first_tensor
 from npt.block.probing import execution_device
 from npt.errors import REMEDY, ConversionError
 
@@ -27,7 +27,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, tor
 def check_contract(model: Any, layers: list[NPTLayer]) -> None:
     """Runs each converted block alone on real hidden states of a few tokens.
 
-    1. With attention and MLP outputs dropped, block(h) == h bit for bit: nothing else writes to the residual stream.
+    1. With attention and MLP outputs dropped, block(h) == h bit for bit, or the family's tail of h: nothing else writes to the
+       residual stream.
     2. With the exact value, the block's output is the unconverted block's.
 
     Raises:
@@ -97,15 +98,21 @@ def _check_block(layer: NPTLayer, args: tuple[Any, ...], kwargs: dict[str, Any])
     for what, values in (("what reaches it", hidden_states), ("its output", original)):
         if not values.isfinite().all():
             raise ConversionError(f"{name}: {what} is not finite in the unconverted model; {REMEDY}")
-    if not torch.equal(zeroed, hidden_states):
+    tail = layer.family.tail
+    unchanged = hidden_states if tail is None else tail(block, hidden_states, *args[1:], **_rest(kwargs))
+    if not torch.equal(zeroed, unchanged):
         raise ConversionError(
             f"{name} breaks the conversion contract: with attention and MLP dropped it should return its input, but "
-            f"differs by up to {(zeroed - hidden_states).abs().max():.3g} (a post-norm block, or a wrong line in FAMILIES)"
+            f"differs by up to {(zeroed - unchanged).abs().max():.3g} (a post-norm block, or a wrong line in FAMILIES)"
         )
-    scale = (original - hidden_states).double().norm()
+    scale = (original - unchanged).double().norm()
     error = (exact - original).double().norm() / scale.clamp_min(torch.finfo(torch.float64).tiny)
     if not error <= TOLERANCE.get(original.dtype, 1e-1):
         raise ConversionError(
             f"{name} breaks the conversion contract: with the exact value its output should be the unconverted block's, "
             f"but differs by {error:.3g} of the update (wrong tap, norm or MLP path in FAMILIES)"
         )
+
+
+def _rest(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "hidden_states"}

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from npt.block.refusals import SIDE_BY_SIDE, refusal
+from npt.block.refusals import refusal
 from npt.common.display import one_line, ranges
 from npt.common.options import is_automatic
 from npt.errors import ConversionError
@@ -37,8 +37,11 @@ class Family:
         parallel: the MLP reads Norm2(h), not Norm2(h + a): attention changes nothing but the residual stream.
         multiplier: the block's attribute that scales both attention and MLP on their way into the residual stream.
         run: (block, z) -> the MLP's update y - h, where it isn't out(mlp(z)) times the multiplier.
-        experts: where the MLP of some blocks is a mixture, the module of its experts, called with (z, indices, weights). `up`
-            and `down` are then the whole MLP: what reads z, the router included, and what comes out.
+        tail: (block, x, *what the block is called with behind its hidden states) -> the block's output, where it isn't x, the
+            residual stream behind the MLP.
+        experts: where the MLP of some blocks is a mixture, the module of its experts, called as `npt.block.mixture.routing_of`
+            says. `up` and `down` are then the whole MLP: what reads z, the router included, and what comes out.
+        beside: a shared expert that the block itself adds to what `mlp` gives, called behind it.
     """
 
     blocks: str
@@ -52,7 +55,9 @@ class Family:
     parallel: bool = False
     multiplier: str | None = None
     run: Callable[[Any, Tensor], Tensor] | None = None
+    tail: Callable[..., Tensor] | None = None
     experts: str | None = None
+    beside: str | None = None
 
     @property
     def projections(self) -> dict[str, str]:
@@ -129,13 +134,34 @@ def _opt(config: Any) -> Family:
     return replace(_BARE, blocks="model.decoder.layers")
 
 
-def _granitemoe_swa(config: Any) -> Family:
-    if config.shared_intermediate_size:
+def _granite_mixture(config: Any) -> Family:
+    tap = ("self_attn.o_proj", "mamba.out_proj")
+    if config.num_local_experts == 0:
+        reads = "shared_mlp.input_linear"
+        return replace(
+            _LLAMA, tap=tap, mlp="shared_mlp", up=reads, gate=reads, down="shared_mlp.output_linear",
+            multiplier="residual_multiplier",
+        )  # fmt: skip
+    return replace(_GRANITE_MIXTURE, tap=tap, beside="shared_mlp" if config.shared_intermediate_size else None)
+
+
+def _gemma4_tail(block: Any, x: Tensor, per_layer_input: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    if getattr(block, "hidden_size_per_layer_input", 0):
+        gated = block.act_fn(block.per_layer_input_gate(x)) * per_layer_input
+        x = x + block.post_per_layer_input_norm(block.per_layer_projection(gated))
+    return x * block.layer_scalar
+
+
+_GEMMA4 = replace(_SANDWICH, tail=_gemma4_tail)
+
+
+def _gemma4(config: Any) -> Family:
+    if getattr(config.get_text_config(), "enable_moe_block", False):
         raise ConversionError(
-            f"granitemoe_swa with shared_intermediate_size={config.shared_intermediate_size} can't be converted: "
-            f"{SIDE_BY_SIDE}; use a model without a shared expert"
+            "Gemma 4 with enable_moe_block=true can't be converted: its router and experts read the stream beside the "
+            "MLP, each through a norm of its own, and npt shifts what one norm gives; use a dense one"
         )
-    return _GRANITE_MIXTURE
+    return _GEMMA4 if config is config.get_text_config() else replace(_GEMMA4, blocks="model.language_model.layers")
 
 
 #: By config.json's model_type; a function of the config where that decides.
@@ -157,6 +183,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "gemma2": _SANDWICH,
     "gemma3": replace(_SANDWICH, blocks="model.language_model.layers"),
     "gemma3_text": _SANDWICH,
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _gemma4),
     "glm": _FUSED_LLAMA,
     "glm4": replace(_FUSED_LLAMA, tap="post_self_attn_layernorm", out="post_mlp_layernorm"),
     "gpt2": _GPT2,
@@ -176,6 +203,10 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
         "model.layers", ("self_attn.out_proj", "conv.out_proj"), "ffn_norm", "feed_forward",
         up="feed_forward.w3", down="feed_forward.w2", gate="feed_forward.w1",
     ),
+    "lfm3": Family(
+        "model.layers", "post_operator_norm", "ffn_norm", "feed_forward", up="feed_forward.w3", down="feed_forward.w2",
+        gate="feed_forward.w1", out="post_ffn_norm",
+    ),
     "llama": _LLAMA,
     "minicpm3": replace(_LLAMA, multiplier="residual_scale"),
     "ministral": _LLAMA,
@@ -194,6 +225,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "persimmon": replace(_FALCON, blocks="model.layers", tap="self_attn.dense"),
     "phi": Family("model.layers", "self_attn.dense", "input_layernorm", **_FC, parallel=True),
     "phi3": _FUSED_LLAMA,
+    "phi4_multimodal": _FUSED_LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "qwen3_5_text": _HYBRID_LLAMA,
@@ -212,10 +244,11 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "cohere2_moe": replace(_MIXTURE, norm="input_layernorm", parallel=True),
     "flex_olmo": replace(_MIXTURE, tap="post_attention_layernorm", norm=None, out="post_feedforward_layernorm"),
     "granitemoe": _GRANITE_MIXTURE,
-    "granitemoe_swa": _granitemoe_swa,
+    **dict.fromkeys(("granitemoe_swa", "granitemoehybrid", "granitemoeshared"), _granite_mixture),
     "jamba": replace(_MIXTURE, tap=("self_attn.o_proj", "mamba.out_proj"), norm="pre_ff_layernorm", **_FEED_FORWARD),
     "kolibri1": replace(_MIXTURE, tap="post_self_attn_layernorm", out="post_mlp_layernorm"),
     "lfm2_moe": replace(_MIXTURE, tap=("self_attn.out_proj", "conv.out_proj"), norm="ffn_norm", **_FEED_FORWARD),
+    "llama4_text": replace(_MIXTURE, **_FEED_FORWARD),
     "modernbert-decoder": Family(
         "model.layers", "attn.Wo", "mlp_norm", "mlp", up="mlp.Wi", down="mlp.Wo", gate="mlp.Wi"
     ),
@@ -273,6 +306,17 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks of a causal LM, in depth order."""
     blocks: Any = model.get_submodule(family_of(model).blocks)
     return blocks
+
+
+def decoder_of(model: Any) -> Any:
+    """The module inside a causal LM whose output is the last hidden states."""
+    decoder = getattr(model, model.base_model_prefix, None)
+    return model.get_submodule(family_of(model).blocks.rpartition(".")[0]) if decoder is None else decoder
+
+
+def hand_on(model: Any) -> bool:
+    """True where blocks of a causal LM read keys and values of lower blocks, which then can't be left out of a forward."""
+    return bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
 
 
 def resolve_layers(choice: str | list[int], num_blocks: int) -> list[int]:

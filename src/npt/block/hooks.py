@@ -20,12 +20,15 @@
 |                | after                |                          |                                               |
 | `add_down`     | down, after          | its input i,             | output + v_down, or pass: down where a norm   |
 |                |                      | pass: attention, values  | follows the MLP                               |
+| `shift_beside`,| beside, before and   | pass: beside             | z + shift                                     |
+| `drop_beside`  | after                |                          |                                               |
 | `add_out`      | out, after           | pass: down               | output + v_down                               |
-| `see_experts`  | a mixture's experts, | indices, weights         | pass: routing, where weight deltas are wanted |
+| `see_experts`  | a mixture's experts, | experts, their weights   | pass: routing, where weight deltas are wanted |
 |                | before               |                          |                                               |
 | `finish`       | block, after         | pass: observed           | nothing; empties the pass, tells `on_block`   |
 
 tap: the last module whose output attention adds to the residual stream. out: the norm after the MLP, where there is one.
+beside: a second MLP of the same input, called behind the first.
 Modes change what the pass holds, never the hooks: torch.compile ignores a hook that is added after it. Hooks change where an
 adapter is added that needs others, where a module was wrapped, and on the norm while the exact value is wanted.
 
@@ -46,12 +49,13 @@ from torch.utils.hooks import RemovableHandle
 
 from npt.block.component import NPComponent
 from npt.block.deltas import down_deltas, input_deltas
-from npt.block.mixture import mixture_deltas
+from npt.block.mixture import mixture_deltas, routing_of
+from npt.block.outputs import first_tensor, shaped, with_first
 from npt.block.passes import BlockRecord, Mode, Pass, ThreadState
 from npt.block.probing import BlockParts
 from npt.block.spec import INPUT_PROJECTIONS
 from npt.block.terms import InputValues
-from npt.block.weight_delta import Routing, WeightDelta
+from npt.block.weight_delta import WeightDelta
 from npt.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -149,7 +153,17 @@ class BlockHooks:
         now.values = self._input_values(now.component, now.attention, shaped(args[0], now.attention))
         if now.values.shift is None or not self._shares_input(now.component):
             return None
+        now.beside = now.values.shift
         return (args[0] + now.values.shift.view_as(args[0]), *args[1:])
+
+    def shift_beside(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """z + shift for the MLP beside the first."""
+        shift, self.thread.now.beside = self.thread.now.beside, None
+        return None if shift is None else (args[0] + shift.view_as(args[0]), *args[1:])
+
+    def drop_beside(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+        """Zeros while the MLP is dropped."""
+        return torch.zeros_like(output) if self.thread.now.mode is Mode.ZERO else None
 
     def shift_gate(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """z + shift for gate alone."""
@@ -207,7 +221,7 @@ class BlockHooks:
         """Keeps which experts a mixture's tokens go to, and by what weights."""
         now = self.thread.now
         if now.on_deltas is not None and now.component is not None:
-            now.routing = Routing(args[1], args[2])
+            now.routing = routing_of(args, self.parts.module("mlp"))
 
     def add_out(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
         """Where a norm follows the MLP, v_down joins after it."""
@@ -215,17 +229,23 @@ class BlockHooks:
         if now.mode is Mode.ZERO:
             return torch.zeros_like(output)
         value, now.down = now.down, None
-        return None if value is None else output + value.view_as(output)
+        output = output if value is None else output + value.view_as(output)
+        if self.family.tail is not None and now.observed is not None:
+            now.added = output
+        return None if value is None else output
 
     def finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hands the pass to `on_block`; lets go of all that was kept, also when a forward died half-way."""
         now = self.thread.now
-        attention = now.observed
+        attention, added, converted = now.observed, now.added, now.component is not None
         now.clear()
         if now.on_block is None or attention is None or output is None:
             return
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        now.on_block(self.layer, BlockRecord(hidden_states, attention, first_tensor(output)))
+        behind = first_tensor(output)
+        if added is not None:  # the block does more with the stream behind the MLP
+            behind = (hidden_states if converted else hidden_states + attention) + added
+        now.on_block(self.layer, BlockRecord(hidden_states, attention, behind))
 
     # -- their pieces --------------------------------------------------------------------------------------------------
 
@@ -310,6 +330,9 @@ class BlockHooks:
         after: list[tuple[str, Callable[..., object]]] = [("tap", self.tap), ("down", self.add_down)]
         if family.out is not None:
             after.append(("out", self.add_out))
+        if family.beside is not None:
+            before.append(("beside", self.shift_beside))
+            after.append(("beside", self.drop_beside))
         self.has_projection_hooks = any(map(self.needs_projection_hooks, self.layer.components()))
         if self.has_projection_hooks and family.fused:
             after.append(("up", self.add_fused))
@@ -369,19 +392,3 @@ class BlockHooks:
 
 def _reads_residual(component: NPComponent) -> bool:
     return component.spec.carry == "exact" or component.reads_denominator
-
-
-def first_tensor(output: Any) -> Tensor:
-    """A block's hidden states: its output, or the first entry of the tuple it returns."""
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
-
-
-def with_first(output: Any, change: Callable[[Tensor], Tensor | None]) -> Any:
-    """A module's output with its hidden states changed: a tensor, or the first entry of a tuple."""
-    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-
-def shaped(x: Tensor, like: Tensor) -> Tensor:
-    """x with the leading dimensions of `like`."""
-    return x.view(*like.shape[:-1], x.shape[-1])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import transformers
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -51,6 +52,8 @@ def standing_of(model_type: str) -> Standing:
         config: Any = AutoConfig.for_model(model_type)
         if config.model_type in FAMILIES:
             return Standing(model_type, State.CONVERTED, f"as {config.model_type}")
+        if (inner := _text_inside(model_type, config)) in FAMILIES:
+            return Standing(model_type, State.CONVERTED, f"as {inner}")
         reason = refusal(config) or refusal(config.get_text_config(decoder=True))
     except Exception as error:  # the code of a model that nobody has tried: whatever it does, the list goes on
         problem = one_line(str(error) or type(error).__name__, 60)
@@ -58,3 +61,12 @@ def standing_of(model_type: str) -> Standing:
     if reason is not None:
         return Standing(model_type, State.REFUSED, reason)
     return Standing(model_type, State.NOT_TRIED, "no line in the table of families; register_family adds one")
+
+
+def _text_inside(model_type: str, config: Any) -> str | None:
+    """The type of the text model that the causal LM of a composite type is; None where it is more than that."""
+    text = config.get_text_config(decoder=True)
+    if text is config or text.model_type not in FAMILIES:
+        return None
+    found: Any = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    return str(text.model_type) if found.config_class is type(text) else None

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from npt.block.component import ComponentSpec, NPComponent
 from npt.block.families import Family
-from npt.block.hooks import BlockHooks, first_tensor
+from npt.block.hooks import BlockHooks
 from npt.block.mixture import check_mixture
+from npt.block.outputs import first_tensor
 from npt.block.passes import BlockRecord, Mode
 from npt.block.probing import BlockParts, probe_norm
 from npt.common.processes import from_first, loads_once
@@ -246,6 +247,8 @@ class NPTLayer(nn.Module, BaseTunerLayer):
             if family.run is not None:
                 return family.run(self.parts.block, z)
             update: Tensor = first_tensor(self.module("mlp")(z))
+            if family.beside is not None:
+                update = update + self.module("beside")(z)
             return (update if family.out is None else self.module("out")(update)) * now.multiplier
         finally:
             now.clear()

@@ -39,6 +39,22 @@ def check_mixture(spec: ComponentSpec) -> None:
         )
 
 
+def routing_of(args: tuple[Any, ...], mlp: Any) -> Routing:
+    """Where a call of the module of experts sends its tokens.
+
+    Args:
+        args: of the call: (z, indices, weights); or, in Llama 4, (z of every expert times its weight, experts one below the
+            other), with zeros where a token is not routed.
+        mlp: the mixture.
+    """
+    if len(args) == 3:
+        return Routing(args[1], args[2])
+    router = _router_of(mlp)
+    lengths = args[0].reshape(router.num_experts, -1, args[0].shape[-1]).norm(dim=-1).T
+    lengths, indices = lengths.topk(router.top_k, -1)
+    return Routing(indices, torch.ones_like(lengths), lengths)
+
+
 def mixture_deltas(
     parts: BlockParts, shift: Tensor, value: Tensor, z: Tensor, routing: Routing | None
 ) -> dict[str, WeightDelta]:
@@ -58,16 +74,19 @@ def mixture_deltas(
         values.append((shifts.to(weight.dtype) @ weight.T).to(shifts.dtype))
         experts = _Experts(parts.experts)
         for slot in range(routing.indices.shape[1]):
-            moved, inner = experts.of_slot(routing.indices[:, slot], shifts, seen)
+            read = seen
+            if routing.lengths is not None:
+                read = seen * (routing.lengths[:, slot] / seen.norm(dim=-1))[:, None].to(seen.dtype)
+            moved, inner = experts.of_slot(routing.indices[:, slot], shifts, read)
             values.append(moved)
             inverse = inverse + inverse_square(inner)
         share = share + _routed_scale(mlp) * routing.weights.sum(-1, keepdim=True).to(share.dtype)
-    for module, shared_gate in _shared(mlp, routing is None):
+    for module, shared_gate in _shared(parts, routing is None):
         reads, down = _linears(module)
         values += [linear_product(linear)(shifts) for linear in reads]
         inverse = inverse + inverse_square(_input_of(down, module, seen))
         share = share + (1.0 if shared_gate is None else torch.sigmoid(linear_product(shared_gate)(seen)))
-    v = value.reshape(-1, d) / (share * (0.5 if routing is not None and _is_average(mlp) else 1.0))
+    v = value.reshape(-1, d) / (share * (0.5 if routing is not None and _is_average(parts) else 1.0))
     # An input of this length carries v as all the experts' inputs together do: |dW|^2 = |v|^2 sum of 1 / |i_e|^2.
     length = torch.where(inverse > 0, inverse.clamp_min(1e-300).rsqrt(), 0)[:, None]
     lead = z.shape[:-1]
@@ -82,10 +101,10 @@ def _routed_scale(mlp: Any) -> float:
     return float(getattr(mlp, "routed_scaling_factor", 1.0))
 
 
-def _is_average(mlp: Any) -> bool:
+def _is_average(parts: BlockParts) -> bool:
     """True where the MLP gives the mean of experts and shared expert, not their sum (cohere2_moe)."""
-    has_shared = bool(_shared(mlp, dense=False))
-    return has_shared and getattr(mlp, "shared_expert_combination_strategy", "sum") == "average"
+    has_shared = bool(_shared(parts, dense=False))
+    return has_shared and getattr(parts.module("mlp"), "shared_expert_combination_strategy", "sum") == "average"
 
 
 def _router_of(mlp: Any) -> Any:
@@ -97,10 +116,13 @@ def _router_weight(router: Any) -> Tensor:
     return next(p for p in router.parameters() if p.ndim == 2)
 
 
-def _shared(mlp: Any, dense: bool) -> list[tuple[Any, Any]]:
+def _shared(parts: BlockParts, dense: bool) -> list[tuple[Any, Any]]:
     """(a shared expert, its gate or None) of a mixture; the MLP itself where the block is dense."""
+    mlp = parts.module("mlp")
     if dense:
         return [(mlp, None)]
+    if parts.family.beside is not None:
+        return [(parts.module("beside"), None)]
     names = ("shared_expert", "shared_experts", "shared_mlp")
     found = next((getattr(mlp, name) for name in names if getattr(mlp, name, None) is not None), None)
     return [] if found is None else [(found, getattr(mlp, "shared_expert_gate", None))]
@@ -109,7 +131,7 @@ def _shared(mlp: Any, dense: bool) -> list[tuple[Any, Any]]:
 def _linears(module: Any) -> tuple[list[Any], Any]:
     """(the linears that read a dense MLP's input, the one back)."""
     linears = {name: child for name, child in module.named_children() if hasattr(child, "in_features")}
-    down = next(name for name in ("down_proj", "w2") if name in linears)
+    down = next(name for name in ("down_proj", "w2", "output_linear") if name in linears)
     return [child for name, child in linears.items() if name != down], linears[down]
 
 
@@ -129,10 +151,13 @@ class _Experts:
 
     def __init__(self, module: Any):
         self.module = module
-        name = "gate_up_proj" if getattr(module, "has_gate", False) else "up_proj"
+        self.gated = getattr(module, "has_gate", hasattr(module, "gate_up_proj"))
+        name = "gate_up_proj" if self.gated else "up_proj"
         weight: Any = getattr(module, name, None)
         self.weight: Tensor = weight
         self.bias: Tensor | None = getattr(module, f"{name}_bias", None)
+        #: (experts, in, out); llama4's, which do not say so, are.
+        self.transposed = getattr(module, "is_transposed", not hasattr(module, "has_gate"))
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise ConversionError(
                 f"{type(module).__name__}: its experts' weights are not one tensor of numbers ({name}), so the norms of their "
@@ -140,19 +165,27 @@ class _Experts:
             )
 
     def of_slot(self, indices: Tensor, shift: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """(W_e D, i_e), (tokens, rows) each, of one expert for each token. shift, seen: D and z + D, (tokens, d)."""
+        """(W_e D, i_e), (tokens, rows) each, of one expert for each token. shift: D; seen: what it reads, (tokens, d)."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         # On shapes alone every token goes to the first expert: as many products, of the same sizes.
         for expert in [0] if indices.is_meta else indices.unique().tolist():
             at = torch.arange(len(seen), device="meta") if indices.is_meta else (indices == expert).nonzero()[:, 0]
-            weight = self.weight[expert] if getattr(self.module, "is_transposed", False) else self.weight[expert].T
+            weight = self.weight[expert] if self.transposed else self.weight[expert].T
             out = seen[at] @ weight
             out = out if self.bias is None else out + self.bias[expert]
-            gated = getattr(self.module, "has_gate", False)
-            found.append((at, shift[at] @ weight, self.module._apply_gate(out) if gated else self.module.act_fn(out)))
+            found.append((at, shift[at] @ weight, self._activated(out)))
         order = torch.cat([at for at, _, _ in found]).argsort()
         moved, inner = (torch.cat([part[i] for part in found])[order] for i in (1, 2))
         return moved, inner
+
+    def _activated(self, out: Tensor) -> Tensor:
+        """down's input, of what gate and up give."""
+        if not self.gated:
+            return self.module.act_fn(out)
+        if hasattr(self.module, "_apply_gate"):
+            return self.module._apply_gate(out)
+        gate, up = out.chunk(2, -1)
+        return self.module.act_fn(gate) * up
 
 
 def mixture_weight(parts: BlockParts, name: str) -> tuple[float, float]:
@@ -169,7 +202,7 @@ def mixture_weight(parts: BlockParts, name: str) -> tuple[float, float]:
         square, entries = used * _square(weight), used * weight.numel()
     else:
         whole = []
-    for module, _ in _shared(mlp, parts.experts is None):
+    for module, _ in _shared(parts, parts.experts is None):
         reads, down = _linears(module)
         whole += [linear.weight for linear in ([down] if name == "down" else reads)]
     return (square + sum(map(_square, whole))) ** 0.5, entries + sum(weight.numel() for weight in whole)

@@ -32,7 +32,10 @@ class Mode(Enum):
 
 @dataclass
 class BlockRecord:
-    """One pass through a block: h, a and the block's output, each (batch, tokens, d)."""
+    """One pass through a block: h, a and the stream behind the MLP, the block's output, each (batch, tokens, d).
+
+    Where the family has a tail, `output` is what the tail reads.
+    """
 
     hidden_states: Tensor
     attention: Tensor
@@ -66,6 +69,8 @@ class Pass:
         self.residual: Tensor | None = None
         self.values: InputValues | None = None
         self.down: Tensor | None = None
+        self.beside: Tensor | None = None
+        self.added: Tensor | None = None
         self.routing: Routing | None = None
 
 

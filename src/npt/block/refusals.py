@@ -6,28 +6,29 @@ from collections.abc import Callable
 from typing import Any
 
 _POST_NORM = "each block normalises the residual stream itself, so no weight delta can replace attention"
+_POST_NORMS = (
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "openai-gpt", "rembert",
+    "roberta", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlnet",
+)  # fmt: skip
 _STREAMS = "its residual stream is several streams that each block mixes"
 _SCALED = "each block scales the whole residual stream, not what it adds alone"
 _NO_MLP = "a block holds one mixer and no MLP: there is none to take attention's part"
-SIDE_BY_SIDE = "its MLP is two modules side by side, experts and a shared one, and npt shifts the input of one"
 _TWO_WRITERS = "two modules write to the residual stream before the MLP, and npt takes the output of one"
 
 #: By config.json's model_type.
 REASONS: dict[str, str] = {
     **dict.fromkeys(("deepseek_v4", "hy_v4", "gemma3n", "gemma3n_text"), _STREAMS),
-    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "minimax", "doge"), _SCALED),
+    **dict.fromkeys(("minimax", "doge"), _SCALED),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "xlstm", "nemotron_h"), _NO_MLP),
-    **dict.fromkeys(("granitemoehybrid", "granitemoeshared"), SIDE_BY_SIDE),
+    **dict.fromkeys(_POST_NORMS, _POST_NORM),
     **dict.fromkeys(("falcon_h1", "zamba", "zamba2"), _TWO_WRITERS),
     "dbrx": "the weights of its experts are one matrix, of which npt does not know the parts",
     "gpt_neox_japanese": "attention's bias joins the residual stream behind the last module of attention",
     "jetmoe": "its attention is a mixture too, and no module's output is what it adds to the residual stream",
-    "llama4": "its router scales what the experts read, which the norms of weight deltas do not know",
-    "llama4_text": "its router scales what the experts read, which the norms of weight deltas do not know",
     "longcat_flash": "a block has two attentions, and a mixture around the second",
+    "xglm": "transformers can't run it in float64, in which npt holds every type against a formula",
     "mllama": "some of its blocks attend to images alone",
     "olmo_hybrid": "blocks with attention have their norms behind it, and those with a recurrence before it",
-    "openai-gpt": _POST_NORM,
 }
 
 

@@ -82,7 +82,11 @@ def inverse_square(x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens"]:
 
 @dataclass
 class Routing:
-    """The experts that a pass used. indices (tokens, k) of experts; weights p_e (tokens, k)."""
+    """The experts that a pass used. indices (tokens, k) of experts; weights p_e (tokens, k) of what they give.
+
+    lengths (tokens, k) of what experts read, where the router scales it; None where that is the MLP's input.
+    """
 
     indices: Tensor
     weights: Tensor
+    lengths: Tensor | None = None

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npt.block.hooks import first_tensor
+from npt.block.families import hand_on
+from npt.block.outputs import first_tensor
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def ending_at(model: nn.Module, module: nn.Module | None) -> Iterator[None]:
 def record(
     model: Any, blocks: Sequence[nn.Module], first: int, batch: Mapping[str, Tensor], until: nn.Module | None = None
 ) -> Recording:
-    """Runs the model once and keeps what block `first` reads.
+    """Runs the model once and keeps what block `first` reads; nothing where blocks need lower ones: all is run again then.
 
     Args:
         blocks: the model's decoder blocks. first: the block to start from later. batch: what the model takes.
@@ -90,6 +91,7 @@ def record(
         rests.append(output[1:] if isinstance(output, tuple) else None)
 
     logits: Tensor | None = None
+    first = 0 if hand_on(model) else first
     handles = [block.register_forward_hook(keep) for block in blocks[:first]]
     try:
         with ending_at(model, until):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from npt.block.families import family_of
-from npt.block.hooks import first_tensor
+from npt.block.outputs import first_tensor
 from npt.block.probing import find
 from npt.common.display import one_line
 from npt.common.precision import wide

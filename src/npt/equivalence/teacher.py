@@ -312,7 +312,7 @@ def targets(model: ConvertedModel, batch: dict[str, Tensor], kind: str, top_k: i
     def see(layer: NPTLayer, record: BlockRecord) -> None:
         before = found.get(f"{layer.index - 1}.output")
         hidden, attention, output = (x.to("cpu") for x in (record.hidden_states, record.attention, record.output))
-        if before is None:
+        if before is None or layer.family.tail is not None:
             found[f"{layer.index}.hidden_states"] = hidden
         elif not torch.equal(before, hidden):
             raise DataError(

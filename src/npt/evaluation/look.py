@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from npt.block.families import blocks_of, family_of
-from npt.block.hooks import first_tensor
 from npt.block.layer import BlockRecord, NPTLayer
+from npt.block.mixture import routing_of
 from npt.block.modes import watching, watching_deltas
+from npt.block.outputs import first_tensor
 from npt.block.probing import BlockParts
 from npt.block.weight_delta import WeightDelta
 from npt.tuner.converted import ConvertedModel, active_layers, as_original, base_of, npt_layers, run_backbone
@@ -123,9 +124,9 @@ def _routes(model: ConvertedModel, wanted: Sequence[Any]) -> Iterator[dict[int, 
     """Keeps which experts every mixture from the first converted block on sends its tokens to, where it is wanted."""
     kept: dict[int, Tensor] = {}
 
-    def keep(index: int) -> Callable[..., None]:
+    def keep(index: int, mlp: Any) -> Callable[..., None]:
         def hook(module: Any, args: Any) -> None:
-            kept.setdefault(index, args[1])  # observers may run the block again, on other values
+            kept.setdefault(index, routing_of(args, mlp).indices)  # observers may run the block again, on other values
 
         return hook
 
@@ -134,7 +135,8 @@ def _routes(model: ConvertedModel, wanted: Sequence[Any]) -> Iterator[dict[int, 
             base = base_of(model)
             family = family_of(base)
             for index, block in list(enumerate(blocks_of(base)))[active_layers(model)[0].index :]:
-                experts = BlockParts(block, family).experts
-                if experts is not None:
-                    stack.callback(experts.register_forward_pre_hook(keep(index)).remove)
+                parts = BlockParts(block, family)
+                if parts.experts is not None:
+                    hook = keep(index, parts.module("mlp"))
+                    stack.callback(parts.experts.register_forward_pre_hook(hook).remove)
         yield kept

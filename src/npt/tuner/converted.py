@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from npt.block.families import decoder_of
 from npt.block.layer import NPTLayer
 from npt.block.modes import Mode, running_as, watching_deltas
 from npt.block.probing import execution_device
@@ -198,8 +199,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 def run_backbone(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Last hidden states (batch, tokens, d) of {"input_ids", "attention_mask"}, without the language-model head."""
     base = base_of(model)
-    decoder = getattr(base, base.base_model_prefix, base)
-    output = decoder(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
+    output = decoder_of(base)(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
     hidden: torch.Tensor = output.last_hidden_state
     return hidden
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from npt.block.families import blocks_of
-from npt.block.hooks import first_tensor
 from npt.block.modes import watching
+from npt.block.outputs import first_tensor
 from npt.common.sharded import is_sharded
 from npt.tuner.converted import ConvertedModel, as_original, eval_mode, npt_layers, run_backbone
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from npt.block.families import blocks_of
-from npt.block.hooks import with_first
+from npt.block.families import blocks_of, decoder_of, hand_on
+from npt.block.outputs import with_first
 from npt.tuner.converted import active_layers, base_of, npt_layers, own_parameters
 
 #: Held while stand-ins are put on or taken off, which several threads may do at once.
@@ -29,8 +29,8 @@ def shared_trunk(model: Any) -> Iterator[None]:
 
     Every forward within it has to be of the same inputs, in the same dtype and mode. It holds for the calling thread; other
     threads run the whole model. It changes nothing where there is nothing to share: block 0 is converted, the adapter is of
-    another method than NPT, the model is compiled in place, or something beside NPT's components is trained. What later
-    forwards get of the trunk carries no gradient.
+    another method than NPT, the model is compiled in place, something beside NPT's components is trained, or blocks read keys
+    and values of lower ones. What later forwards get of the trunk carries no gradient.
     """
     with ExitStack() as stack:
         for bypass in _bypasses(model):
@@ -40,15 +40,15 @@ def shared_trunk(model: Any) -> Iterator[None]:
 
 def _bypasses(model: Any) -> Sequence[_Bypass]:
     """One for each block of the trunk."""
-    if not npt_layers(model):
+    if not npt_layers(model) or hand_on(base_of(model)):
         return ()
     own = own_parameters(model)
     if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters() if p not in own):
         return ()
     base, first = base_of(model), active_layers(model)[0].index
     trunk = list(blocks_of(base))[:first]
-    decoder = getattr(base, base.base_model_prefix, base)
-    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in (model, base, decoder, *trunk))
+    whole = (model, base, decoder_of(base), *trunk)
+    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in whole)
     if compiled or torch.compiler.is_compiling():
         return ()
     return [_Bypass(block, last=index == first - 1) for index, block in enumerate(trunk)]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from npt.block.families import blocks_of, family_of
-from npt.block.hooks import first_tensor
+from npt.block.families import blocks_of, decoder_of, family_of
+from npt.block.outputs import first_tensor
 from npt.block.probing import BlockParts, linear_shape, probe_norm
 from npt.common.fingerprint import base_record
 from npt.common.precision import wide
@@ -234,7 +234,7 @@ def _read(base: Any, rows: Sequence[Sequence[int]], kept: Sequence[int]) -> tupl
     cache = DynamicCache(config=base.config)
     if len(rows) == 1 or shared < PREFIX or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         return run_backbone(base, padded(rows, device_of(base))), 0
-    decoder = getattr(base, base.base_model_prefix, base)
+    decoder = decoder_of(base)
     decoder(**padded([rows[0][:shared]], device_of(base)), past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(len(rows))
     rest = padded([row[shared:] for row in rows], device_of(base))

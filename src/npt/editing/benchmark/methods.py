@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from npt import EditStore
 from npt.block.families import blocks_of, family_of
-from npt.block.hooks import first_tensor
+from npt.block.outputs import first_tensor
 from npt.block.probing import find
 from npt.editing.adapter import DownAdapter
 from npt.editing.bench import Bench, chunks
