@@ -33,11 +33,12 @@ from npt.runs.arguments import FSDP_ARGUMENTS
 from npt.runs.processes import shard_base, start_processes
 from npt.training.callbacks import BestAdapterCallback, JsonLinesCallback
 from tests.helpers import REPOSITORY, Letters, random_base
+from tests.mixtures import MIXTURES, named
 
 
 @dataclass
 class Spec:
-    """batch: blocks of a step of all processes and accumulated batches. sharded: FSDP2, before calibration (`early`) or as
+    """model: "llama", "gpt2", the type of a mixture or a folder. batch: blocks of a step of all processes and accumulated batches. sharded: FSDP2, before calibration (`early`) or as
     Trainer does it (`late`). kill: the step after which each process kills itself. arguments: more of TrainingArguments.
     """
 
@@ -100,6 +101,8 @@ def build(spec: Spec) -> Any:
     dtype = getattr(torch, spec.dtype)
     if spec.model in ("llama", "gpt2"):
         base = random_base(spec.model, dtype)
+    elif spec.model in {mixture.name for mixture in MIXTURES}:
+        base = named(spec.model).build(dtype)
     else:
         base = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype).eval()
     torch.manual_seed(0)

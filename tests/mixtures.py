@@ -68,3 +68,8 @@ MIXTURES = [
     Mixture("jamba", {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
                       "expert_layer_offset": 1}, (1, 3)),
 ]  # fmt: skip
+
+
+def named(name: str) -> Mixture:
+    """The mixture of a type."""
+    return next(m for m in MIXTURES if m.name == name)

@@ -25,6 +25,8 @@ def test_every_type_stands_there_once_and_the_converted_ones_are_the_table() -> 
         ("llama", State.CONVERTED, ""),
         ("gpt-sw3", State.CONVERTED, "as gpt2"),
         ("mixtral", State.CONVERTED, ""),
+        ("qwen3_5_moe", State.CONVERTED, "as qwen3_5_moe_text"),
+        ("emu3", State.NOT_TRIED, "register_family adds one"),
         ("deepseek_v4", State.REFUSED, "several streams"),
         ("dots3_note", State.REFUSED, "mixtures of experts"),
         ("bart", State.REFUSED, "has an encoder"),

@@ -24,7 +24,7 @@ from npt.evaluation.weight_deltas import WeightDeltas
 from npt.finetuning.other_methods import places_of
 from npt.tuner.converted import active_layers
 from tests.helpers import checked_as_original, randomize, spelling_tokenizer
-from tests.mixtures import MIXTURES, Mixture
+from tests.mixtures import MIXTURES, Mixture, named
 
 #: One of each way to write the experts: plain, a shared expert behind a gate, transposed with biases, a router that scales
 #: what experts read.
@@ -37,11 +37,6 @@ EACH = pytest.mark.parametrize(
 )
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-
-
-def named(name: str) -> Mixture:
-    """The mixture of a type."""
-    return next(m for m in MIXTURES if m.name == name)
 
 
 def converted(mixture: Mixture, layers: Any = "all", **options: Any) -> Any:
@@ -238,6 +233,32 @@ def test_report_figures_of_the_exact_value_are_those_of_a_model_that_starts_exac
         for name, own in entry.items():
             zero = name == "up" and family_of(model.get_base_model()).parallel  # attention leaves the MLP's input alone
             assert own["weight_frobenius"] > 0 and (own["rms_entry"] == 0) == zero, name
+
+
+class _Hidden(torch.nn.Module):
+    """Experts whose weights nobody can see, as those of a quantiser's kernel."""
+
+    def __init__(self, experts: Any):
+        super().__init__()
+        self.call = lambda *args: experts(*args)
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.call(*args)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "llama4_text"])
+@torch.no_grad()
+def test_the_forward_reads_no_weight_of_an_expert_and_norms_say_what_they_lack(name: str) -> None:
+    expected = converted(named(name))(IDS).logits
+    base = named(name).build()
+    for index in named(name).blocks:
+        mlp = BlockParts(base.model.layers[index], family_of(base)).module("mlp")
+        mlp.experts = _Hidden(mlp.experts)
+    model = get_peft_model(base, NPTConfig(npt_layers="all", rank=3)).eval()
+    randomize(model, 0.05)
+    assert torch.equal(model(IDS).logits, expected)
+    with pytest.raises(ConversionError, match="experts' weights are not one tensor.*the model itself runs"):
+        observe(model, [BATCH], [WeightDeltas(model)])
 
 
 @EACH

@@ -79,6 +79,8 @@ def specs(folder: Path, engine: str | None) -> Iterator[dict[str, Any]]:
         "delta": {"weights": {**weights, "regularizer": "delta"}, "objective": "local"},
         "gpt2": {"model": "gpt2", "options": {"key": "learned", "low_rank_at": "projection", "gain": "overlap"}},
         "teacher": {"teacher": True, "objective": "local"},
+        "mixture": {"model": "qwen2_moe"},
+        "local-mixture": {"model": "qwen2_moe", "objective": "local"},
     }
     for name, changes in more.items():
         yield {**common, "folder": str(folder / name), "steps": 6, **changes}
