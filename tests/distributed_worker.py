@@ -38,8 +38,9 @@ from tests.mixtures import MIXTURES, named
 
 @dataclass
 class Spec:
-    """model: "llama", "gpt2", the type of a mixture or a folder. batch: blocks of a step of all processes and accumulated batches. sharded: FSDP2, before calibration (`early`) or as
-    Trainer does it (`late`). kill: the step after which each process kills itself. arguments: more of TrainingArguments.
+    """model: "llama", "gpt2", the type of a mixture or a folder. batch: blocks of a step of all processes and accumulated
+    batches. sharded: FSDP2, before calibration (`early`) or as Trainer does it (`late`). kill: the step after which each
+    process kills itself. arguments: more of TrainingArguments.
     """
 
     folder: str

@@ -24,6 +24,7 @@ from npt.planning.shapes import OWN_BYTES, dtype_of, load_shapes, shapes_of, wit
 from npt.planning.shards import strategy_of
 from npt.planning.tables import plan_table, print_line, spread_lines, unit_table
 from npt.planning.timing import memory_limit, time_lines
+from npt.runs.texts import own_train_blocks
 from npt.tuner.converted import active_layers, parameter_counts
 
 
@@ -95,7 +96,8 @@ def data_lines(config: RunConfig, processes: int, *, tunes: bool = False) -> Ite
     data, t = config.data, config.training
     source = data.dataset_name + (f" ({data.dataset_config})" if data.dataset_config else "")
     source += f": {', '.join(data.data_files)}" if data.data_files else ""
-    blocks = "all its" if data.num_train_samples is None else f"{data.num_train_samples:,}"
+    count = own_train_blocks(config) if data.dataset_name == "self" else data.num_train_samples
+    blocks = "all its" if count is None else f"{count:,}"
     yield f"data: {source}{', streamed' if data.streaming else ''}, {blocks} blocks of {data.max_length:,} tokens"
     calibration = f"calibration on {data.num_calibration_samples:,} blocks" if t.calibrate else "no calibration"
     f = config.finetuning

@@ -166,7 +166,7 @@ def corpus_blocks(
     """(training blocks, held-out blocks) of text that is not streamed; the first are entered in the record."""
     name = texts.label
     if texts.data.dataset_name == "self":
-        counts = {"train": texts.data.num_train_samples, "eval": texts.data.num_eval_samples}
+        counts = own_counts(texts, ("train", "eval"))
         train, sampled = (own_text(texts, model, tokenizer, count, label) for label, count in counts.items())
         record.trained.add(train)
         return train, unseen.among(name, sampled)
@@ -193,10 +193,10 @@ def samples_folder(texts: RunTexts) -> Path | None:
     return None if texts.cache_dir is None else Path(texts.cache_dir) / "npt_samples"
 
 
-def own_counts(data: DataSection, labels: Sequence[str]) -> dict[str, int]:
+def own_counts(texts: RunTexts, labels: Sequence[str]) -> dict[str, int]:
     """{label: blocks} of the texts ("train", "eval") that the model writes itself; none for other text."""
-    counts = {"train": data.num_train_samples or 0, "eval": data.num_eval_samples or 0}
-    return {label: counts[label] for label in labels if data.dataset_name == "self"}
+    counts = {"train": texts.own_train or 0, "eval": texts.data.num_eval_samples or 0}
+    return {label: counts[label] for label in labels if texts.data.dataset_name == "self"}
 
 
 def still_to_write(texts: RunTexts, model: Any, tokenizer: Any, counts: Mapping[str, int]) -> list[int]:

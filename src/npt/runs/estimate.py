@@ -19,6 +19,7 @@ from npt.config import RunConfig
 from npt.equivalence.prediction import probe_texts
 from npt.evaluation.generation import DEFAULT_PROMPTS
 from npt.runs.corpora import Corpus
+from npt.runs.texts import own_train_blocks
 from npt.runs.timing import Rates
 from npt.training.steps import held_back, run_steps
 
@@ -72,7 +73,7 @@ def sizes_of(
     """
     d, t = config.data, config.training
     if corpus is None:
-        blocks, held_out = d.num_train_samples or 0, d.num_eval_samples or 0
+        blocks, held_out = own_train_blocks(config), d.num_eval_samples or 0
         chosen_by, calibration, scored = held_back(blocks), blocks, held_out * (1 + len(d.eval_texts))
         trained = blocks - chosen_by
     else:
@@ -150,8 +151,9 @@ def _shorter(config: RunConfig, parts: Sequence[Part], whole: float, quick: floa
     t, d = config.training, config.data
     if quick is not None and quick < whole / 2:
         yield f"--quick ({duration(quick)}: calibration on little text, no training)"
+    name = "num_calibration_samples" if t.num_train_steps == 0 else "num_train_samples"
     turn = {
-        SAMPLING: f"data.num_train_samples={d.num_train_samples} and data.num_eval_samples={d.num_eval_samples}, or text of "
+        SAMPLING: f"data.{name}={getattr(d, name)} and data.num_eval_samples={d.num_eval_samples}, or text of "
         "your own with data.dataset_name=text",
         CALIBRATION: f"data.num_calibration_samples={d.num_calibration_samples}",
         TARGETS: f"data.num_train_samples={d.num_train_samples}",

@@ -89,7 +89,7 @@ def plan(
     """
     with spent.timing("timing"):
         rates = measure(model, tokenizer, config, trains=False)
-        to_write = through(model, lambda: still_to_write(texts, model, tokenizer, own_counts(config.data, ("eval",))))
+        to_write = through(model, lambda: still_to_write(texts, model, tokenizer, own_counts(texts, ("eval",))))
     held_out = (config.data.num_eval_samples or 0) if own is None else len(own)
     sizes = Sizes(
         sampled=tuple(to_write),

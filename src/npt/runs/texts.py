@@ -25,19 +25,22 @@ from npt.data.sources import TextFiles, expand_files
 from npt.data.streaming import Source, hub_source, local_source
 from npt.errors import DataError
 from npt.runs.base_model import base_config, load_tokenizer
+from npt.training.steps import untrained_blocks
 
 
 class RunTexts:
     """The texts of a run. Each is opened when it is first asked for, and the same open text is handed on afterwards.
 
     Args:
-        data: names the texts. seed: `training.seed`. cache_dir: `paths.cache_dir`.
+        data: names the texts. seed: `training.seed`. cache_dir: `paths.cache_dir`. own_train: blocks to train on that the base
+            writes where it writes the text; None for `data.num_train_samples`.
 
     vocabulary: rows of the base's embedding, once `check_model` has asked for them.
     """
 
-    def __init__(self, data: DataSection, *, seed: int = 0, cache_dir: str | None = None):
+    def __init__(self, data: DataSection, *, seed: int = 0, cache_dir: str | None = None, own_train: int | None = None):
         self.data, self.seed, self.cache_dir = data, seed, cache_dir
+        self.own_train = data.num_train_samples if own_train is None else own_train
         self._further: dict[str, Iterable[Document]] = {}
         self._packer: Packer | None = None
         self.vocabulary: int | None = None
@@ -45,7 +48,8 @@ class RunTexts:
     @classmethod
     def of(cls, config: RunConfig) -> RunTexts:
         """The texts of a run configuration."""
-        return cls(config.data, seed=config.training.seed, cache_dir=config.paths.cache_dir)
+        own = own_train_blocks(config)
+        return cls(config.data, seed=config.training.seed, cache_dir=config.paths.cache_dir, own_train=own)
 
     @property
     def label(self) -> str:
@@ -187,6 +191,14 @@ class RunTexts:
                 "needed: one chooses the best adapter; give more text, or lower data.max_length or data.num_eval_samples"
             )
         return train, held_out
+
+
+def own_train_blocks(config: RunConfig) -> int:
+    """How many blocks to train on the base writes: no more than the run uses, where it takes no step."""
+    blocks, training = config.data.num_train_samples or 0, config.training
+    if training.num_train_steps != 0:
+        return blocks
+    return min(blocks, untrained_blocks(config.data.num_calibration_samples if training.calibrate else 0))
 
 
 def _files_of(documents: Iterable[Document]) -> list[Path]:

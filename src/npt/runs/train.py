@@ -56,7 +56,7 @@ from npt.runs.evaluate import evaluate_corpora
 from npt.runs.folders import checkpoint_to_resume, prepare_folders
 from npt.runs.processes import shard_base, shards_base, tell_processes
 from npt.runs.resume import check_configuration, run_settings, settings_of_objectives, text_settings
-from npt.runs.texts import RunTexts
+from npt.runs.texts import RunTexts, own_train_blocks
 from npt.runs.timing import measure
 from npt.runs.tracker_runs import TRACKER_RUNS, RememberTrackers, continued
 from npt.runs.training import TENSORBOARD, evaluate_and_train, evaluate_last, place_tensorboard
@@ -150,15 +150,13 @@ def plan(
     """
     with spent.timing("timing"):
         rates = measure(model, tokenizer, config)
-        to_write = through(
-            model, lambda: still_to_write(texts, model, tokenizer, own_counts(config.data, ("train", "eval")))
-        )
+        to_write = through(model, lambda: still_to_write(texts, model, tokenizer, own_counts(texts, ("train", "eval"))))
     sizes = sizes_of(config, corpus, to_write, None if last is None else step_of(last))
     parts = parts_of(config, sizes, rates)
     quick = None
     if last is None and config.training.num_train_steps != 0:
         little = shortened(config)
-        sampled = [little.data.num_train_samples or 0, little.data.num_eval_samples or 0] if corpus is None else []
+        sampled = [own_train_blocks(little), little.data.num_eval_samples or 0] if corpus is None else []
         quick = sum(part.seconds for part in parts_of(little, sizes_of(little, None, sampled), rates))
     say_plan(config, model.get_base_model(), parts, rates, quick)
     return parts

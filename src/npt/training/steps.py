@@ -21,3 +21,8 @@ def run_steps(items: int, per_step: int, num_epochs: float, num_train_steps: int
             and accumulated batches. num_train_steps: decides alone where it is given.
     """
     return math.ceil(num_epochs * -(-items // per_step)) if num_train_steps is None else num_train_steps
+
+
+def untrained_blocks(calibration: int) -> int:
+    """How many blocks a run without a step needs: so many to calibrate on, and those that are held back."""
+    return max(2, calibration + held_back(-(-10 * calibration // 9)))
