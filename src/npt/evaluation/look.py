@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from npt.block.families import blocks_of, family_of
 from npt.block.layer import BlockRecord, NPTLayer
@@ -20,6 +22,7 @@ from npt.tuner.converted import ConvertedModel, active_layers, as_original, base
 from npt.tuner.trunk import shared_trunk
 
 Batch = dict[str, Tensor]
+Hook = Callable[[BlockParts, Callable[[Tensor], Tensor]], RemovableHandle | None]
 #: Sequences whose hidden states of all blocks are held at once.
 STREAM_ROWS = 4
 
@@ -61,17 +64,17 @@ def look(
     layers = active_layers(model) if npt_layers(model) else []
     for observer in observers:
         observer.begin(batch)
-    streams, routes = (_watched(observers, name) for name in ("see_streams", "see_routes"))
+    kept = [(_watched(observers, "see_streams"), _on_output), (_watched(observers, "see_routes"), _on_routes)]
     with shared_trunk(model):
         with as_original(model), watching(layers, _all(observers, "see_original")), ExitStack() as stack:
-            originals = [stack.enter_context(kept) for kept in (_outputs(model, streams), _routes(model, routes))]
+            originals = [stack.enter_context(_kept(model, *one)) for one in kept]
             teacher = run(model, batch)
         deltas = watching_deltas(layers, _all(observers, "see_deltas"))
         with watching(layers, _all(observers, "see_own")), deltas, ExitStack() as stack:
-            owns = [stack.enter_context(kept) for kept in (_outputs(model, streams), _routes(model, routes))]
+            owns = [stack.enter_context(_kept(model, *one)) for one in kept]
             student = run(model, batch)
-    for watching_both, original, own in zip((streams, routes), originals, owns, strict=True):
-        for see in watching_both:
+    for (watched, _), original, own in zip(kept, originals, owns, strict=True):
+        for see in watched:
             see(original, own)
     return teacher, student
 
@@ -101,42 +104,37 @@ def _all(observers: Sequence[Observer], name: str) -> Callable[..., None] | None
 
 
 @contextmanager
-def _outputs(model: ConvertedModel, wanted: Sequence[Any]) -> Iterator[dict[int, Tensor]]:
-    """Keeps the output of every block from the first converted one on, where it is wanted."""
+def _kept(model: ConvertedModel, wanted: Sequence[Any], hook: Hook) -> Iterator[dict[int, Tensor]]:
+    """{block: what its hook keeps} of every block from the first converted one on, where it is wanted."""
     kept: dict[int, Tensor] = {}
-
-    def keep(index: int) -> Callable[..., None]:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            kept[index] = first_tensor(output)
-
-        return hook
-
-    with ExitStack() as stack:
-        if wanted:
-            blocks = list(blocks_of(base_of(model)))
-            for index in range(active_layers(model)[0].index, len(blocks)):
-                stack.callback(blocks[index].register_forward_hook(keep(index)).remove)
-        yield kept
-
-
-@contextmanager
-def _routes(model: ConvertedModel, wanted: Sequence[Any]) -> Iterator[dict[int, Tensor]]:
-    """Keeps which experts every mixture from the first converted block on sends its tokens to, where it is wanted."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(index: int, mlp: Any) -> Callable[..., None]:
-        def hook(module: Any, args: Any) -> None:
-            kept.setdefault(index, routing_of(args, mlp).indices)  # observers may run the block again, on other values
-
-        return hook
-
     with ExitStack() as stack:
         if wanted:
             base = base_of(model)
             family = family_of(base)
             for index, block in list(enumerate(blocks_of(base)))[active_layers(model)[0].index :]:
-                parts = BlockParts(block, family)
-                if parts.experts is not None:
-                    hook = keep(index, parts.module("mlp"))
-                    stack.callback(parts.experts.register_forward_pre_hook(hook).remove)
+                handle = hook(BlockParts(block, family), partial(kept.setdefault, index))
+                if handle is not None:
+                    stack.callback(handle.remove)
         yield kept
+
+
+def _on_output(parts: BlockParts, keep: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Keeps the block's output."""
+
+    def hook(module: Any, args: Any, output: Any) -> None:
+        keep(first_tensor(output))
+
+    return parts.block.register_forward_hook(hook)
+
+
+def _on_routes(parts: BlockParts, keep: Callable[[Tensor], Tensor]) -> RemovableHandle | None:
+    """Keeps which experts a mixture sends its tokens to, of the first call: observers may run the block again."""
+    if parts.experts is None:
+        return None
+    mlp = parts.module("mlp")
+
+    def hook(module: Any, args: Any) -> None:
+        keep(routing_of(args, mlp).indices)
+
+    handle: RemovableHandle = parts.experts.register_forward_pre_hook(hook)
+    return handle
