@@ -166,6 +166,7 @@ def test_a_quantised_base_is_trained_on_a_cpu(bits: int, tmp_path: Path) -> None
     assert main(["train", *overrides]) == 0
     report = json.loads((tmp_path / "outputs" / "evaluation_report.json").read_text())
     assert report["protocol"]["quantization"] == "bitsandbytes"
+    assert report["protocol"]["dtype"] == "float32"  # of what is not quantised
     assert 0 < report["evaluations"]["divergence"]["mean_kl"] < 1
 
 

@@ -169,8 +169,11 @@ def _surroundings(
     settings = model.get_base_model().config
     quantization: Any = getattr(settings, "quantization_config", None) or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    weight = layers[0].weight
+    if not weight.is_floating_point():  # quantised: the rest of the base says what it computes in
+        weight = model.get_base_model().get_input_embeddings().weight
     return {
-        "dtype": str(layers[0].weight.dtype).removeprefix("torch."),
+        "dtype": str(weight.dtype).removeprefix("torch."),
         "dtype_reason": getattr(model.get_base_model(), DTYPE_REASON, None),
         "computed_in": _computed_in(model, layers, blocks),
         "matmul_precision": matmul_precision(device_of(model)),
