@@ -1,4 +1,4 @@
-"""What modules give: a tensor, or a tuple that begins with one; with batch and tokens, or flattened."""
+"""Outputs of modules: a tensor, or a tuple that begins with one; with batch and tokens, or flattened."""
 
 from __future__ import annotations
 
