@@ -66,8 +66,15 @@ SMALL = {
 
 
 def random_base(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
-    """A random causal LM of 4 blocks whose norms, biases and attention are far from their initial values."""
+    """A random causal LM of 4 blocks whose norms, biases and attention are far from their initial values.
+
+    kind: "gpt2", "llama", or the type of a case of `tests.families`, whose seed is its own.
+    """
     torch.manual_seed(seed)
+    if kind not in ("gpt2", "llama"):
+        from tests.families import CASES
+
+        return next(case for case in CASES if case.model_type == kind).build(dtype)
     if kind == "gpt2":
         config = GPT2Config(vocab_size=96, n_embd=24, n_layer=4, n_head=3, n_positions=128)
         base: Any = GPT2LMHeadModel(config)

@@ -17,7 +17,7 @@ from torch import Tensor
 from npt import NPTConfig, calibrate
 from npt.block.component import NORM_WEIGHT_EPSILON
 from npt.block.families import FAMILIES, Family, family_of, register_family
-from npt.block.modes import Mode, running_as, watching_deltas
+from npt.block.modes import Mode, running_as, watching, watching_deltas
 from npt.errors import ConversionError
 from npt.evaluation.least_norm import LeastNorms
 from npt.evaluation.look import observe
@@ -181,6 +181,26 @@ def test_any_subset_of_projections(case: Case, targets: list[str]) -> None:
         expected = explicit_update(case, layer, h[1, 5], a[1, 5], z[1, 5], z[1, 5])
         found = output_of(case, layer.get_base_layer(), h[1, 5] + expected, seen["rest"], (1, 5))
         assert (y[1, 5] - found).norm() <= 1e-10 * expected.norm()
+
+
+@EACH
+@torch.no_grad()
+def test_observers_see_the_stream_behind_the_mlp(case: Case) -> None:
+    """Of both models: h and the update, from which the block makes its output."""
+    model = get_peft_model(case.build(), NPTConfig(npt_layers=[1, 3], rank=3)).eval()
+    randomize(model)
+    layers = active_layers(model)
+    for mode, own in ((Mode.ORIGINAL, Mode.EXACT), (None, None)):
+        records: dict[int, Any] = {}
+        with running_as(layers, mode), watching(layers, lambda layer, r, found=records: found.update({layer.index: r})):
+            seen = run_blocks(case, model)
+        for layer in layers:
+            record = records[layer.index]
+            update = layer.update_from(record.hidden_states, record.attention, own)
+            assert (record.output - record.hidden_states - update).norm() <= 1e-6 * update.norm()
+            entry, token = seen[layer.index], (1, 5)
+            made = output_of(case, layer.get_base_layer(), record.output[token], entry["rest"], token)
+            assert (made - entry["y"][token]).norm() <= 1e-10 * entry["y"][token].norm()
 
 
 @EACH

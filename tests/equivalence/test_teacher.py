@@ -46,7 +46,7 @@ def losses(model: Any, name: str, batch: dict[str, torch.Tensor], teacher: Any, 
     return float(found.equivalence), float(found.regularization), gradients
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma4_text"])
 @pytest.mark.parametrize("name", ["local", "composite"])
 @pytest.mark.parametrize("layers", [[1, 2], [0, 3], "all"])
 def test_block_objectives_are_the_same_with_targets_from_disk(
