@@ -56,6 +56,7 @@ def run_row(model: str, overrides: list[str], texts: list[str], prose: list[Path
                 f"paths.checkpoint_dir={folder}/checkpoints",
                 f"paths.cache_dir={cache}",
                 "data.eval_texts=[]",
+                "data.num_train_samples=1632",  # 100 steps read each block once
                 *overrides,
                 *([f"data.calibration_files=[{','.join(map(str, prose))}]"] if prose else []),
             ],

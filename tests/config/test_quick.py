@@ -37,7 +37,7 @@ def test_each_difference_is_told() -> None:
     assert list(left_out(shortened(whole), whole)) == [
         "training.calibrate=True in place of False",
         "training.num_train_steps=0 in place of null",
-        "data.num_train_samples=96 in place of 1632",
+        "data.num_train_samples=96 in place of 512",
         "data.num_calibration_samples=64 in place of 384",
         "data.num_detail_samples=4 in place of 32",
     ]

@@ -65,7 +65,7 @@ def test_it_prints_the_figures_of_the_plan(shapes: Path, capsys: Any) -> None:
         "shard plan over 4 processes",
         "block 0 to 1, each",
         f"predicted peak {human_bytes(plan.peak)} fits a100-80gb: 74.51 GiB",
-        "data: some/text, streamed, 1,632 blocks of 64 tokens",
+        "data: some/text, streamed, 512 blocks of 64 tokens",
         "then local",
         "x 4 processes = 512 tokens",
         "assumed: 40 % of a100-80gb's 312 TFLOP/s",

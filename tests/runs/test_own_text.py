@@ -17,7 +17,7 @@ from tests.helpers import settings
 @pytest.mark.parametrize(
     ("overrides", "blocks"),
     [
-        ([], 1632),
+        ([], 512),
         (["training.num_train_steps=0"], 384 + 32),
         (["training.num_train_steps=0", "data.num_calibration_samples=20"], 20 + 2),
         (["training.num_train_steps=0", "training.calibrate=false"], 2),

@@ -92,7 +92,7 @@ def test_a_long_run_is_told_what_to_turn(caplog: pytest.LogCaptureFixture) -> No
     estimate.say_plan(config, base, [Part(SAMPLING, "9 tokens", 90.0)], RATES, quick=60.0)
     assert caplog.messages[0].startswith("plan for builtin:tiny in float32 (no units); times from timing 256 tokens")
     told = [message for message in caplog.messages if message.startswith("shorter")]
-    assert len(told) == 1 and "--quick (60 s" in told[0] and "data.num_train_samples=1632" in told[0]
+    assert len(told) == 1 and "--quick (60 s" in told[0] and "data.num_train_samples=512" in told[0]
     assert "num_calibration_samples" not in told[0] and "evaluation:" not in told[0]
 
 

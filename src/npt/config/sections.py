@@ -218,7 +218,7 @@ class DataSection(Section):
     streaming: bool = False
     shuffle_window: Positive = 1000
     max_length: Annotated[int, Field(ge=2, le=MOST)] = 256
-    num_train_samples: Annotated[int, Field(ge=2, le=MOST)] | None = 1632
+    num_train_samples: Annotated[int, Field(ge=2, le=MOST)] | None = 512
     num_eval_samples: Positive | None = 400
     num_calibration_samples: Positive = 384
     num_detail_samples: Positive = 32
