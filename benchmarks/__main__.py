@@ -24,7 +24,7 @@ import transformers
 from benchmarks import contenders as c
 from benchmarks import linear, materialized
 from benchmarks.tables import linear_table, materialized_table, speed_sentence, speed_table
-from benchmarks.timing import Run, interleaved, peak, ratios
+from benchmarks.timing import CLOCKS, Run, interleaved, peak, ratios
 from npt.builtin import source_of
 from scripts.marked import write_section
 
@@ -41,7 +41,7 @@ def measure_model(source: Any, options: argparse.Namespace, label: str) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         for name, (runs, rounds) in parts(models, options, folder).items():
             if options.part in name:
-                found[name] = measure_part(runs, rounds, options.memory)
+                found[name] = measure_part(runs, rounds, options)
                 line = ", ".join(f"{k} {v:.3f}" for k, v in found[name]["ratios"].items())
                 print(f"{label}, {name}: {line}", flush=True)
     return found
@@ -78,6 +78,10 @@ def parts(models: dict[str, Any], options: argparse.Namespace, folder: str) -> d
     reference = c.forwards(frozen, scored, options.batch)
     found["divergence"] = ({"base": reference, "npt": c.divergence(models["npt"], scored)}, few)
     found["report"] = ({"base": reference, "npt": c.report(models["npt"], scored)}, few)
+    rows = options.sampled
+    found["sampling"] = (
+        {"base": c.greedy(frozen, rows, options.tokens), "npt": c.sampling(frozen, rows, options.tokens)}, max(1, few // 2)
+    )  # fmt: skip
     if CUDA or options.compile:
         compiled = {name: torch.compile(models[name]) for name in ("base", "npt")}
         found["compiled forward"] = ({name: c.forward(model, ids) for name, model in compiled.items()}, rounds)
@@ -89,11 +93,11 @@ def random_ids(vocabulary: int, batch: int, tokens: int) -> torch.Tensor:
     return torch.randint(3, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
-def measure_part(runs: dict[str, Run], rounds: int, memory: bool) -> dict[str, Any]:
+def measure_part(runs: dict[str, Run], rounds: int, options: argparse.Namespace) -> dict[str, Any]:
     """Times and peaks of one part."""
-    times = interleaved(runs, rounds)
+    times = interleaved(runs, rounds, options.clock)
     found: dict[str, Any] = {"times": times, "ratios": ratios({k: v["seconds"] for k, v in times.items()}, "base")}
-    if memory:
+    if options.memory:
         found["peaks"] = {name: peak(run) for name, run in runs.items()}
         found["peak_ratios"] = ratios(found["peaks"], "base")
     return found
@@ -137,8 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--sampled", type=int, default=64, help="rows that are sampled at once")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for one thread on a busy machine")
     parser.add_argument("--vocabulary", type=int, nargs="*", default=[8000, 32000])
-    parser.add_argument("--model", nargs="*", default=["builtin:tiny"], help="Llama checkpoints: builtin:tiny, folders")
+    parser.add_argument("--model", nargs="*", default=["builtin:tiny"], help="Llamas: builtin names, folders")
     parser.add_argument("--only", default="", help="measure only what has this in its name; the rest is kept")
     parser.add_argument("--part", default="", help="of each model only the parts with this in their name")
     parser.add_argument("--compile", action="store_true", help="torch.compile on the CPU too")
@@ -147,7 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     path = RESULTS / f"{options.name}.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"suites": {}}
-    result |= {"machine": machine(), "options": {"rank": c.RANK, "batch": options.batch, "tokens": options.tokens}}
+    given = {name: getattr(options, name) for name in ("batch", "tokens", "sampled", "clock")}
+    result |= {"machine": machine(), "options": {"rank": c.RANK, **given}}
+
     for name, measure in suites(options).items():
         if options.only in name:
             result["suites"].setdefault(name, {}).update(measure())

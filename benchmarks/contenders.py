@@ -9,11 +9,11 @@ from typing import Any
 import datasets
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.timing import Run
-from npt import NPTConfig, calibrate, evaluate
-from npt.builtin import source_of
+from npt import NPTConfig, calibrate, evaluate, load_base
+from npt.data import sample_blocks
 from npt.equivalence.objectives import OBJECTIVES, Objective, update_scales
 from npt.equivalence.teacher import ROW, teacher_cache
 from npt.evaluation.divergence import token_divergences
@@ -40,7 +40,7 @@ def frozen(source: LlamaConfig | str, device: str = "cpu", dtype: torch.dtype = 
     """A random model of a shape, or a checkpoint's, with nothing to train."""
     torch.manual_seed(0)
     if isinstance(source, str):
-        base = AutoModelForCausalLM.from_pretrained(source_of(source), dtype=dtype)
+        base, _ = load_base(source, dtype=str(dtype).removeprefix("torch."))
     else:
         base = LlamaForCausalLM(source).to(dtype)
     return base.to(device).eval().requires_grad_(False)
@@ -150,7 +150,9 @@ def calibration(model: Any, ids: torch.Tensor, batch: int) -> Run:
 
 
 class NoWords:
-    """The part of a tokenizer that a report without prompts asks for; random models have none."""
+    """The part of a tokenizer that a report without prompts asks for, and sampling; random models have none."""
+
+    bos_token_id = eos_token_id = 0
 
     def decode(self, ids: list[int], **_: Any) -> str:
         """The ids themselves."""
@@ -167,6 +169,24 @@ def report(model: Any, ids: torch.Tensor) -> Run:
     """Every figure of a report on ids, without the texts that both models write."""
     blocks = datasets.Dataset.from_dict({"input_ids": ids.tolist()})
     return lambda: evaluate(model, NoWords(), blocks, context_length=ids.shape[1], prompts=[])
+
+
+def greedy(model: Any, rows: int, tokens: int) -> Run:
+    """Plain decoding with a cache: rows of so many tokens at once, each token the likeliest."""
+
+    def run() -> None:
+        ids, past = torch.zeros(rows, 1, dtype=torch.long, device=model.device), None
+        with torch.inference_mode():
+            for _ in range(tokens - 1):
+                found = model(input_ids=ids, past_key_values=past, use_cache=True)
+                ids, past = found.logits[:, -1:].argmax(-1), found.past_key_values
+
+    return run
+
+
+def sampling(model: Any, rows: int, tokens: int) -> Run:
+    """Text that the model writes itself, of the same shape."""
+    return lambda: sample_blocks(model, NoWords(), rows, tokens, seed=0, progress=False)
 
 
 def forwards(model: Any, ids: torch.Tensor, batch: int) -> Run:

@@ -29,6 +29,7 @@ LINES = (
     ("calibration", "calibration", "npt"),
     ("divergence of a text", "divergence", "npt"),
     ("whole report of a text, without samples", "report", "npt"),
+    ("sampling, over plain greedy decoding", "sampling", "npt"),
 )
 
 
