@@ -18,7 +18,7 @@ from npt.editing.absorbing.absorbed import Absorbed
 from npt.editing.absorbing.choice import Choice
 from npt.editing.absorbing.general import CHOOSING, REPORTING, GeneralText
 from npt.editing.solve import Factors
-from npt.errors import CheckpointError, DataError, NPTError
+from npt.errors import CheckpointError, ConversionError, DataError, NPTError
 from tests.families import CASES
 from tests.helpers import spelling_tokenizer
 
@@ -215,6 +215,11 @@ def test_what_fails_leaves_the_store_as_it_was(llama: Any, monkeypatch: pytest.M
     with pytest.raises(MemoryError):
         one.undo(one.edits[0].id)
     assert len(one.edits) == 1 and torch.equal(logits(llama), before)
+
+
+def test_blocks_that_go_on_behind_their_mlp_are_refused_before_any_long_work() -> None:
+    with pytest.raises(ConversionError, match="Gemma4ForCausalLM change the stream.*facts can be written"):
+        store(base_of("gemma4_text")).absorb("Bo lives in a mill.")
 
 
 def test_a_damaged_context_is_refused(llama: Any, tmp_path: Path) -> None:

@@ -256,7 +256,8 @@ class EditStore:
         Raises:
             DataError: a blank or contradictory argument, one that the model's window does not hold, too few answers.
             NPTError: an unknown option or a value out of range, the context is absorbed already, other contexts were absorbed
-                beside other text than `statistics`, or the store is closed. Nothing is absorbed then.
+                beside other text than `statistics`, or the store is closed.
+            ConversionError: blocks that do more behind their MLP. Nothing is absorbed then.
         """
         with self._unchanged_unless_done():
             found = self.contexts.absorb(context, questions, answers, blocks, options)

@@ -33,7 +33,7 @@ from npt.editing.export import RANKS
 from npt.editing.measure import Verification
 from npt.editing.requests import Request
 from npt.editing.solve import Factors
-from npt.errors import DataError, NPTError
+from npt.errors import ConversionError, DataError, NPTError
 from npt.tuner.converted import vocabulary_size
 
 #: The least effect of a context, in nats, that is worth absorbing; below it, the edit's note says so.
@@ -162,7 +162,7 @@ class Contexts:
         whole = context_from(context, "context")
         asked, replies = questions_from(questions, answers)
         named = blocks_of_choice(blocks, len(self.blocks))
-        check_whole(self.blocks.base)
+        self._check_base()
         id = id_of(whole, asked, replies)
         if id in self.ledger:
             raise NPTError(f"context {one_line(shown(whole), 60)}: is absorbed already (id {id}); undo it first")
@@ -188,6 +188,16 @@ class Contexts:
             self.resolve()
             self._tell(id, options, start)
         return self.ledger[id]
+
+    def _check_base(self) -> None:
+        """Checks that the base is here as a whole, and that its blocks end with their MLP."""
+        base = self.blocks.base
+        check_whole(base)
+        if self.blocks.family.tail is not None:
+            raise ConversionError(
+                f"absorb: blocks of {type(base).__name__} change the stream behind their MLP too, which absorbing does not "
+                "know; facts can be written (write), contexts be absorbed by a model of another type"
+            )
 
     def dialogue(self, style: str) -> Dialogue:
         """How the model is asked."""
