@@ -96,7 +96,11 @@ def random_ids(vocabulary: int, batch: int, tokens: int) -> torch.Tensor:
 def measure_part(runs: dict[str, Run], rounds: int, options: argparse.Namespace) -> dict[str, Any]:
     """Times and peaks of one part."""
     times = interleaved(runs, rounds, options.clock)
-    found: dict[str, Any] = {"times": times, "ratios": ratios({k: v["seconds"] for k, v in times.items()}, "base")}
+    found: dict[str, Any] = {
+        "clock": options.clock,
+        "times": times,
+        "ratios": ratios({k: v["seconds"] for k, v in times.items()}, "base"),
+    }
     if options.memory:
         found["peaks"] = {name: peak(run) for name, run in runs.items()}
         found["peak_ratios"] = ratios(found["peaks"], "base")
@@ -153,8 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     path = RESULTS / f"{options.name}.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"suites": {}}
-    given = {name: getattr(options, name) for name in ("batch", "tokens", "sampled", "clock")}
-    result |= {"machine": machine(), "options": {"rank": c.RANK, **given}}
+    if options.clock == "processor" and (CUDA or torch.get_num_threads() > 1):
+        parser.error("--clock processor: counts one thread of a CPU; set OMP_NUM_THREADS=1")
+    result |= {"machine": machine(), "options": {"rank": c.RANK, "batch": options.batch, "tokens": options.tokens}}
 
     for name, measure in suites(options).items():
         if options.only in name:

@@ -159,7 +159,7 @@ def _gemma4_tail(block: Any, x: Tensor, embedding: Any = None, *_: Any) -> Tenso
 _GEMMA4: dict[str, Any] = {
     **_SANDWICH, "tail": _gemma4_tail, "options": {
     "sliding_window": 4, "hidden_size_per_layer_input": 0, "global_head_dim": 8, "vocab_size_per_layer_input": 96,
-    "layer_types": ["sliding_attention", "full_attention"] * 2}
+    "final_logit_softcapping": 5.0, "layer_types": ["sliding_attention", "full_attention"] * 2}
 }  # fmt: skip
 _POST_NORM = {**_SANDWICH, "before": lambda block, x: x, "norm": None}
 _PARALLEL: dict[str, Any] = {"parallel": True, "before": _norm("input_layernorm"), "norm": "input_layernorm"}

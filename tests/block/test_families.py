@@ -18,10 +18,11 @@ from npt import NPTConfig, calibrate
 from npt.block.component import NORM_WEIGHT_EPSILON
 from npt.block.families import FAMILIES, Family, family_of, register_family
 from npt.block.modes import Mode, running_as, watching, watching_deltas
+from npt.block.probing import logit_head
 from npt.errors import ConversionError
 from npt.evaluation.least_norm import LeastNorms
 from npt.evaluation.look import observe
-from npt.tuner.converted import active_layers, npt_layers
+from npt.tuner.converted import active_layers, npt_layers, run_backbone
 from scripts.family_list import DOCUMENT, NAME, family_list
 from scripts.marked import ROOT, section
 from tests.families import CASES, SIZES, Case, raw
@@ -185,6 +186,14 @@ def test_any_subset_of_projections(case: Case, targets: list[str]) -> None:
 
 @EACH
 @torch.no_grad()
+def test_logits_are_made_of_the_last_hidden_states(case: Case) -> None:
+    base = case.build()
+    hidden = run_backbone(base, {"input_ids": IDS})
+    torch.testing.assert_close(logit_head(base)(hidden), base(IDS).logits, rtol=1e-6, atol=1e-6)
+
+
+@EACH
+@torch.no_grad()
 def test_observers_see_the_stream_behind_the_mlp(case: Case) -> None:
     """Of both models: h and the update, from which the block makes its output."""
     model = get_peft_model(case.build(), NPTConfig(npt_layers=[1, 3], rank=3)).eval()
@@ -287,7 +296,11 @@ def wrong_lines(right: Family, weightless: bool) -> list[tuple[str, Family]]:
     if right.multiplier:
         lines.append(("multiplier", replace(right, multiplier=None)))
     if right.out:
-        lines += [("out", replace(right, out=None)), ("tap", replace(right, tap="self_attn.o_proj"))]
+        lines.append(("tap", replace(right, tap="self_attn.o_proj")))
+    if right.out and right.tail is None:
+        lines.append(("out", replace(right, out=None)))
+    if right.tail is not None:
+        lines.append(("tail", replace(right, tail=None)))
     return lines
 
 
@@ -344,6 +357,13 @@ def test_every_test_the_documentation_names_exists() -> None:
     assert len(named) > 35
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_a_tail_without_what_it_reads_is_refused() -> None:
+    line = family_of(next(case for case in CASES if case.model_type == "gemma4_text").build())
+    for wrong in ({"out": None}, {"multiplier": "layer_scalar"}):
+        with pytest.raises(ConversionError, match="known with `out`"):
+            replace(line, **wrong)  # type: ignore[arg-type]
 
 
 def test_a_family_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:

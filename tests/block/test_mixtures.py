@@ -16,13 +16,13 @@ from npt import EditStore, NPTConfig, calibrate, evaluate
 from npt.block.families import FAMILIES, Family, family_of
 from npt.block.mixture import mixture_deltas, routing_of
 from npt.block.modes import watching, watching_deltas
-from npt.block.probing import BlockParts
+from npt.block.probing import BlockParts, logit_head
 from npt.equivalence.objectives import Objective
 from npt.errors import ConversionError
 from npt.evaluation.look import observe
 from npt.evaluation.weight_deltas import WeightDeltas
 from npt.finetuning.other_methods import places_of
-from npt.tuner.converted import active_layers
+from npt.tuner.converted import active_layers, run_backbone
 from tests.helpers import checked_as_original, randomize, spelling_tokenizer
 from tests.mixtures import MIXTURES, Mixture, named
 
@@ -51,6 +51,14 @@ def converted(mixture: Mixture, layers: Any = "all", **options: Any) -> Any:
 def test_exact_and_denominator_are_the_original(mixture: Mixture) -> None:
     layers = active_layers(checked_as_original(mixture.build, IDS))
     assert tuple(i for i, layer in enumerate(layers) if layer.parts.experts is not None) == mixture.blocks
+
+
+@EACH
+@torch.no_grad()
+def test_logits_are_made_of_the_last_hidden_states(mixture: Mixture) -> None:
+    base = mixture.build()
+    logits = logit_head(base)(run_backbone(base, {"input_ids": IDS}))
+    torch.testing.assert_close(logits, base(IDS).logits, rtol=1e-6, atol=1e-6)
 
 
 @EACH
@@ -378,7 +386,7 @@ def test_edits_and_other_methods_on_a_mixture_are_refused_with_the_reason() -> N
         places_of(base, [1], ("up", "down"))
 
 
-@pytest.mark.parametrize("name", WRITTEN_OUT)
+@pytest.mark.parametrize("name", [*WRITTEN_OUT, "flex_olmo", "granitemoehybrid"])
 def test_training_steps_are_those_of_a_checkpointed_model(name: str) -> None:
     """Both objectives with the norms of deltas as regulariser, which read the experts."""
     model = get_peft_model(named(name).build(), NPTConfig(npt_layers=[2, 3], rank=2))

@@ -223,8 +223,11 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.
     assert not any(str(path).endswith("00000.safetensors.part") for path in calls[2:])
 
 
-def test_size_is_known_before_and_a_small_disk_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, text = converted("llama", npt_layers=[0, 1, 3]), blocks(6)
+@pytest.mark.parametrize("base", ["llama", "gemma4_text"])
+def test_size_is_known_before_and_a_small_disk_stops_the_run(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = converted(base, npt_layers=[0, 1, 3]), blocks(6)
     for kind in ("hidden", "logits"):
         teacher_cache(tmp_path, model, text, kind, top_k=7)
         size = sum(p.stat().st_size for p in (tmp_path / kind).glob("*.safetensors"))

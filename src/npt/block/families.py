@@ -38,7 +38,7 @@ class Family:
         multiplier: the block's attribute that scales both attention and MLP on their way into the residual stream.
         run: (block, z) -> the MLP's update y - h, where it isn't out(mlp(z)) times the multiplier.
         tail: (block, x, *what the block is called with behind its hidden states) -> the block's output, where it isn't x, the
-            residual stream behind the MLP.
+            residual stream behind the MLP. Such a block has `out` and no `multiplier`.
         experts: where the MLP of some blocks is a mixture, the module of its experts, called as `npt.block.mixture.routing_of`
             says. `up` and `down` are then the whole MLP: what reads z, the router included, and what comes out.
         beside: a shared expert that the block itself adds to what `mlp` gives, called behind it.
@@ -58,6 +58,12 @@ class Family:
     tail: Callable[..., Tensor] | None = None
     experts: str | None = None
     beside: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.tail is not None and (self.out is None or self.multiplier is not None):
+            raise ConversionError(
+                "Family(tail=...): what a tail reads is known with `out`, and without `multiplier`, only"
+            )
 
     @property
     def projections(self) -> dict[str, str]:

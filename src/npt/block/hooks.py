@@ -11,7 +11,7 @@
 | `tap`          | tap, after           | its output, a            | pass: attention; the residual stream gets 0   |
 | `keep_residual`| norm, before         | h                        | pass: residual, for carry `exact` and gain    |
 |                |                      |                          | `denominator`                                 |
-| `shift_mlp`    | mlp (or up), before  | z, pass: attention       | pass: values; z + shift                       |
+| `shift_mlp`    | mlp (or up), before  | z, pass: attention       | pass: values, beside; z + shift               |
 | `shift_gate`,  | gate, up, before     | pass: values             | z + shift, where only one of the two has a    |
 | `shift_up`     |                      |                          | delta                                         |
 | `add_gate`,    | gate, up, after      | pass: values             | output + v_t (low rank at the projection)     |
@@ -22,10 +22,10 @@
 |                |                      | pass: attention, values  | follows the MLP                               |
 | `shift_beside`,| beside, before and   | pass: beside             | z + shift                                     |
 | `drop_beside`  | after                |                          |                                               |
-| `add_out`      | out, after           | pass: down               | output + v_down                               |
+| `add_out`      | out, after           | pass: down               | output + v_down; pass: added, for observers   |
 | `see_experts`  | a mixture's experts, | experts, their weights   | pass: routing, where weight deltas are wanted |
 |                | before               |                          |                                               |
-| `finish`       | block, after         | pass: observed           | nothing; empties the pass, tells `on_block`   |
+| `finish`       | block, after         | pass: observed, added    | nothing; empties the pass, tells `on_block`   |
 
 tap: the last module whose output attention adds to the residual stream. out: the norm after the MLP, where there is one.
 beside: a second MLP of the same input, called behind the first.
@@ -93,8 +93,12 @@ class BlockHooks:
         self.start(self.thread.now.override)
 
     def start(self, mode: Mode | None) -> Pass:
-        """Begins a pass; returns what its hooks share."""
+        """Begins a pass; returns what its hooks share.
+
+        What an earlier pass left goes: a recomputed forward ends as soon as it has what a gradient needs.
+        """
         now = self.thread.now
+        now.clear()
         now.mode, now.component = mode, self.layer.active(mode)
         if self.family.multiplier is not None:
             now.multiplier = self.parts.multiplier
@@ -113,18 +117,18 @@ class BlockHooks:
         def context() -> Iterator[None]:
             now = self.thread.now
             before = now.override, now.disabled, now.on_deltas
-            if before == (mode, disabled, on_deltas):
-                self.start(mode)
-                yield
-                return
-            self.set_mode(mode)
-            now.disabled, now.on_deltas = disabled, on_deltas
+            changes = before != (mode, disabled, on_deltas)
+            if changes:
+                self.set_mode(mode)
+                now.disabled, now.on_deltas = disabled, on_deltas
             self.start(mode)
             try:
                 yield
             finally:
-                self.set_mode(before[0])
-                _, now.disabled, now.on_deltas = before
+                now.drop()
+                if changes:
+                    self.set_mode(before[0])
+                    _, now.disabled, now.on_deltas = before
 
         return context
 
@@ -153,7 +157,8 @@ class BlockHooks:
         now.values = self._input_values(now.component, now.attention, shaped(args[0], now.attention))
         if now.values.shift is None or not self._shares_input(now.component):
             return None
-        now.beside = now.values.shift
+        if self.family.beside is not None:
+            now.beside = now.values.shift
         return (args[0] + now.values.shift.view_as(args[0]), *args[1:])
 
     def shift_beside(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -64,13 +64,17 @@ class Pass:
 
     def clear(self) -> None:
         """Lets go of every tensor."""
-        self.attention: Tensor | None = None
+        self.drop()
         self.observed: Tensor | None = None
+        self.added: Tensor | None = None
+
+    def drop(self) -> None:
+        """Lets go of every tensor that the block's last hook does not read."""
+        self.attention: Tensor | None = None
         self.residual: Tensor | None = None
         self.values: InputValues | None = None
         self.down: Tensor | None = None
         self.beside: Tensor | None = None
-        self.added: Tensor | None = None
         self.routing: Routing | None = None
 
 

@@ -23,7 +23,7 @@ def linear_shape(module: Any) -> tuple[int, int]:
 
 
 def find(block: nn.Module, family: Family, role: str) -> Any:
-    """Returns a module of a block by its role in the family's line: tap, norm, mlp, gate, up, down or out.
+    """Returns a module of a block by its role in the family's line: tap, norm, mlp, gate, up, down, out or beside.
 
     Raises:
         ConversionError: the block has none at the path.
@@ -88,15 +88,16 @@ def probe_norm(norm: Any, d: int, like: Tensor) -> tuple[Tensor, Tensor | None, 
 
 
 def logit_head(model: Any) -> Callable[[Tensor], Tensor]:
-    """last hidden state (..., d) -> logits (..., vocabulary), with the scaling some families apply after lm_head."""
-    config = model.config
+    """last hidden state (..., d) -> logits (..., vocabulary), with what some families do before and after the last product."""
+    config = model.config.get_text_config(decoder=True)  # of a composite model, the part that writes
     unembed = model.get_output_embeddings()
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    before = model.lm_head if config.model_type == "modernbert-decoder" else _identity  # a layer and a norm
     multiplier = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
 
     def head(hidden: Tensor) -> Tensor:
-        logits = unembed(hidden) * (multiplier / divisor)
+        logits = unembed(before(hidden)) * (multiplier / divisor)
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     return head
@@ -119,7 +120,7 @@ class BlockParts:
         return self._block[0]
 
     def module(self, role: str) -> Any:
-        """A module of the block by its role: tap, norm, mlp, gate, up, down or out."""
+        """A module of the block by its role: tap, norm, mlp, gate, up, down, out or beside."""
         return find(self.block, self.family, role)
 
     def shape(self, name: str) -> tuple[int, int]:

@@ -140,7 +140,8 @@ def bytes_per_block(model: ConvertedModel, kind: str, top_k: int, tokens: int) -
         return tokens * (4 * top_k + 4 * (top_k + 1))
     layers = active_layers(model)
     indices = {layer.index for layer in layers}
-    vectors = 2 * len(indices) + sum(index - 1 not in indices for index in indices)
+    apart = layers[0].family.tail is not None  # what a block reads is not what the one below it added up to
+    vectors = 2 * len(indices) + sum(apart or index - 1 not in indices for index in indices)
     return int(tokens * vectors * layers[0].shape("up")[0] * model.dtype.itemsize)
 
 

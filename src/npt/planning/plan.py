@@ -42,6 +42,7 @@ from npt.planning.shapes import (
     shapes_of,
 )
 from npt.planning.shards import DDP, Spread, spread_over, strategy_of
+from npt.runs.texts import own_train_blocks
 from npt.tuner.converted import active_layers, adapter_config, component_ids, eval_mode
 
 #: Bytes per weight of a quantised linear: 8 bits and a scale per row; 4 bits and a float32 scale per 64 weights.
@@ -218,7 +219,7 @@ def _phases(
     yield Phase("loading", 0, optimizer=False)
     anchored = tuned_by is not None and tuned_by.anchor_weight > 0
     if data.dataset_name == "self" or anchored:
-        blocks = config.finetuning.num_anchor_samples if anchored else data.num_train_samples or 1
+        blocks = config.finetuning.num_anchor_samples if anchored else own_train_blocks(config) or 1
         rows = min(default_batch(model.get_base_model(), length), blocks)
         yield Phase("sampling text", allocation_peak(model, lambda: _first_token(model, rows, length)), optimizer=False)
     if training.calibrate and is_calibrated(adapter.carry, adapter.gain):

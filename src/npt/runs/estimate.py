@@ -151,7 +151,8 @@ def _shorter(config: RunConfig, parts: Sequence[Part], whole: float, quick: floa
     t, d = config.training, config.data
     if quick is not None and quick < whole / 2:
         yield f"--quick ({duration(quick)}: calibration on little text, no training)"
-    name = "num_calibration_samples" if t.num_train_steps == 0 else "num_train_samples"
+    less = own_train_blocks(config) < (d.num_train_samples or 0)
+    name = "num_calibration_samples" if less else "num_train_samples"
     turn = {
         SAMPLING: f"data.{name}={getattr(d, name)} and data.num_eval_samples={d.num_eval_samples}, or text of "
         "your own with data.dataset_name=text",

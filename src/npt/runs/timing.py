@@ -30,6 +30,7 @@ from npt.evaluation.look import observe
 from npt.evaluation.weight_deltas import WeightDeltas
 from npt.finetuning.anchor import ANCHOR
 from npt.finetuning.objective import LanguageModelObjective
+from npt.runs.texts import own_train_blocks
 from npt.tuner.converted import active_layers, adapter_config, device_of, eval_mode, run_backbone
 
 #: Seconds that a timed call should last, so that what is done once in it does not count; the text is chosen for that.
@@ -175,7 +176,7 @@ def _blocks_to_draw(config: RunConfig, tuned_by: LanguageModelObjective | None) 
     """The most blocks of one text that the base writes; 0 where it writes none."""
     if tuned_by is not None:
         return config.finetuning.num_anchor_samples if tuned_by.anchor_weight else 0
-    return (config.data.num_train_samples or 1) if config.data.dataset_name == "self" else 0
+    return (own_train_blocks(config) or 1) if config.data.dataset_name == "self" else 0
 
 
 def _step(model: Any, objective: Any, batch: Batch, forward: float, config: RunConfig) -> float:
