@@ -110,6 +110,14 @@ def test_a_protected_prompt_moves_less(base: Any) -> None:
     assert moved[True] < moved[False] / 3
 
 
+def test_free_memory_goes_back_while_many_edits_are_found(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr("npt.editing.writing.trim_heap", lambda: given.append(1))
+    facts = [{"prompt": f"One day, Tim {'really ' * n}saw a big", "subject": "Tim", "target": "cat"} for n in range(9)]
+    store(base, steps=1, read_back=False).write_many(facts)
+    assert len(given) == 2
+
+
 def test_without_a_subject_the_edit_says_so(base: Any) -> None:
     found = store(base)
     edit = found.write("She had a big", target="dog")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from npt.common.memory import trim_heap
 from npt.editing.bench import Bench, chunks
 from npt.editing.keys import Place
 from npt.editing.metrics import Source
@@ -17,6 +18,8 @@ from npt.editing.values import STRATEGIES, Found
 
 #: Prefixes that keys are averaged over, and their tokens.
 PREFIXES, PREFIX_TOKENS = 4, 8
+#: Edits after which free memory goes back to the system; prompts of many lengths leave it in pieces.
+_TRIMMED_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class Writer:
         """One edit's pairs. They depend on no other edit, so they are found once."""
         if request not in self._found:
             self._found[request] = self._find(request)
+            if len(self._found) % _TRIMMED_EVERY == 0:
+                trim_heap()
         return self._found[request]
 
     def _find(self, request: Request) -> Found:

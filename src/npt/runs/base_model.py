@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload
-from accelerate.utils.memory import clear_device_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from npt.block.families import FAMILIES, blocks_of, family_of, resolve_layers
@@ -210,16 +207,6 @@ def _check_complete(name: str, found: Any) -> None:
         logger.warning(
             "%s: %d weights of the checkpoint have no place in the model, first %s", name, len(keys), keys[0]
         )
-
-
-def release_memory() -> None:
-    """Gives the memory that the last phase of a run has freed back to the system: the device's cache and, on Linux, the C
-    library's heap, which would keep hundreds of megabytes in pieces under the next phase's large tensors.
-    """
-    clear_device_cache(garbage_collection=True)
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def offload_frozen(model: Any, device: torch.device) -> None:

@@ -17,6 +17,7 @@ from npt.adapters.folder import load_adapter
 from npt.adapters.weights import load_weights, share_record
 from npt.common.display import blocks_text
 from npt.common.files import only_run
+from npt.common.memory import release_memory
 from npt.common.processes import any_process, first_does, is_first, world
 from npt.common.sharded import through
 from npt.common.stopwatch import Stopwatch
@@ -38,7 +39,7 @@ from npt.runs.arguments import (
     with_learning_rate,
     with_precision,
 )
-from npt.runs.base_model import default_device, load_base, offload_frozen, release_memory
+from npt.runs.base_model import default_device, load_base, offload_frozen
 from npt.runs.corpora import Corpus, own_text, still_to_write
 from npt.runs.estimate import EVALUATION, PAGE, SAMPLING, TRAINING, Part, parts_of, say_plan, say_times, sizes_of
 from npt.runs.finetune_report import Arm, write_report

@@ -15,6 +15,7 @@ from npt.adapters.settings import as_recorded
 from npt.adapters.weights import load_weights, share_record
 from npt.common.display import blocks_text
 from npt.common.files import append_json, only_run, write_json
+from npt.common.memory import release_memory
 from npt.common.options import is_automatic, is_calibrated
 from npt.common.processes import any_process, first_does, is_first
 from npt.common.sharded import through
@@ -38,7 +39,7 @@ from npt.runs.arguments import (
     with_learning_rate,
     with_precision,
 )
-from npt.runs.base_model import default_device, load_base, load_tokenizer, offload_frozen, release_memory
+from npt.runs.base_model import default_device, load_base, load_tokenizer, offload_frozen
 from npt.runs.calibrate import calibrate_run, prediction_of
 from npt.runs.corpora import Corpus, calibration_batches, load_corpus, own_counts, still_to_write
 from npt.runs.estimate import (

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers.integrations import TensorBoardCallback
 
+from npt.common.memory import release_memory
 from npt.common.processes import is_first
 from npt.common.sharded import full_tensor
 from npt.common.stopwatch import Stopwatch
 from npt.config import RunConfig
-from npt.runs.base_model import release_memory
 from npt.runs.estimate import EVALUATION, TRAINING
 from npt.runs.tracker_runs import continued
 from npt.training.callbacks import BEST_METRIC
