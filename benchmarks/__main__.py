@@ -23,7 +23,8 @@ import transformers
 
 from benchmarks import contenders as c
 from benchmarks import linear, materialized
-from benchmarks.tables import linear_table, materialized_table, speed_sentence, speed_table
+from benchmarks.roofline import limit_of, machine_rates
+from benchmarks.tables import limits_table, linear_table, materialized_table, speed_sentence, speed_table
 from benchmarks.timing import CLOCKS, Run, interleaved, peak, ratios
 from npt.builtin import source_of
 from scripts.marked import write_section
@@ -101,6 +102,8 @@ def measure_part(runs: dict[str, Run], rounds: int, options: argparse.Namespace)
         "times": times,
         "ratios": ratios({k: v["seconds"] for k, v in times.items()}, "base"),
     }
+    if options.rates is not None:
+        found["limits"] = {name: limit_of(run, options.rates) for name, run in runs.items()}
     if options.memory:
         found["peaks"] = {name: peak(run) for name, run in runs.items()}
         found["peak_ratios"] = ratios(found["peaks"], "base")
@@ -152,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="measure only what has this in its name; the rest is kept")
     parser.add_argument("--part", default="", help="of each model only the parts with this in their name")
     parser.add_argument("--compile", action="store_true", help="torch.compile on the CPU too")
+    parser.add_argument("--no-limits", dest="limits", action="store_false")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--no-readme", dest="readme", action="store_false")
     options = parser.parse_args(arguments)
@@ -161,11 +165,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--clock processor: counts one thread of a CPU; set OMP_NUM_THREADS=1")
     result |= {"machine": machine(), "options": {"rank": c.RANK, "batch": options.batch, "tokens": options.tokens}}
 
+    options.rates = machine_rates(DEVICE, DTYPE, options.clock) if options.limits else None
+    if options.rates is not None:
+        result["rates"] = options.rates._asdict()
     for name, measure in suites(options).items():
         if options.only in name:
             result["suites"].setdefault(name, {}).update(measure())
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write_section("docs/speed.md", f"speed {options.name}", speed_table(result))
+    write_section("docs/speed.md", f"limits {options.name}", limits_table(result))
     if options.readme:
         write_section("README.md", "speed sentence", speed_sentence(result))
         write_section("docs/speed.md", "speed", speed_table(result))

@@ -121,6 +121,29 @@ def speed_table(result: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def limits_table(result: dict[str, Any]) -> str:
+    """Measured time over the limit of its operators (benchmarks/roofline.py), the frozen base's and NPT's."""
+    models = {
+        n: s
+        for n, s in result["suites"].items()
+        if any("limits" in part for part in s.values() if isinstance(part, dict))
+    }
+    head = ["measured over limit", *(f"{name}: {what}" for name in models for what in ("base", "NPT"))]
+    rows = []
+    for label, part, own in LINES:
+        cells = [_over_limit(suite.get(part), who) for suite in models.values() for who in ("base", own)]
+        if any(cells):
+            rows.append([label, *cells])
+    return markdown(head, rows)
+
+
+def _over_limit(part: dict[str, Any] | None, who: str) -> str:
+    if part is None or who not in part.get("limits", {}):
+        return ""
+    seconds, limit = part["times"][who]["seconds"], part["limits"][who]
+    return f"{seconds / limit:.2f} ({1000 * limit:,.0f} ms)"
+
+
 def cell(part: dict[str, Any] | None, who: str, kind: str) -> str:
     """A ratio with its spread, or "" where it was not measured."""
     if part is None or who not in part["ratios"]:
