@@ -1,8 +1,8 @@
 """What a run's own operators cost at the machine's rates: each takes the longer of its products and of its bytes.
 
 Rates are those of a product and of a copy in the same process. Operators are taken as they are called: what a fused kernel
-would not write to memory counts, and what a cache holds does too. Python, hooks and launches count nothing, so the distance from
-this limit is what they and slow kernels take.
+would not write to memory counts, and what a cache holds does too. Python, hooks and launches count nothing, so the distance
+from this limit is what they and slow kernels take.
 """
 
 from __future__ import annotations
