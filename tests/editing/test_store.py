@@ -149,7 +149,7 @@ def test_an_edit_that_fails_leaves_the_store_as_it_was(written: EditStore, monke
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(EditStore, "_tell", fail)
+    monkeypatch.setattr("npt.editing.measure.readings", fail)
     with pytest.raises(MemoryError):
         written.write(**OTHER)
     assert len(written.edits) == 1 and torch.equal(logits(written.model), before)

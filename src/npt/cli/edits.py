@@ -32,6 +32,12 @@ Model = Annotated[
     str | None,
     typer.Option("--model", metavar="NAME", help="The base; without it, the one that the store was written for."),
 ]
+Damage = Annotated[
+    float | None,
+    typer.Option(
+        "--limit", help="The most that all facts may disturb the base's own text, in nats; without, no limit."
+    ),
+]
 
 
 class Format(str, Enum):
@@ -71,6 +77,7 @@ def write(
         str | None, typer.Option("--values", help="newton (default), optimised, margin or naive.")
     ] = None,
     ridge: Annotated[str | None, typer.Option("--ridge", help="auto (default), or a number from 0.")] = None,
+    limit: Damage = None,
     statistics: Annotated[
         list[str] | None, typer.Option("--statistics", help="Text files not to disturb; without, the base's own text.")
     ] = None,
@@ -89,7 +96,7 @@ def write(
     if not new:
         say(f"{store}: holds these edits already; nothing to write")
         return
-    options = edits.Options(model, set_ or (), layer, metric, values, ridge, statistics or ())
+    options = edits.Options(model, set_ or (), layer, metric, values, ridge, limit, statistics or ())
     options.store()
     edits.config_for(options, edits.base_in(store))
     if preview:

@@ -14,6 +14,7 @@ bench        a model laid open at one block: its inputs, passes from there on, t
 values       a key and a target -> the output that has to be added (a table of strategies)
 writing      a request -> its keys and values, found on the base alone
 measure      text before and after, divergence, the largest ridge at which all edits hold
+joint        pairs of all facts -> how far keys give way and values are shortened
 absorbing    a context -> weight deltas of several blocks (a package)
 store        `EditStore`, which joins all of these
 merging      two stores -> one

@@ -27,6 +27,17 @@ def checked_ridge(ridge: float | str) -> float | str:
     raise NPTError(f"ridge={ridge!r}: use 'auto', or a number from 0")
 
 
+def checked_limit(limit: float | None) -> float | None:
+    """A limit on what edits do to text.
+
+    Raises:
+        NPTError: neither None nor a number above 0.
+    """
+    if limit is None or (isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit < float("inf")):
+        return limit
+    raise NPTError(f"limit={limit!r}: use None, or nats above 0")
+
+
 def checked_layers(layer: int | Sequence[int] | str) -> tuple[int, ...]:
     """Indices of blocks, rising.
 

@@ -25,6 +25,7 @@ from npt.common.places import place
 from npt.common.writable import check_folders
 from npt.editing.absorbing import files as absorbed
 from npt.editing.export import described, loras_of, write_lora
+from npt.editing.joint import Joint
 from npt.editing.requests import NAMES, request_of
 from npt.editing.solve import Pairs
 from npt.editing.writing import Edit
@@ -62,7 +63,8 @@ def save_store(store: EditStore, folder: Path) -> Path:
         "module": blocks.name(store.layers[0]) if len(store.layers) == 1 else "",
         "metric": store.metric,
         "ridge": store.ridge,
-        "chosen_ridge": store.chosen_ridge,
+        "chosen_ridge": store.joint.ridge,
+        **({} if store.limit is None else {"limit": store.limit, "chosen_cap": store.joint.cap}),
         "lora": described(loras),
         "pairs": "",
         "edits": [_written(edit) for edit in store.facts],
@@ -144,7 +146,7 @@ def load_store(
     record = read_record(folder)
     tensors = _read_tensors(place(folder), record)
     pairs = _pairs_in(folder, record, tensors)
-    options = {"metric": record["metric"].split()[0], "ridge": record["ridge"], **options}
+    options = {"metric": record["metric"].split()[0], "ridge": record["ridge"], "limit": record.get("limit"), **options}
     if layers := _layers_of(record["layer"]):
         options["layer"] = layers
     store = kind(model, tokenizer, **options)
@@ -176,7 +178,7 @@ def load_store(
                 f"store {folder}: {record['pairs']} and {EDITS} differ in an absorbed context ({one_line(error, 80)}); "
                 "restore both from a backup"
             ) from error
-        store.restore(read_edits(record), pairs, record["chosen_ridge"])
+        store.restore(read_edits(record), pairs, Joint(record["chosen_ridge"], record.get("chosen_cap")))
     except BaseException:
         store.close()
         raise
@@ -228,6 +230,7 @@ def _problem(record: Any) -> str | None:
         "metric": isinstance(record.get("metric"), str) and bool(record["metric"].strip()),
         "ridge": ridge == "auto" or _is_number(ridge),
         "chosen_ridge": _is_number(chosen),
+        **{name: record.get(name) is None or _is_number(record[name]) for name in ("limit", "chosen_cap")},
         "pairs": isinstance(record.get("pairs"), str) and PAIRS.fullmatch(record["pairs"]) is not None,
         "edits": isinstance(record.get("edits"), list),
         **{name: isinstance(record.get(name), list) for name in ("contexts", "modules", "order") if version > 1},

@@ -88,11 +88,16 @@ def apart(base: Tensor, edited: Tensor) -> Tensor:
     return (base.exp() * (base - edited)).sum(-1, dtype=torch.float64).clamp_min(0).cpu()
 
 
-@torch.no_grad()
 def mean_kl(bench: Bench, texts: Sequence[str]) -> float:
     """Mean divergence over all tokens of texts, in nats."""
+    return mean_kl_of(bench, token_rows(bench.tokenizer, texts, "texts"))
+
+
+@torch.no_grad()
+def mean_kl_of(bench: Bench, rows: Sequence[Sequence[int]]) -> float:
+    """The same of token ids."""
     total, tokens = 0.0, 0
-    for part in chunks(token_rows(bench.tokenizer, texts, "texts"), 8):
+    for part in chunks(rows, 8):
         recording = bench.inside(part).recording
         logits = bench.again(recording)
         for i, row in enumerate(part):

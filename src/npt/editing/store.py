@@ -16,12 +16,13 @@ from npt.editing.absorbing.contexts import Contexts
 from npt.editing.absorbing.whole import mean_kl_whole, previewed_whole
 from npt.editing.adapter import DownAdapter
 from npt.editing.bench import Bench
-from npt.editing.checks import checked_layers, checked_ridge, known_ids
+from npt.editing.checks import checked_layers, checked_limit, checked_ridge, known_ids
+from npt.editing.joint import Joint, choose, together
 from npt.editing.measure import Preview, Verification
 from npt.editing.metrics import Source
 from npt.editing.requests import NAMES, Request, check_together, request_of
 from npt.editing.scan import SPREAD, choose_layers
-from npt.editing.solve import Factors, Pairs, joined, solve
+from npt.editing.solve import Factors, Pairs, solve
 from npt.editing.values import SHARING, settings_of
 from npt.editing.writing import Edit, Writer, note_on
 from npt.errors import NPTError
@@ -43,6 +44,8 @@ class EditStore:
         domain: prompts like the edits'; None for those of the package.
         values: the strategy: "newton", "optimised", "margin" or "naive".
         ridge: how far edits whose keys overlap give way to each other; "auto" is the largest at which all hold.
+        limit: the most that all facts may disturb the base's own text, mean KL in nats a token: values are shortened until
+            they do not, and some may not hold then. None for no limit.
         cache_dir: a folder that keeps statistics for the next store; None keeps them in memory alone.
         read_back: write down the text before and after each new edit; False leaves both blank, and asks one pass if it holds.
         progress: show progress bars.
@@ -64,6 +67,7 @@ class EditStore:
         domain: Sequence[str] | None = None,
         values: str = "newton",
         ridge: float | str = "auto",
+        limit: float | None = None,
         cache_dir: str | Path | None = None,
         read_back: bool = True,
         progress: bool = True,
@@ -71,7 +75,8 @@ class EditStore:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.settings = settings_of(values, settings)
-        self.values, self.ridge, self.read_back, self.progress = values, checked_ridge(ridge), read_back, progress
+        self.values, self.read_back, self.progress = values, read_back, progress
+        self.ridge, self.limit = checked_ridge(ridge), checked_limit(limit)
         self.source = Source(model, tokenizer, metric, statistics, domain, cache_dir, progress)
         self._together: list[DownAdapter] = []
         self._bench: Bench | None = None if layer == "auto" else self._opened(checked_layers(layer))
@@ -80,7 +85,7 @@ class EditStore:
         self._finds: Writer | None = None
         self._edits: dict[str, Edit] = {}
         self._pairs: dict[str, dict[int, Pairs]] = {}
-        self.metric, self._refusal, self.chosen_ridge = self.source.name, "", 0.0
+        self.metric, self._refusal, self.joint = self.source.name, "", Joint()
 
     # -- what is in it -----------------------------------------------------------------------------------------------------
 
@@ -102,17 +107,21 @@ class EditStore:
     @property
     def pairs(self) -> dict[int, Pairs]:
         """{block: keys and values of all facts}, in an order that does not depend on that of writing; empty without one."""
-        ids = sorted(self._pairs)
-        return {layer: joined([self._pairs[id][layer] for id in ids]) for layer in self.layers} if ids else {}
+        return together(self.bench, self._pairs, self.joint.cap) if self._pairs else {}
 
     def pairs_of(self, id: str) -> dict[int, Pairs]:
         """{block: keys and values} of one edit, those that it protects included."""
         return self._pairs[id]
 
     @property
+    def chosen_ridge(self) -> float:
+        """The ridge at work."""
+        return self.joint.ridge
+
+    @property
     def factors(self) -> dict[int, Factors]:
         """{block: weight delta of all facts}, left (d, n) and right (n, f), float64; empty without one."""
-        return {layer: solve(pairs, self.chosen_ridge) for layer, pairs in self.pairs.items()}
+        return {layer: solve(pairs, self.joint.ridge) for layer, pairs in self.pairs.items()}
 
     @property
     def bench(self) -> Bench:
@@ -215,7 +224,9 @@ class EditStore:
                     note_on(request),
                 )  # fmt: skip
             self._apply()
-            self._tell(requests)
+            told = measure.readings(self.bench, requests, self.disabled, self.read_back, self.progress)
+            for request, fields in zip(requests, told, strict=True):
+                self._edits[request.id] = replace(self._edits[request.id], **fields)
         return [self._edits[request.id] for request in requests]
 
     def undo(self, id: str) -> None:
@@ -346,17 +357,15 @@ class EditStore:
 
         return load_store(cls, model, tokenizer, Path(folder), options)
 
-    def restore(self, edits: Sequence[Edit], pairs: Mapping[str, dict[int, Pairs]], ridge: float) -> None:
+    def restore(self, edits: Sequence[Edit], pairs: Mapping[str, dict[int, Pairs]], joint: Joint) -> None:
         """Puts facts to work that were written before, for `load`; `edits` names those that were absorbed too, in order."""
         self._edits, self._pairs = {edit.id: edit for edit in edits}, dict(pairs)
-        self.chosen_ridge = ridge
+        self.joint = joint
         self._set()
 
     def refuse_writing(self, why: str, metric: str) -> None:
         """Makes every further write an error that says why, and names the metric of the facts that are there."""
         self._refusal, self.metric = why, metric
-
-    # -- pieces ------------------------------------------------------------------------------------------------------------
 
     def _opened(self, layers: tuple[int, ...]) -> Bench:
         return Bench(self.model, self.tokenizer, layers, self._together)
@@ -370,31 +379,22 @@ class EditStore:
     @contextmanager
     def _unchanged_unless_done(self) -> Iterator[None]:
         """Puts edits, contexts and weight deltas back where a `with` block fails."""
-        before = dict(self._edits), dict(self._pairs), self.chosen_ridge
+        before = dict(self._edits), dict(self._pairs), self.joint
         try:
             with self.contexts.unchanged_unless_done():
                 yield
         except BaseException:
-            self._edits, self._pairs, self.chosen_ridge = before
+            self._edits, self._pairs, self.joint = before
             self._set()
             raise
 
     def _apply(self) -> None:
-        """Chooses the ridge and puts the joint weight delta to work."""
-        pairs = self.pairs
-        if not pairs or self.ridge != "auto":
-            self.chosen_ridge = float(self.ridge) if pairs else 0.0
-        else:
-            requests = [self._edits[id].request for id in sorted(self._pairs)]
-            self.chosen_ridge = measure.automatic_ridge(self.bench, pairs, requests)
+        """Chooses how facts are solved for and puts the joint weight delta to work."""
+        self.joint, requests = Joint(), {id: self._edits[id].request for id in self._pairs}
+        if requests:
+            self.joint = choose(self.bench, self._pairs, requests, self.ridge, self.limit, self.contexts.watched_rows)
         self._set()
 
     def _set(self) -> None:
         if self._bench is not None:
             self._bench.set(self.factors)
-
-    def _tell(self, requests: Sequence[Request]) -> None:
-        """Writes down the text before and after of new edits."""
-        told = measure.readings(self.bench, requests, self.disabled, self.read_back, self.progress)
-        for request, fields in zip(requests, told, strict=True):
-            self._edits[request.id] = replace(self._edits[request.id], **fields)

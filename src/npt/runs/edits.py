@@ -48,6 +48,7 @@ class Options:
     metric: str | None = None
     values: str | None = None
     ridge: str | None = None
+    limit: float | None = None
     statistics: Sequence[str] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -55,9 +56,12 @@ class Options:
         """The arguments of `EditStore` that were given.
 
         Raises:
-            NPTError: a layer or ridge that is no number.
+            NPTError: a layer or ridge that is no number, or a limit that is not above 0.
         """
-        found: dict[str, Any] = {name: getattr(self, name) for name in ("metric", "values") if getattr(self, name)}
+        if self.limit is not None and not 0 < self.limit < float("inf"):
+            raise NPTError(f"--limit {self.limit:g}: use nats above 0")
+        named = ("metric", "values", "limit")
+        found: dict[str, Any] = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
         if self.layer is not None:
             found["layer"] = self.layer if self.layer == "auto" else _layers(self.layer)
         if self.ridge is not None:

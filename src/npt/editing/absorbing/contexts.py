@@ -199,6 +199,11 @@ class Contexts:
                 "know; facts can be written (write), contexts be absorbed by a model of another type"
             )
 
+    def watched_rows(self) -> list[list[int]]:
+        """Token ids of the base's own text, on which settings are chosen."""
+        with self.facts_off(), self.patches.off():
+            return self.general.watched_rows(CHOOSING)
+
     def dialogue(self, style: str) -> Dialogue:
         """How the model is asked."""
         return Dialogue(self.tokenizer, self.blocks.base.config, vocabulary_size(self.blocks.base), style)

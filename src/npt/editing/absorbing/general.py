@@ -111,15 +111,19 @@ class GeneralText:
         Args:
             seed: `CHOOSING` or `REPORTING`.
         """
+        rows = self.watched_rows(seed)
+        kept = [len(row) for row in rows]
+        counted = torch.tensor([i for i, n in enumerate(kept) for _ in range(n)])
+        return Apart(self.blocks, rows, kept, outputs_of(self.blocks, rows, kept, [])[1], counted)
+
+    def watched_rows(self, seed: int) -> list[list[int]]:
+        """Token ids of the text of `watched`."""
         found = sample_blocks(
             self.model, self.tokenizer, WATCHED, min(LENGTH, self._longest()), seed=seed, cache_dir=self.cache_dir,
             label="general", progress=self.progress,
         )  # fmt: skip
         start = 0 if begins_with_bos(self.tokenizer) else 1
-        rows = [list(row)[start:] for row in found["input_ids"]]
-        kept = [len(row) for row in rows]
-        counted = torch.tensor([i for i, n in enumerate(kept) for _ in range(n)])
-        return Apart(self.blocks, rows, kept, outputs_of(self.blocks, rows, kept, [])[1], counted)
+        return [list(row)[start:] for row in found["input_ids"]]
 
     def _longest(self) -> int:
         return context_of(self.blocks.base.config) or LENGTH

@@ -18,6 +18,7 @@ from npt.block.probing import find
 from npt.editing.adapter import DownAdapter
 from npt.editing.bench import Bench, chunks
 from npt.editing.export import rank_for
+from npt.editing.joint import Joint
 from npt.editing.keys import Place, Target
 from npt.editing.metrics import Source
 from npt.editing.requests import Request, continued
@@ -274,7 +275,7 @@ class Store(Method):
         self.passes += sum(edit.passes for edit in self._store.write_many(requests))
 
     def undo(self) -> None:
-        self._store.restore([], {}, 0.0)
+        self._store.restore([], {}, Joint())
         self._store.close()
 
     @property
