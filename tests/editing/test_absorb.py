@@ -375,7 +375,7 @@ def test_an_interrupt_while_the_ridge_is_chosen_leaves_a_store_that_is_saved(
     def interrupt(*_: Any) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("npt.editing.measure.automatic_ridge", interrupt)
+    monkeypatch.setattr("npt.editing.joint.automatic_ridge", interrupt)
     with pytest.raises(KeyboardInterrupt):
         absorb(one, OTHER)
     with pytest.raises(KeyboardInterrupt):
