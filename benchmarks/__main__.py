@@ -164,7 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.clock == "processor" and (CUDA or torch.get_num_threads() > 1):
         parser.error("--clock processor: counts one thread of a CPU; set OMP_NUM_THREADS=1")
     result |= {"machine": machine(), "options": {"rank": c.RANK, "batch": options.batch, "tokens": options.tokens}}
-
     options.rates = machine_rates(DEVICE, DTYPE, options.clock) if options.limits else None
     if options.rates is not None:
         result["rates"] = options.rates._asdict()

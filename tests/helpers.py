@@ -65,6 +65,10 @@ SMALL = {
 # -- models ----------------------------------------------------------------------------------------------------------------
 
 
+#: Stores of edits that a test opened; tests/editing/conftest.py closes them.
+OPEN: list[Any] = []
+
+
 def random_base(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """A random causal LM of 4 blocks whose norms, biases and attention are far from their initial values.
 

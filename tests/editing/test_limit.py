@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from npt import EditStore, load_base
 from npt.editing.joint import CAPS, shortened
 from npt.editing.solve import Pairs
 from npt.errors import CheckpointError, NPTError
+from tests.helpers import OPEN
 
 NAMES = ("Tim", "Sara", "Ben", "Lily", "Max", "Anna")
 FACTS = [
@@ -30,21 +30,12 @@ OPTIONS: dict[str, Any] = {
 }
 #: Below what these facts do to text when they are as long as they were found.
 LIMIT = 0.001
-OPEN: list[EditStore] = []
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Any:
     """(model, tokenizer) of the package's own small model."""
     return load_base("builtin:tiny", dtype="float32")
-
-
-@pytest.fixture(autouse=True)
-def closing() -> Iterator[None]:
-    """Takes the stores of a test off their models."""
-    yield
-    while OPEN:
-        OPEN.pop().close()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from npt.editing import export as export_module
 from npt.editing import folder as folder_module
 from npt.editing.measure import divergences, follows
 from npt.errors import CheckpointError, ConversionError, DataError, NPTError
-from tests.helpers import random_base, spelling_tokenizer
+from tests.helpers import OPEN, random_base, spelling_tokenizer
 
 TEXTS = [
     "Once upon a time, there was a little girl named Lily. She liked to play.",
@@ -34,22 +33,11 @@ THIRD = {"prompt": "The girl is called", "target": "Ben"}
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
-OPEN: list[EditStore] = []
-
-
 def store(model: Any, tokenizer: Any = None, **options: Any) -> EditStore:
     options = {"layer": 2, "metric": "text", "statistics": TEXTS, "progress": False, **SETTINGS, **options}
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model_folder("builtin:tiny"))
     OPEN.append(EditStore(model, tokenizer, **options))
     return OPEN[-1]
-
-
-@pytest.fixture(autouse=True)
-def closing() -> Iterator[None]:
-    """Takes the stores of a test off their models."""
-    yield
-    while OPEN:
-        OPEN.pop().close()
 
 
 @pytest.fixture(scope="module")
