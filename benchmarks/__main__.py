@@ -25,8 +25,9 @@ from benchmarks import contenders as c
 from benchmarks import linear, materialized
 from benchmarks.roofline import limit_of, machine_rates
 from benchmarks.tables import limits_table, linear_table, materialized_table, speed_sentence, speed_table
-from benchmarks.timing import CLOCKS, Run, interleaved, peak, ratios
+from benchmarks.timing import CLOCKS, Run, check_clock, interleaved, peak, ratios
 from npt.builtin import source_of
+from npt.errors import NPTError
 from scripts.marked import write_section
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -161,8 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     path = RESULTS / f"{options.name}.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"suites": {}}
-    if options.clock == "processor" and (CUDA or torch.get_num_threads() > 1):
-        parser.error("--clock processor: counts one thread of a CPU; set OMP_NUM_THREADS=1")
+    try:
+        check_clock(options.clock)
+    except NPTError as error:
+        parser.error(str(error))
     result |= {"machine": machine(), "options": {"rank": c.RANK, "batch": options.batch, "tokens": options.tokens}}
     options.rates = machine_rates(DEVICE, DTYPE, options.clock) if options.limits else None
     if options.rates is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from npt.errors import NPTError
 from npt.planning.counters import AllocationCounter
 
 Run = Callable[[], Any]
@@ -16,6 +17,16 @@ Run = Callable[[], Any]
 
 #: Clocks by name: the wall's, or the process's own processor time, which other work on the machine does not count in.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def check_clock(clock: str) -> None:
+    """Checks that a clock sees all of the work.
+
+    Raises:
+        NPTError: the process's own time is asked for, which counts neither a GPU nor, as seconds, several threads.
+    """
+    if clock == "processor" and (torch.cuda.is_available() or torch.get_num_threads() > 1):
+        raise NPTError("--clock processor: counts one thread of a CPU; set OMP_NUM_THREADS=1")
 
 
 def interleaved(contenders: Mapping[str, Run], rounds: int, clock: str = "wall") -> dict[str, dict[str, float]]:
@@ -37,12 +48,15 @@ def interleaved(contenders: Mapping[str, Run], rounds: int, clock: str = "wall")
 
 def timed(run: Run, clock: str = "wall") -> float:
     """Seconds of one run, the device's work included."""
-    now = CLOCKS[clock]
-    synchronize()
-    start = now()
+    start = moment(clock)
     run()
+    return moment(clock) - start
+
+
+def moment(clock: str = "wall") -> float:
+    """Seconds on one of `CLOCKS`, with a GPU's queue empty."""
     synchronize()
-    return now() - start
+    return CLOCKS[clock]()
 
 
 def half_quartiles(values: list[float]) -> float:

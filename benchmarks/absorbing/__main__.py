@@ -25,6 +25,7 @@ from benchmarks.absorbing.cases import FILES, Case, read_cases
 from benchmarks.absorbing.choice import Chosen, at, choose, recovered
 from benchmarks.absorbing.gradient import TOKENS, Training
 from benchmarks.kept import PARTS, Kept, Record, ended, file_of, opened, read_kept
+from benchmarks.timing import CLOCKS, check_clock
 from npt import EditStore, load_base
 from npt.common.display import one_line
 from npt.editing.absorbing.settings import Options
@@ -80,14 +81,14 @@ def plans_of(
     if tuned is not None:
         steps, batch = tuple(tuned.about["steps"]), tuned.about["batch"]
     chosen = None if tuned is None else {kind: choose(tuned.contexts, kind, limit) for kind in FILES}
-    plan = arms.Plan(arms.trainings(given.rates, given.tokens, batch), steps, given.memory, options)
+    plan = arms.Plan(arms.trainings(given.rates, given.tokens, batch), steps, given.memory, options, given.clock)
     plans = dict.fromkeys(FILES, plan)
     if chosen is not None:
         for kind, one in chosen.items():
             plans[kind] = replace(plan, trainings=(Training(one.rate, one.tokens, batch),))
     about: dict[str, Any] = {
         "model": given.model, "part": given.part, "machine": machine(), "options": options, "steps": list(steps),
-        "batch": batch, "limit": limit,
+        "batch": batch, "limit": limit, "clock": given.clock,
         "rates": list(given.rates) if tuned is None else tuned.about["rates"],
         "tokens": list(given.tokens) if tuned is None else tuned.about["tokens"],
         "chosen": None if chosen is None else {kind: asdict(one) for kind, one in chosen.items()},
@@ -125,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     add("--number", type=int, default=Options.number, help="questions that the model writes, as for npt absorb")
     add("--new-tokens", type=int, default=Options.new_tokens, help="the longest answer, as for npt absorb")
     add("--memory", action="store_true", help="count each arm's peak, in runs of its own")
+    add("--clock", choices=CLOCKS, default="wall", help="processor: this process's own time, on a busy machine")
     add("--cache", type=Path, help="a folder that keeps the model's own text and its statistics")
     return found
 
@@ -137,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command(given: argparse.Namespace) -> None:
     """Measures what the command line asks for."""
+    check_clock(given.clock)
     path = given.output or file_of(KIND, given.model, given.part)
     if min(*given.steps, given.batch, 1) < 1 or any(not rate > 0 for rate in given.rates):
         raise NPTError("--steps, --batch and --rates: use whole numbers from 1, and rates above 0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 from benchmarks.absorbing.cases import Case
 from benchmarks.absorbing.exam import Exam
 from benchmarks.absorbing.gradient import LowRank, Training
-from benchmarks.timing import synchronize
+from benchmarks.timing import moment
 from npt import EditStore
 from npt.block.modes import having
 from npt.editing.absorbing.absorbed import Absorbed
@@ -31,13 +30,14 @@ class Plan:
     """What is run.
 
     trainings: the gradient's. steps: after which it is measured, ascending. memory: count each arm's peak in runs of its own.
-    options: of `EditStore.absorb`.
+    options: of `EditStore.absorb`. clock: of `benchmarks.timing.CLOCKS`, for all seconds.
     """
 
     trainings: tuple[Training, ...]
     steps: tuple[int, ...]
     memory: bool
     options: dict[str, Any]
+    clock: str = "wall"
 
 
 def prepare(store: EditStore, blocks: Sequence[int] | None = None) -> float:
@@ -47,13 +47,13 @@ def prepare(store: EditStore, blocks: Sequence[int] | None = None) -> float:
         store: the store.
         blocks: those that may be patched; None for those that `blocks="auto"` compares.
     """
-    start = time.perf_counter()
+    start = moment()
     contexts = store.contexts
     sets = block_sets(len(contexts.blocks)) if blocks is None else [tuple(blocks)]
     contexts.general.moments(sorted({block for one in sets for block in one}))
     contexts.watched(CHOOSING)
     contexts.watched(REPORTING)
-    return time.perf_counter() - start
+    return moment() - start
 
 
 def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
     if nothing.kl < EFFECT:
         return found
-    with spent() as seconds:
+    with spent(plan.clock) as seconds:
         edit = store.absorb(case.text, **plan.options)
     assert isinstance(edit, Absorbed)
     found["setting"] = {**asdict(edit.setting), "blocks": list(edit.setting.blocks)}
@@ -85,26 +85,24 @@ def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
     found["absorb"] = {**exam.mark().kept(), "seconds": seconds["absorbing"]}
     store.undo(edit.id)
     found["gradient"] = [
-        {**asdict(training), "points": trained(store, exam, edit, training, plan.steps)} for training in plan.trainings
+        {**asdict(training), "points": trained(store, exam, edit, training, plan)} for training in plan.trainings
     ]
     if plan.memory:
         found["peaks"] = peaks(store, case, plan, edit)
     return found
 
 
-def trained(
-    store: EditStore, exam: Exam, edit: Absorbed, training: Training, steps: Sequence[int]
-) -> list[dict[str, Any]]:
-    """The figures of a LoRA after each number of steps, and the seconds up to there. The store is empty."""
+def trained(store: EditStore, exam: Exam, edit: Absorbed, training: Training, plan: Plan) -> list[dict[str, Any]]:
+    """The figures of a LoRA after each number of the plan's steps, and the seconds up to there. The store is empty."""
     found, seconds = [], 0.0
-    start = clock()
+    start = moment(plan.clock)
     one = lora(store, edit, training)
     try:
-        for count in steps:
+        for count in plan.steps:
             loss = one.train(count - one.steps)
-            seconds += clock() - start
+            seconds += moment(plan.clock) - start
             found.append({"steps": count, "loss": loss, "seconds": seconds, **exam.mark().kept()})
-            start = clock()
+            start = moment(plan.clock)
     finally:
         one.close()
     return found
@@ -137,35 +135,29 @@ def peaks(store: EditStore, case: Case, plan: Plan, edit: Absorbed) -> dict[str,
 
 
 @contextmanager
-def spent() -> Iterator[dict[str, float]]:
+def spent(clock: str) -> Iterator[dict[str, float]]:
     """Seconds of an `absorb` within a `with` block: of its questions and the teacher's answers, which the gradient needs too
     (asking), of reporting, and of the rest (absorbing).
     """
     found = {"asking": 0.0, "reporting": 0.0, "absorbing": 0.0}
     parts = ((Teacher, "teach", "asking"), (Contexts, "compare", "reporting"), (Contexts, "text_kl", "reporting"))
-    start = clock()
+    start = moment(clock)
     with ExitStack() as stack:
         for owner, method, part in parts:
-            stack.enter_context(having([owner], method, _timed(getattr(owner, method), found, part)))
+            stack.enter_context(having([owner], method, _timed(getattr(owner, method), found, part, clock)))
         yield found
-    found["absorbing"] = clock() - start - found["asking"] - found["reporting"]
+    found["absorbing"] = moment(clock) - start - found["asking"] - found["reporting"]
 
 
-def _timed(method: Callable[..., Any], found: dict[str, float], part: str) -> Callable[..., Any]:
+def _timed(method: Callable[..., Any], found: dict[str, float], part: str, clock: str) -> Callable[..., Any]:
     def run(*args: Any, **named: Any) -> Any:
-        start = clock()
+        start = moment(clock)
         try:
             return method(*args, **named)
         finally:
-            found[part] += clock() - start
+            found[part] += moment(clock) - start
 
     return run
-
-
-def clock() -> float:
-    """Seconds, with a GPU's queue empty."""
-    synchronize()
-    return time.perf_counter()
 
 
 def trainings(rates: Sequence[float], tokens: Sequence[str], batch: int) -> tuple[Training, ...]:

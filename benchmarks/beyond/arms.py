@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.absorbing.arms import clock
 from benchmarks.beyond.facts import Fact, text_of
+from benchmarks.timing import timed
 from npt import EditStore
 from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.dialogue import Dialogue
@@ -124,13 +124,6 @@ class Room:
 def right(text: str, fact: Fact) -> int:
     """1 where a text begins with the fact's value, in any case, and no word goes on behind it."""
     return int(follows(text.casefold(), fact.value.casefold()))
-
-
-def timed(run: Callable[[], Any]) -> float:
-    """Seconds of a call."""
-    start = clock()
-    run()
-    return clock() - start
 
 
 def _epoch(model: Any, optimizer: torch.optim.Optimizer, rows: Sequence[list[int]]) -> None:
