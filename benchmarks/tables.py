@@ -214,3 +214,18 @@ def cost_table(kept: Mapping[str, Mapping[str, Any]]) -> str:
         for name, found in kept.items()
     ]  # fmt: skip
     return markdown(head, rows)
+
+
+def sharing_table(kept: Mapping[str, Mapping[str, Any]]) -> str:
+    """Seconds alone over those with nothing set, and seconds of two at once over those alone, of each model and work."""
+    works = list(next(iter(next(iter(kept.values())).values())))
+    rows = []
+    for model, settings in kept.items():
+        reference = next(iter(settings.values()))
+        for label, found in settings.items():
+            cells = [
+                f"{found[work]['alone'] / reference[work]['alone']:.2f}, {found[work]['together'] / found[work]['alone']:.2f}"
+                for work in works
+            ]
+            rows.append([f"`{model}`", label if label == "nothing set" else f"`{label}`", *cells])
+    return markdown(["model", "environment", *works], rows)

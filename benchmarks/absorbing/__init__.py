@@ -2,7 +2,6 @@
 
 module    in -> out
 cases     documents.jsonl and prompts.jsonl -> contexts with held-out questions, checked
-gradient  conversations, blocks and a rank -> a LoRA trained by KL to the model with the context
 exam      held-out questions -> KL to the model with the context, texts, general text, of what is at work
 arms      a context -> the record of all arms
 choice    records of the development contexts -> the gradient's rate and steps; means with standard errors

@@ -23,11 +23,11 @@ from benchmarks.__main__ import machine
 from benchmarks.absorbing import arms
 from benchmarks.absorbing.cases import FILES, Case, read_cases
 from benchmarks.absorbing.choice import Chosen, at, choose, recovered
-from benchmarks.absorbing.gradient import TOKENS, Training
 from benchmarks.kept import PARTS, Kept, Record, ended, file_of, opened, read_kept
 from benchmarks.timing import CLOCKS, check_clock
 from npt import EditStore, load_base
 from npt.common.display import one_line
+from npt.editing.absorbing.gradient import BATCH, TOKENS, Training
 from npt.editing.absorbing.settings import Options
 from npt.errors import NPTError
 
@@ -55,6 +55,8 @@ def line_of(name: str, record: Record, chosen: Mapping[str, Any] | None) -> str:
     if "absorb" not in record:
         return f"{start}, below {arms.EFFECT:g}, left out"
     marks = {"absorb": record["absorb"]}
+    if "descended" in record:
+        marks["with steps"] = record["descended"]
     if chosen is not None:
         marks["gradient"] = at(record, Chosen(**chosen[record["kind"]]))
     elif record["gradient"]:
@@ -81,16 +83,18 @@ def plans_of(
     if tuned is not None:
         steps, batch = tuple(tuned.about["steps"]), tuned.about["batch"]
     chosen = None if tuned is None else {kind: choose(tuned.contexts, kind, limit) for kind in FILES}
-    plan = arms.Plan(arms.trainings(given.rates, given.tokens, batch), steps, given.memory, options, given.clock)
+    trainings = arms.trainings(given.rates, given.tokens, given.betas, batch)
+    plan = arms.Plan(trainings, steps, given.descent, given.memory, options, given.clock)
     plans = dict.fromkeys(FILES, plan)
     if chosen is not None:
         for kind, one in chosen.items():
-            plans[kind] = replace(plan, trainings=(Training(one.rate, one.tokens, batch),))
+            plans[kind] = replace(plan, trainings=(Training(one.rate, one.tokens, batch, one.beta),))
     about: dict[str, Any] = {
         "model": given.model, "part": given.part, "machine": machine(), "options": options, "steps": list(steps),
-        "batch": batch, "limit": limit, "clock": given.clock,
+        "batch": batch, "limit": limit, "clock": given.clock, "descent": given.descent,
         "rates": list(given.rates) if tuned is None else tuned.about["rates"],
         "tokens": list(given.tokens) if tuned is None else tuned.about["tokens"],
+        "betas": list(given.betas) if tuned is None else tuned.about["betas"],
         "chosen": None if chosen is None else {kind: asdict(one) for kind, one in chosen.items()},
     }  # fmt: skip
     return plans, about
@@ -119,12 +123,14 @@ def parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", default=[], metavar="NAME", help="these contexts of the part")
     add("--output", type=Path, help="the file of the figures (default: in benchmarks/results)")
     add("--tuned-on", type=Path, help="with --part test: the file of the development contexts")
-    add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of AdamW, to choose from (development)")
-    add("--steps", type=int, nargs="+", default=[10, 20, 50, 100, 200], help="after which it is measured (development)")
+    add("--rates", type=float, nargs="+", default=[3e-4, 1e-3], help="of AdamW, to choose from (development)")
+    add("--steps", type=int, nargs="+", default=[10, 30, 60], help="after which it is measured (development)")
     add("--tokens", nargs="+", choices=TOKENS, default=["all"], help="that the LoRA's KL is taken over, to choose from")
-    add("--batch", type=int, default=8, help="conversations of a step (development; default: 8)")
+    add("--betas", type=float, nargs="+", default=[0.0, 1.0], help="the LoRA's weights of text, to choose from")
+    add("--batch", type=int, default=BATCH, help="conversations of a step (development; default: 8)")
     add("--number", type=int, default=Options.number, help="questions that the model writes, as for npt absorb")
     add("--new-tokens", type=int, default=Options.new_tokens, help="the longest answer, as for npt absorb")
+    add("--descent", type=int, default=30, help="steps by gradient behind absorb, beside it (default: 30)")
     add("--memory", action="store_true", help="count each arm's peak, in runs of its own")
     add("--clock", choices=CLOCKS, default="wall", help="processor: this process's own time, on a busy machine")
     add("--cache", type=Path, help="a folder that keeps the model's own text and its statistics")
@@ -141,8 +147,10 @@ def command(given: argparse.Namespace) -> None:
     """Measures what the command line asks for."""
     check_clock(given.clock)
     path = given.output or file_of(KIND, given.model, given.part)
-    if min(*given.steps, given.batch, 1) < 1 or any(not rate > 0 for rate in given.rates):
+    if min(*given.steps, given.batch) < 1 or any(not rate > 0 for rate in given.rates):
         raise NPTError("--steps, --batch and --rates: use whole numbers from 1, and rates above 0")
+    if not min(given.descent, *given.betas) >= 0:
+        raise NPTError("--descent and --betas: use numbers from 0")
     tuned = None if given.part == PARTS[0] else read_kept(given.tuned_on or file_of(KIND, given.model, PARTS[0]))
     plans, about = plans_of(given, tuned, Options.limit)
     cases, kept = chosen_cases(given.part, given.only), opened(path, about)

@@ -1,4 +1,4 @@
-"""All arms on one context: nothing, the context in front, absorb, and a LoRA trained by gradient."""
+"""All arms on one context: nothing, the context in front, absorb, the same with steps by gradient, and a LoRA by gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from benchmarks.absorbing.cases import Case
 from benchmarks.absorbing.exam import Exam
-from benchmarks.absorbing.gradient import LowRank, Training
 from benchmarks.timing import moment
 from npt import EditStore
 from npt.block.modes import having
@@ -17,6 +16,7 @@ from npt.editing.absorbing.absorbed import Absorbed
 from npt.editing.absorbing.choice import block_sets
 from npt.editing.absorbing.contexts import Contexts
 from npt.editing.absorbing.general import CHOOSING, REPORTING
+from npt.editing.absorbing.gradient import PIECES, Trained, Training, zero
 from npt.editing.absorbing.settings import options_of
 from npt.editing.absorbing.teaching import Teacher
 from npt.planning.counters import AllocationCounter
@@ -29,12 +29,14 @@ EFFECT = 0.2
 class Plan:
     """What is run.
 
-    trainings: the gradient's. steps: after which it is measured, ascending. memory: count each arm's peak in runs of its own.
+    trainings: the gradient's. steps: after which it is measured, ascending. descent: steps by gradient behind absorb, whose
+    figures stand beside those without; 0 for none. memory: count each arm's peak in runs of its own.
     options: of `EditStore.absorb`. clock: of `benchmarks.timing.CLOCKS`, for all seconds.
     """
 
     trainings: tuple[Training, ...]
     steps: tuple[int, ...]
+    descent: int
     memory: bool
     options: dict[str, Any]
     clock: str = "wall"
@@ -59,8 +61,8 @@ def prepare(store: EditStore, blocks: Sequence[int] | None = None) -> float:
 def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
     """The record of one context.
 
-    effect is the KL of the model without the context. Below `EFFECT` the record ends there; else `absorb` and `gradient`
-    follow, the latter with a list over `plan.steps` for each training. Seconds are without those of measuring.
+    effect is the KL of the model without the context. Below `EFFECT` the record ends there; else `absorb`, `descended` and
+    `gradient` follow, the last with a list over `plan.steps` for each training. Seconds are without those of measuring.
 
     Args:
         store: a store with nothing in it, prepared.
@@ -83,6 +85,11 @@ def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
     found["learnt"] = {"conversations": len(edit.learnt), "tokens": sum(c.shared for c in edit.learnt)}
     found["asking_seconds"] = seconds["asking"]
     found["absorb"] = {**exam.mark().kept(), "seconds": seconds["absorbing"]}
+    if plan.descent:
+        start = moment(plan.clock)
+        store.contexts.descend(replace(edit.setting, steps=plan.descent), edit.learnt)
+        more = moment(plan.clock) - start
+        found["descended"] = {**exam.mark().kept(), "seconds": seconds["absorbing"] + more}
     store.undo(edit.id)
     found["gradient"] = [
         {**asdict(training), "points": trained(store, exam, edit, training, plan)} for training in plan.trainings
@@ -108,10 +115,12 @@ def trained(store: EditStore, exam: Exam, edit: Absorbed, training: Training, pl
     return found
 
 
-def lora(store: EditStore, edit: Absorbed, training: Training) -> LowRank:
+def lora(store: EditStore, edit: Absorbed, training: Training) -> Trained:
     """A LoRA at the place and of the rank of an absorbed context, which learns from the same tokens."""
     contexts, setting = store.contexts, edit.setting
-    return LowRank(contexts.blocks, setting.blocks, setting.rank, edit.learnt, training, contexts.patches.together)
+    begin = zero(contexts.blocks, setting.blocks, setting.rank, training.seed)
+    text = contexts.general.pieces(PIECES) if training.beta else ()
+    return Trained(contexts.blocks, begin, edit.learnt, training, text, contexts.patches.together)
 
 
 def peaks(store: EditStore, case: Case, plan: Plan, edit: Absorbed) -> dict[str, int]:
@@ -160,6 +169,8 @@ def _timed(method: Callable[..., Any], found: dict[str, float], part: str, clock
     return run
 
 
-def trainings(rates: Sequence[float], tokens: Sequence[str], batch: int) -> tuple[Training, ...]:
-    """Every rate with every choice of tokens."""
-    return tuple(replace(Training(rate), tokens=which, batch=batch) for which in tokens for rate in rates)
+def trainings(
+    rates: Sequence[float], tokens: Sequence[str], betas: Sequence[float], batch: int
+) -> tuple[Training, ...]:
+    """Every rate with every choice of tokens and every weight of text."""
+    return tuple(Training(rate, which, batch, beta) for which in tokens for beta in betas for rate in rates)

@@ -11,16 +11,20 @@ from benchmarks.absorbing.exam import right
 from benchmarks.kept import Record
 from npt.errors import NPTError
 
-ARMS = ("nothing", "context", "absorb", "gradient")
+ARMS = ("nothing", "context", "absorb", "descended", "gradient")
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The gradient's setting. rate, tokens: see `benchmarks.absorbing.gradient.Training`. steps: after which it ends."""
+    """The gradient's setting.
+
+    rate, tokens, beta: see `npt.editing.absorbing.gradient.Training`. steps: after which it ends.
+    """
 
     rate: float
     tokens: str
     steps: int
+    beta: float = 0.0
 
 
 def measured(records: Mapping[str, Record], kind: str) -> dict[str, Record]:
@@ -33,17 +37,17 @@ def left_out(records: Mapping[str, Record], kind: str) -> dict[str, float]:
     return {name: one["effect"] for name, one in records.items() if one["kind"] == kind and "absorb" not in one}
 
 
-def points(record: Record, rate: float, tokens: str) -> list[Record]:
+def points(record: Record, rate: float, tokens: str, beta: float) -> list[Record]:
     """The gradient's figures over its steps.
 
     Raises:
         NPTError: it was not trained with this rate on these tokens.
     """
     for one in record["gradient"]:
-        if (one["rate"], one["tokens"]) == (rate, tokens):
+        if (one["rate"], one["tokens"], one["beta"]) == (rate, tokens, beta):
             found: list[Record] = one["points"]
             return found
-    raise NPTError(f"rate {rate:g} on {tokens} tokens was not measured; measure it on both parts")
+    raise NPTError(f"rate {rate:g}, beta {beta:g}, on {tokens} tokens was not measured; measure it on both parts")
 
 
 def recovered(record: Record, mark: Record) -> float:
@@ -90,11 +94,11 @@ def choose(records: Mapping[str, Record], kind: str, limit: float) -> Chosen:
     first = next(iter(found.values()))
     ranked = []
     for one in first["gradient"]:
-        rows = [points(record, one["rate"], one["tokens"]) for record in found.values()]
+        rows = [points(record, one["rate"], one["tokens"], one["beta"]) for record in found.values()]
         for marks in zip(*rows, strict=True):
             share = fmean(recovered(r, mark) for r, mark in zip(found.values(), marks, strict=True))
             over = max(0.0, fmean(mark["text_kl"] for mark in marks) - limit)
-            ranked.append((over, -share, Chosen(one["rate"], one["tokens"], marks[0]["steps"])))
+            ranked.append((over, -share, Chosen(one["rate"], one["tokens"], marks[0]["steps"], one["beta"])))
     if not ranked:
         raise NPTError("the development contexts were measured without a gradient; give --rates and --steps there")
     return min(ranked, key=lambda entry: entry[:2])[2]
@@ -102,7 +106,7 @@ def choose(records: Mapping[str, Record], kind: str, limit: float) -> Chosen:
 
 def at(record: Record, chosen: Chosen) -> Record:
     """The gradient's figures at the chosen setting."""
-    found = points(record, chosen.rate, chosen.tokens)
+    found = points(record, chosen.rate, chosen.tokens, chosen.beta)
     return next(mark for mark in found if mark["steps"] == chosen.steps)
 
 
@@ -118,7 +122,7 @@ def summary(records: Sequence[Record], chosen: Chosen) -> dict[str, dict[str, tu
     """
     found: dict[str, dict[str, tuple[float, float] | None]] = {}
     for arm in ARMS:
-        rows = [(record, _mark(record, arm, chosen)) for record in records]
+        rows = [(record, mark) for record in records if (mark := _mark(record, arm, chosen)) is not None]
         found[arm] = {
             "recovered": with_error([recovered(record, mark) for record, mark in rows]),
             "given": with_error([given(record, mark["texts"]) for record, mark in rows]),
@@ -129,15 +133,15 @@ def summary(records: Sequence[Record], chosen: Chosen) -> dict[str, dict[str, tu
     return found
 
 
-def _mark(record: Record, arm: str, chosen: Chosen) -> Record:
+def _mark(record: Record, arm: str, chosen: Chosen) -> Record | None:
     if arm == "context":
         return {"kl": 0.0, "texts": record["taught"]}
-    return at(record, chosen) if arm == "gradient" else record[arm]  # type: ignore[no-any-return]
+    return at(record, chosen) if arm == "gradient" else record.get(arm)
 
 
 def curve(records: Sequence[Record], chosen: Chosen) -> Iterator[tuple[int, float, tuple[float, float], float]]:
     """(steps, mean seconds, (mean share recovered, its standard error), mean KL on general text) of the gradient."""
-    rows = [points(record, chosen.rate, chosen.tokens) for record in records]
+    rows = [points(record, chosen.rate, chosen.tokens, chosen.beta) for record in records]
     for marks in zip(*rows, strict=True):
         share = with_error([recovered(record, mark) for record, mark in zip(records, marks, strict=True)])
         assert share is not None
@@ -154,7 +158,7 @@ def caught_up(records: Sequence[Record], chosen: Chosen, limit: float) -> tuple[
     for record in records:
         absorb = record["absorb"]
         most = max(limit, absorb["text_kl"])
-        for mark in points(record, chosen.rate, chosen.tokens):
+        for mark in points(record, chosen.rate, chosen.tokens, chosen.beta):
             if mark["kl"] <= absorb["kl"] and mark["text_kl"] <= most:
                 ratios.append(mark["seconds"] / absorb["seconds"])
                 break

@@ -20,7 +20,10 @@ from npt.report.style import BLUE, COLOURS, Picture, draw_picture, legend_below
 from scripts.marked import ROOT, write_section
 
 DOCUMENT = "docs/editing.md"
-LABELS = {"nothing": "nothing", "context": "context in front", "absorb": "absorb", "gradient": "LoRA by gradient"}
+LABELS = {
+    "nothing": "nothing", "context": "context in front", "absorb": "absorb", "descended": "absorb, steps by gradient",
+    "gradient": "LoRA by gradient",
+}  # fmt: skip
 HEAD = ("arm", "KL recovered", "right answers given", "KL on general text", "seconds", "peak memory")
 
 
@@ -59,7 +62,7 @@ def kind_table(kind: str, kept: Kept) -> str:
     rows = summary(list(found.values()), chosen)
     line = (
         f"**{len(found)} {kind}s**, `{kept.about['model']}`, {kept.about['machine']['device']}. LoRA by gradient: rate "
-        f"{chosen.rate:g}, {chosen.steps} steps, {chosen.tokens} tokens. {note}"
+        f"{chosen.rate:g}, beta {chosen.beta:g}, {chosen.steps} steps, {chosen.tokens} tokens. {note}"
     )
     cells = [
         [
@@ -67,6 +70,7 @@ def kind_table(kind: str, kept: Kept) -> str:
             shown(rows[arm]["text_kl"], "kl"), shown(rows[arm]["seconds"], "seconds"), shown(rows[arm]["peak"], "bytes"),
         ]
         for arm in ARMS
+        if rows[arm]["recovered"] is not None
     ]  # fmt: skip
     count, ratio = caught_up(list(found.values()), chosen, limit)
     times = "" if ratio is None else f", after a median of {ratio:.1f} times its seconds"
@@ -99,13 +103,14 @@ def drawn(kept: Kept) -> Picture:
             steps = list(curve(records, chosen))
             times, shares, errors = [s[1] for s in steps], [s[2][0] for s in steps], [_error(s[2]) for s in steps]
             axes.errorbar(times, shares, errors, color=colour, marker="o", label=f"{kind}s, LoRA by gradient")
-            arm = summary(records, chosen)["absorb"]
-            seconds, share = arm["seconds"], arm["recovered"]
-            if seconds is not None and share is not None:
-                label = f"{kind}s, absorb"
-                axes.errorbar(
-                    [seconds[0]], [share[0]], [_error(share)], color=colour, marker="*", ms=11, ls="", label=label
-                )
+            means = summary(records, chosen)
+            for arm, marker in (("absorb", "*"), ("descended", "P")):
+                seconds, share = means[arm]["seconds"], means[arm]["recovered"]
+                if seconds is not None and share is not None:
+                    label, error = f"{kind}s, {LABELS[arm]}", [_error(share)]
+                    axes.errorbar(
+                        [seconds[0]], [share[0]], error, color=colour, marker=marker, ms=11, ls="", label=label
+                    )
         axes.set_xscale("log")
         axes.set_xlabel("seconds, without those of questions and answers")
         axes.set_ylabel("share of the KL recovered")

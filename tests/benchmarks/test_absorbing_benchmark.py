@@ -17,10 +17,10 @@ from benchmarks.absorbing import arms
 from benchmarks.absorbing.cases import FILES, Case, contains, read_cases
 from benchmarks.absorbing.choice import Chosen, caught_up, choose, given, recovered, summary, with_error
 from benchmarks.absorbing.exam import Exam
-from benchmarks.absorbing.gradient import LowRank, Training, mean_divergence
 from benchmarks.absorbing.tables import drawn, kind_table
 from benchmarks.kept import PARTS, Kept, read_kept
 from npt import EditStore, load_base
+from npt.editing.absorbing.gradient import Trained, Training, mean_divergence, zero
 from npt.editing.absorbing.lesson import divergences
 from npt.editing.absorbing.settings import Options
 from npt.errors import DataError, NPTError
@@ -123,11 +123,15 @@ def test_data_that_is_wrong_is_named(change: dict[str, Any], message: str, tmp_p
 
 def test_all_arms_of_a_context(store: EditStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The LoRA comes nearer to the teacher with its steps, nothing stays on the model, and a weak context ends early."""
-    plan = arms.Plan((Training(1e-2), Training(1e-2, "answers")), (5, 40), True, OPTIONS)
+    plan = arms.Plan((Training(1e-2), Training(1e-2, "answers")), (5, 40), 10, True, OPTIONS)
     monkeypatch.setattr(arms, "EFFECT", 0.0)
     record = arms.measure(store, CASE, plan)
     assert record["nothing"]["kl"] == record["effect"] and record["nothing"]["text_kl"] == 0
     assert record["absorb"]["kl"] < record["effect"] and record["absorb"]["text_kl"] > 0
+    assert (
+        record["descended"]["kl"] < record["absorb"]["kl"]
+        and record["descended"]["seconds"] > record["absorb"]["seconds"]
+    )
     for one in record["gradient"]:
         few, many = one["points"]
         assert (few["steps"], many["steps"]) == (5, 40) and many["seconds"] > few["seconds"] > 0
@@ -147,10 +151,11 @@ def test_the_lora_begins_as_the_base_and_learns_from_the_same_tokens(store: Edit
     contexts = store.contexts
     for tokens in ("all", "answers"):
         training = Training(1e-6, tokens, batch=len(exam.conversations))
-        one = LowRank(contexts.blocks, [2, 3], 4, exam.conversations, training, contexts.patches.together)
+        begin = zero(contexts.blocks, [2, 3], 4, 0)
+        one = Trained(contexts.blocks, begin, exam.conversations, training, together=contexts.patches.together)
         try:
             loss = one.train(1)
-            assert all(len(pair[0]) == 4 for pair in one._pairs)
+            assert all(len(factors.right) == 4 for factors in one.factors.values())
             assert exam.mark().kl == pytest.approx(base, rel=1e-2)
         finally:
             one.close()
@@ -185,7 +190,7 @@ def record_of(kl: float, points: list[tuple[int, float, float, float]], **more: 
         "kind": "document", "part": "test", "effect": 1.0, "answers": ["Oslo", "red", "six"],
         "taught": ["In Oslo.", "It is red.", "Five."], "nothing": {"kl": 1.0, "text_kl": 0.0, "texts": ["a", "b", "six"]},
         "absorb": {"kl": kl, "text_kl": 0.01, "seconds": 2.0, "texts": ["Oslo", "Red!", "five"]},
-        "gradient": [{"rate": 0.1, "tokens": "all", "points": marks}], **more,
+        "gradient": [{"rate": 0.1, "tokens": "all", "beta": 0.0, "points": marks}], **more,
     }  # fmt: skip
 
 
@@ -272,7 +277,7 @@ def test_a_run_that_was_killed_goes_on_and_leaves_the_same_file(
     assert command.main([*test, "--only", "museum"]) == 0
     kept = read_kept(tmp_path / "test.json")
     assert list(kept.contexts) == ["museum"] and kept.about["chosen"]["document"] == {
-        "rate": 0.1, "tokens": "all", "steps": 5,
+        "rate": 0.1, "tokens": "all", "steps": 5, "beta": 0.0,
     }  # fmt: skip
     assert command.main([*test, "--only", "village"]) == 1
     assert "no context of the test part; use ship," in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import npt
 from npt.cli import main
 from npt.cli.options import DEVICES
+from npt.common.launch import SPINS, wait_briefly
 
 HEAVY = {
     "torch",
@@ -127,3 +129,31 @@ def test_bash_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.delenv("_NPT_COMPLETE")
     found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert found.stdout == "evaluate\n", found.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({}, f"GOMP_SPINCOUNT = '{SPINS}'"),
+        ({"OMP_WAIT_POLICY": "passive"}, "GOMP_SPINCOUNT = '0'"),
+        ({"GOMP_SPINCOUNT": "7"}, "GOMP_SPINCOUNT = '7'"),
+    ],
+)
+def test_threads_spin_briefly_unless_the_environment_says_how_they_wait(given: dict[str, str], line: str) -> None:
+    code = "import npt.cli.entry as e; e.main = lambda: 0\ntry: e.console_main()\nexcept SystemExit: import torch"
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment = kept | given | {"OMP_DISPLAY_ENV": "verbose"}  # OpenMP's library says what it read
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )  # fmt: skip
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("this torch waits with another library than libgomp")
+    assert line in done.stderr, done.stderr
+
+
+def test_nothing_is_set_once_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert "torch" in sys.modules
+    wait_briefly()
+    assert "GOMP_SPINCOUNT" not in os.environ

@@ -26,6 +26,7 @@ from benchmarks.tables import (
     linear_table,
     materialized_table,
     outcomes_table,
+    sharing_table,
     speed_sentence,
     speed_table,
 )
@@ -216,6 +217,7 @@ def test_tables_are_those_of_the_kept_figures() -> None:
         ("docs/speed.md", "materialized"): materialized_table(speed),
         ("docs/speed.md", "linear"): linear_table(speed),
         ("docs/speed.md", "command"): command_table(json.loads(text_of(RESULTS / "command.json"))),
+        ("docs/speed.md", "sharing"): sharing_table(json.loads(text_of(RESULTS / "sharing.json"))),
         **{("docs/results.md", f"equivalence {name}"): equivalence_table(kept[name]) for name in kept},
         **{(DOCUMENT, name): table for name, table in tables().items()},
         **{

@@ -10,7 +10,7 @@ import typer
 
 from npt.cli.app import app
 from npt.common.display import one_line
-from npt.common.launch import process_label
+from npt.common.launch import process_label, wait_briefly
 from npt.errors import NPTError, RunError, Stopped
 
 # The commands, in the order of npt --help.
@@ -86,4 +86,5 @@ def _out_of_memory(error: BaseException) -> str:
 
 def console_main() -> None:
     """The installed `npt` script."""
+    wait_briefly()
     sys.exit(main())

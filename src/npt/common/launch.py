@@ -7,6 +7,7 @@ process group: `npt.common.processes` knows the processes of a group.
 from __future__ import annotations
 
 import os
+import sys
 
 from npt.errors import NPTError
 
@@ -14,6 +15,19 @@ from npt.errors import NPTError
 LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 #: Variables by which the processes of a launch find one another, beside WORLD_SIZE.
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+#: Variables that say how OpenMP's threads wait for one another, and rounds that they spin before they sleep. By default they
+#: spin for milliseconds: processes that share cores then slow each other many times more than they have to (docs/speed.md).
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+SPINS = 1500
+
+
+def wait_briefly() -> None:
+    """Lets torch's threads spin only briefly for one another, where the environment does not say how they wait.
+
+    OpenMP's library reads the environment when torch loads it: once torch is imported, nothing changes.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def is_first_launched() -> bool:

@@ -252,7 +252,7 @@ class EditStore:
         blocks: str | Sequence[int] = "auto",
         **options: Any,
     ) -> Edit:
-        """Absorbs a context: without it, the model answers as it does with it in front. No gradient is taken.
+        """Absorbs a context: without it, the model answers as it does with it in front.
 
         Contexts are solved for together, so their order does not matter, and each can be undone.
 

@@ -87,7 +87,7 @@ class Choice:
             part.stream.through(lowest)  # below the lowest block nothing changes
         with progress_bar("Choosing blocks, mu and lambda", None, self.progress, unit="trials") as self._advance:
             for blocks in sets:
-                self.trial(Setting(blocks, mu, lam, self.options.rank))
+                self.trial(Setting(blocks, mu, lam, self.options.rank, self.options.steps, self.options.rate))
             if self.options.mu is None:
                 self._search_mu(self.chosen().setting)
             if self.options.lam is None:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from npt.common.display import one_line
+from npt.common.progress import tracked
 from npt.editing.absorbing.absorbed import Absorbed, Compared, Figures, id_of
 from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.choice import Choice, Trial, block_sets
 from npt.editing.absorbing.dialogue import Conversation, Dialogue, context_from, shown
 from npt.editing.absorbing.general import CHOOSING, REPORTING, GeneralText
+from npt.editing.absorbing.gradient import BETA, PIECES, Trained, Training, balanced
 from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.patches import Patches
 from npt.editing.absorbing.questions import Asked
@@ -84,7 +86,8 @@ class Contexts:
         own = [one.setting for one in self.ledger.values()]
         blocks = tuple(sorted({block for one in own for block in one.blocks}))
         rank = min(sum(one.rank for one in own), RANKS[-1])
-        return Setting(blocks, max(one.mu for one in own), max(one.lam for one in own), rank)
+        steps, rate = max((one.steps, one.rate) for one in own)
+        return Setting(blocks, max(one.mu for one in own), max(one.lam for one in own), rank, steps, rate)
 
     def resolve(self) -> None:
         """Solves for the contexts in the ledger and puts their weight deltas to work, and nothing else."""
@@ -99,6 +102,21 @@ class Contexts:
             learnt = [conversation for one in own for conversation in one.learnt]
             weights = [1 / sum(c.shared for c in one.learnt) for one in own for _ in one.learnt]
             Lesson(self.blocks, learnt, setting.blocks, weights).fit(setting, text, self.patches)
+            if setting.steps:
+                self.descend(setting, learnt)
+
+    def descend(self, setting: Setting, learnt: Sequence[Conversation]) -> None:
+        """Trains the weight deltas at work on, by gradient."""
+        begin = {layer: balanced(one) for layer, one in self.factors.items()}
+        self.patches.set({})
+        training = Training(setting.rate, beta=BETA, falling=setting.steps)
+        trained = Trained(self.blocks, begin, learnt, training, self.general.pieces(PIECES), self.patches.together)
+        try:
+            for _ in tracked(range(setting.steps), "Training", self.progress, unit="steps"):
+                trained.train(1)
+        finally:
+            trained.close()
+        self.patches.set(trained.factors)
 
     @contextmanager
     def unchanged_unless_done(self) -> Iterator[None]:

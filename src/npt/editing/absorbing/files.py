@@ -136,7 +136,12 @@ def _setting(record: Mapping[str, Any]) -> Setting:
     rank = _typed(record, "rank", int)
     if rank < 1:
         raise ValueError(f"rank={rank}")
-    return Setting(blocks, values["mu"], values["lam"], rank)
+    # Stores of versions without steps have none.
+    steps = _typed({"steps": 0} | dict(record), "steps", int)
+    rate = _number(record.get("rate", Setting.rate), "rate")
+    if steps < 0 or not rate:
+        raise ValueError(f"steps={steps}, rate={rate}")
+    return Setting(blocks, values["mu"], values["lam"], rank, steps, rate)
 
 
 def _row(kind: Any, record: Mapping[str, Any]) -> Any:

@@ -26,6 +26,8 @@ from npt.errors import NPTError
 
 #: Texts of `LENGTH` tokens that the base writes, on which the damage is measured.
 WATCHED = 8
+#: Rows of a piece of text that a step by gradient reads.
+PIECE = 2
 #: Of the text by which a setting is chosen, and of the text of the figure that is reported; 0 is that of the statistics.
 CHOOSING, REPORTING = 1, 2
 
@@ -111,7 +113,14 @@ class GeneralText:
         Args:
             seed: `CHOOSING` or `REPORTING`.
         """
-        rows = self.watched_rows(seed)
+        return self._apart(self.watched_rows(seed))
+
+    def pieces(self, count: int) -> list[Apart]:
+        """So many first pieces of the text, of `PIECE` rows each, to be compared as `watched`. The base has to be alone."""
+        rows = self.rows()[: PIECE * count]
+        return [self._apart(rows[at : at + PIECE]) for at in range(0, len(rows), PIECE)]
+
+    def _apart(self, rows: Sequence[Sequence[int]]) -> Apart:
         kept = [len(row) for row in rows]
         counted = torch.tensor([i for i, n in enumerate(kept) for _ in range(n)])
         return Apart(self.blocks, rows, kept, outputs_of(self.blocks, rows, kept, [])[1], counted)

@@ -13,12 +13,16 @@ from npt.errors import NPTError
 
 @dataclass(frozen=True)
 class Setting:
-    """How weight deltas are solved for: the blocks, ascending; mu and lambda of the formula; the largest rank of a block's."""
+    """How weight deltas are solved for: the blocks, ascending; mu and lambda of the formula; the largest rank of a block's;
+    steps by gradient from there, and AdamW's rate.
+    """
 
     blocks: tuple[int, ...]
     mu: float
     lam: float
     rank: int
+    steps: int = 0
+    rate: float = 3e-4
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class Options:
 
     number: questions that the model writes. phrasings: wordings of each. new_tokens: the longest answer. limit: mean KL from
     the base on general text that is allowed, in nats a token. mu, lam: of the formula; None chooses. rank: the largest of a
-    block's weight delta. style: how questions are put (see `npt.editing.absorbing.dialogue.STYLES`), or "auto". seed: of the
-    questions.
+    block's weight delta. steps: by gradient, from the weight deltas that the formula finds. rate: AdamW's for them. style:
+    how questions are put (see `npt.editing.absorbing.dialogue.STYLES`), or "auto". seed: of the questions.
     """
 
     number: int = 48
@@ -38,13 +42,15 @@ class Options:
     mu: float | None = None
     lam: float | None = None
     rank: int = 128
+    steps: int = 0
+    rate: float = 3e-4
     style: str = "auto"
     seed: int = 0
 
 
 #: The smallest value of each whole number.
-_LEAST = {"number": 4, "phrasings": 1, "new_tokens": 1, "rank": 1, "seed": 0}
-_MOST = {"number": 10_000, "phrasings": 16, "new_tokens": 4_096, "rank": 512, "seed": 2**31 - 1}
+_LEAST = {"number": 4, "phrasings": 1, "new_tokens": 1, "rank": 1, "steps": 0, "seed": 0}
+_MOST = {"number": 10_000, "phrasings": 16, "new_tokens": 4_096, "rank": 512, "steps": 10_000, "seed": 2**31 - 1}
 
 
 def options_of(given: dict[str, Any]) -> Options:
@@ -64,8 +70,10 @@ def options_of(given: dict[str, Any]) -> Options:
         elif name == "style":
             if value != "auto" and value not in STYLES:
                 raise NPTError(f"{shown} is unknown; use auto, {', '.join(STYLES)}")
-        elif not (value is None and name != "limit") and not _positive(value):
-            raise NPTError(f"{shown}: use a number above 0{'' if name == 'limit' else ', or None to have it chosen'}")
+        elif not (value is None and name in ("mu", "lam")) and not _positive(value):
+            raise NPTError(
+                f"{shown}: use a number above 0{', or None to have it chosen' if name in ('mu', 'lam') else ''}"
+            )
     return Options(**given)
 
 

@@ -178,6 +178,10 @@ class Stream:
     @torch.no_grad()
     def finish(self) -> Tensor:
         """The model's last hidden states (tokens, d) at the kept tokens."""
+        return self.last()
+
+    def last(self) -> Tensor:
+        """`finish`, with a gradient where one is enabled."""
         found = []
         for recording, (rows, tokens) in zip(self._at, self._spots, strict=True):
             with eval_mode(self.blocks.base), skipping(self.blocks.modules, recording):

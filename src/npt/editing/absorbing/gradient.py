@@ -1,0 +1,195 @@
+"""Weight deltas trained by gradient: from zero, as a LoRA begins, or on from those that the closed form found.
+
+    loss = mean KL(model with the context || model as it is) over a batch's tokens + beta mean KL(base || model) over text
+
+Each block's weight delta is left right, of two factors (d, r) and (r, f), both trained by AdamW. Conversations are batched
+once; what they read below the lowest patched block never changes, and is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from npt.block.probing import logit_head
+from npt.common.precision import cast, wide
+from npt.editing.absorbing.dialogue import Conversation
+from npt.editing.absorbing.lesson import Apart, Lesson
+from npt.editing.absorbing.stream import Blocks
+from npt.editing.adapter import DownAdapter
+from npt.editing.solve import Factors
+from npt.tuner.converted import eval_mode
+
+#: The weight of text, conversations of a step, and pieces of text, where a context is absorbed.
+BETA, BATCH, PIECES = 1.0, 8, 24
+#: Tokens that the KL is taken over: all that both conversations end with, which the closed form reads; or the answers' alone.
+TOKENS = ("all", "answers")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How factors are trained. rate: AdamW's. tokens: see `TOKENS`. batch: conversations of a step. beta: the weight of text.
+    falling: over how many steps the rate falls to zero; 0 keeps it. seed: of the batches, and of factors that begin at random.
+    """
+
+    rate: float
+    tokens: str = "all"
+    batch: int = BATCH
+    beta: float = 0.0
+    falling: int = 0
+    seed: int = 0
+
+
+class Trained:
+    """Factors in training, at work on the blocks' `down` projections.
+
+    Args:
+        blocks: the model's, with nothing at work on it.
+        factors: {block: the factors to begin with}.
+        conversations: what is learnt from.
+        training: see `Training`.
+        text: pieces of text that must not be disturbed, one for each step in turn; none without beta.
+        together: the adapters of a store on the same model; None without one.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        factors: Mapping[int, Factors],
+        conversations: Sequence[Conversation],
+        training: Training,
+        text: Sequence[Apart] = (),
+        together: list[DownAdapter] | None = None,
+    ):
+        self.blocks, self.training, self.steps = blocks, training, 0
+        self._chance = torch.Generator().manual_seed(training.seed)
+        order = torch.randperm(len(conversations), generator=self._chance).tolist()
+        batches = [order[at : at + training.batch] for at in range(0, len(order), training.batch)]
+        self._lessons = [Lesson(blocks, [conversations[i] for i in batch]) for batch in batches]
+        self._text, lowest = [piece.copy() for piece in text], min(factors)
+        for apart in (*self._lessons, *self._text):
+            apart.stream.through(lowest)
+        shared = [] if together is None else together
+        self.adapters = {
+            layer: DownAdapter(blocks.down(layer), blocks.base, together=shared, first=True) for layer in factors
+        }
+        self._pairs = {layer: _begun(factors[layer], self.adapters[layer]) for layer in factors}
+        self._optimizer = torch.optim.AdamW(self._parts, lr=training.rate, weight_decay=0.0)
+        self._order: list[int] = []
+
+    @property
+    def _parts(self) -> list[Tensor]:
+        return [part for pair in self._pairs.values() for part in pair]
+
+    @property
+    def factors(self) -> dict[int, Factors]:
+        """{block: its factors now}."""
+        return {
+            layer: Factors(left.detach().clone(), right.detach().clone())
+            for layer, (left, right) in self._pairs.items()
+        }
+
+    def train(self, steps: int) -> float:
+        """Takes so many steps more and puts the result to work; returns the last step's loss, in nats a token."""
+        loss = 0.0
+        for _ in range(steps):
+            loss = self._step(self._batch())
+            self.steps += 1
+        for layer, factors in self.factors.items():
+            self.adapters[layer].set(factors)
+        return loss
+
+    def close(self) -> None:
+        """Takes the factors off the model."""
+        for adapter in self.adapters.values():
+            adapter.close()
+
+    def _batch(self) -> Lesson:
+        """The next batch; each is read once before any is again."""
+        if not self._order:
+            self._order = torch.randperm(len(self._lessons), generator=self._chance).tolist()
+        return self._lessons[self._order.pop()]
+
+    def _step(self, lesson: Lesson) -> float:
+        parts, falling = self._parts, self.training.falling
+        share = max(0.0, 1 - self.steps / falling) if falling else 1.0
+        self._optimizer.param_groups[0]["lr"] = self.training.rate * share
+        with self._at_work(), eval_mode(self.blocks.base), torch.enable_grad():
+            loss = self._loss(lesson, self.training.tokens)
+            slopes = torch.autograd.grad(loss, parts)
+            if self.training.beta and self._text:
+                piece = self._text[self.steps % len(self._text)]
+                text = torch.autograd.grad(self.training.beta * self._loss(piece, "all"), parts)
+                slopes = tuple(a + b for a, b in zip(slopes, text, strict=True))
+        for part, slope in zip(parts, slopes, strict=True):
+            part.grad = slope
+        self._optimizer.step()
+        return float(loss.detach())
+
+    def _loss(self, apart: Apart, tokens: str) -> Tensor:
+        now = apart.stream.last()
+        use = apart.counted >= 0 if tokens == "answers" else torch.ones_like(apart.counted, dtype=torch.bool)
+        given, use = apart.last, use.to(now.device)
+        return mean_divergence(logit_head(self.blocks.base), given[use.to(given.device)], now[use])
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """The factors as they are trained are at work."""
+        with ExitStack() as stack:
+            for layer, (left, right) in self._pairs.items():
+                stack.enter_context(self.adapters[layer].trying(partial(_through, left, right)))
+            yield
+
+
+def zero(blocks: Blocks, layers: Sequence[int], rank: int, seed: int) -> dict[int, Factors]:
+    """{block: factors as PEFT begins a LoRA}: right random, left zero.
+
+    Args:
+        blocks: the model's.
+        layers: the blocks.
+        rank: of each.
+        seed: of the random numbers.
+    """
+    chance, found = torch.Generator().manual_seed(seed), {}
+    for layer in layers:
+        width, size = blocks.shape(layer)
+        right = torch.empty(min(rank, width, size), width)
+        nn.init.kaiming_uniform_(right, a=5**0.5, generator=chance)
+        found[layer] = Factors(torch.zeros(size, len(right)), right)
+    return found
+
+
+def balanced(factors: Factors) -> Factors:
+    """The same weight delta with columns of left as long as their rows of right, so that AdamW moves both alike."""
+    left, right = factors.left, factors.right
+    ratio = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-30)).sqrt()
+    return Factors(left * ratio, right / ratio.clamp_min(1e-30)[:, None])
+
+
+def _begun(factors: Factors, adapter: DownAdapter) -> tuple[Tensor, Tensor]:
+    parts = (factors.left, factors.right)
+    left, right = (part.detach().clone().to(adapter.device, adapter.dtype).requires_grad_() for part in parts)
+    return left, right
+
+
+def _through(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
+    return nn.functional.linear(nn.functional.linear(cast(x, right.dtype), right), left)
+
+
+def mean_divergence(head: Callable[[Tensor], Tensor], given: Tensor, now: Tensor) -> Tensor:
+    """Mean KL(given || now) in nats of the distributions behind last hidden states (tokens, d), with a gradient in `now`.
+
+    Args:
+        head: last hidden states -> logits.
+        given: the teacher's.
+        now: the student's.
+    """
+    with torch.no_grad():
+        p = wide(head(given)).log_softmax(-1)
+    q = wide(head(now)).log_softmax(-1)
+    return nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
