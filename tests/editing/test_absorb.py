@@ -106,11 +106,12 @@ def test_a_context_is_absorbed_undone_saved_and_is_a_lora(family: str, tmp_path:
 # -- the ledger ------------------------------------------------------------------------------------------------------------
 
 
-def test_order_does_not_matter_and_undo_is_as_if_never_absorbed(llama: Any) -> None:
+@pytest.mark.parametrize("steps", [0, 3])
+def test_order_does_not_matter_and_undo_is_as_if_never_absorbed(llama: Any, steps: int) -> None:
     found = {}
     for order in ((ONE, OTHER), (OTHER, ONE), (ONE,), (OTHER,)):
         one = store(llama)
-        ids = [absorb(one, context).id for context in order]
+        ids = [absorb(one, context, steps=steps).id for context in order]
         found[order] = logits(llama)
         if order == (ONE, OTHER):
             one.undo(ids[0])
@@ -124,15 +125,16 @@ def test_order_does_not_matter_and_undo_is_as_if_never_absorbed(llama: Any) -> N
     assert torch.equal(found["both undone"], logits(llama))
 
 
-def test_a_context_that_was_loaded_is_undone_without_its_text(llama: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_context_that_was_loaded_is_undone_without_its_text(llama: Any, steps: int, tmp_path: Path) -> None:
     """The other context is solved for anew from what the folder holds: no statistics, no questions are needed."""
     one = store(llama)
     first = absorb(one, ONE)
-    absorb(one, OTHER)
+    absorb(one, OTHER, steps=steps)
     one.save(tmp_path / "s")
     one.close()
     alone = store(llama)
-    absorb(alone, OTHER)
+    absorb(alone, OTHER, steps=steps)
     expected = logits(llama)
     alone.close()
     again = EditStore.load(llama, one.tokenizer, tmp_path / "s", progress=False)

@@ -280,6 +280,7 @@ def test_given_answers_are_taught() -> None:
     [
         ({"numbr": 3}, "absorb has no such option; use number"), ({"number": 3}, "whole number from 4"),
         ({"rank": 513}, "from 1 to 512"), ({"limit": 0}, "limit=0: use a number above 0"), ({"limit": None}, "number above 0"),
+        ({"steps": -1}, "steps=-1: use a whole number from 0"), ({"rate": None}, "rate=None: use a number above 0$"),
         ({"mu": -1}, "mu=-1: use a number above 0, or None"), ({"style": "html"}, "style='html' is unknown"),
     ],
 )  # fmt: skip

@@ -132,6 +132,8 @@ def absorb(
     rank: Annotated[
         int | None, typer.Option("--rank", help="The largest rank of a block's weight delta (128).")
     ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps by gradient behind the closed form (0).")] = None,
+    rate: Annotated[float | None, typer.Option("--rate", help="AdamW's rate in these steps (0.0003).")] = None,
     new_tokens: Annotated[int | None, typer.Option("--new-tokens", help="The longest answer (48).")] = None,
     style: Annotated[str | None, typer.Option("--style", help="auto (default), chat, question or text.")] = None,
     statistics: Annotated[
@@ -148,7 +150,10 @@ def absorb(
     from npt.runs.absorb import asked_for
     from npt.runs.edits import Options
 
-    given = {"number": number, "limit": limit, "mu": mu, "rank": rank, "new_tokens": new_tokens, "style": style}
+    given = {
+        "number": number, "limit": limit, "mu": mu, "rank": rank, "steps": steps, "rate": rate, "new_tokens": new_tokens,
+        "style": style,
+    }  # fmt: skip
     asked = asked_for(context, questions, blocks, given)
     found, page = absorb_into(store, asked, Options(model, set_ or (), statistics=statistics or ()))
     _show_absorbed(found)
@@ -291,7 +296,8 @@ def _show_absorbed(found: Absorbed) -> None:
     figures, setting = found.figures, found.setting
     say(f"{found.id}  {figures.recovered:.0%} recovered: KL to the model with the context {figures.kl_before:.3f} -> "
         f"{figures.kl_after:.3f} on {len(found.compared)} held-out questions; general text {figures.text_kl:.4f}")  # fmt: skip
-    say(f"  {blocks_text(setting.blocks)}, mu {setting.mu:.3g}, lambda {setting.lam:.2g}, {figures.seconds:.0f} s")
+    say(f"  {blocks_text(setting.blocks)}, mu {setting.mu:.3g}, lambda {setting.lam:.2g}, "
+        f"{setting.steps} steps by gradient, {figures.seconds:.0f} s")  # fmt: skip
     for line in (*found.left_out, found.note):
         if line:
             say(f"  note     {one_line(line)}")
