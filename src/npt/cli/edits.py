@@ -133,7 +133,7 @@ def absorb(
         int | None, typer.Option("--rank", help="The largest rank of a block's weight delta (128).")
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Steps by gradient behind the closed form (0).")] = None,
-    rate: Annotated[float | None, typer.Option("--rate", help="AdamW's rate in these steps (0.0003).")] = None,
+    rate: Annotated[float | None, typer.Option("--rate", help="AdamW's rate in these steps (0.001).")] = None,
     new_tokens: Annotated[int | None, typer.Option("--new-tokens", help="The longest answer (48).")] = None,
     style: Annotated[str | None, typer.Option("--style", help="auto (default), chat, question or text.")] = None,
     statistics: Annotated[

@@ -22,7 +22,7 @@ class Setting:
     lam: float
     rank: int
     steps: int = 0
-    rate: float = 3e-4
+    rate: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Options:
     lam: float | None = None
     rank: int = 128
     steps: int = 0
-    rate: float = 3e-4
+    rate: float = 1e-3
     style: str = "auto"
     seed: int = 0
 
