@@ -83,12 +83,12 @@ def plans_of(
     if tuned is not None:
         steps, batch = tuple(tuned.about["steps"]), tuned.about["batch"]
     chosen = None if tuned is None else {kind: choose(tuned.contexts, kind, limit) for kind in FILES}
-    trainings = arms.trainings(given.rates, given.tokens, given.betas, batch)
+    trainings = arms.trainings(given.rates, given.tokens, given.betas, batch, steps[-1])
     plan = arms.Plan(trainings, steps, given.descent, given.memory, options, given.clock)
     plans = dict.fromkeys(FILES, plan)
     if chosen is not None:
         for kind, one in chosen.items():
-            plans[kind] = replace(plan, trainings=(Training(one.rate, one.tokens, batch, one.beta),))
+            plans[kind] = replace(plan, trainings=(Training(one.rate, one.tokens, batch, one.beta, steps[-1]),))
     about: dict[str, Any] = {
         "model": given.model, "part": given.part, "machine": machine(), "options": options, "steps": list(steps),
         "batch": batch, "limit": limit, "clock": given.clock, "descent": given.descent,
@@ -124,13 +124,13 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, help="the file of the figures (default: in benchmarks/results)")
     add("--tuned-on", type=Path, help="with --part test: the file of the development contexts")
     add("--rates", type=float, nargs="+", default=[3e-4, 1e-3], help="of AdamW, to choose from (development)")
-    add("--steps", type=int, nargs="+", default=[10, 30, 60], help="after which it is measured (development)")
+    add("--steps", type=int, nargs="+", default=[10, 30], help="after which it is measured (development)")
     add("--tokens", nargs="+", choices=TOKENS, default=["all"], help="that the LoRA's KL is taken over, to choose from")
-    add("--betas", type=float, nargs="+", default=[0.0, 1.0], help="the LoRA's weights of text, to choose from")
+    add("--betas", type=float, nargs="+", default=[1.0, 3.0], help="the LoRA's weights of text, to choose from")
     add("--batch", type=int, default=BATCH, help="conversations of a step (development; default: 8)")
     add("--number", type=int, default=Options.number, help="questions that the model writes, as for npt absorb")
     add("--new-tokens", type=int, default=Options.new_tokens, help="the longest answer, as for npt absorb")
-    add("--descent", type=int, default=30, help="steps by gradient behind absorb, beside it (default: 30)")
+    add("--descent", type=int, default=10, help="steps by gradient behind absorb, beside it (default: 10)")
     add("--memory", action="store_true", help="count each arm's peak, in runs of its own")
     add("--clock", choices=CLOCKS, default="wall", help="processor: this process's own time, on a busy machine")
     add("--cache", type=Path, help="a folder that keeps the model's own text and its statistics")

@@ -170,7 +170,7 @@ def _timed(method: Callable[..., Any], found: dict[str, float], part: str, clock
 
 
 def trainings(
-    rates: Sequence[float], tokens: Sequence[str], betas: Sequence[float], batch: int
+    rates: Sequence[float], tokens: Sequence[str], betas: Sequence[float], batch: int, steps: int
 ) -> tuple[Training, ...]:
-    """Every rate with every choice of tokens and every weight of text."""
-    return tuple(Training(rate, which, batch, beta) for which in tokens for beta in betas for rate in rates)
+    """Every rate with every choice of tokens and every weight of text; the rate falls to zero at the last of the steps."""
+    return tuple(Training(rate, which, batch, beta, steps) for which in tokens for beta in betas for rate in rates)
