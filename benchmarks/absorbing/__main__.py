@@ -27,7 +27,7 @@ from benchmarks.kept import PARTS, Kept, Record, ended, file_of, opened, read_ke
 from benchmarks.timing import CLOCKS, check_clock
 from npt import EditStore, load_base
 from npt.common.display import one_line
-from npt.editing.absorbing.gradient import BATCH, TOKENS, Training
+from npt.editing.absorbing.gradient import BATCH, BETA, TOKENS, Training
 from npt.editing.absorbing.settings import Options
 from npt.errors import NPTError
 
@@ -78,7 +78,9 @@ def plans_of(
         tuned: figures of the development contexts; None where these are measured now.
         limit: on general text.
     """
-    options = {"number": given.number, "new_tokens": given.new_tokens}
+    options = {
+        "number": given.number, "phrasings": given.phrasings, "new_tokens": given.new_tokens, "steps": 0,
+    }  # fmt: skip
     steps, batch = tuple(sorted(set(given.steps))), given.batch
     if tuned is not None:
         steps, batch = tuple(tuned.about["steps"]), tuned.about["batch"]
@@ -123,14 +125,20 @@ def parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", default=[], metavar="NAME", help="these contexts of the part")
     add("--output", type=Path, help="the file of the figures (default: in benchmarks/results)")
     add("--tuned-on", type=Path, help="with --part test: the file of the development contexts")
-    add("--rates", type=float, nargs="+", default=[3e-4, 1e-3], help="of AdamW, to choose from (development)")
-    add("--steps", type=int, nargs="+", default=[10, 30], help="after which it is measured (development)")
+    add("--rates", type=float, nargs="+", default=[1e-3, 3e-3], help="of AdamW, to choose from (development)")
+    add("--steps", type=int, nargs="+", default=[20, 40], help="after which it is measured (development)")
     add("--tokens", nargs="+", choices=TOKENS, default=["all"], help="that the LoRA's KL is taken over, to choose from")
-    add("--betas", type=float, nargs="+", default=[1.0, 3.0], help="the LoRA's weights of text, to choose from")
+    add("--betas", type=float, nargs="+", default=[BETA], help="the LoRA's weights of text, to choose from")
     add("--batch", type=int, default=BATCH, help="conversations of a step (development; default: 8)")
     add("--number", type=int, default=Options.number, help="questions that the model writes, as for npt absorb")
+    add("--phrasings", type=int, default=Options.phrasings, help="of each, as for npt absorb")
     add("--new-tokens", type=int, default=Options.new_tokens, help="the longest answer, as for npt absorb")
-    add("--descent", type=int, default=10, help="steps by gradient behind absorb, beside it (default: 10)")
+    add(
+        "--descent",
+        type=int,
+        default=Options.steps,
+        help="steps by gradient behind absorb, beside it, as for npt absorb",
+    )
     add("--memory", action="store_true", help="count each arm's peak, in runs of its own")
     add("--clock", choices=CLOCKS, default="wall", help="processor: this process's own time, on a busy machine")
     add("--cache", type=Path, help="a folder that keeps the model's own text and its statistics")

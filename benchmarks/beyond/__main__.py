@@ -24,7 +24,6 @@ from benchmarks.beyond.arms import Room, Training
 from benchmarks.beyond.facts import DEVELOPMENT, MOST, facts, text_of
 from benchmarks.kept import PARTS, Kept, ended, file_of, opened, read_kept
 from npt import EditStore, load_base
-from npt.editing.absorbing.settings import Options
 from npt.errors import NPTError
 
 KIND = "beyond"
@@ -149,9 +148,7 @@ def parser() -> argparse.ArgumentParser:
     add("--arm", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     add("--rank", type=int, default=8, help="of the LoRA (default: 8)")
     add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of the LoRA, to choose from (development)")
-    add(
-        "--number", type=int, default=Options.number, help="questions that the model writes at least, as for npt absorb"
-    )
+    add("--number", type=int, default=48, help="questions that the model writes at least, as for npt absorb")
     add("--output", type=Path, help="the file of the figures (default: in benchmarks/results)")
     add("--tuned-on", type=Path, help="with --part test: the file of the development part")
     add("--cache", type=Path, help="a folder that keeps the model's own text and its statistics")

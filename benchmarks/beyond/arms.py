@@ -85,7 +85,12 @@ class Room:
             number: the fewest questions that the model writes; it writes two for a fact at least.
             told: the questions are each fact's other wording and the answers its value; else the model writes both.
         """
-        given: dict[str, Any] = {"style": "text", "number": max(number, 2 * len(self.facts))}
+        given: dict[str, Any] = {
+            "style": "text",
+            "number": max(number, 2 * len(self.facts)),
+            "phrasings": 2,
+            "steps": 0,
+        }
         if told:
             given |= {"questions": [f.learnt for f in self.facts], "answers": [f.value for f in self.facts]}
         seconds = timed(lambda: self.store.absorb(text_of(self.facts), **given))

@@ -40,7 +40,7 @@ CASE = Case(
 )  # fmt: skip
 OPTIONS: dict[str, Any] = {
     "questions": QUESTIONS, "blocks": [2, 3], "mu": 1.0, "lam": 0.01, "phrasings": 1, "new_tokens": 8, "rank": 8,
-    "limit": 10.0, "style": "question",
+    "limit": 10.0, "style": "question", "steps": 0,
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ ASKED = {
     OTHER: ["Whose mill is it?", "How old is it?", "Is it new?"],
 }
 OPTIONS: dict[str, Any] = {
-    "blocks": [1, 2], "mu": 1.0, "lam": 0.01, "phrasings": 1, "new_tokens": 5, "limit": 10.0, "style": "question",
+    "blocks": [1, 2], "mu": 1.0, "lam": 0.01, "phrasings": 1, "new_tokens": 5, "limit": 10.0, "style": "question", "steps": 0,
 }  # fmt: skip
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 FAMILIES = ("llama", "gpt2", "falcon", "gemma2", "granite")

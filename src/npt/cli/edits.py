@@ -126,13 +126,13 @@ def absorb(
     ] = None,
     model: Model = None,
     blocks: Annotated[str | None, typer.Option("--blocks", help="auto (default), or indices such as 15,17,19.")] = None,
-    number: Annotated[int | None, typer.Option("--number", help="Questions that the model writes (48).")] = None,
+    number: Annotated[int | None, typer.Option("--number", help="Questions that the model writes (144).")] = None,
     limit: Annotated[float | None, typer.Option("--limit", help="Mean KL allowed on general text (0.02 nats).")] = None,
     mu: Annotated[float | None, typer.Option("--mu", help="The weight of general text; else chosen.")] = None,
     rank: Annotated[
         int | None, typer.Option("--rank", help="The largest rank of a block's weight delta (128).")
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Steps by gradient behind the closed form (0).")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps by gradient behind the closed form (40).")] = None,
     rate: Annotated[float | None, typer.Option("--rate", help="AdamW's rate in these steps (0.001).")] = None,
     new_tokens: Annotated[int | None, typer.Option("--new-tokens", help="The longest answer (48).")] = None,
     style: Annotated[str | None, typer.Option("--style", help="auto (default), chat, question or text.")] = None,

@@ -1,5 +1,5 @@
-"""Contexts absorbed by weights: without the context, the model answers as it does with it in front. No gradient is taken
-unless steps are asked for.
+"""Contexts absorbed by weights: without the context, the model answers as it does with it in front. They are found
+in closed form, then trained for a few steps.
 
 module       in -> out
 settings     options of a person -> options and a setting, checked

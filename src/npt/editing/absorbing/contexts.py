@@ -42,6 +42,8 @@ from npt.tuner.converted import vocabulary_size
 LEAST = 0.1
 #: The share of a context's effect that has to be recovered for it to hold.
 HOLDS = 0.5
+#: The most conversations that each trial of a setting solves for; all of them are solved for with the one that is chosen.
+SOLVED = 48
 
 
 class Contexts:
@@ -231,7 +233,8 @@ class Contexts:
         sets = block_sets(len(self.blocks)) if named is None else [named]
         layers = sorted({block for one in sets for block in one})
         text = self.general.moments(layers)
-        lesson, held = Lesson(self.blocks, taught.learn, layers), Lesson(self.blocks, taught.choose)
+        every = -(-len(taught.learn) // SOLVED)  # wordings stand side by side: of each source some
+        lesson, held = Lesson(self.blocks, taught.learn[::every], layers), Lesson(self.blocks, taught.choose)
         choice = Choice(lesson, held, self.watched(CHOOSING), text, self.patches, options, self.progress)
         return choice.best(sets), len(choice.trials)
 

@@ -25,7 +25,7 @@ from npt.editing.statistics import (
 from npt.errors import NPTError
 
 #: Texts of `LENGTH` tokens that the base writes, on which the damage is measured.
-WATCHED = 8
+WATCHED = 24
 #: Rows of a piece of text that a step by gradient reads.
 PIECE = 2
 #: Of the text by which a setting is chosen, and of the text of the figure that is reported; 0 is that of the statistics.

@@ -26,7 +26,7 @@ from npt.editing.solve import Factors
 from npt.tuner.converted import eval_mode
 
 #: The weight of text, conversations of a step, and pieces of text, where a context is absorbed.
-BETA, BATCH, PIECES = 1.0, 8, 24
+BETA, BATCH, PIECES = 2.0, 8, 24
 #: Tokens that the KL is taken over: all that both conversations end with, which the closed form reads; or the answers' alone.
 TOKENS = ("all", "answers")
 

@@ -35,14 +35,14 @@ class Options:
     how questions are put (see `npt.editing.absorbing.dialogue.STYLES`), or "auto". seed: of the questions.
     """
 
-    number: int = 48
-    phrasings: int = 2
+    number: int = 144
+    phrasings: int = 3
     new_tokens: int = 48
     limit: float = 0.02
     mu: float | None = None
     lam: float | None = None
     rank: int = 128
-    steps: int = 0
+    steps: int = 40
     rate: float = 1e-3
     style: str = "auto"
     seed: int = 0
