@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -267,3 +268,17 @@ CASES = [
     _plain("opt", "", "fc1", "fc2", "final_layer_norm", **_BARE, blocks="model.decoder.layers",
            options={"ffn_dim": 40, "word_embed_proj_dim": 32, "activation_function": "gelu"}),
 ]  # fmt: skip
+
+#: One for each way in which blocks differ: these run by default where a test goes through all, the others with the slow ones.
+FEW = {
+    "llama", "olmo", "nemotron", "lfm2-block_auto_adjust_ff_dim=False", "qwen3_5_text", "granitemoehybrid", "recurrent_gemma",
+    "modernbert-decoder", "llama-attention_bias=True-mlp_bias=True", "gemma2", "gemma4_text-num_kv_shared_layers=2", "gemma3",
+    "granite", "olmo2", "cohere", "stablelm-use_parallel_residual=True", "phi3", "glm4", "phi", "gpt2", "mpt", "codegen",
+    "gpt_neo", "falcon-alibi=False-bias=True-parallel_attn=False",
+    "falcon-alibi=False-bias=True-new_decoder_architecture=True", "bloom", "opt",
+}  # fmt: skip
+
+
+def marks_of(case: Case) -> list[Any]:
+    """What a test that goes through all families puts on a case: it is slow, or one of `FEW`."""
+    return [] if case.name in FEW else [pytest.mark.slow]

@@ -25,11 +25,12 @@ from npt.evaluation.look import observe
 from npt.tuner.converted import active_layers, npt_layers, run_backbone
 from scripts.family_list import DOCUMENT, NAME, family_list
 from scripts.marked import ROOT, section
-from tests.families import CASES, SIZES, Case, raw
+from tests.families import CASES, FEW, SIZES, Case, marks_of, raw
 from tests.helpers import checked_as_original, randomize
 from tests.mixtures import MIXTURES
 
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+MANY = pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks_of(case)) for case in CASES])
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 OPTIONS = [
     dict(zip(("key", "carry", "gain", "low_rank_at"), options, strict=True))
@@ -46,6 +47,10 @@ OPTIONS.append({"key": "input", "carry": "diagonal", "gain": "denominator", "low
 
 def test_every_family_has_a_case() -> None:
     assert {case.model_type for case in CASES} | {mixture.name for mixture in MIXTURES} == set(FAMILIES)
+
+
+def test_the_few_are_among_the_cases() -> None:
+    assert {case.name for case in CASES} > FEW
 
 
 def run_blocks(case: Case, model: Any) -> dict[int, dict[str, Any]]:
@@ -165,7 +170,7 @@ def test_block_equals_explicit_formula_for_every_option(case: Case) -> None:
                 assert error <= 1e-10, f"{options}, block {layer.index}, token {token}: {error:.2g}"
 
 
-@EACH
+@MANY
 @pytest.mark.parametrize("targets", [["gate"], ["up"], ["down"], ["gate", "down"]])
 @torch.no_grad()
 def test_any_subset_of_projections(case: Case, targets: list[str]) -> None:
@@ -184,7 +189,7 @@ def test_any_subset_of_projections(case: Case, targets: list[str]) -> None:
         assert (y[1, 5] - found).norm() <= 1e-10 * expected.norm()
 
 
-@EACH
+@MANY
 @torch.no_grad()
 def test_logits_are_made_of_the_last_hidden_states(case: Case) -> None:
     base = case.build()
@@ -192,7 +197,7 @@ def test_logits_are_made_of_the_last_hidden_states(case: Case) -> None:
     torch.testing.assert_close(logit_head(base)(hidden), base(IDS).logits, rtol=1e-6, atol=1e-6)
 
 
-@EACH
+@MANY
 @torch.no_grad()
 def test_observers_see_the_stream_behind_the_mlp(case: Case) -> None:
     """Of both models: h and the update, from which the block makes its output."""
@@ -218,7 +223,7 @@ def test_exact_and_denominator_are_the_original_and_disabling_gives_it_back_bit_
     checked_as_original(case.build, IDS)
 
 
-@EACH
+@MANY
 @torch.no_grad()
 def test_cached_generation_equals_uncached_also_after_save_and_load(case: Case, tmp_path: Path) -> None:
     model = get_peft_model(case.build(), NPTConfig(npt_layers="upper_half", rank=3)).eval()
@@ -236,7 +241,7 @@ def test_cached_generation_equals_uncached_also_after_save_and_load(case: Case, 
     assert torch.equal(loaded.generate(**arguments, use_cache=True), cached)
 
 
-@EACH
+@MANY
 def test_calibration_brings_every_family_nearer_to_its_base(case: Case) -> None:
     base = case.build(torch.float32)
     ids = torch.randint(3, 96, (48, 16), generator=torch.Generator().manual_seed(7))
@@ -257,7 +262,7 @@ def least_joint_norms(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, f
     return norms.figures()["layer_1"]
 
 
-@EACH
+@MANY
 def test_least_joint_norm_is_below_the_exact_values(case: Case) -> None:
     """Searched for in float64 on every kind of block; the starting point is the exact value's own norm."""
     model = get_peft_model(case.build(), NPTConfig(npt_layers=[1], rank=2)).eval()
@@ -304,7 +309,7 @@ def wrong_lines(right: Family, weightless: bool) -> list[tuple[str, Family]]:
     return lines
 
 
-@EACH
+@MANY
 def test_a_planted_wrong_line_is_caught_at_conversion(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     base = case.build()
     weightless = case.model_type in ("olmo", "nanochat")  # one norm of theirs is as good as the other

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from npt import EditStore
 from npt.editing.solve import Factors, solve
-from tests.families import CASES, Case
+from tests.families import CASES, Case, marks_of
 from tests.helpers import spelling_tokenizer
 
 TEXTS = ["a river flows by the old town", "she reads a long letter", "many ships sail in spring", "no bread is left"]
@@ -123,7 +123,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 def scenes() -> list[Any]:
     """Every family with facts in both blocks, and some with facts in the last one alone."""
-    both = [pytest.param((case, (0, 1)), id=case.name) for case in CASES]
+    both = [pytest.param((case, (0, 1)), id=case.name, marks=marks_of(case)) for case in CASES]
     return both + [pytest.param((case, (1,)), id=f"{case.name}, one") for case in CASES if case.name in ONE_BLOCK]
 
 

@@ -17,7 +17,7 @@ from npt.block.families import hand_on
 from npt.equivalence.objectives import Objective
 from npt.errors import ConversionError
 from npt.tuner.converted import active_layers, npt_layers
-from tests.families import CASES, Case
+from tests.families import CASES, Case, marks_of
 from tests.helpers import randomize, transformers_own_adapters
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -25,7 +25,7 @@ BY_NAME = {case.name: case for case in CASES}
 #: One of each kind of block: gated, fused, plain, parallel, scaled, post-norm, sandwich, flattened tokens, recurrent.
 KINDS = ("llama", "phi3", "gpt2", "cohere", "granite", "olmo2", "gemma2", "opt", "qwen3_5_text")
 EACH = pytest.mark.parametrize("name", KINDS)
-EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+EVERY = pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks_of(case)) for case in CASES])
 
 
 def convert(name: str | Case, dtype: torch.dtype = torch.float32, **options: Any) -> Any:

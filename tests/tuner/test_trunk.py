@@ -16,10 +16,10 @@ from npt.block.families import blocks_of
 from npt.equivalence.objectives import Objective
 from npt.tuner.converted import as_original
 from npt.tuner.trunk import shared_trunk
-from tests.families import CASES, Case
+from tests.families import CASES, Case, marks_of
 from tests.helpers import randomize
 
-EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+EACH = pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks_of(case)) for case in CASES])
 LLAMA = next(case for case in CASES if case.name == "llama")
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
