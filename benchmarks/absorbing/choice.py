@@ -148,18 +148,18 @@ def curve(records: Sequence[Record], chosen: Chosen) -> Iterator[tuple[int, floa
         yield marks[0]["steps"], fmean(m["seconds"] for m in marks), share, fmean(m["text_kl"] for m in marks)
 
 
-def caught_up(records: Sequence[Record], chosen: Chosen, limit: float) -> tuple[int, float | None]:
-    """(contexts in which the gradient gets as far as absorbing, the median of its seconds over absorbing's there).
+def caught_up(records: Sequence[Record], arm: str, chosen: Chosen, limit: float) -> tuple[int, float | None]:
+    """(contexts in which the gradient gets as far as an arm, the median of its seconds over the arm's there).
 
-    It gets as far at the first measured step where it has at most absorbing's KL on the questions and, on general text, at
-    most the limit or absorbing's own, whichever is larger.
+    It gets as far at the first measured step where it has at most the arm's KL on the questions and, on general text, at most
+    the limit or the arm's own, whichever is larger.
     """
     ratios = []
     for record in records:
-        absorb = record["absorb"]
-        most = max(limit, absorb["text_kl"])
+        own = record[arm]
+        most = max(limit, own["text_kl"])
         for mark in points(record, chosen.rate, chosen.tokens, chosen.beta):
-            if mark["kl"] <= absorb["kl"] and mark["text_kl"] <= most:
-                ratios.append(mark["seconds"] / absorb["seconds"])
+            if mark["kl"] <= own["kl"] and mark["text_kl"] <= most:
+                ratios.append(mark["seconds"] / own["seconds"])
                 break
     return len(ratios), median(ratios) if ratios else None

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.absorbing.__main__ import KIND
 from benchmarks.absorbing.cases import FILES
 from benchmarks.absorbing.choice import ARMS, Chosen, caught_up, curve, left_out, measured, summary
-from benchmarks.kept import Kept, reported
+from benchmarks.kept import Kept, Record, reported
 from benchmarks.tables import RESULTS
 from npt.common.display import human_bytes, markdown
 from npt.common.files import write_text
@@ -72,10 +72,17 @@ def kind_table(kind: str, kept: Kept) -> str:
         for arm in ARMS
         if rows[arm]["recovered"] is not None
     ]  # fmt: skip
-    count, ratio = caught_up(list(found.values()), chosen, limit)
+    steps = kept.about["steps"][-1]
+    caught = f"Within {steps} steps the LoRA gets as far as {_caught(found, 'absorb', chosen, limit)}"
+    if all("descended" in record for record in found.values()):
+        caught += f", and as far as {_caught(found, 'descended', chosen, limit)}"
+    return "\n\n".join([line, markdown(HEAD, cells), f"{caught}."])
+
+
+def _caught(found: Mapping[str, Record], arm: str, chosen: Chosen, limit: float) -> str:
+    count, ratio = caught_up(list(found.values()), arm, chosen, limit)
     times = "" if ratio is None else f", after a median of {ratio:.1f} times its seconds"
-    caught = f"The LoRA gets as far as absorbing in {count} of {len(found)} contexts{times}."
-    return "\n\n".join([line, markdown(HEAD, cells), caught])
+    return f"`{LABELS[arm]}` in {count} of {len(found)} contexts{times}"
 
 
 def shown(value: tuple[float, float] | None, form: str) -> str:

@@ -209,8 +209,8 @@ def test_figures_mean_what_they_say() -> None:
     assert rows["context"]["recovered"] == (1.0, 0.0) and rows["context"]["given"] == (1.0, 0.0)
     assert rows["nothing"]["text_kl"] == (0.0, 0.0) and rows["context"]["text_kl"] is None
     assert with_error([None]) is None and math.isnan((with_error([2.0, None]) or (0.0, 0.0))[1])
-    assert caught_up([one, other], Chosen(0.1, "all", 20), 0.02) == (1, 4.0)
-    assert caught_up([other], Chosen(0.1, "all", 20), 0.02) == (0, None)
+    assert caught_up([one, other], "absorb", Chosen(0.1, "all", 20), 0.02) == (1, 4.0)
+    assert caught_up([other], "absorb", Chosen(0.1, "all", 20), 0.02) == (0, None)
 
 
 def test_the_gradient_is_chosen_within_the_limit_on_general_text() -> None:
@@ -232,6 +232,7 @@ def test_tables_name_what_was_left_out_and_the_plot_is_drawn() -> None:
         "model": "m",
         "machine": {"device": "a CPU"},
         "limit": 0.02,
+        "steps": [10, 20],
         "chosen": {"document": chosen, "prompt": chosen},
     }
     points = [(10, 0.5, 0.01, 3.0), (20, 0.2, 0.015, 8.0)]
@@ -240,7 +241,10 @@ def test_tables_name_what_was_left_out_and_the_plot_is_drawn() -> None:
     text = kind_table("document", kept)
     assert "**2 documents**" in text and "c (0.12 nats)" in text and kind_table("prompt", kept) == ""
     assert "| absorb | 80.0 ± 5.0 % | 100.0 ± 0.0 % | 0.0100 ± 0.0000 | 2.0 ± 0.0 |  |" in text
-    assert "in 1 of 2 contexts, after a median of 4.0 times its seconds" in text
+    assert (
+        "Within 20 steps the LoRA gets as far as `absorb` in 1 of 2 contexts, after a median of 4.0 times its seconds."
+        in text
+    )
     assert "documents, absorb" in drawn(kept).svg
 
 
