@@ -55,6 +55,7 @@ def test_every_arm_runs_and_a_second_call_measures_nothing_anew(
 ) -> None:
     monkeypatch.setattr(command, "EPOCHS", 60)
     monkeypatch.setattr(command, "AFTER", (60,))
+    monkeypatch.setattr("npt.editing.absorbing.general.WATCHED", 2)
     development, test = tmp_path / "beyond-tiny--development.json", tmp_path / "beyond-tiny--test.json"
     common = ["--model", "builtin:tiny", "--facts", "2", "--number", "6", "--cache", str(tmp_path / "cache")]
     assert command.main([*common, "--arm", "lora", "--rates", "1e-3", "--output", str(development)]) == 0

@@ -108,7 +108,9 @@ CONTEXTS: dict[str, Context] = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [pytest.param(False, id="eager"), pytest.param(True, id="compiled", marks=pytest.mark.slow)]
+)
 def test_a_mode_holds_in_its_own_thread(compiled: bool) -> None:
     """Threads that enter and leave disable_adapter(), the zero and the exact mode beside one that enters nothing."""
     model = converted("llama", npt_layers=[3] if compiled else "all")

@@ -38,7 +38,7 @@ def run(code: str) -> str:
     "imports",
     [
         LIGHT,
-        NO_MORE_THAN_PEFT,
+        pytest.param(NO_MORE_THAN_PEFT, marks=pytest.mark.slow),
         pytest.param("from npt.block.layer import NPTLayer", marks=pytest.mark.slow),
         pytest.param("import npt.tuner.config", marks=pytest.mark.slow),
         pytest.param("import npt.common.fingerprint, npt.common.inside", marks=pytest.mark.slow),
