@@ -32,6 +32,7 @@ KEPT = RESULTS / "sharing.json"
 SETTINGS: dict[str, dict[str, str]] = {
     "nothing set": {},
     f"GOMP_SPINCOUNT={SPINS}": {"GOMP_SPINCOUNT": str(SPINS)},
+    "GOMP_SPINCOUNT=1500": {"GOMP_SPINCOUNT": "1500"},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
 }
 #: {work: how often it runs}.

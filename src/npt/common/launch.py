@@ -18,7 +18,7 @@ _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 #: Variables that say how OpenMP's threads wait for one another, and rounds that they spin before they sleep. By default they
 #: spin for milliseconds: processes that share cores then slow each other many times more than they have to (docs/speed.md).
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-SPINS = 1500
+SPINS = 3000
 
 
 def wait_briefly() -> None:
