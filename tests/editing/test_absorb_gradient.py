@@ -65,6 +65,7 @@ def test_steps_begin_at_the_closed_form_and_come_nearer_to_the_teacher(family: s
             adapter.open()
         one.train(25)
         assert float(lesson.kl().sum()) < 0.9 * float(start.sum())
+        assert all(p.requires_grad and p.grad is None for p in base.parameters())
     finally:
         one.close()
 

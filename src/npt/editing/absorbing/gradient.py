@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from npt.block.modes import having
 from npt.block.probing import logit_head
 from npt.common.precision import cast, wide
 from npt.editing.absorbing.dialogue import Conversation
@@ -139,8 +140,9 @@ class Trained:
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """The factors as they are trained are at work."""
-        with ExitStack() as stack:
+        """The factors as they are trained are at work, and nothing else can be trained."""
+        frozen = [p for p in self.blocks.base.parameters() if p.requires_grad]
+        with having(frozen, "requires_grad", False), ExitStack() as stack:
             for layer, (left, right) in self._pairs.items():
                 stack.enter_context(self.adapters[layer].trying(partial(_through, left, right)))
             yield
