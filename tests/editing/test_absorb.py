@@ -17,6 +17,7 @@ from npt.editing import export
 from npt.editing.absorbing.absorbed import Absorbed
 from npt.editing.absorbing.choice import Choice
 from npt.editing.absorbing.general import CHOOSING, REPORTING, GeneralText
+from npt.editing.absorbing.gradient import Trained
 from npt.editing.solve import Factors
 from npt.errors import CheckpointError, ConversionError, DataError, NPTError
 from tests.families import CASES
@@ -445,3 +446,59 @@ def test_facts_that_the_rank_of_the_joint_lora_loses_are_named(llama: Any, monke
     whole = logits(llama)
     assert [lora.lost for lora in export.loras_of(one).values()] == [(fact.id,)]
     assert torch.equal(logits(llama), whole) and one.verify()[0].holds
+
+
+# -- steps by gradient -----------------------------------------------------------------------------------------------------
+
+
+def test_steps_change_the_weight_deltas_and_what_fails_in_them_leaves_the_store(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, one = logits(llama), store(llama)
+    absorb(one, ONE)
+    closed = logits(llama)
+    one.undo(one.edits[0].id)
+    with torch.inference_mode():
+        absorb(one, ONE, steps=3)
+    trained = logits(llama)
+    assert not torch.equal(trained, closed)
+
+    def stop(self: Trained, steps: int) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trained, "train", stop)
+        absorb(one, OTHER, steps=3)
+    assert torch.equal(logits(llama), trained) and len(one.edits) == 1
+    with pytest.raises(NPTError, match="not finite after step .; use a lower rate than 1e\\+30"):
+        absorb(one, OTHER, steps=3, rate=1e30)
+    assert torch.equal(logits(llama), trained) and len(one.edits) == 1
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("npt.editing.absorbing.gradient._begun", lambda *args: (_ for _ in ()).throw(MemoryError))
+        absorb(one, OTHER, steps=3)
+    one.close()
+    assert torch.equal(logits(llama), plain)
+    store(llama).close()  # no hook was left behind
+
+
+def test_a_setting_is_tried_on_some_conversations_and_solved_for_with_all(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    best = Choice.best
+
+    def watched(self: Choice, sets: Any) -> Any:
+        seen.append(len(self.lesson.conversations))
+        return best(self, sets)
+
+    monkeypatch.setattr(Choice, "best", watched)
+    asked = [f"Is Bo {word}?" for word in ("red", "a cat", "old", "new", "here", "in town", "a dog", "long", "sold")]
+    for most in (48, 1):
+        monkeypatch.setattr("npt.editing.absorbing.contexts.SOLVED", most)
+        one = store(llama)
+        found = one.absorb(ONE, asked, **OPTIONS)
+        assert isinstance(found, Absorbed)
+        seen.append(len(found.learnt))
+        one.close()
+    whole, all_of_them, few, still_all = seen
+    assert few == 1 < whole <= all_of_them == still_all

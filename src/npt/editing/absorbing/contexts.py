@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from npt.common.display import one_line
 from npt.common.progress import tracked
 from npt.editing.absorbing.absorbed import Absorbed, Compared, Figures, id_of
@@ -107,8 +109,13 @@ class Contexts:
             if setting.steps:
                 self.descend(setting, learnt)
 
+    @torch.inference_mode(False)
     def descend(self, setting: Setting, learnt: Sequence[Conversation]) -> None:
-        """Trains the weight deltas at work on, by gradient."""
+        """Trains the weight deltas at work on, by gradient, also where the caller is in inference mode.
+
+        Raises:
+            NPTError: a factor is not finite any more; nothing is at work then.
+        """
         begin = {layer: balanced(one) for layer, one in self.factors.items()}
         self.patches.set({})
         training = Training(setting.rate, beta=BETA, falling=setting.steps)

@@ -24,6 +24,7 @@ from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.stream import Blocks
 from npt.editing.adapter import DownAdapter
 from npt.editing.solve import Factors
+from npt.errors import NPTError
 from npt.tuner.converted import eval_mode
 
 #: The weight of text, conversations of a step, and pieces of text, where a context is absorbed.
@@ -76,12 +77,17 @@ class Trained:
         for apart in (*self._lessons, *self._text):
             apart.stream.through(lowest)
         shared = [] if together is None else together
-        self.adapters = {
-            layer: DownAdapter(blocks.down(layer), blocks.base, together=shared, first=True) for layer in factors
-        }
-        self._pairs = {layer: _begun(factors[layer], self.adapters[layer]) for layer in factors}
-        self._optimizer = torch.optim.AdamW(self._parts, lr=training.rate, weight_decay=0.0)
+        self.adapters: dict[int, DownAdapter] = {}
+        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self._order: list[int] = []
+        try:
+            for layer, one in factors.items():
+                self.adapters[layer] = DownAdapter(blocks.down(layer), blocks.base, together=shared, first=True)
+                self._pairs[layer] = _begun(one, self.adapters[layer])
+        except BaseException:
+            self.close()
+            raise
+        self._optimizer = torch.optim.AdamW(self._parts, lr=training.rate, weight_decay=0.0)
 
     @property
     def _parts(self) -> list[Tensor]:
@@ -96,12 +102,21 @@ class Trained:
         }
 
     def train(self, steps: int) -> float:
-        """Takes so many steps more and puts the result to work; returns the last step's loss, in nats a token."""
+        """Takes so many steps more and puts the result to work; returns the last step's loss, in nats a token.
+
+        Raises:
+            NPTError: a factor is not finite any more.
+        """
         loss = 0.0
         for _ in range(steps):
             loss = self._step(self._batch())
             self.steps += 1
         for layer, factors in self.factors.items():
+            if not bool(factors.left.isfinite().all() and factors.right.isfinite().all()):
+                raise NPTError(
+                    f"absorb: the weight delta of block {layer} is not finite after step {self.steps}; use a lower rate than "
+                    f"{self.training.rate:g}, steps=0, or the base in float32"
+                )
             self.adapters[layer].set(factors)
         return loss
 
