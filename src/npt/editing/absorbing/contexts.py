@@ -23,12 +23,12 @@ from npt.editing.absorbing.absorbed import Absorbed, Compared, Figures, id_of
 from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.choice import Choice, Trial, block_sets
 from npt.editing.absorbing.dialogue import Conversation, Dialogue, context_from, shown
-from npt.editing.absorbing.general import CHOOSING, REPORTING, GeneralText
+from npt.editing.absorbing.general import CHOOSING, REPORTING, WATCHED_FOR_FACTS, GeneralText
 from npt.editing.absorbing.gradient import BETA, PIECES, Trained, Training, balanced
 from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.patches import Patches
 from npt.editing.absorbing.questions import Asked
-from npt.editing.absorbing.settings import Options, Setting, blocks_of_choice, options_of
+from npt.editing.absorbing.settings import MOST_STEPS, Options, Setting, blocks_of_choice, options_of
 from npt.editing.absorbing.stream import Blocks
 from npt.editing.absorbing.teaching import Taught, Teacher, questions_from
 from npt.editing.adapter import DownAdapter
@@ -86,11 +86,15 @@ class Contexts:
         return self.patches.factors
 
     def setting(self) -> Setting:
-        """The setting of the joint solve: the blocks of any context, the largest mu and lambda, the sum of the ranks."""
+        """The setting of the joint solve.
+
+        The blocks of any context, the largest mu and lambda, the sums of the ranks and of the steps, and the largest rate of
+        those with steps.
+        """
         own = [one.setting for one in self.ledger.values()]
         blocks = tuple(sorted({block for one in own for block in one.blocks}))
         rank = min(sum(one.rank for one in own), RANKS[-1])
-        steps, rate = max((one.steps, one.rate) for one in own)
+        steps, rate = min(sum(one.steps for one in own), MOST_STEPS), max((one.steps > 0, one.rate) for one in own)[1]
         return Setting(blocks, max(one.mu for one in own), max(one.lam for one in own), rank, steps, rate)
 
     def resolve(self) -> None:
@@ -229,7 +233,7 @@ class Contexts:
     def watched_rows(self) -> list[list[int]]:
         """Token ids of the base's own text, on which settings are chosen."""
         with self.facts_off(), self.patches.off():
-            return self.general.watched_rows(CHOOSING)
+            return self.general.watched_rows(CHOOSING, WATCHED_FOR_FACTS)
 
     def dialogue(self, style: str) -> Dialogue:
         """How the model is asked."""

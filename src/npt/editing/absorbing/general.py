@@ -26,6 +26,8 @@ from npt.errors import NPTError
 
 #: Texts of `LENGTH` tokens that the base writes, on which the damage is measured.
 WATCHED = 24
+#: The same for facts, whose `limit` is measured on it.
+WATCHED_FOR_FACTS = 8
 #: Rows of a piece of text that a step by gradient reads.
 PIECE = 2
 #: Of the text by which a setting is chosen, and of the text of the figure that is reported; 0 is that of the statistics.
@@ -125,10 +127,10 @@ class GeneralText:
         counted = torch.tensor([i for i, n in enumerate(kept) for _ in range(n)])
         return Apart(self.blocks, rows, kept, outputs_of(self.blocks, rows, kept, [])[1], counted)
 
-    def watched_rows(self, seed: int) -> list[list[int]]:
-        """Token ids of the text of `watched`."""
+    def watched_rows(self, seed: int, count: int | None = None) -> list[list[int]]:
+        """Token ids of the text of `watched`, of so many rows; None for `WATCHED`."""
         found = sample_blocks(
-            self.model, self.tokenizer, WATCHED, min(LENGTH, self._longest()), seed=seed, cache_dir=self.cache_dir,
+            self.model, self.tokenizer, count or WATCHED, min(LENGTH, self._longest()), seed=seed, cache_dir=self.cache_dir,
             label="general", progress=self.progress,
         )  # fmt: skip
         start = 0 if begins_with_bos(self.tokenizer) else 1

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from npt.block.modes import having
 from npt.block.probing import logit_head
@@ -27,6 +28,8 @@ from npt.editing.solve import Factors
 from npt.errors import NPTError
 from npt.tuner.converted import eval_mode
 
+#: Logits that are kept for a slope at once; those of more tokens are computed again for it.
+ENTRIES = 2**26
 #: The weight of text, conversations of a step, and pieces of text, where a context is absorbed.
 BETA, BATCH, PIECES = 2.0, 8, 24
 #: Tokens that the KL is taken over: all that both conversations end with, which the closed form reads; or the answers' alone.
@@ -206,7 +209,15 @@ def mean_divergence(head: Callable[[Tensor], Tensor], given: Tensor, now: Tensor
         given: the teacher's.
         now: the student's.
     """
+
+    def part(given: Tensor, now: Tensor) -> Tensor:
+        with torch.no_grad():
+            p = wide(head(given)).log_softmax(-1)
+        return nn.functional.kl_div(wide(head(now)).log_softmax(-1), p, log_target=True, reduction="sum")
+
     with torch.no_grad():
-        p = wide(head(given)).log_softmax(-1)
-    q = wide(head(now)).log_softmax(-1)
-    return nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
+        size = max(1, ENTRIES // head(given[:1]).shape[-1])
+    if len(now) <= size:
+        return part(given, now) / len(now)
+    pairs = zip(given.split(size), now.split(size), strict=True)
+    return torch.stack([checkpoint(part, one, other, use_reentrant=False) for one, other in pairs]).sum() / len(now)

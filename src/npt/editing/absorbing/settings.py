@@ -48,9 +48,11 @@ class Options:
     seed: int = 0
 
 
+#: The most steps by gradient.
+MOST_STEPS = 10_000
 #: The smallest value of each whole number.
 _LEAST = {"number": 4, "phrasings": 1, "new_tokens": 1, "rank": 1, "steps": 0, "seed": 0}
-_MOST = {"number": 10_000, "phrasings": 16, "new_tokens": 4_096, "rank": 512, "steps": 10_000, "seed": 2**31 - 1}
+_MOST = {"number": 10_000, "phrasings": 16, "new_tokens": 4_096, "rank": 512, "steps": MOST_STEPS, "seed": 2**31 - 1}
 
 
 def options_of(given: dict[str, Any]) -> Options:
