@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -116,7 +116,7 @@ def measure(name: str, settings: Mapping[str, Mapping[str, str]], repeats: int) 
     }
 
 
-def main(arguments: Sequence[str] | None = None, write: Callable[[str, str, str], None] = write_section) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints, writes; 1 for an error that is said in one line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sharing", description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", default="builtin:tiny")
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None, write: Callable[[str, str, str]
         return 1
     options.output.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     print(sharing_table(kept))
-    write("docs/speed.md", "sharing", sharing_table(kept))
+    write_section("docs/speed.md", "sharing", sharing_table(kept))
     return 0
 
 

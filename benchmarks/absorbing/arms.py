@@ -17,6 +17,7 @@ from npt.editing.absorbing.choice import block_sets
 from npt.editing.absorbing.contexts import Contexts
 from npt.editing.absorbing.general import CHOOSING, REPORTING
 from npt.editing.absorbing.gradient import PIECES, Trained, Training, zero
+from npt.editing.absorbing.lesson import Lesson
 from npt.editing.absorbing.settings import options_of
 from npt.editing.absorbing.teaching import Teacher
 from npt.planning.counters import AllocationCounter
@@ -87,7 +88,10 @@ def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
     found["absorb"] = {**exam.mark().kept(), "seconds": seconds["absorbing"]}
     if plan.descent:
         start = moment(plan.clock)
-        store.contexts.descend(replace(edit.setting, steps=plan.descent), edit.learnt)
+        contexts = store.contexts
+        with contexts.patches.off():
+            lesson = Lesson(contexts.blocks, edit.learnt)
+        contexts.descend(replace(edit.setting, steps=plan.descent), lesson)
         more = moment(plan.clock) - start
         found["descended"] = {**exam.mark().kept(), "seconds": seconds["absorbing"] + more}
     store.undo(edit.id)
@@ -120,7 +124,7 @@ def lora(store: EditStore, edit: Absorbed, training: Training) -> Trained:
     contexts, setting = store.contexts, edit.setting
     begin = zero(contexts.blocks, setting.blocks, setting.rank, training.seed)
     text = contexts.general.pieces(PIECES) if training.beta else ()
-    return Trained(contexts.blocks, begin, edit.learnt, training, text, contexts.patches.together)
+    return Trained(Lesson(contexts.blocks, edit.learnt), begin, training, text, contexts.patches.together)
 
 
 def peaks(store: EditStore, case: Case, plan: Plan, edit: Absorbed) -> dict[str, int]:

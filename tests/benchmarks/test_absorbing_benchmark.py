@@ -152,7 +152,7 @@ def test_the_lora_begins_as_the_base_and_learns_from_the_same_tokens(store: Edit
     for tokens in ("all", "answers"):
         training = Training(1e-6, tokens, batch=len(exam.conversations))
         begin = zero(contexts.blocks, [2, 3], 4, 0)
-        one = Trained(contexts.blocks, begin, exam.conversations, training, together=contexts.patches.together)
+        one = Trained(exam.lesson, begin, training, together=contexts.patches.together)
         try:
             loss = one.train(1)
             assert all(len(factors.right) == 4 for factors in one.factors.values())

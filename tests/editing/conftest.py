@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.absorbing import SHARED
 from tests.helpers import OPEN
 
 
@@ -15,3 +16,10 @@ def closing() -> Iterator[None]:
     yield
     while OPEN:
         OPEN.pop().close()
+
+
+@pytest.fixture
+def short_questions(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the models of `tests.absorbing` write is short, and kept for the next test."""
+    monkeypatch.setattr("npt.editing.absorbing.questions.TOKENS", 6)
+    SHARED["cache_dir"] = tmp_path_factory.getbasetemp() / "absorbing"

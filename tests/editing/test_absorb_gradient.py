@@ -52,7 +52,7 @@ def test_steps_begin_at_the_closed_form_and_come_nearer_to_the_teacher(family: s
     base = next(case for case in CASES if case.model_type == family).build(torch.float32)
     blocks, found = Blocks(base), conversations(base)
     lesson, factors = Lesson(blocks, found), begun(blocks, found)
-    one = Trained(blocks, factors, found, Training(3e-3))
+    one = Trained(lesson, factors, Training(3e-3))
     try:
         one.train(0)
         start = lesson.kl()
@@ -94,7 +94,7 @@ def test_a_step_is_that_of_the_whole_loss() -> None:
     loss = whole([c.student for c in found], [c.shared for c in found], lesson.last)
     loss = loss + beta * whole(TEXT, [len(row) for row in TEXT], text.last)
     loss.backward()
-    one = Trained(blocks, factors, found, Training(rate, beta=beta), [text])
+    one = Trained(lesson, factors, Training(rate, beta=beta), [text])
     one.train(1)
     one.close()
     for layer, pair in pairs.items():
@@ -109,7 +109,7 @@ def test_text_in_the_loss_stays_nearer_to_the_base() -> None:
     blocks, found = Blocks(base), conversations(base)
     text, factors, moved = text_of(blocks), begun(blocks, found), []
     for beta in (0.0, 30.0):
-        one = Trained(blocks, factors, found, Training(1e-3, beta=beta), [text])
+        one = Trained(Lesson(blocks, found), factors, Training(1e-3, beta=beta), [text])
         try:
             one.train(25)
             moved.append(float(text.kl().sum()))
@@ -121,7 +121,7 @@ def test_text_in_the_loss_stays_nearer_to_the_base() -> None:
 def test_the_rate_falls_to_zero() -> None:
     base = next(case for case in CASES if case.model_type == "llama").build(torch.float32)
     blocks, found = Blocks(base), conversations(base)
-    one = Trained(blocks, begun(blocks, found), found, Training(1e-3, falling=2))
+    one = Trained(Lesson(blocks, found), begun(blocks, found), Training(1e-3, falling=2))
     try:
         one.train(2)
         before = one.factors

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from npt.common.display import one_line
-from npt.common.progress import tracked
 from npt.editing.absorbing.absorbed import Absorbed, Compared, Figures, id_of
 from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.choice import Choice, Trial, block_sets
@@ -109,12 +108,14 @@ class Contexts:
             text = self.general.moments(setting.blocks)
             learnt = [conversation for one in own for conversation in one.learnt]
             weights = [1 / sum(c.shared for c in one.learnt) for one in own for _ in one.learnt]
-            Lesson(self.blocks, learnt, setting.blocks, weights).fit(setting, text, self.patches)
+            lesson = Lesson(self.blocks, learnt, setting.blocks, weights)
+            lesson.fit(setting, text, self.patches)
             if setting.steps:
-                self.descend(setting, learnt)
+                lesson.targets = {}  # of the closed form alone
+                self.descend(setting, lesson)
 
     @torch.inference_mode(False)
-    def descend(self, setting: Setting, learnt: Sequence[Conversation]) -> None:
+    def descend(self, setting: Setting, lesson: Lesson) -> None:
         """Trains the weight deltas at work on, by gradient, also where the caller is in inference mode.
 
         Raises:
@@ -123,10 +124,10 @@ class Contexts:
         begin = {layer: balanced(one) for layer, one in self.factors.items()}
         self.patches.set({})
         training = Training(setting.rate, beta=BETA, falling=setting.steps)
-        trained = Trained(self.blocks, begin, learnt, training, self.general.pieces(PIECES), self.patches.together)
+        text = self.general.pieces(min(PIECES, setting.steps))  # one for each step, then again
+        trained = Trained(lesson, begin, training, text, self.patches.together)
         try:
-            for _ in tracked(range(setting.steps), "Training", self.progress, unit="steps"):
-                trained.train(1)
+            trained.train(setting.steps, self.progress)
         finally:
             trained.close()
         self.patches.set(trained.factors)

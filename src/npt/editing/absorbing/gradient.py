@@ -8,6 +8,7 @@ once; what they read below the lowest patched block never changes, and is comput
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from npt.block.modes import having
 from npt.block.probing import logit_head
 from npt.common.precision import cast, wide
-from npt.editing.absorbing.dialogue import Conversation
+from npt.common.progress import tracked
 from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.stream import Blocks
 from npt.editing.adapter import DownAdapter
@@ -54,9 +55,8 @@ class Trained:
     """Factors in training, at work on the blocks' `down` projections.
 
     Args:
-        blocks: the model's, with nothing at work on it.
+        lesson: what is learnt from; nothing is at work on its model.
         factors: {block: the factors to begin with}.
-        conversations: what is learnt from.
         training: see `Training`.
         text: pieces of text that must not be disturbed, one for each step in turn; none without beta.
         together: the adapters of a store on the same model; None without one.
@@ -64,20 +64,18 @@ class Trained:
 
     def __init__(
         self,
-        blocks: Blocks,
+        lesson: Lesson,
         factors: Mapping[int, Factors],
-        conversations: Sequence[Conversation],
         training: Training,
         text: Sequence[Apart] = (),
         together: list[DownAdapter] | None = None,
     ):
-        self.blocks, self.training, self.steps = blocks, training, 0
+        self.blocks, self.training, self.steps = lesson.blocks, training, 0
         self._chance = torch.Generator().manual_seed(training.seed)
-        order = torch.randperm(len(conversations), generator=self._chance).tolist()
-        batches = [order[at : at + training.batch] for at in range(0, len(order), training.batch)]
-        self._lessons = [Lesson(blocks, [conversations[i] for i in batch]) for batch in batches]
+        order = torch.randperm(len(lesson.conversations), generator=self._chance).tolist()
+        self._batches = [lesson.part(order[at : at + training.batch]) for at in range(0, len(order), training.batch)]
         self._text, lowest = [piece.copy() for piece in text], min(factors)
-        for apart in (*self._lessons, *self._text):
+        for apart in (*self._batches, *self._text):
             apart.stream.through(lowest)
         shared = [] if together is None else together
         self.adapters: dict[int, DownAdapter] = {}
@@ -85,7 +83,9 @@ class Trained:
         self._order: list[int] = []
         try:
             for layer, one in factors.items():
-                self.adapters[layer] = DownAdapter(blocks.down(layer), blocks.base, together=shared, first=True)
+                self.adapters[layer] = DownAdapter(
+                    self.blocks.down(layer), self.blocks.base, together=shared, first=True
+                )
                 self._pairs[layer] = _begun(one, self.adapters[layer])
         except BaseException:
             self.close()
@@ -104,16 +104,22 @@ class Trained:
             for layer, (left, right) in self._pairs.items()
         }
 
-    def train(self, steps: int) -> float:
+    def train(self, steps: int, progress: bool = False) -> float:
         """Takes so many steps more and puts the result to work; returns the last step's loss, in nats a token.
+
+        Args:
+            steps: how many.
+            progress: show a progress bar.
 
         Raises:
             NPTError: a factor is not finite any more.
         """
         loss = 0.0
-        for _ in range(steps):
+        for _ in tracked(range(steps), "Training", progress, unit="steps"):
             loss = self._step(self._batch())
             self.steps += 1
+            if not math.isfinite(loss):
+                break
         for layer, factors in self.factors.items():
             if not bool(factors.left.isfinite().all() and factors.right.isfinite().all()):
                 raise NPTError(
@@ -128,18 +134,18 @@ class Trained:
         for adapter in self.adapters.values():
             adapter.close()
 
-    def _batch(self) -> Lesson:
+    def _batch(self) -> Apart:
         """The next batch; each is read once before any is again."""
         if not self._order:
-            self._order = torch.randperm(len(self._lessons), generator=self._chance).tolist()
-        return self._lessons[self._order.pop()]
+            self._order = torch.randperm(len(self._batches), generator=self._chance).tolist()
+        return self._batches[self._order.pop()]
 
-    def _step(self, lesson: Lesson) -> float:
+    def _step(self, batch: Apart) -> float:
         parts, falling = self._parts, self.training.falling
         share = max(0.0, 1 - self.steps / falling) if falling else 1.0
         self._optimizer.param_groups[0]["lr"] = self.training.rate * share
         with self._at_work(), eval_mode(self.blocks.base), torch.enable_grad():
-            loss = self._loss(lesson, self.training.tokens)
+            loss = self._loss(batch, self.training.tokens)
             slopes = torch.autograd.grad(loss, parts)
             if self.training.beta and self._text:
                 piece = self._text[self.steps % len(self._text)]
@@ -152,9 +158,10 @@ class Trained:
 
     def _loss(self, apart: Apart, tokens: str) -> Tensor:
         now = apart.stream.last()
-        use = apart.counted >= 0 if tokens == "answers" else torch.ones_like(apart.counted, dtype=torch.bool)
-        given, use = apart.last, use.to(now.device)
-        return mean_divergence(logit_head(self.blocks.base), given[use.to(given.device)], now[use])
+        given, use = apart.last, apart.counted >= 0
+        if tokens == "answers":
+            given, now = given[use.to(given.device)], now[use.to(now.device)]
+        return mean_divergence(logit_head(self.blocks.base), given, now)
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

@@ -99,6 +99,16 @@ class Lesson(Apart):
         each = [1 / sum(kept)] * len(kept) if weights is None else weights
         self.weights = torch.cat([torch.full((n,), w, dtype=torch.float64) for n, w in zip(kept, each, strict=True)])
 
+    def part(self, chosen: Sequence[int]) -> Apart:
+        """Some of the conversations, by their places, with what the teacher says there, at the first block."""
+        own = [self.conversations[i] for i in chosen]
+        sizes = [c.shared for c in self.conversations]
+        last, counted = (x.split(sizes) for x in (self.last, self.counted))
+        rows, kept = [c.student for c in own], [c.shared for c in own]
+        return Apart(
+            self.blocks, rows, kept, torch.cat([last[i] for i in chosen]), torch.cat([counted[i] for i in chosen])
+        )
+
     def fit(self, setting: Setting, text: Moments, patches: Patches) -> None:
         """Finds the weight deltas block by block, from low to high, each on what the blocks patched before give.
 
