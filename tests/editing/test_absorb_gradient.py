@@ -11,7 +11,7 @@ from torch import Tensor
 
 from npt.editing.absorbing.dialogue import Dialogue
 from npt.editing.absorbing.files import _setting
-from npt.editing.absorbing.gradient import Trained, Training, balanced
+from npt.editing.absorbing.gradient import Trained, Training, balanced, slopes_of
 from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.patches import Patches
 from npt.editing.absorbing.settings import Setting
@@ -102,6 +102,18 @@ def test_a_step_is_that_of_the_whole_loss() -> None:
             assert before.grad is not None
             clear = before.grad.abs() > 1e-6
             assert clear.any() and torch.allclose((after - before)[clear], -rate * before.grad.sign()[clear], rtol=1e-2)
+
+
+def test_small_slopes_survive_a_base_in_float16() -> None:
+    """A mean over many tokens has slopes below what float16 holds."""
+    tokens, found = 2048, []
+    x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.float16):
+        part = torch.full((8,), 1e-3, requires_grad=True)  # factors are in float32 whatever the base is
+        base = torch.linspace(-0.02, 0.02, 64).view(8, 8).to(dtype)
+        loss = ((x * part).to(dtype) @ base).float().sum(-1).square().mean()
+        found.append(slopes_of(loss, [part])[0])
+    assert torch.allclose(*found, rtol=0.01)
 
 
 def test_text_in_the_loss_stays_nearer_to_the_base() -> None:

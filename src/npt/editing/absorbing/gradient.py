@@ -31,6 +31,8 @@ from npt.tuner.converted import eval_mode
 
 #: Logits that are kept for a slope at once; those of more tokens are computed again for it.
 ENTRIES = 2**26
+#: Times the loss where slopes are taken, which would vanish in a base in float16; a power of two moves no digit of them.
+SCALE = 2.0**10
 #: The weight of text, conversations of a step, and pieces of text, where a context is absorbed.
 BETA, BATCH, PIECES = 2.0, 8, 24
 #: Tokens that the KL is taken over: all that both conversations end with, which the closed form reads; or the answers' alone.
@@ -146,10 +148,10 @@ class Trained:
         self._optimizer.param_groups[0]["lr"] = self.training.rate * share
         with self._at_work(), eval_mode(self.blocks.base), torch.enable_grad():
             loss = self._loss(batch, self.training.tokens)
-            slopes = torch.autograd.grad(loss, parts)
+            slopes = slopes_of(loss, parts)
             if self.training.beta and self._text:
                 piece = self._text[self.steps % len(self._text)]
-                text = torch.autograd.grad(self.training.beta * self._loss(piece, "all"), parts)
+                text = slopes_of(self.training.beta * self._loss(piece, "all"), parts)
                 slopes = tuple(a + b for a, b in zip(slopes, text, strict=True))
         for part, slope in zip(parts, slopes, strict=True):
             part.grad = slope
@@ -206,6 +208,11 @@ def _begun(factors: Factors, adapter: DownAdapter) -> tuple[Tensor, Tensor]:
 
 def _through(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
     return nn.functional.linear(nn.functional.linear(cast(x, right.dtype), right), left)
+
+
+def slopes_of(loss: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The slopes of a mean over tokens, in `parts`, of which a base in float16 loses no small ones."""
+    return tuple(slope / SCALE for slope in torch.autograd.grad(SCALE * loss, parts))
 
 
 def mean_divergence(head: Callable[[Tensor], Tensor], given: Tensor, now: Tensor) -> Tensor:
