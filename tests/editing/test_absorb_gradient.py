@@ -17,6 +17,8 @@ from npt.editing.absorbing.patches import Patches
 from npt.editing.absorbing.settings import Setting
 from npt.editing.absorbing.stream import Blocks, outputs_of
 from npt.editing.solve import Factors
+from npt.errors import NPTError
+from tests.absorbing import ONE, absorb, base_of, store
 from tests.families import CASES
 from tests.helpers import spelling_tokenizer
 
@@ -114,6 +116,24 @@ def test_small_slopes_survive_a_base_in_float16() -> None:
         loss = ((x * part).to(dtype) @ base).float().sum(-1).square().mean()
         found.append(slopes_of(loss, [part])[0])
     assert torch.allclose(*found, rtol=0.01)
+
+
+class Unslopable(torch.autograd.Function):
+    """A product whose backward pass is not there, as in some quantised kernels."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.T
+
+
+@pytest.mark.parametrize("kernel", [torch.no_grad()(torch.nn.functional.linear), Unslopable.apply])
+def test_a_base_without_a_gradient_is_refused_before_any_question(kernel: Any) -> None:
+    base = base_of("llama")
+    one, module = store(base), base.get_submodule("model.layers.2.mlp.down_proj")
+    module.forward = lambda x: kernel(x, module.weight.detach())
+    with pytest.raises(NPTError, match="has no gradient.*steps=0"):
+        absorb(one, ONE, steps=2)
+    assert not one.edits and absorb(one, ONE, steps=0)
 
 
 def test_text_in_the_loss_stays_nearer_to_the_base() -> None:

@@ -23,7 +23,7 @@ from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.choice import Choice, Trial, block_sets
 from npt.editing.absorbing.dialogue import Conversation, Dialogue, context_from, shown
 from npt.editing.absorbing.general import CHOOSING, REPORTING, WATCHED_FOR_FACTS, GeneralText
-from npt.editing.absorbing.gradient import BETA, PIECES, Trained, Training, balanced
+from npt.editing.absorbing.gradient import BETA, PIECES, Trained, Training, balanced, check_slopes
 from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.patches import Patches
 from npt.editing.absorbing.questions import Asked
@@ -207,6 +207,8 @@ class Contexts:
         teacher = Teacher(self.blocks, self.dialogue(options.style), options, self.progress)
         teacher.chunks(whole)  # before any long work
         teacher.check(asked or ())
+        if options.steps:
+            check_slopes(self.blocks, min(map(min, self._sets(named))))
         with self.facts_off(), self.patches.trying():
             taught = teacher.teach(whole, asked, replies)
             best, tried = self._choose(taught, named, options)
@@ -240,9 +242,13 @@ class Contexts:
         """How the model is asked."""
         return Dialogue(self.tokenizer, self.blocks.base.config, vocabulary_size(self.blocks.base), style)
 
+    def _sets(self, named: tuple[int, ...] | None) -> list[tuple[int, ...]]:
+        """The sets of blocks that are tried."""
+        return block_sets(len(self.blocks)) if named is None else [named]
+
     def _choose(self, taught: Taught, named: tuple[int, ...] | None, options: Options) -> tuple[Trial, int]:
         """(the best setting's trial, settings that were tried). The base is alone."""
-        sets = block_sets(len(self.blocks)) if named is None else [named]
+        sets = self._sets(named)
         layers = sorted({block for one in sets for block in one})
         text = self.general.moments(layers)
         every = -(-len(taught.learn) // SOLVED)  # wordings stand side by side: of each source some

@@ -13,26 +13,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from npt.block.modes import having
 from npt.block.probing import logit_head
+from npt.common.display import one_line
 from npt.common.precision import cast, wide
 from npt.common.progress import tracked
 from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.stream import Blocks
 from npt.editing.adapter import DownAdapter
 from npt.editing.solve import Factors
+from npt.editing.statistics import padded
 from npt.errors import NPTError
-from npt.tuner.converted import eval_mode
+from npt.tuner.converted import device_of, eval_mode, run_backbone
 
 #: Logits that are kept for a slope at once; those of more tokens are computed again for it.
 ENTRIES = 2**26
 #: Times the loss where slopes are taken, which would vanish in a base in float16; a power of two moves no digit of them.
 SCALE = 2.0**10
+#: What to do without a gradient.
+_CLOSED = "which steps by gradient need; use steps=0, the closed form alone, or a base whose layers have one"
 #: The weight of text, conversations of a step, and pieces of text, where a context is absorbed.
 BETA, BATCH, PIECES = 2.0, 8, 24
 #: Tokens that the KL is taken over: all that both conversations end with, which the closed form reads; or the answers' alone.
@@ -198,6 +204,44 @@ def balanced(factors: Factors) -> Factors:
     left, right = factors.left, factors.right
     ratio = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-30)).sqrt()
     return Factors(left * ratio, right / ratio.clamp_min(1e-30)[:, None])
+
+
+@torch.inference_mode(False)
+def check_slopes(blocks: Blocks, layer: int) -> None:
+    """Checks that a gradient comes back through every projection behind a block's `down`, those of quantised kernels too.
+
+    Args:
+        blocks: the model's.
+        layer: the lowest block that is trained.
+
+    Raises:
+        NPTError: one of them has no gradient.
+    """
+    base, names, begun = blocks.base, list[str](), list[Tensor]()
+
+    def begin(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        begun[:] = [torch.zeros_like(output, requires_grad=True)]
+        return output + begun[0]
+
+    def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and args[0].requires_grad and not output.requires_grad:
+            names.append(name)
+
+    with ExitStack() as stack:
+        stack.callback(blocks.down(layer).register_forward_hook(begin).remove)
+        for name, module in base.named_modules():
+            if hasattr(module, "in_features") or isinstance(module, Conv1D):
+                stack.callback(module.register_forward_hook(partial(look, name)).remove)
+        with eval_mode(base), torch.enable_grad():
+            last = run_backbone(base, padded([[0, 0]], device_of(base)))
+    if not names:
+        try:
+            torch.autograd.grad(wide(last).sum(), begun)
+        except RuntimeError as error:
+            raise NPTError(f"absorb: the base has no gradient ({one_line(str(error), 120)}), {_CLOSED}") from error
+        return
+    kind = type(base.get_submodule(names[0])).__name__
+    raise NPTError(f"absorb: {names[0]} ({kind}) has no gradient, {_CLOSED}")
 
 
 def _begun(factors: Factors, adapter: DownAdapter) -> tuple[Tensor, Tensor]:
