@@ -38,7 +38,10 @@ def store(base: Any, **options: Any) -> EditStore:
 
 
 def absorb(one: EditStore, context: str, **options: Any) -> Absorbed:
-    found = one.absorb(context, ASKED[context], **{**OPTIONS, **options})
+    options = {**OPTIONS, **options}
+    if options["steps"] and options.get("start") != "closed":
+        options = {name: value for name, value in options.items() if name not in ("mu", "lam")}
+    found = one.absorb(context, ASKED[context], **options)
     assert isinstance(found, Absorbed)
     return found
 

@@ -54,9 +54,8 @@ def line_of(name: str, record: Record, chosen: Mapping[str, Any] | None) -> str:
     start = f"{name}: effect {record['effect']:.2f} nats"
     if "absorb" not in record:
         return f"{start}, below {arms.EFFECT:g}, left out"
-    marks = {"absorb": record["absorb"]}
-    if "descended" in record:
-        marks["with steps"] = record["descended"]
+    marks = {"absorb": record["descended"]} if "descended" in record else {}
+    marks["closed form"] = record["absorb"]
     if chosen is not None:
         marks["gradient"] = at(record, Chosen(**chosen[record["kind"]]))
     elif record["gradient"]:
@@ -137,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
         "--descent",
         type=int,
         default=Options.steps,
-        help="steps by gradient behind absorb, beside it, as for npt absorb",
+        help="absorb's steps by gradient, as for npt absorb",
     )
     add("--memory", action="store_true", help="count each arm's peak, in runs of its own")
     add("--clock", choices=CLOCKS, default="wall", help="processor: this process's own time, on a busy machine")

@@ -1,4 +1,4 @@
-"""All arms on one context: nothing, the context in front, absorb, the same with steps by gradient, and a LoRA by gradient."""
+"""All arms on one context: nothing, the context in front, absorb, its closed form, and a LoRA at that one's blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from npt.editing.absorbing.contexts import Contexts
 from npt.editing.absorbing.general import CHOOSING, REPORTING
 from npt.editing.absorbing.gradient import PIECES, Trained, Training, zero
 from npt.editing.absorbing.lesson import Lesson
-from npt.editing.absorbing.settings import options_of
+from npt.editing.absorbing.settings import Options, options_of
 from npt.editing.absorbing.teaching import Teacher
 from npt.planning.counters import AllocationCounter
 
@@ -30,8 +30,8 @@ EFFECT = 0.2
 class Plan:
     """What is run.
 
-    trainings: the gradient's. steps: after which it is measured, ascending. descent: steps by gradient behind absorb, whose
-    figures stand beside those without; 0 for none. memory: count each arm's peak in runs of its own.
+    trainings: the gradient's. steps: after which it is measured, ascending. descent: absorb's own steps by gradient, from zero
+    at its own blocks; 0 leaves the closed form alone. memory: count each arm's peak in runs of its own.
     options: of `EditStore.absorb`. clock: of `benchmarks.timing.CLOCKS`, for all seconds.
     """
 
@@ -62,8 +62,9 @@ def prepare(store: EditStore, blocks: Sequence[int] | None = None) -> float:
 def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
     """The record of one context.
 
-    effect is the KL of the model without the context. Below `EFFECT` the record ends there; else `absorb`, `descended` and
-    `gradient` follow, the last with a list over `plan.steps` for each training. Seconds are without those of measuring.
+    effect is the KL of the model without the context. Below `EFFECT` the record ends there; else `absorb` (the closed form),
+    `descended` (absorb's steps) and `gradient` follow, the last with a list over `plan.steps` for each training. Seconds are
+    without those of measuring.
 
     Args:
         store: a store with nothing in it, prepared.
@@ -87,13 +88,7 @@ def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
     found["asking_seconds"] = seconds["asking"]
     found["absorb"] = {**exam.mark().kept(), "seconds": seconds["absorbing"]}
     if plan.descent:
-        start = moment(plan.clock)
-        contexts = store.contexts
-        with contexts.patches.off():
-            lesson = Lesson(contexts.blocks, edit.learnt)
-        contexts.descend(replace(edit.setting, steps=plan.descent), lesson)
-        more = moment(plan.clock) - start
-        found["descended"] = {**exam.mark().kept(), "seconds": seconds["absorbing"] + more}
+        found["descended"] = descended(store, exam, edit, replace(options_of({}), steps=plan.descent), plan.clock)
     store.undo(edit.id)
     found["gradient"] = [
         {**asdict(training), "points": trained(store, exam, edit, training, plan)} for training in plan.trainings
@@ -101,6 +96,24 @@ def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
     if plan.memory:
         found["peaks"] = peaks(store, case, plan, edit)
     return found
+
+
+def descended(store: EditStore, exam: Exam, edit: Absorbed, options: Options, clock: str) -> dict[str, Any]:
+    """The figures of absorb's steps from zero, on what an absorbed context learnt from, and their seconds.
+
+    Args:
+        store: with the context in it, which is off afterwards.
+        exam: the context's.
+        edit: the context.
+        options: absorb's.
+        clock: see `Plan`.
+    """
+    start, contexts = moment(clock), store.contexts
+    with contexts.patches.off():
+        lesson = Lesson(contexts.blocks, edit.learnt)
+    contexts.descend(contexts.untried(None, options), lesson)
+    seconds = moment(clock) - start
+    return {**exam.mark().kept(), "seconds": seconds}
 
 
 def trained(store: EditStore, exam: Exam, edit: Absorbed, training: Training, plan: Plan) -> list[dict[str, Any]]:

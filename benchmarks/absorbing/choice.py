@@ -11,7 +11,7 @@ from benchmarks.absorbing.exam import right
 from benchmarks.kept import Record
 from npt.errors import NPTError
 
-ARMS = ("nothing", "context", "absorb", "descended", "gradient")
+ARMS = ("nothing", "context", "descended", "absorb", "gradient")
 
 
 @dataclass(frozen=True)

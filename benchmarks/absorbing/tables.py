@@ -21,7 +21,7 @@ from scripts.marked import ROOT, write_section
 
 DOCUMENT = "docs/editing.md"
 LABELS = {
-    "nothing": "nothing", "context": "context in front", "absorb": "absorb", "descended": "absorb, steps by gradient",
+    "nothing": "nothing", "context": "context in front", "absorb": "absorb, closed form", "descended": "absorb",
     "gradient": "LoRA by gradient",
 }  # fmt: skip
 HEAD = ("arm", "KL recovered", "right answers given", "KL on general text", "seconds", "peak memory")

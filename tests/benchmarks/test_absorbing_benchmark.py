@@ -128,10 +128,8 @@ def test_all_arms_of_a_context(store: EditStore, monkeypatch: pytest.MonkeyPatch
     record = arms.measure(store, CASE, plan)
     assert record["nothing"]["kl"] == record["effect"] and record["nothing"]["text_kl"] == 0
     assert record["absorb"]["kl"] < record["effect"] and record["absorb"]["text_kl"] > 0
-    assert (
-        record["descended"]["kl"] != record["absorb"]["kl"]
-        and record["descended"]["seconds"] > record["absorb"]["seconds"]
-    )
+    assert record["descended"]["kl"] < record["effect"] and record["descended"]["kl"] != record["absorb"]["kl"]
+    assert record["descended"]["seconds"] > 0
     for one in record["gradient"]:
         few, many = one["points"]
         assert (few["steps"], many["steps"]) == (5, 40) and many["seconds"] > few["seconds"] > 0
@@ -244,9 +242,9 @@ def test_tables_name_what_was_left_out_and_the_plot_is_drawn() -> None:
     kept = Kept(about, records)
     text = kind_table("document", kept)
     assert "**2 documents**" in text and "c (0.12 nats)" in text and kind_table("prompt", kept) == ""
-    assert "| absorb | 80.0 ± 5.0 % | 100.0 ± 0.0 % | 0.0100 ± 0.0000 | 2.0 ± 0.0 |  |" in text
+    assert "| absorb, closed form | 80.0 ± 5.0 % | 100.0 ± 0.0 % | 0.0100 ± 0.0000 | 2.0 ± 0.0 |  |" in text
     assert (
-        "Within 20 steps the LoRA gets as far as `absorb` in 1 of 2 contexts, after a median of 4.0 times its seconds."
+        "Within 20 steps the LoRA gets as far as `absorb, closed form` in 1 of 2 contexts, after a median of 4.0 times its seconds."
         in text
     )
     assert "documents, absorb" in drawn(kept).svg
@@ -278,7 +276,7 @@ def test_a_run_that_was_killed_goes_on_and_leaves_the_same_file(
     assert command.main([*options, "--output", str(one)]) == 0 and asked.count("village") == 1
     assert command.main([*options, "--output", str(other)]) == 0
     assert one.read_bytes() == other.read_bytes()
-    assert "village: effect 1.00 nats; absorb 90 % recovered" in capsys.readouterr().out
+    assert "village: effect 1.00 nats; closed form 90 % recovered" in capsys.readouterr().out
     assert command.main([*options, "--batch", "4", "--output", str(one)]) == 1
     assert "was measured with batch 8, not 4" in capsys.readouterr().err
     test = ["--part", "test", "--tuned-on", str(one), "--output", str(tmp_path / "test.json")]

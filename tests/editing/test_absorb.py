@@ -53,15 +53,18 @@ def test_a_context_is_absorbed_undone_saved_and_is_a_lora(family: str, tmp_path:
     assert len(config["target_modules"]) == 2 and config["target_modules"] == sorted(config["target_modules"])
 
 
+#: The closed form alone, steps from zero, and steps behind the closed form.
+WAYS: list[dict[str, Any]] = [{"steps": 0}, {"steps": 3}, {"steps": 3, "start": "closed"}]
+
 # -- the ledger ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [0, 3])
-def test_order_does_not_matter_and_undo_is_as_if_never_absorbed(llama: Any, steps: int) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_order_does_not_matter_and_undo_is_as_if_never_absorbed(llama: Any, way: dict[str, Any]) -> None:
     found = {}
     for order in ((ONE, OTHER), (OTHER, ONE), (ONE,), (OTHER,)):
         one = store(llama)
-        ids = [absorb(one, context, steps=steps).id for context in order]
+        ids = [absorb(one, context, **way).id for context in order]
         found[order] = logits(llama)
         if order == (ONE, OTHER):
             one.undo(ids[0])
@@ -75,22 +78,42 @@ def test_order_does_not_matter_and_undo_is_as_if_never_absorbed(llama: Any, step
     assert torch.equal(found["both undone"], logits(llama))
 
 
-@pytest.mark.parametrize("steps", [0, 3])
-def test_a_context_that_was_loaded_is_undone_without_its_text(llama: Any, steps: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_context_that_was_loaded_is_undone_without_its_text(llama: Any, way: dict[str, Any], tmp_path: Path) -> None:
     """The other context is solved for anew from what the folder holds: no statistics, no questions are needed."""
     one = store(llama)
-    first = absorb(one, ONE)
-    absorb(one, OTHER, steps=steps)
+    first = absorb(one, ONE, **way)
+    absorb(one, OTHER, **way)
     one.save(tmp_path / "s")
     one.close()
     alone = store(llama)
-    absorb(alone, OTHER, steps=steps)
+    absorb(alone, OTHER, **way)
     expected = logits(llama)
     alone.close()
     again = EditStore.load(llama, one.tokenizer, tmp_path / "s", progress=False)
     OPEN.append(again)
     again.undo(first.id)
     assert torch.equal(logits(llama), expected)
+
+
+def test_contexts_that_were_absorbed_in_other_ways_share_a_store(llama: Any) -> None:
+    found = []
+    for order in (("closed", "zero"), ("zero", "closed")):
+        one = store(llama)
+        contexts = {"closed": (ONE, {"steps": 0}), "zero": (OTHER, {"steps": 3})}
+        ids = {start: absorb(one, contexts[start][0], **contexts[start][1]).id for start in order}
+        setting = one.contexts.setting()
+        assert setting.is_solved and setting.steps == 3
+        found.append(logits(llama))
+        one.undo(ids["closed"])
+        assert not one.contexts.setting().is_solved
+        undone = logits(llama)
+        one.close()
+        alone = store(llama)
+        absorb(alone, OTHER, steps=3)
+        assert torch.equal(undone, logits(llama))
+        alone.close()
+    assert torch.equal(*found)
 
 
 def test_facts_and_contexts_share_a_store(llama: Any, tmp_path: Path) -> None:

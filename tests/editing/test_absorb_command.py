@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from npt.cli import main
 
 IDS = torch.arange(3, 40)[None]
-OPTIONS = ["--number", "6", "--new-tokens", "4", "--blocks", "1,2", "--mu", "1", "--steps", "2"]
+OPTIONS = ["--number", "6", "--new-tokens", "4", "--blocks", "1,2", "--mu", "1", "--steps", "2", "--start", "closed"]
 
 
 @pytest.fixture(scope="module")

@@ -175,10 +175,12 @@ def test_balanced_factors_are_the_same_weight_delta() -> None:
 
 def test_a_setting_without_steps_is_read() -> None:
     """Stores that were written before there were steps."""
-    kept = {**asdict(Setting((1, 2), 4.0, 0.01, 8, 3, 1e-3)), "blocks": [1, 2]}
-    assert _setting(kept) == Setting((1, 2), 4.0, 0.01, 8, 3, 1e-3)
-    old = {name: value for name, value in kept.items() if name not in ("steps", "rate")}
+    whole = Setting((1, 2), 4.0, 0.01, 8, 3, 1e-3, "zero")
+    kept = {**asdict(whole), "blocks": [1, 2]}
+    assert _setting(kept) == whole
+    old = {name: value for name, value in kept.items() if name not in ("steps", "rate", "start")}
     assert _setting(old) == Setting((1, 2), 4.0, 0.01, 8)
-    for wrong in ({"steps": -1}, {"rate": 0}, {"rate": "x"}, {"steps": True}):
+    assert _setting(old | {"steps": 3}).is_solved  # versions that began at the closed form alone
+    for wrong in ({"steps": -1}, {"rate": 0}, {"rate": "x"}, {"steps": True}, {"start": "x"}, {"start": None}):
         with pytest.raises((TypeError, ValueError)):
             _setting(kept | wrong)

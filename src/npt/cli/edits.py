@@ -127,13 +127,20 @@ def absorb(
     model: Model = None,
     blocks: Annotated[str | None, typer.Option("--blocks", help="auto (default), or indices such as 15,17,19.")] = None,
     number: Annotated[int | None, typer.Option("--number", help="Questions that the model writes (144).")] = None,
-    limit: Annotated[float | None, typer.Option("--limit", help="Mean KL allowed on general text (0.02 nats).")] = None,
-    mu: Annotated[float | None, typer.Option("--mu", help="The weight of general text; else chosen.")] = None,
+    limit: Annotated[
+        float | None, typer.Option("--limit", help="Mean KL on general text that the closed form may have (0.02).")
+    ] = None,
+    mu: Annotated[
+        float | None, typer.Option("--mu", help="The closed form's weight of general text; else chosen.")
+    ] = None,
     rank: Annotated[
         int | None, typer.Option("--rank", help="The largest rank of a block's weight delta (128).")
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Steps by gradient behind the closed form (40).")] = None,
-    rate: Annotated[float | None, typer.Option("--rate", help="AdamW's rate in these steps (0.001).")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Steps by gradient (80); 0: the closed form alone.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option("--rate", help="AdamW's rate in these steps (0.003).")] = None,
+    start: Annotated[str | None, typer.Option("--start", help="Where they begin: zero (default) or closed.")] = None,
     new_tokens: Annotated[int | None, typer.Option("--new-tokens", help="The longest answer (48).")] = None,
     style: Annotated[str | None, typer.Option("--style", help="auto (default), chat, question or text.")] = None,
     statistics: Annotated[
@@ -151,8 +158,8 @@ def absorb(
     from npt.runs.edits import Options
 
     given = {
-        "number": number, "limit": limit, "mu": mu, "rank": rank, "steps": steps, "rate": rate, "new_tokens": new_tokens,
-        "style": style,
+        "number": number, "limit": limit, "mu": mu, "rank": rank, "steps": steps, "rate": rate, "start": start,
+        "new_tokens": new_tokens, "style": style,
     }  # fmt: skip
     asked = asked_for(context, questions, blocks, given)
     found, page = absorb_into(store, asked, Options(model, set_ or (), statistics=statistics or ()))
@@ -296,8 +303,8 @@ def _show_absorbed(found: Absorbed) -> None:
     figures, setting = found.figures, found.setting
     say(f"{found.id}  {figures.recovered:.0%} recovered: KL to the model with the context {figures.kl_before:.3f} -> "
         f"{figures.kl_after:.3f} on {len(found.compared)} held-out questions; general text {figures.text_kl:.4f}")  # fmt: skip
-    say(f"  {blocks_text(setting.blocks)}, mu {setting.mu:.3g}, lambda {setting.lam:.2g}, "
-        f"{setting.steps} steps by gradient, {figures.seconds:.0f} s")  # fmt: skip
+    solved = f"mu {setting.mu:.3g}, lambda {setting.lam:.2g}, " if setting.is_solved else ""
+    say(f"  {blocks_text(setting.blocks)}, {solved}{setting.steps} steps by gradient, {figures.seconds:.0f} s")
     for line in (*found.left_out, found.note):
         if line:
             say(f"  note     {one_line(line)}")

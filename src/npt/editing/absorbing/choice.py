@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 #: Where the search begins. Trials of mu with one set of blocks, and of lambda, each by this factor.
 MU, LAM, STEPS, FACTOR = 4.0, 0.01, 4, 10.0
+#: The most blocks that steps by gradient train from zero.
+TRAINED = 10
 #: Damage that uses so much of the limit is near enough to it.
 _NEAR = 0.8
 
@@ -38,6 +40,11 @@ def block_sets(count: int) -> list[tuple[int, ...]]:
     """Sets of blocks to compare, of so many: the upper half, spread; fewer of it; the upper two thirds, spread."""
     found = [_spread(count // 2, count - 1, 8), _spread(count // 2, count - 1, 4), _spread(count // 3, count - 1, 8)]
     return list(dict.fromkeys(found))
+
+
+def trained_blocks(count: int) -> tuple[int, ...]:
+    """The blocks that steps by gradient train from zero, of so many: all but the lowest seventh, spread."""
+    return _spread(count // 7, count - 1, TRAINED)
 
 
 def _spread(low: int, high: int, most: int) -> tuple[int, ...]:
@@ -87,7 +94,7 @@ class Choice:
             part.stream.through(lowest)  # below the lowest block nothing changes
         with progress_bar("Choosing blocks, mu and lambda", None, self.progress, unit="trials") as self._advance:
             for blocks in sets:
-                self.trial(Setting(blocks, mu, lam, self.options.rank, self.options.steps, self.options.rate))
+                self.trial(Setting(blocks, mu, lam, self.options.rank, self.options.steps, self.options.rate, "closed"))
             if self.options.mu is None:
                 self._search_mu(self.chosen().setting)
             if self.options.lam is None:

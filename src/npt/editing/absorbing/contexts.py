@@ -20,10 +20,10 @@ import torch
 from npt.common.display import one_line
 from npt.editing.absorbing.absorbed import Absorbed, Compared, Figures, id_of
 from npt.editing.absorbing.answers import continued
-from npt.editing.absorbing.choice import Choice, Trial, block_sets
+from npt.editing.absorbing.choice import LAM, MU, Choice, block_sets, trained_blocks
 from npt.editing.absorbing.dialogue import Conversation, Dialogue, context_from, shown
 from npt.editing.absorbing.general import CHOOSING, REPORTING, WATCHED_FOR_FACTS, GeneralText
-from npt.editing.absorbing.gradient import BETA, PIECES, Trained, Training, balanced, check_slopes
+from npt.editing.absorbing.gradient import BETA, PIECES, Trained, Training, balanced, check_slopes, zero
 from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.patches import Patches
 from npt.editing.absorbing.questions import Asked
@@ -88,13 +88,14 @@ class Contexts:
         """The setting of the joint solve.
 
         The blocks of any context, the largest mu and lambda, the sums of the ranks and of the steps, and the largest rate of
-        those with steps.
+        those with steps, which begin at zero where all contexts do.
         """
         own = [one.setting for one in self.ledger.values()]
         blocks = tuple(sorted({block for one in own for block in one.blocks}))
         rank = min(sum(one.rank for one in own), RANKS[-1])
         steps, rate = min(sum(one.steps for one in own), MOST_STEPS), max((one.steps > 0, one.rate) for one in own)[1]
-        return Setting(blocks, max(one.mu for one in own), max(one.lam for one in own), rank, steps, rate)
+        start = "closed" if any(one.is_solved for one in own) else "zero"
+        return Setting(blocks, max(one.mu for one in own), max(one.lam for one in own), rank, steps, rate, start)
 
     def resolve(self) -> None:
         """Solves for the contexts in the ledger and puts their weight deltas to work, and nothing else."""
@@ -105,23 +106,25 @@ class Contexts:
         setting = self.setting()
         with self.facts_off(), self.patches.opened():
             self.patches.set({})
-            text = self.general.moments(setting.blocks)
             learnt = [conversation for one in own for conversation in one.learnt]
             weights = [1 / sum(c.shared for c in one.learnt) for one in own for _ in one.learnt]
-            lesson = Lesson(self.blocks, learnt, setting.blocks, weights)
-            lesson.fit(setting, text, self.patches)
+            lesson = Lesson(self.blocks, learnt, setting.blocks if setting.is_solved else (), weights)
+            if setting.is_solved:
+                lesson.fit(setting, self.general.moments(setting.blocks), self.patches)
+                lesson.targets = {}
             if setting.steps:
-                lesson.targets = {}  # of the closed form alone
                 self.descend(setting, lesson)
 
     @torch.inference_mode(False)
     def descend(self, setting: Setting, lesson: Lesson) -> None:
-        """Trains the weight deltas at work on, by gradient, also where the caller is in inference mode.
+        """Trains the weight deltas at work on, or new ones, by gradient, also where the caller is in inference mode.
 
         Raises:
             NPTError: a factor is not finite any more; nothing is at work then.
         """
         begin = {layer: balanced(one) for layer, one in self.factors.items()}
+        if not setting.is_solved:
+            begin = zero(self.blocks, setting.blocks, setting.rank)
         self.patches.set({})
         training = Training(setting.rate, beta=BETA, falling=setting.steps)
         text = self.general.pieces(min(PIECES, setting.steps))  # one for each step, then again
@@ -208,14 +211,15 @@ class Contexts:
         teacher.chunks(whole)  # before any long work
         teacher.check(asked or ())
         if options.steps:
-            check_slopes(self.blocks, min(map(min, self._sets(named))))
+            sets = [trained_blocks(len(self.blocks)), *block_sets(len(self.blocks))] if named is None else [named]
+            check_slopes(self.blocks, min(map(min, sets)))
         with self.facts_off(), self.patches.trying():
             taught = teacher.teach(whole, asked, replies)
-            best, tried = self._choose(taught, named, options)
+            setting, tried = self._choose(taught, named, options)
         with self.unchanged_unless_done():
             self.ledger[id] = Absorbed(
-                id, Request(shown(whole), ""), best.setting.blocks, "absorb", tried, "", "", False,
-                context=whole, setting=best.setting, learnt=(*taught.learn, *taught.choose),
+                id, Request(shown(whole), ""), setting.blocks, "absorb", tried, "", "", False,
+                context=whole, setting=setting, learnt=(*taught.learn, *taught.choose),
                 reported=tuple(taught.report), left_out=tuple(taught.left_out), style=teacher.dialogue.style,
                 new_tokens=options.new_tokens,
             )  # fmt: skip
@@ -242,19 +246,28 @@ class Contexts:
         """How the model is asked."""
         return Dialogue(self.tokenizer, self.blocks.base.config, vocabulary_size(self.blocks.base), style)
 
-    def _sets(self, named: tuple[int, ...] | None) -> list[tuple[int, ...]]:
-        """The sets of blocks that are tried."""
-        return block_sets(len(self.blocks)) if named is None else [named]
+    def untried(self, named: tuple[int, ...] | None, options: Options) -> Setting:
+        """The setting before anything is tried, which steps from zero keep: they have no mu and lambda.
 
-    def _choose(self, taught: Taught, named: tuple[int, ...] | None, options: Options) -> tuple[Trial, int]:
-        """(the best setting's trial, settings that were tried). The base is alone."""
-        sets = self._sets(named)
+        Args:
+            named: the blocks; None for those of `blocks="auto"`.
+            options: the context's.
+        """
+        blocks = trained_blocks(len(self.blocks)) if named is None else named
+        return Setting(blocks, MU, LAM, options.rank, options.steps, options.rate, options.start)
+
+    def _choose(self, taught: Taught, named: tuple[int, ...] | None, options: Options) -> tuple[Setting, int]:
+        """(the setting of one context alone, settings that were tried). The base is alone."""
+        setting = self.untried(named, options)
+        if not setting.is_solved:
+            return setting, 0
+        sets = block_sets(len(self.blocks)) if named is None else [named]
         layers = sorted({block for one in sets for block in one})
         text = self.general.moments(layers)
         every = -(-len(taught.learn) // SOLVED)  # wordings stand side by side: of each source some
         lesson, held = Lesson(self.blocks, taught.learn[::every], layers), Lesson(self.blocks, taught.choose)
         choice = Choice(lesson, held, self.watched(CHOOSING), text, self.patches, options, self.progress)
-        return choice.best(sets), len(choice.trials)
+        return choice.best(sets).setting, len(choice.trials)
 
     def watched(self, seed: int) -> Apart:
         """Text of the base on which damage is measured (see `GeneralText.watched`), made once. Facts have to be off then."""

@@ -13,7 +13,7 @@ from npt.common.display import one_line
 from npt.editing.absorbing.absorbed import Absorbed, Compared, Figures
 from npt.editing.absorbing.contexts import Contexts
 from npt.editing.absorbing.dialogue import Conversation, context_from, shown
-from npt.editing.absorbing.settings import Setting
+from npt.editing.absorbing.settings import STARTS, Setting
 from npt.editing.requests import Request
 from npt.editing.solve import Factors
 
@@ -136,12 +136,13 @@ def _setting(record: Mapping[str, Any]) -> Setting:
     rank = _typed(record, "rank", int)
     if rank < 1:
         raise ValueError(f"rank={rank}")
-    # Stores of versions without steps have none.
+    # Stores of versions without steps have none, and those of versions that began at the closed form alone no start.
     steps = _typed({"steps": 0} | dict(record), "steps", int)
     rate = _number(record.get("rate", Setting.rate), "rate")
-    if steps < 0 or not rate:
-        raise ValueError(f"steps={steps}, rate={rate}")
-    return Setting(blocks, values["mu"], values["lam"], rank, steps, rate)
+    start = record.get("start", Setting.start)
+    if steps < 0 or not rate or start not in STARTS:
+        raise ValueError(f"steps={steps}, rate={rate}, start={one_line(repr(start), 40)}")
+    return Setting(blocks, values["mu"], values["lam"], rank, steps, rate, start)
 
 
 def _row(kind: Any, record: Mapping[str, Any]) -> Any:

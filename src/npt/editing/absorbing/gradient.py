@@ -181,7 +181,7 @@ class Trained:
             yield
 
 
-def zero(blocks: Blocks, layers: Sequence[int], rank: int, seed: int) -> dict[int, Factors]:
+def zero(blocks: Blocks, layers: Sequence[int], rank: int, seed: int = 0) -> dict[int, Factors]:
     """{block: factors as PEFT begins a LoRA}: right random, left zero.
 
     Args:

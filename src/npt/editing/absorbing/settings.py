@@ -13,8 +13,10 @@ from npt.errors import NPTError
 
 @dataclass(frozen=True)
 class Setting:
-    """How weight deltas are solved for: the blocks, ascending; mu and lambda of the formula; the largest rank of a block's;
-    steps by gradient from there, and AdamW's rate.
+    """How weight deltas are found.
+
+    blocks: ascending. mu, lam: of the formula. rank: the largest of a block's. steps: by gradient. rate: AdamW's. start: where
+    the steps begin, see `STARTS`.
     """
 
     blocks: tuple[int, ...]
@@ -23,6 +25,12 @@ class Setting:
     rank: int
     steps: int = 0
     rate: float = 1e-3
+    start: str = "closed"
+
+    @property
+    def is_solved(self) -> bool:
+        """True where the weight deltas are found in closed form, with steps by gradient behind it or without."""
+        return self.start == "closed" or not self.steps
 
 
 @dataclass(frozen=True)
@@ -30,9 +38,10 @@ class Options:
     """How a context is absorbed.
 
     number: questions that the model writes. phrasings: wordings of each. new_tokens: the longest answer. limit: mean KL from
-    the base on general text that is allowed, in nats a token. mu, lam: of the formula; None chooses. rank: the largest of a
-    block's weight delta. steps: by gradient, from the weight deltas that the formula finds. rate: AdamW's for them. style:
-    how questions are put (see `npt.editing.absorbing.dialogue.STYLES`), or "auto". seed: of the questions.
+    the base on general text, in nats a token, by which the formula's mu is chosen; the note names a larger one. mu, lam: of
+    the formula; None chooses. rank: the largest of a block's weight delta. steps: by gradient; with 0 the formula alone.
+    rate: AdamW's. start: where the steps begin, see `STARTS`. style: how questions are put (see
+    `npt.editing.absorbing.dialogue.STYLES`), or "auto". seed: of the questions.
     """
 
     number: int = 144
@@ -42,12 +51,15 @@ class Options:
     mu: float | None = None
     lam: float | None = None
     rank: int = 128
-    steps: int = 40
-    rate: float = 1e-3
+    steps: int = 80
+    rate: float = 3e-3
+    start: str = "zero"
     style: str = "auto"
     seed: int = 0
 
 
+#: Where steps by gradient begin: at no weight delta, as a LoRA does; or at those that the formula finds.
+STARTS = ("zero", "closed")
 #: The most steps by gradient.
 MOST_STEPS = 10_000
 #: The smallest value of each whole number.
@@ -72,11 +84,18 @@ def options_of(given: dict[str, Any]) -> Options:
         elif name == "style":
             if value != "auto" and value not in STYLES:
                 raise NPTError(f"{shown} is unknown; use auto, {', '.join(STYLES)}")
+        elif name == "start":
+            if value not in STARTS:
+                raise NPTError(f"{shown} is unknown; use {' or '.join(STARTS)}")
         elif not (value is None and name in ("mu", "lam")) and not _positive(value):
             raise NPTError(
                 f"{shown}: use a number above 0{', or None to have it chosen' if name in ('mu', 'lam') else ''}"
             )
-    return Options(**given)
+    options = Options(**given)
+    for name in ("mu", "lam"):
+        if given.get(name) is not None and options.steps and options.start == "zero":
+            raise NPTError(f"{name}={given[name]:g}: is of the closed form; use start=closed or steps=0 with it")
+    return options
 
 
 def _positive(value: Any) -> bool:
