@@ -27,7 +27,7 @@ from benchmarks.kept import PARTS, Kept, Record, ended, file_of, opened, read_ke
 from benchmarks.timing import CLOCKS, check_clock
 from npt import EditStore, load_base
 from npt.common.display import one_line
-from npt.editing.absorbing.gradient import BATCH, BETA, TOKENS, Training
+from npt.editing.absorbing.gradient import BATCH, TOKENS, Training
 from npt.editing.absorbing.settings import Options
 from npt.errors import NPTError
 
@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rates", type=float, nargs="+", default=[1e-3, 3e-3], help="of AdamW, to choose from (development)")
     add("--steps", type=int, nargs="+", default=[20, 40], help="after which it is measured (development)")
     add("--tokens", nargs="+", choices=TOKENS, default=["all"], help="that the LoRA's KL is taken over, to choose from")
-    add("--betas", type=float, nargs="+", default=[BETA], help="the LoRA's weights of text, to choose from")
+    add("--betas", type=float, nargs="+", default=[2.0], help="the LoRA's weights of text, to choose from")
     add("--batch", type=int, default=BATCH, help="conversations of a step (development; default: 8)")
     add("--number", type=int, default=Options.number, help="questions that the model writes, as for npt absorb")
     add("--phrasings", type=int, default=Options.phrasings, help="of each, as for npt absorb")

@@ -40,7 +40,7 @@ SCALE = 2.0**10
 #: What to do without a gradient.
 _CLOSED = "which steps by gradient need; use steps=0, the closed form alone, or a base whose layers have one"
 #: The weight of text, conversations of a step, and pieces of text, where a context is absorbed.
-BETA, BATCH, PIECES = 2.0, 8, 24
+BETA, BATCH, PIECES = 1.0, 8, 24
 #: Tokens that the KL is taken over: all that both conversations end with, which the closed form reads; or the answers' alone.
 TOKENS = ("all", "answers")
 
