@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from npt.cli import main
+from npt.report.absorbed import write_absorbed_page
 
 IDS = torch.arange(3, 40)[None]
 OPTIONS = ["--number", "6", "--new-tokens", "4", "--blocks", "1,2", "--mu", "1", "--steps", "2", "--start", "closed"]
@@ -69,11 +70,14 @@ def test_list_and_show(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(word in shown for word in ("before ", "context ", "after ", "recovered", "blocks 1 and 2, mu 1"))
 
 
-def test_the_page_has_every_reported_question_and_escapes_text(store: Path) -> None:
+def test_the_page_has_every_reported_question_and_escapes_text(store: Path, tmp_path: Path) -> None:
     page = (store / "report.html").read_text()
     (one,) = json.loads((store / "edits.json").read_text())["contexts"]
     assert one["compared"] and "Bo is a cat &lt;b&gt;." in page and "<b>." not in page and "<script" not in page
     assert page.count('<td class="text">') == 4 * len(one["compared"]) and "data:image/svg+xml" in page
+    assert "&mu; 1" in page and "2 steps by gradient" in page
+    one["setting"]["start"] = "zero"
+    assert "&mu;" not in write_absorbed_page(tmp_path / "p.html", [one], None).read_text()
 
 
 def test_verify_export_and_undo(

@@ -28,12 +28,16 @@ def write_absorbed_page(path: Path, contexts: Sequence[Mapping[str, Any]], base:
     """
     pictures = [_picture(number, one) for number, one in enumerate(contexts, 1)]
     shown = [
-        {**one, "recovered": _recovered(one["figures"]), "image": picture}
+        {**one, "recovered": _recovered(one["figures"]), "solved": _is_solved(one["setting"]), "image": picture}
         for one, picture in zip(contexts, images_of([p for p in pictures if p is not None]), strict=True)
     ]
     template = page_environment().get_template("absorbed.html.j2")
     write_text(path, template.render(contexts=shown, base=model_name(base or "a model")))
     return path
+
+
+def _is_solved(setting: Mapping[str, Any]) -> bool:
+    return setting.get("start", "closed") == "closed" or not setting.get("steps")
 
 
 def _recovered(figures: Mapping[str, Any]) -> float:
