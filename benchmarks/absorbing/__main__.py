@@ -129,8 +129,8 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", nargs="+", choices=TOKENS, default=["all"], help="that the LoRA's KL is taken over, to choose from")
     add("--betas", type=float, nargs="+", default=[2.0], help="the LoRA's weights of text, to choose from")
     add("--batch", type=int, default=BATCH, help="conversations of a step (development; default: 8)")
-    add("--number", type=int, default=Options.number, help="questions that the model writes, as for npt absorb")
-    add("--phrasings", type=int, default=Options.phrasings, help="of each, as for npt absorb")
+    add("--number", type=int, default=144, help="questions that the closed form and the LoRA learn from (default: 144)")
+    add("--phrasings", type=int, default=3, help="wordings of each (default: 3)")
     add("--new-tokens", type=int, default=Options.new_tokens, help="the longest answer, as for npt absorb")
     add(
         "--descent",

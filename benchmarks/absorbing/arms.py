@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.absorbing.cases import Case
@@ -18,7 +18,7 @@ from npt.editing.absorbing.contexts import Contexts
 from npt.editing.absorbing.general import CHOOSING, REPORTING
 from npt.editing.absorbing.gradient import PIECES, Trained, Training, zero
 from npt.editing.absorbing.lesson import Lesson
-from npt.editing.absorbing.settings import Options, options_of
+from npt.editing.absorbing.settings import options_of
 from npt.editing.absorbing.teaching import Teacher
 from npt.planning.counters import AllocationCounter
 
@@ -84,12 +84,12 @@ def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
         edit = store.absorb(case.text, **plan.options)
     assert isinstance(edit, Absorbed)
     found["setting"] = {**asdict(edit.setting), "blocks": list(edit.setting.blocks)}
-    found["learnt"] = {"conversations": len(edit.learnt), "tokens": sum(c.shared for c in edit.learnt)}
+    found["learnt"] = _learnt(edit)
     found["asking_seconds"] = seconds["asking"]
     found["absorb"] = {**exam.mark().kept(), "seconds": seconds["absorbing"]}
-    if plan.descent:
-        found["descended"] = descended(store, exam, edit, replace(options_of({}), steps=plan.descent), plan.clock)
     store.undo(edit.id)
+    if plan.descent:
+        found["descended"] = descended(store, exam, case, plan)
     found["gradient"] = [
         {**asdict(training), "points": trained(store, exam, edit, training, plan)} for training in plan.trainings
     ]
@@ -98,22 +98,27 @@ def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
     return found
 
 
-def descended(store: EditStore, exam: Exam, edit: Absorbed, options: Options, clock: str) -> dict[str, Any]:
-    """The figures of absorb's steps from zero, on what an absorbed context learnt from, and their seconds.
+def descended(store: EditStore, exam: Exam, case: Case, plan: Plan) -> dict[str, Any]:
+    """The figures of absorb as `npt absorb` does it, from questions of its own number. The store is empty, and is so again.
 
     Args:
-        store: with the context in it, which is off afterwards.
+        store: the store.
         exam: the context's.
-        edit: the context.
-        options: absorb's.
-        clock: see `Plan`.
+        case: the context.
+        plan: its steps and clock; of its options, those that do not belong to the other arms' questions.
     """
-    start, contexts = moment(clock), store.contexts
-    with contexts.patches.off():
-        lesson = Lesson(contexts.blocks, edit.learnt)
-    contexts.descend(contexts.untried(None, options), lesson)
-    seconds = moment(clock) - start
-    return {**exam.mark().kept(), "seconds": seconds}
+    own = {name: value for name, value in plan.options.items() if name not in ("number", "phrasings", "mu", "lam")}
+    with spent(plan.clock) as seconds:
+        edit = store.absorb(case.text, **{**own, "steps": plan.descent})
+    assert isinstance(edit, Absorbed)
+    found = {**exam.mark().kept(), "seconds": seconds["absorbing"], "asking_seconds": seconds["asking"]}
+    found["learnt"] = _learnt(edit)
+    store.undo(edit.id)
+    return found
+
+
+def _learnt(edit: Absorbed) -> dict[str, int]:
+    return {"conversations": len(edit.learnt), "tokens": sum(c.shared for c in edit.learnt)}
 
 
 def trained(store: EditStore, exam: Exam, edit: Absorbed, training: Training, plan: Plan) -> list[dict[str, Any]]:

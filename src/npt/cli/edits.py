@@ -126,7 +126,7 @@ def absorb(
     ] = None,
     model: Model = None,
     blocks: Annotated[str | None, typer.Option("--blocks", help="auto (default), or indices such as 15,17,19.")] = None,
-    number: Annotated[int | None, typer.Option("--number", help="Questions that the model writes (144).")] = None,
+    number: Annotated[int | None, typer.Option("--number", help="Questions that the model writes (288).")] = None,
     limit: Annotated[
         float | None, typer.Option("--limit", help="Mean KL on general text that the closed form may have (0.02).")
     ] = None,

@@ -1,5 +1,5 @@
-"""Contexts absorbed by weights: without the context, the model answers as it does with it in front. They are found
-in closed form, then trained for a few steps.
+"""Contexts absorbed by weights: without the context, the model answers as it does with it in front. They are trained by
+gradient, or found in closed form.
 
 module       in -> out
 settings     options of a person -> options and a setting, checked
@@ -11,7 +11,7 @@ stream       rows of tokens -> what each block reads and gives, one block after 
 formula      inputs, what outputs lack, text -> the weight delta of a block, in two factors (pure tensors)
 patches      weight deltas of several blocks -> hooks on their projections, on or off
 lesson       conversations and a setting -> weight deltas; how far apart two models are
-gradient     weight deltas -> weight deltas trained on by gradient
+gradient     weight deltas, or none yet -> weight deltas trained by gradient
 general      text of the base -> what must not be disturbed, and by how much it was
 choice       held-out questions and a limit on general text -> blocks, mu and lambda
 absorbed     one context: what was asked, how it was solved for, what came out

@@ -44,7 +44,7 @@ class Options:
     `npt.editing.absorbing.dialogue.STYLES`), or "auto". seed: of the questions.
     """
 
-    number: int = 144
+    number: int = 288
     phrasings: int = 3
     new_tokens: int = 48
     limit: float = 0.02
