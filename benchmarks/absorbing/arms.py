@@ -18,7 +18,7 @@ from npt.editing.absorbing.contexts import Contexts
 from npt.editing.absorbing.general import CHOOSING, REPORTING
 from npt.editing.absorbing.gradient import PIECES, Trained, Training, zero
 from npt.editing.absorbing.lesson import Lesson
-from npt.editing.absorbing.settings import options_of
+from npt.editing.absorbing.settings import Options, options_of
 from npt.editing.absorbing.teaching import Teacher
 from npt.planning.counters import AllocationCounter
 
@@ -31,8 +31,9 @@ class Plan:
     """What is run.
 
     trainings: the gradient's. steps: after which it is measured, ascending. descent: absorb's own steps by gradient, from zero
-    at its own blocks; 0 leaves the closed form alone. memory: count each arm's peak in runs of its own.
-    options: of `EditStore.absorb`. clock: of `benchmarks.timing.CLOCKS`, for all seconds.
+    at its own blocks; 0 leaves the closed form alone. memory: count each arm's peak in runs of its own. options: of
+    `EditStore.absorb`, for the closed form and the LoRA. clock: of `benchmarks.timing.CLOCKS`, for all seconds. number:
+    questions of absorb itself.
     """
 
     trainings: tuple[Training, ...]
@@ -41,6 +42,7 @@ class Plan:
     memory: bool
     options: dict[str, Any]
     clock: str = "wall"
+    number: int = Options.number
 
 
 def prepare(store: EditStore, blocks: Sequence[int] | None = None) -> float:
@@ -105,11 +107,11 @@ def descended(store: EditStore, exam: Exam, case: Case, plan: Plan) -> dict[str,
         store: the store.
         exam: the context's.
         case: the context.
-        plan: its steps and clock; of its options, those that do not belong to the other arms' questions.
+        plan: what is run.
     """
-    own = {name: value for name, value in plan.options.items() if name not in ("number", "phrasings", "mu", "lam")}
+    own = {name: value for name, value in plan.options.items() if name not in ("mu", "lam")}
     with spent(plan.clock) as seconds:
-        edit = store.absorb(case.text, **{**own, "steps": plan.descent})
+        edit = store.absorb(case.text, **{**own, "number": plan.number, "steps": plan.descent})
     assert isinstance(edit, Absorbed)
     found = {**exam.mark().kept(), "seconds": seconds["absorbing"], "asking_seconds": seconds["asking"]}
     found["learnt"] = _learnt(edit)

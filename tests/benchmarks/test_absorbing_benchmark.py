@@ -123,13 +123,14 @@ def test_data_that_is_wrong_is_named(change: dict[str, Any], message: str, tmp_p
 
 def test_all_arms_of_a_context(store: EditStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The LoRA comes nearer to the teacher with its steps, nothing stays on the model, and a weak context ends early."""
-    plan = arms.Plan((Training(1e-2), Training(1e-2, "answers")), (5, 40), 10, True, OPTIONS)
+    trainings = (Training(1e-2), Training(1e-2, "answers"))
+    plan = arms.Plan(trainings, (5, 40), 10, True, OPTIONS, number=6)
     monkeypatch.setattr(arms, "EFFECT", 0.0)
     record = arms.measure(store, CASE, plan)
     assert record["nothing"]["kl"] == record["effect"] and record["nothing"]["text_kl"] == 0
     assert record["absorb"]["kl"] < record["effect"] and record["absorb"]["text_kl"] > 0
     assert record["descended"]["kl"] < record["effect"] and record["descended"]["kl"] != record["absorb"]["kl"]
-    assert record["descended"]["seconds"] > 0
+    assert record["descended"]["seconds"] > 0 and record["descended"]["learnt"]["tokens"] > 0
     for one in record["gradient"]:
         few, many = one["points"]
         assert (few["steps"], many["steps"]) == (5, 40) and many["seconds"] > few["seconds"] > 0
@@ -244,8 +245,8 @@ def test_tables_name_what_was_left_out_and_the_plot_is_drawn() -> None:
     assert "**2 documents**" in text and "c (0.12 nats)" in text and kind_table("prompt", kept) == ""
     assert "| absorb, closed form | 80.0 ± 5.0 % | 100.0 ± 0.0 % | 0.0100 ± 0.0000 | 2.0 ± 0.0 |  |" in text
     assert (
-        "Within 20 steps the LoRA gets as far as `absorb, closed form` in 1 of 2 contexts, after a median of 4.0 times its seconds."
-        in text
+        "Within 20 steps the LoRA gets as far as `absorb, closed form` in 1 of 2 contexts, after a median of 4.0 times its "
+        "seconds." in text
     )
     assert "documents, absorb" in drawn(kept).svg
 
