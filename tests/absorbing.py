@@ -38,7 +38,7 @@ def store(base: Any, **options: Any) -> EditStore:
 
 
 def absorb(one: EditStore, context: str, **options: Any) -> Absorbed:
-    options = {**OPTIONS, **options}
+    options = {**OPTIONS, **({"rate": 1e-2} if options.get("steps") else {}), **options}
     if options["steps"] and options.get("start") != "closed":
         options = {name: value for name, value in options.items() if name not in ("mu", "lam")}
     found = one.absorb(context, ASKED[context], **options)

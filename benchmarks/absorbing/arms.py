@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from benchmarks.absorbing.cases import Case
@@ -109,14 +110,19 @@ def descended(store: EditStore, exam: Exam, case: Case, plan: Plan) -> dict[str,
         case: the context.
         plan: what is run.
     """
-    own = {name: value for name, value in plan.options.items() if name not in ("mu", "lam")}
     with spent(plan.clock) as seconds:
-        edit = store.absorb(case.text, **{**own, "number": plan.number, "steps": plan.descent})
+        edit = store.absorb(case.text, **_own(plan))
     assert isinstance(edit, Absorbed)
     found = {**exam.mark().kept(), "seconds": seconds["absorbing"], "asking_seconds": seconds["asking"]}
     found["learnt"] = _learnt(edit)
     store.undo(edit.id)
     return found
+
+
+def _own(plan: Plan) -> dict[str, Any]:
+    """The options of absorb itself."""
+    shared = {name: value for name, value in plan.options.items() if name not in ("mu", "lam")}
+    return {**shared, "number": plan.number, "steps": plan.descent}
 
 
 def _learnt(edit: Absorbed) -> dict[str, int]:
@@ -150,8 +156,8 @@ def lora(store: EditStore, edit: Absorbed, training: Training) -> Trained:
 def peaks(store: EditStore, case: Case, plan: Plan, edit: Absorbed) -> dict[str, int]:
     """{arm: most bytes alive at once above what was there before}, counted in runs that no time is taken of."""
 
-    def absorb() -> None:
-        store.undo(store.absorb(case.text, **plan.options).id)
+    def absorb(options: dict[str, Any]) -> None:
+        store.undo(store.absorb(case.text, **options).id)
 
     def train() -> None:
         one = lora(store, edit, plan.trainings[0])
@@ -159,7 +165,11 @@ def peaks(store: EditStore, case: Case, plan: Plan, edit: Absorbed) -> dict[str,
         one.close()
 
     found = {}
-    runs: dict[str, Callable[[], None]] = {"absorb": absorb, "gradient": train if plan.trainings else lambda: None}
+    runs: dict[str, Callable[[], None]] = {"absorb": partial(absorb, plan.options)}
+    if plan.descent:
+        runs["descended"] = partial(absorb, _own(plan))
+    if plan.trainings:
+        runs["gradient"] = train
     for name, run in runs.items():
         with AllocationCounter() as counter:
             run()

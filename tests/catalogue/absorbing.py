@@ -73,7 +73,7 @@ ABSORBING = [
     bad_context("a rank too high", GOOD_CONTEXT, "rank=513: use a whole number from 1 to 512", more=("--rank", "513")),
     bad_context("no limit", GOOD_CONTEXT, "limit=0.0: use a number above 0", more=("--limit", "0")),
     bad_context("mu below 0", GOOD_CONTEXT, "mu=-1.0: use a number above 0, or None", more=("--mu=-1",)),
-    bad_context("mu of steps from zero", GOOD_CONTEXT, "mu=2: is of the closed form", more=("--mu=2", "--steps=9")),
+    bad_context("mu of steps from zero", GOOD_CONTEXT, "mu=2.0: is of the closed form", more=("--mu=2", "--steps=9")),
     bad_context("unknown start", GOOD_CONTEXT, "start='x' is unknown; use zero or closed", more=("--start=x",)),
     bad_context("steps below 0", GOOD_CONTEXT, "steps=-1: use a whole number from 0 to 10,000", more=("--steps=-1",)),
     bad_context("a rate of 0", GOOD_CONTEXT, "rate=0.0: use a number above 0", more=("--rate", "0")),

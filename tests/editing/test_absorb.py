@@ -14,11 +14,13 @@ from npt import EditStore
 from npt.editing import export
 from npt.editing.solve import Factors
 from npt.errors import CheckpointError, ConversionError, NPTError
-from tests.absorbing import FACT, ONE, OTHER, SHARED, TEXTS, absorb, base_of, logits, store
+from tests.absorbing import FACT, ONE, OPTIONS, OTHER, SHARED, TEXTS, absorb, base_of, logits, store
 from tests.helpers import OPEN
 
 pytestmark = pytest.mark.usefixtures("short_questions")
 FAMILIES = ("llama", "gpt2", "falcon", "gemma2", "granite")
+#: The closed form alone, steps from zero, and steps behind the closed form.
+WAYS: list[dict[str, Any]] = [{"steps": 0}, {"steps": 3}, {"steps": 3, "start": "closed"}]
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +28,13 @@ def llama() -> Any:
     return base_of("llama")
 
 
+@pytest.mark.parametrize("way", WAYS[:2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_context_is_absorbed_undone_saved_and_is_a_lora(family: str, tmp_path: Path) -> None:
+def test_a_context_is_absorbed_undone_saved_and_is_a_lora(family: str, way: dict[str, Any], tmp_path: Path) -> None:
     base = base_of(family)
     plain = logits(base)
     one = store(base)
-    edit = absorb(one, ONE)
+    edit = absorb(one, ONE, **way)
     assert one.edits == [edit] and edit.id in {found.id for found in one.edits}
     assert edit.figures.kl_after < edit.figures.kl_before and edit.figures.text_kl > 0
     absorbed = logits(base)
@@ -52,9 +55,6 @@ def test_a_context_is_absorbed_undone_saved_and_is_a_lora(family: str, tmp_path:
     config = json.loads((tmp_path / "s" / "adapter_config.json").read_text())
     assert len(config["target_modules"]) == 2 and config["target_modules"] == sorted(config["target_modules"])
 
-
-#: The closed form alone, steps from zero, and steps behind the closed form.
-WAYS: list[dict[str, Any]] = [{"steps": 0}, {"steps": 3}, {"steps": 3, "start": "closed"}]
 
 # -- the ledger ------------------------------------------------------------------------------------------------------------
 
@@ -103,7 +103,7 @@ def test_contexts_that_were_absorbed_in_other_ways_share_a_store(llama: Any) -> 
         contexts = {"closed": (ONE, {"steps": 0}), "zero": (OTHER, {"steps": 3})}
         ids = {start: absorb(one, contexts[start][0], **contexts[start][1]).id for start in order}
         setting = one.contexts.setting()
-        assert setting.is_solved and setting.steps == 3
+        assert (setting.is_solved, setting.steps, setting.mu) == (True, 3, OPTIONS["mu"])
         found.append(logits(llama))
         one.undo(ids["closed"])
         assert not one.contexts.setting().is_solved
@@ -116,10 +116,11 @@ def test_contexts_that_were_absorbed_in_other_ways_share_a_store(llama: Any) -> 
     assert torch.equal(*found)
 
 
-def test_facts_and_contexts_share_a_store(llama: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_facts_and_contexts_share_a_store(llama: Any, way: dict[str, Any], tmp_path: Path) -> None:
     plain = logits(llama)
     one = store(llama)
-    edit = absorb(one, ONE)
+    edit = absorb(one, ONE, **way)
     absorbed = logits(llama)
     fact = one.write(**FACT)
     both = logits(llama)
@@ -134,7 +135,7 @@ def test_facts_and_contexts_share_a_store(llama: Any, tmp_path: Path) -> None:
     other = store(llama)
     other.write(**FACT)
     assert torch.equal(logits(llama), only_fact)  # keys and values are the base's, whatever was absorbed
-    absorb(other, ONE)
+    absorb(other, ONE, **way)
     assert torch.equal(logits(llama), both)
     other.close()
     again = EditStore.load(llama, one.tokenizer, tmp_path / "s", progress=False)
@@ -148,16 +149,17 @@ def test_facts_and_contexts_share_a_store(llama: Any, tmp_path: Path) -> None:
     peft.unload()
 
 
-def test_a_merge_is_the_union(llama: Any) -> None:
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_a_merge_is_the_union(llama: Any, way: dict[str, Any]) -> None:
     one, parts = store(llama), list[EditStore]()
-    absorb(one, ONE)
-    absorb(one, OTHER)
+    absorb(one, ONE, **way)
+    absorb(one, OTHER, **way)
     one.write(**FACT)
     union = logits(llama)
     one.close()
     for context in (ONE, OTHER):
         parts.append(store(llama))
-        absorb(parts[-1], context)
+        absorb(parts[-1], context, **way)
         if context == OTHER:
             parts[-1].write(**FACT)
         parts[-1].close()

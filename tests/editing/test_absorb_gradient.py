@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from npt.editing.absorbing.choice import Choice, trained_blocks
 from npt.editing.absorbing.dialogue import Dialogue
 from npt.editing.absorbing.files import _setting
-from npt.editing.absorbing.gradient import Trained, Training, balanced, slopes_of
+from npt.editing.absorbing.gradient import Trained, Training, balanced, check_slopes, slopes_of
 from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.patches import Patches
-from npt.editing.absorbing.settings import Setting
+from npt.editing.absorbing.settings import Options, Setting
 from npt.editing.absorbing.stream import Blocks, outputs_of
+from npt.editing.absorbing.teaching import Teacher
 from npt.editing.solve import Factors
 from npt.errors import NPTError
 from tests.absorbing import ONE, absorb, base_of, store
@@ -127,13 +129,36 @@ class Unslopable(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("kernel", [torch.no_grad()(torch.nn.functional.linear), Unslopable.apply])
-def test_a_base_without_a_gradient_is_refused_before_any_question(kernel: Any) -> None:
+@pytest.mark.parametrize("place", ["model.layers.2.mlp.down_proj", "lm_head"])
+def test_a_base_without_a_gradient_is_refused_before_any_question(
+    place: str, kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = base_of("llama")
-    one, module = store(base), base.get_submodule("model.layers.2.mlp.down_proj")
+    one, module = store(base), base.get_submodule(place)
     module.forward = lambda x: kernel(x, module.weight.detach())
-    with pytest.raises(NPTError, match="has no gradient.*steps=0"):
+    with monkeypatch.context() as patch, pytest.raises(NPTError, match="has no gradient.*steps=0"):
+        patch.setattr(Teacher, "teach", lambda *args: pytest.fail("questions were written"))
         absorb(one, ONE, steps=2)
     assert not one.edits and absorb(one, ONE, steps=0)
+    assert all(p.requires_grad for p in base.parameters())
+
+
+def test_a_projection_without_a_gradient_below_the_blocks_does_not_matter() -> None:
+    base = base_of("llama")
+    module = base.get_submodule("model.layers.1.mlp.down_proj")
+    module.forward = lambda x: torch.nn.functional.linear(x, module.weight).detach()
+    check_slopes(Blocks(base), 2)
+    with pytest.raises(NPTError, match=r"layers\.1\.mlp\.down_proj \(Linear\) has no gradient"):
+        check_slopes(Blocks(base), 0)
+
+
+def test_blocks_are_spread_and_nothing_is_tried_for_steps_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("llama")
+    monkeypatch.setattr(Choice, "best", lambda *args: pytest.fail("a setting was tried"))
+    edit = absorb(store(base), ONE, blocks="auto", steps=2)
+    assert edit.layers == trained_blocks(4) == (0, 1, 2, 3) and edit.passes == 0 and edit.setting.start == "zero"
+    assert trained_blocks(30) == (4, 7, 10, 12, 15, 18, 21, 23, 26, 29)
+    assert (Options.steps, Options.rate, Options.number, Options.start) == (80, 3e-3, 288, "zero")
 
 
 def test_text_in_the_loss_stays_nearer_to_the_base() -> None:

@@ -282,8 +282,10 @@ def test_given_answers_are_taught() -> None:
         ({"rank": 513}, "from 1 to 512"), ({"limit": 0}, "limit=0: use a number above 0"), ({"limit": None}, "number above 0"),
         ({"steps": -1}, "steps=-1: use a whole number from 0"), ({"rate": None}, "rate=None: use a number above 0$"),
         ({"mu": -1}, "mu=-1: use a number above 0, or None"), ({"style": "html"}, "style='html' is unknown"),
-        ({"start": "one"}, "start='one' is unknown; use zero or closed"), ({"mu": 4.0}, "mu=4: is of the closed form"),
+        ({"start": "one"}, "start='one' is unknown; use zero or closed"), ({"mu": 4.0}, "mu=4.0: is of the closed form"),
         ({"lam": 0.1, "steps": 3}, "lam=0.1: is of the closed form; use .*steps=0"),
+        ({"rate": 0.1, "steps": 0}, "rate=0.1: is of steps by gradient; use more than 0"),
+        ({"start": "zero", "steps": 0}, "start=zero: is of steps by gradient"),
     ],
 )  # fmt: skip
 def test_options_that_are_refused(given: dict[str, Any], words: str) -> None:

@@ -128,7 +128,8 @@ def absorb(
     blocks: Annotated[str | None, typer.Option("--blocks", help="auto (default), or indices such as 15,17,19.")] = None,
     number: Annotated[int | None, typer.Option("--number", help="Questions that the model writes (288).")] = None,
     limit: Annotated[
-        float | None, typer.Option("--limit", help="Mean KL on general text that the closed form may have (0.02).")
+        float | None,
+        typer.Option("--limit", help="Mean KL on general text: the closed form's most; above it, a note (0.02)."),
     ] = None,
     mu: Annotated[
         float | None, typer.Option("--mu", help="The closed form's weight of general text; else chosen.")

@@ -261,13 +261,13 @@ class EditStore:
                 than the model's window is taught in chunks.
             questions: questions that matter; None has the model write them.
             answers: of the questions; None takes those that the model gives with the context in front.
-            blocks: the blocks to patch; "auto" chooses them by questions that the model writes and holds out.
+            blocks: the blocks to patch; "auto" is ten of all but the lowest, or those that the closed form chooses.
             options: see `npt.editing.absorbing.settings.Options`.
 
         Raises:
             DataError: a blank or contradictory argument, one that the model's window does not hold, too few answers.
             NPTError: an unknown option or a value out of range, the context is absorbed already, other contexts were absorbed
-                beside other text than `statistics`, or the store is closed.
+                beside other text than `statistics`, the base has no gradient, or the store is closed.
             ConversionError: blocks that do more behind their MLP. Nothing is absorbed then.
         """
         with self._unchanged_unless_done():

@@ -87,15 +87,16 @@ class Contexts:
     def setting(self) -> Setting:
         """The setting of the joint solve.
 
-        The blocks of any context, the largest mu and lambda, the sums of the ranks and of the steps, and the largest rate of
-        those with steps, which begin at zero where all contexts do.
+        The blocks of any context, the largest mu and lambda of those in closed form, the sums of the ranks and of the steps, the
+        largest rate of those with steps. Steps begin at zero where all contexts' do.
         """
         own = [one.setting for one in self.ledger.values()]
         blocks = tuple(sorted({block for one in own for block in one.blocks}))
         rank = min(sum(one.rank for one in own), RANKS[-1])
         steps, rate = min(sum(one.steps for one in own), MOST_STEPS), max((one.steps > 0, one.rate) for one in own)[1]
-        start = "closed" if any(one.is_solved for one in own) else "zero"
-        return Setting(blocks, max(one.mu for one in own), max(one.lam for one in own), rank, steps, rate, start)
+        solved = [one for one in own if one.is_solved]
+        mu, lam = (max(getattr(one, name) for one in solved or own) for name in ("mu", "lam"))
+        return Setting(blocks, mu, lam, rank, steps, rate, "closed" if solved else "zero")
 
     def resolve(self) -> None:
         """Solves for the contexts in the ledger and puts their weight deltas to work, and nothing else."""
@@ -104,6 +105,8 @@ class Contexts:
             return
         own = [self.ledger[id] for id in sorted(self.ledger)]
         setting = self.setting()
+        if setting.steps:
+            check_slopes(self.blocks, min(setting.blocks))
         with self.facts_off(), self.patches.opened():
             self.patches.set({})
             learnt = [conversation for one in own for conversation in one.learnt]
@@ -210,9 +213,7 @@ class Contexts:
         teacher = Teacher(self.blocks, self.dialogue(options.style), options, self.progress)
         teacher.chunks(whole)  # before any long work
         teacher.check(asked or ())
-        if options.steps:
-            sets = [trained_blocks(len(self.blocks)), *block_sets(len(self.blocks))] if named is None else [named]
-            check_slopes(self.blocks, min(map(min, sets)))
+        self._check_slopes(named, options)
         with self.facts_off(), self.patches.trying():
             taught = teacher.teach(whole, asked, replies)
             setting, tried = self._choose(taught, named, options)
@@ -236,6 +237,13 @@ class Contexts:
                 f"absorb: blocks of {type(base).__name__} change the stream behind their MLP too, which absorbing does not "
                 "know; facts can be written (write), contexts be absorbed by a model of another type"
             )
+
+    def _check_slopes(self, named: tuple[int, ...] | None, options: Options) -> None:
+        """Checks, where a joint solve with a new context takes steps, that any block of it can be trained."""
+        own = [one.setting for one in self.ledger.values()]
+        if options.steps or any(one.steps for one in own):
+            new = [trained_blocks(len(self.blocks)), *block_sets(len(self.blocks))] if named is None else [named]
+            check_slopes(self.blocks, min(min(blocks) for blocks in (*new, *(one.blocks for one in own))))
 
     def watched_rows(self) -> list[list[int]]:
         """Token ids of the base's own text, on which settings are chosen."""

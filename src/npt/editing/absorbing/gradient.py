@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -174,8 +174,7 @@ class Trained:
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """The factors as they are trained are at work, and nothing else can be trained."""
-        frozen = [p for p in self.blocks.base.parameters() if p.requires_grad]
-        with having(frozen, "requires_grad", False), ExitStack() as stack:
+        with _frozen(self.blocks.base), ExitStack() as stack:
             for layer, (left, right) in self._pairs.items():
                 stack.enter_context(self.adapters[layer].trying(partial(_through, left, right)))
             yield
@@ -206,9 +205,13 @@ def balanced(factors: Factors) -> Factors:
     return Factors(left * ratio, right / ratio.clamp_min(1e-30)[:, None])
 
 
+def _frozen(base: nn.Module) -> AbstractContextManager[None]:
+    return having([p for p in base.parameters() if p.requires_grad], "requires_grad", False)
+
+
 @torch.inference_mode(False)
 def check_slopes(blocks: Blocks, layer: int) -> None:
-    """Checks that a gradient comes back through every projection behind a block's `down`, those of quantised kernels too.
+    """Checks that a gradient comes back through every projection behind a block's `down`, the head and quantised kernels too.
 
     Args:
         blocks: the model's.
@@ -232,11 +235,11 @@ def check_slopes(blocks: Blocks, layer: int) -> None:
         for name, module in base.named_modules():
             if hasattr(module, "in_features") or isinstance(module, Conv1D):
                 stack.callback(module.register_forward_hook(partial(look, name)).remove)
-        with eval_mode(base), torch.enable_grad():
-            last = run_backbone(base, padded([[0, 0]], device_of(base)))
+        with _frozen(base), eval_mode(base), torch.enable_grad():
+            found = logit_head(base)(run_backbone(base, padded([[0, 0]], device_of(base))))
     if not names:
         try:
-            torch.autograd.grad(wide(last).sum(), begun)
+            torch.autograd.grad(wide(found).sum(), begun)
         except RuntimeError as error:
             raise NPTError(f"absorb: the base has no gradient ({one_line(str(error), 120)}), {_CLOSED}") from error
         return

@@ -92,9 +92,15 @@ def options_of(given: dict[str, Any]) -> Options:
                 f"{shown}: use a number above 0{', or None to have it chosen' if name in ('mu', 'lam') else ''}"
             )
     options = Options(**given)
-    for name in ("mu", "lam"):
-        if given.get(name) is not None and options.steps and options.start == "zero":
-            raise NPTError(f"{name}={given[name]:g}: is of the closed form; use start=closed or steps=0 with it")
+    solved = options.start == "closed" or not options.steps
+    for name, useless, instead in (
+        ("mu", not solved, "the closed form; use start=closed or steps=0"),
+        ("lam", not solved, "the closed form; use start=closed or steps=0"),
+        ("rate", not options.steps, "steps by gradient; use more than 0 steps"),
+        ("start", not options.steps, "steps by gradient; use more than 0 steps"),
+    ):
+        if given.get(name) is not None and useless:
+            raise NPTError(f"{name}={given[name]}: is of {instead} with it")
     return options
 
 
