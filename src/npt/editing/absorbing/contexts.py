@@ -87,8 +87,8 @@ class Contexts:
     def setting(self) -> Setting:
         """The setting of the joint solve.
 
-        The blocks of any context, the largest mu and lambda of those in closed form, the sums of the ranks and of the steps, the
-        largest rate of those with steps. Steps begin at zero where all contexts' do.
+        The blocks of any context, the largest mu and lambda of those in closed form, the sums of the ranks and of the steps,
+        the largest rate of those with steps. Steps begin at zero where all contexts' do.
         """
         own = [one.setting for one in self.ledger.values()]
         blocks = tuple(sorted({block for one in own for block in one.blocks}))
