@@ -152,6 +152,14 @@ def test_a_projection_without_a_gradient_below_the_blocks_does_not_matter() -> N
         check_slopes(Blocks(base), 0)
 
 
+def test_a_part_that_turns_gradients_off_on_purpose_is_not_refused() -> None:
+    """As the indexers of sparse attention in DeepSeek V3.2 and GLM do."""
+    base = base_of("llama")
+    part = base.get_submodule("model.layers.2.mlp")
+    part.forward = torch.no_grad()(part.forward)
+    check_slopes(Blocks(base), 1)
+
+
 def test_blocks_are_spread_and_nothing_is_tried_for_steps_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of("llama")
     monkeypatch.setattr(Choice, "best", lambda *args: pytest.fail("a setting was tried"))

@@ -227,7 +227,9 @@ def check_slopes(blocks: Blocks, layer: int) -> None:
         return output + begun[0]
 
     def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and args[0].requires_grad and not output.requires_grad:
+        # A block may turn gradients off around a part on purpose, as for indices of sparse attention.
+        needed = torch.is_grad_enabled() and bool(args) and args[0].requires_grad
+        if needed and isinstance(output, Tensor) and not output.requires_grad:
             names.append(name)
 
     with ExitStack() as stack:
