@@ -92,8 +92,7 @@ def plans_of(
             plans[kind] = replace(plan, trainings=(Training(one.rate, one.tokens, batch, one.beta, steps[-1]),))
     about: dict[str, Any] = {
         "model": given.model, "part": given.part, "machine": machine(), "options": options, "steps": list(steps),
-        "batch": batch, "limit": limit, "clock": given.clock, "descent": given.descent,
-        "number": Options.number,
+        "batch": batch, "limit": limit, "clock": given.clock, "descent": given.descent, "number": Options.number,
         "rates": list(given.rates) if tuned is None else tuned.about["rates"],
         "tokens": list(given.tokens) if tuned is None else tuned.about["tokens"],
         "betas": list(given.betas) if tuned is None else tuned.about["betas"],

@@ -30,7 +30,7 @@ class Setting:
     @property
     def is_solved(self) -> bool:
         """True where the weight deltas are found in closed form, with steps by gradient behind it or without."""
-        return self.start == "closed" or not self.steps
+        return _is_solved(self.start, self.steps)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def options_of(given: dict[str, Any]) -> Options:
                 f"{shown}: use a number above 0{', or None to have it chosen' if name in ('mu', 'lam') else ''}"
             )
     options = Options(**given)
-    solved = options.start == "closed" or not options.steps
+    solved = _is_solved(options.start, options.steps)
     for name, useless, instead in (
         ("mu", not solved, "the closed form; use start=closed or steps=0"),
         ("lam", not solved, "the closed form; use start=closed or steps=0"),
@@ -102,6 +102,10 @@ def options_of(given: dict[str, Any]) -> Options:
         if given.get(name) is not None and useless:
             raise NPTError(f"{name}={given[name]}: is of {instead} with it")
     return options
+
+
+def _is_solved(start: str, steps: int) -> bool:
+    return start == "closed" or not steps
 
 
 def _positive(value: Any) -> bool:
