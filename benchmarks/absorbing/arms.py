@@ -83,16 +83,13 @@ def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
     if nothing.kl < EFFECT:
         return found
-    with spent(plan.clock) as seconds:
-        edit = store.absorb(case.text, **plan.options)
-    assert isinstance(edit, Absorbed)
+    edit, found["absorb"] = absorbed(store, exam, case, plan.options, plan.clock)
     found["setting"] = {**asdict(edit.setting), "blocks": list(edit.setting.blocks)}
-    found["learnt"] = _learnt(edit)
-    found["asking_seconds"] = seconds["asking"]
-    found["absorb"] = {**exam.mark().kept(), "seconds": seconds["absorbing"]}
+    found |= {name: found["absorb"].pop(name) for name in ("learnt", "asking_seconds")}
     store.undo(edit.id)
     if plan.descent:
-        found["descended"] = descended(store, exam, case, plan)
+        own, found["descended"] = absorbed(store, exam, case, _own(plan), plan.clock)
+        store.undo(own.id)
     found["gradient"] = [
         {**asdict(training), "points": trained(store, exam, edit, training, plan)} for training in plan.trainings
     ]
@@ -101,32 +98,30 @@ def measure(store: EditStore, case: Case, plan: Plan) -> dict[str, Any]:
     return found
 
 
-def descended(store: EditStore, exam: Exam, case: Case, plan: Plan) -> dict[str, Any]:
-    """The figures of absorb as `npt absorb` does it, from questions of its own number. The store is empty, and is so again.
+def absorbed(
+    store: EditStore, exam: Exam, case: Case, options: dict[str, Any], clock: str
+) -> tuple[Absorbed, dict[str, Any]]:
+    """(the context in the store, its figures: also what it learnt from, and the seconds of asking).
 
     Args:
-        store: the store.
+        store: with nothing in it.
         exam: the context's.
         case: the context.
-        plan: what is run.
+        options: of `EditStore.absorb`.
+        clock: see `Plan`.
     """
-    with spent(plan.clock) as seconds:
-        edit = store.absorb(case.text, **_own(plan))
+    with spent(clock) as seconds:
+        edit = store.absorb(case.text, **options)
     assert isinstance(edit, Absorbed)
-    found = {**exam.mark().kept(), "seconds": seconds["absorbing"], "asking_seconds": seconds["asking"]}
-    found["learnt"] = _learnt(edit)
-    store.undo(edit.id)
-    return found
+    learnt = {"conversations": len(edit.learnt), "tokens": sum(c.shared for c in edit.learnt)}
+    spent_on = {"seconds": seconds["absorbing"], "asking_seconds": seconds["asking"], "learnt": learnt}
+    return edit, {**exam.mark().kept(), **spent_on}
 
 
 def _own(plan: Plan) -> dict[str, Any]:
     """The options of absorb itself."""
     shared = {name: value for name, value in plan.options.items() if name not in ("mu", "lam")}
     return {**shared, "number": plan.number, "steps": plan.descent}
-
-
-def _learnt(edit: Absorbed) -> dict[str, int]:
-    return {"conversations": len(edit.learnt), "tokens": sum(c.shared for c in edit.learnt)}
 
 
 def trained(store: EditStore, exam: Exam, edit: Absorbed, training: Training, plan: Plan) -> list[dict[str, Any]]:
