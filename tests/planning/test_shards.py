@@ -21,6 +21,7 @@ from npt.block.families import blocks_of
 from npt.common.display import duration
 from npt.common.sharded import through
 from npt.config import RunConfig, load_config
+from npt.equivalence.block_fit import CHUNK_TOKENS
 from npt.equivalence.objectives import Objective
 from npt.errors import NPTError
 from npt.planning.advice import advice
@@ -168,12 +169,15 @@ def test_what_processes_send_one_another() -> None:
 def test_calibration_text_is_shared() -> None:
     shallow = LlamaConfig(**{**LLAMA.to_dict(), "max_position_embeddings": 512})
     options = ["data.max_length=512", "data.num_calibration_samples=64"]
-    kept = {
-        count: next(p.bytes for p in plan_run(config(*options), shallow, count).phases if p.name == "calibration")
-        for count in (1, 8)
-    }
-    per_token = 2 * 2 * 64 * 4  # h and a of two blocks
-    assert kept[1] - kept[8] == pytest.approx(per_token * 64 * 512 * 7 / 8, rel=0.15)
+
+    def saved(*more: str) -> float:
+        found = (plan_run(config(*options, *more), shallow, count).phases for count in (1, 8))
+        one, eight = (next(p.bytes for p in phases if p.name == "calibration") for phases in found)
+        return one - eight
+
+    # Of one block, the inputs of its scale; h and a are on disk. With hidden units each process gathers those of all tokens.
+    assert saved("model.gain_units=0") == pytest.approx(CHUNK_TOKENS * 64 * 4 * 7 / 8, rel=0.15)
+    assert saved() == pytest.approx(64 * 512 * 64 * 4 * (7 / 8 - 2), rel=0.15)
 
 
 def test_one_process_can_not_shard() -> None:

@@ -27,6 +27,7 @@ from npt.equivalence.closed_form import (
 )
 from npt.equivalence.parts import Part, TextPart, held, shift_of, slices
 from npt.equivalence.scale import fit_scale
+from npt.equivalence.spill import Spill
 from npt.errors import NPTError
 
 #: Tokens kept per block for gain and carry: at least so many, and so many per channel of the hidden state, each of which has a
@@ -40,7 +41,7 @@ PROBE_TOKENS = 512
 
 
 def first_tokens(layers: Sequence[NPTLayer]) -> int:
-    """Returns how many tokens per block `calibrate` keeps in memory for gain and carry."""
+    """Returns how many tokens per block `calibrate` keeps for gain and carry, in a temporary file."""
     hidden, weight = layers[0].shape("up")[0], layers[0].weight
     least = max(CHUNK_TOKENS, CHUNK_TOKENS_PER_CHANNEL * hidden)
     if all(layer.own.hidden_units is None for layer in layers):
@@ -58,7 +59,7 @@ class BlockFit:
         self.component = layer.own
         self.dtype = next(self.component.parameters(), torch.empty(0)).dtype
         self.component.to(wide_dtype(self.dtype))
-        self.chunk: list[Part] = []  # this process's share of the first chunk, for gain and carry
+        self.chunk = Spill()  # this process's share of the first chunk, for gain and carry
         self.later: list[Part] = []  # batches beyond the chunk, from the round in which other processes completed it
         self.tokens = 0
         self.cutoff: Tensor | None = None
@@ -79,7 +80,10 @@ class BlockFit:
         if self.cutoff is not None:
             self._accumulate([part], self.cutoff)
             return
-        (self.chunk if text.start < self.chunk_tokens else self.later).append(part)
+        if text.start < self.chunk_tokens:
+            self.chunk.add(part)
+        else:
+            self.later.append(part)
         if text.end >= self.chunk_tokens:
             self._fit_chunk()
 
@@ -103,12 +107,12 @@ class BlockFit:
         return {"error_before": self.error_before, "error_after": error, "tokens": self.tokens}
 
     def _fit_chunk(self) -> None:
-        chunk, later = self.chunk or [self.later[0].cut(0)], self.later
-        self.chunk, self.later = [], []
+        chunk, later = self.chunk.parts() or [self.later[0].cut(0)], self.later
+        self.chunk, self.later = Spill(), []
         h, a = self._choose_probe(chunk)
         self.probe = (h, a, self.layer.update_from(h[None], a[None], Mode.EXACT)[0])
         self.error_before = self._update_error()
-        sizes = torch.cat([token_sizes(shift_of(self.layer, h, a)[1], a) for _, h, a in slices(chunk)])
+        sizes = torch.cat([token_sizes(shift_of(self.layer, h, a)[1], a) for _, h, a, _ in slices(chunk)])
         self.cutoff = outlier_cutoff(torch.cat(gather(sizes)))
         if self.component.spec.input_projections:
             fit_gain_and_carry(self.layer, self.component, chunk, self.cutoff)
@@ -120,8 +124,8 @@ class BlockFit:
         # Not every n-th token: that may be the first of every text.
         mask = torch.randperm(held_tokens, generator=torch.Generator().manual_seed(0)) < PROBE_TOKENS
         # Places, not the mask: npt memory runs this on shapes alone, where nothing knows how many a mask picks.
-        places = [mask[start : start + len(h)].nonzero().flatten() for start, h, _ in chunk]
-        picked = [[x[i.to(x.device)] for x in (h, a)] for (_, h, a), i in zip(chunk, places, strict=True)]
+        places = [mask[part.start : part.start + len(part.h)].nonzero().flatten() for part in chunk]
+        picked = [part.at(i.to(part.h.device)).loaded()[1:3] for part, i in zip(chunk, places, strict=True)]
         order = torch.cat(gather(torch.cat([i + part.start for i, part in zip(places, chunk, strict=True)]))).argsort()
         h, a = (torch.cat(gather(torch.cat(parts)))[order.to(parts[0].device)] for parts in zip(*picked, strict=True))
         return h, a
@@ -132,7 +136,7 @@ class BlockFit:
         parts = _low_rank_targets(component)
         if not spec.has_low_rank or spec.key != "input" or not parts:
             return
-        for _, h, a in slices(chunk):
+        for _, h, a, _ in slices(chunk):
             z, delta = shift_of(self.layer, h, a)
             weights = outlier_weights(token_sizes(delta, a), cutoff)
             shift = component.keyed_shift(a, z, component.norm_scale(h, z)) if "in" in parts else None
@@ -158,7 +162,7 @@ def fit_gain_and_carry(layer: NPTLayer, component: NPComponent, chunk: list[Part
     if component.has_gain and component.spec.gain == "state":
         fit_scale(layer, component, chunk, cutoff)
     gram = torch.zeros(())
-    for _, h, a in slices(chunk):
+    for _, h, a, _ in slices(chunk):
         z, delta = shift_of(layer, h, a)
         weights = outlier_weights(token_sizes(delta, a), cutoff).to(z.dtype)
         of_z, of_a = _basis(component, *component.features(a, z, component.norm_scale(h, z)))

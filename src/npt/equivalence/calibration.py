@@ -134,7 +134,10 @@ def _collect(
                 check_batch(model, text["input_ids"], "calibration text")
                 if record is not None:
                     record.add_batch(text)
-            sizes = [int(text["attention_mask"].sum()) for text in texts]
+            masks = [text["attention_mask"] for text in texts]
+            sizes = [
+                mask.numel() if mask.is_meta else int(mask.sum()) for mask in masks
+            ]  # on shapes alone all tokens count
             part = TextPart(seen + sum(sizes[:rank]), seen + sum(sizes), rank < len(group))
             seen += sum(sizes)
             text = {name: x.to(device) for name, x in texts[min(rank, len(group) - 1)].items() if name != "labels"}

@@ -71,7 +71,7 @@ def _step_seconds(layer: NPTLayer, x: Tensor) -> float:
     with torch.enable_grad():
         parameters = [p.detach().clone().to(x).requires_grad_() for p in (*units, x[0], x[0, :1])]
         start = time.perf_counter()
-        descend(parameters, x, x[:, 0], weights, generator, STEPS)
+        descend(parameters, x.__getitem__, x[:, 0], weights, generator, STEPS)
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
     return (time.perf_counter() - start) / STEPS

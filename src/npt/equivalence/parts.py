@@ -29,23 +29,39 @@ class TextPart(NamedTuple):
 
 
 class Part(NamedTuple):
-    """h and a, (tokens, d) each, of consecutive tokens of the text; start is the place of the first one."""
+    """h and a, (tokens, d) each, of consecutive tokens of the text; start is the place of the first one.
+
+    device: where they are computed with; None for where they are.
+    """
 
     start: int
     h: Tensor
     a: Tensor
+    device: torch.device | None = None
 
     def cut(self, first: int, end: int | None = None) -> Part:
         """Returns its tokens from `first` to before `end`; none where `end` is None."""
-        end = first if end is None else end
-        return Part(self.start + first, self.h[first:end], self.a[first:end])
+        return self.at(slice(first, first if end is None else end))._replace(start=self.start + first)
+
+    def at(self, where: slice | Tensor) -> Part:
+        """Returns some of its tokens."""
+        return self._replace(h=self.h[where], a=self.a[where])
+
+    def loaded(self) -> Part:
+        """Returns it with h and a on the device."""
+        return self if self.device is None else Part(self.start, self.h.to(self.device), self.a.to(self.device))
 
 
-def slices(chunk: list[Part]) -> Iterator[Part]:
+def spans(chunk: list[Part]) -> Iterator[Part]:
     """Yields parts of at most `SLICE_TOKENS`, whose temporaries stay small. An empty part gives one empty slice."""
     for part in chunk:
         for first in range(0, max(1, len(part.h)), SLICE_TOKENS):
             yield part.cut(first, first + SLICE_TOKENS)
+
+
+def slices(chunk: list[Part]) -> Iterator[Part]:
+    """Yields `spans` with h and a on the device that computes with them."""
+    return (part.loaded() for part in spans(chunk))
 
 
 def held(chunk: list[Part]) -> int:

@@ -24,7 +24,7 @@ from npt.equivalence.block_fit import first_tokens
 from npt.equivalence.calibration import fit_components
 from npt.equivalence.objectives import Objective, objective_class
 from npt.equivalence.parts import SLICE_TOKENS
-from npt.equivalence.scale import TOKENS_PER_UNIT
+from npt.equivalence.scale import CHECKED_EVERY, TOKENS_PER_UNIT
 from npt.equivalence.teacher import bytes_per_block
 from npt.evaluation.details import Details
 from npt.evaluation.divergence import token_divergences
@@ -53,8 +53,9 @@ OVERHEAD = 220 * 2**20
 COLUMNS = ("input_ids", "attention_mask", "labels")
 
 Batch = dict[str, Tensor]
-#: Copies of a block's inputs in memory while its hidden units are fitted (measured: 4.4 with what is counted besides).
-UNIT_COPIES = 4.4
+#: While hidden units are fitted, the share of a block's inputs that checks them is copied. Several processes hold
+#: the inputs of all tokens twice more: as they came, and in order.
+CHECKED_COPIES, GATHERED_COPIES = 1 / CHECKED_EVERY, 2
 
 
 @dataclass(frozen=True)
@@ -258,22 +259,20 @@ def _first_token(model: Any, rows: int, length: int) -> None:
 def _calibration_peak(model: Any, rows: int, data: DataSection, processes: int) -> int:
     """Most bytes of calibration: measured over its first batches, with what the further ones keep added.
 
-    Until the first fit, calibration keeps h and a of every token, of which each process holds its own batches'.
+    Until the first fit, h and a of every token are in a temporary file; the fit of a block reads them part by part.
     """
     layers = active_layers(model)
     hidden, at_once = layers[0].shape("up")[0], rows * data.max_length
     tokens = min(first_tokens(layers), data.num_calibration_samples * data.max_length)
-    # Of one block at a time, each process has the inputs of all tokens for the hidden units: as they came, gathered, chosen
-    # and scaled.
-    hidden_units = layers[0].own.spec.gain_units if layers[0].own.hidden_units is not None else 0
-    units = UNIT_COPIES * 4 * hidden * tokens * (0 < TOKENS_PER_UNIT * hidden_units <= tokens)
-    tokens = -(-tokens // processes)
-    batches = -(-min(tokens, SLICE_TOKENS) // at_once)
-    kept = 2 * hidden * model.dtype.itemsize * len(layers) * max(0, tokens - batches * at_once)
-    kept += int(units)
+    own, spec = -(-tokens // processes), layers[0].own.spec
+    batches = -(-min(own, SLICE_TOKENS) // at_once)
+    inputs = float(max(0, own - batches * at_once) * (spec.gain == "state"))  # of one block, for the scale
+    if layers[0].own.hidden_units is not None and tokens >= TOKENS_PER_UNIT * spec.gain_units:
+        inputs += tokens * (CHECKED_COPIES + GATHERED_COPIES * (processes > 1))
+    kept = 4 * hidden * inputs
     kept += 16 * hidden**2 * (processes > 1)  # the sums of one block, copied to be added up over the processes
     text = [_batch(rows, data.max_length) for _ in range(batches + 1)]
-    return kept + allocation_peak(model, lambda: fit_components(model, text, chunk_tokens=batches * at_once))
+    return int(kept) + allocation_peak(model, lambda: fit_components(model, text, chunk_tokens=batches * at_once))
 
 
 def _evaluation_phases(model: Any, rows: int, length: int, *, with_blocks: bool) -> Iterator[Phase]:
