@@ -79,6 +79,24 @@ def test_a_padded_remainder_counts_by_its_tokens() -> None:
     assert Seen().add(padded).covers(short).tolist() == [False], "padding is no text"
 
 
+def test_a_system_prompt_that_all_chats_share_does_not_make_their_replies_known() -> None:
+    shared = tokens(40, 0)
+
+    def chats(seed: int) -> list[dict[str, list[int]]]:
+        rows = []
+        for number in range(8):
+            ids = [*shared, *tokens(6, 100 * seed + number), *tokens(4, 100 * seed + number + 50)]
+            rows.append({"input_ids": ids, "labels": [*[-100] * 46, *ids[46:]], "starts": [1, *[0] * 49]})
+        return rows
+
+    seen = Seen().add(chats(1))
+    assert seen.covers(chats(1)).all() and not seen.covers(chats(2)).any()
+    everything = [{**row, "labels": row["input_ids"]} for row in chats(2)]
+    assert seen.covers(everything).all(), "of which most is the system prompt"
+    nothing = [{**row, "labels": [-100] * 50} for row in chats(2)]
+    assert seen.covers(nothing).all()
+
+
 def test_of_much_text_a_bounded_sample_is_kept_and_shares_stay_right() -> None:
     ids = tokens(600_000, most=30_000)
     seen = Seen().add(packed([ids], 100))

@@ -78,7 +78,7 @@ class Seen:
         length = len(blocks[0]["input_ids"]) if len(blocks) else 1
         step, ahead = max(1, _CHUNK_TOKENS // length), -(-self.window // length)
         for first in range(0, len(blocks), step):
-            ids, starts, _ = _tokens(blocks, first, min(first + step + ahead, len(blocks)))
+            ids, starts, *_ = _tokens(blocks, first, min(first + step + ahead, len(blocks)))
             self._keep(window_hashes(ids, starts, self.window)[2])
         return self
 
@@ -121,7 +121,8 @@ class Seen:
     def covers(self, blocks: Any) -> np.ndarray:
         """(blocks,) bool: the blocks of which at least half of the windows are in this text.
 
-        The windows of a block are those that lie in it or, where these are few, those whose middle does.
+        The windows of a block are those that lie in it or, where these are few, those whose middle does; of these, those that
+        end in a scored token, where there are any: prompts and system messages that chats share say nothing about replies.
         Of a text with more windows than a record keeps, a block is judged by those of its windows that would have been
         kept. Where these are fewer than `LEAST_WINDOWS`, blocks that follow each other are judged together.
         """
@@ -132,12 +133,15 @@ class Seen:
         step, around = max(1, _CHUNK_TOKENS // length), -(-self.window // length)
         for start in range(0, len(blocks), step):
             end = min(start + step, len(blocks))
-            ids, starts, rows = _tokens(blocks, max(0, start - around), min(end + around, len(blocks)))
+            ids, starts, rows, scored = _tokens(blocks, max(0, start - around), min(end + around, len(blocks)))
             first, last, hashes = window_hashes(ids, starts, self.window)
             row, inside = rows[(first + last) // 2], rows[first] == rows[last]
             # Blocks need not follow each other in the text: windows that reach into the next one are the last resort.
             enough = np.bincount(row[inside], minlength=len(blocks)) >= WHOLE_WINDOWS
-            chosen = (inside | ~enough[row]) & _below(hashes, self.level) & (row >= start) & (row < end)
+            own = inside | ~enough[row]
+            some = np.bincount(row[own & scored[last]], minlength=len(blocks)) > 0
+            own &= scored[last] | ~some[row]
+            chosen = own & _below(hashes, self.level) & (row >= start) & (row < end)
             kept += np.bincount(row[chosen], minlength=len(blocks))
             hits += np.bincount(row[chosen], weights=np.isin(hashes[chosen], self.hashes), minlength=len(blocks))
         groups = ((np.cumsum(kept) - kept) // (LEAST_WINDOWS if self.level else 1)).astype(int)
@@ -186,8 +190,10 @@ def _below(hashes: Hashes, level: int) -> np.ndarray:
     return kept
 
 
-def _tokens(blocks: Any, first: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids, first tokens of documents, block of each token), each (tokens,), of blocks `first` to before `end`; no padding."""
+def _tokens(blocks: Any, first: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of blocks `first` to before `end`, without padding: (ids, first tokens of documents, block of each token, scored ones),
+    each (tokens,).
+    """
     columns = _columns(blocks, first, end)
     ids = np.concatenate([np.asarray(row) for row in columns["input_ids"]])
     rows = np.repeat(np.arange(first, end), [len(row) for row in columns["input_ids"]])
@@ -202,7 +208,7 @@ def _tokens(blocks: Any, first: int, end: int) -> tuple[np.ndarray, np.ndarray, 
     else:  # of several unscored tokens in a row the first one begins a document
         starts = unscored & ~np.concatenate(([False], unscored[:-1]))
     starts |= ~np.concatenate(([True], real[:-1]))  # what follows padding does too
-    return ids[real], starts[real], rows[real]
+    return ids[real], starts[real], rows[real], ~unscored[real]
 
 
 def _columns(blocks: Any, first: int, end: int) -> dict[str, Any]:
