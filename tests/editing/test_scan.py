@@ -18,7 +18,6 @@ from npt.editing.probes import probes, texts
 from npt.editing.requests import Request
 from npt.editing.statistics import moments_of, token_rows
 from npt.errors import DataError
-from npt.runs.edits import write_edits
 from tests.helpers import random_base, spelling_tokenizer
 
 TEXTS = ["Once upon a time, there was a little girl named Lily.", "Tom had a ball."]
@@ -122,30 +121,6 @@ def test_neighbouring_blocks_are_chosen_within_the_model(
         3: [(3,), (2, 3, 4), everything],
         5: [(5,), (3, 4, 5), everything],
     }
-
-
-def test_many_facts_share_more_blocks(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "choose_layer", lambda source, requests: 5)
-
-    def blocks(depth: int, requests: int, values: str = "newton", expected: int | None = None) -> tuple[int, ...]:
-        monkeypatch.setattr(scan, "blocks_of", lambda base: range(depth))
-        return scan.blocks_for(source(tiny), [SUBJECT] * requests, values, expected)
-
-    assert blocks(30, 1) == blocks(30, 127) == blocks(30, 32, expected=127) == (4, 5, 6)
-    assert blocks(30, 128) == blocks(30, 32, expected=128) == blocks(80, 128) == tuple(range(2, 10))
-    assert blocks(12, 128) == (4, 5, 6) and blocks(30, 128, "margin") == (5,)
-
-
-def test_parts_of_a_file_choose_blocks_for_all_of_it() -> None:
-    asked = []
-
-    class Store:
-        def write_many(self, requests: Any, expected: int) -> list[Any]:
-            asked.append((len(requests), expected))
-            return []
-
-    assert not list(write_edits(Store(), [SUBJECT] * 70, None))  # type: ignore[arg-type]
-    assert asked == [(32, 70), (32, 70), (6, 70)]
 
 
 def test_a_tokenizer_without_any_probe_is_told() -> None:

@@ -20,7 +20,6 @@ from npt.editing.probes import probes
 from npt.editing.requests import Request
 from npt.editing.solve import Metric
 from npt.editing.statistics import padded
-from npt.editing.values import SHARING
 from npt.errors import DataError
 from npt.tuner.converted import base_of, device_of, eval_mode, vocabulary_size
 
@@ -29,9 +28,8 @@ logger = logging.getLogger(__name__)
 #: Blocks that are compared, and the part of the depth they are spread over: below, little has been read; above, few are left.
 CANDIDATES, LOWEST, HIGHEST = 8, 0.2, 0.7
 MOMENT_BYTES = 4 << 30
-#: Neighbouring blocks that are chosen where several can share a fact; from `MANY` facts on a share `DEPTH` of all blocks, at
-#: most `WIDE`.
-SPREAD, MANY, WIDE, DEPTH = 3, 128, 8, 0.27
+#: Neighbouring blocks that are chosen where several can share a fact.
+SPREAD = 3
 #: The depth at which an edit without a subject works best.
 WITHOUT_SUBJECT = 0.85
 
@@ -48,27 +46,11 @@ def candidates(blocks: int, width: int) -> list[int]:
     return sorted({round(float(step)) for step in steps})
 
 
-def blocks_for(
-    source: Source, requests: Sequence[Request], values: str, expected: int | None = None
-) -> tuple[int, ...]:
-    """The blocks of a store whose first edits are these.
-
-    Args:
-        values: the strategy. expected: facts that the store will hold; None for these.
-    """
-    blocks = len(blocks_of(base_of(source.model)))
-    count = 1
-    if values in SHARING:
-        many = max(len(requests), expected or 0) >= MANY
-        count = max(SPREAD, min(WIDE, round(DEPTH * blocks))) if many else SPREAD
-    return choose_layers(source, requests, count)
-
-
 def choose_layers(source: Source, requests: Sequence[Request], count: int = 1) -> tuple[int, ...]:
     """So many neighbouring blocks for a store whose first edits are these, the best one in the middle."""
     best, blocks = choose_layer(source, requests), len(blocks_of(base_of(source.model)))
     count = min(count, blocks)
-    lowest = min(max(0, best - (count - 1) // 2), blocks - count)
+    lowest = min(max(0, best - count // 2), blocks - count)
     found = tuple(range(lowest, lowest + count))
     source.only(found)
     return found

@@ -21,9 +21,9 @@ from npt.editing.joint import Joint, choose, together
 from npt.editing.measure import Preview, Verification
 from npt.editing.metrics import Source
 from npt.editing.requests import NAMES, Request, check_together, request_of
-from npt.editing.scan import blocks_for
+from npt.editing.scan import SPREAD, choose_layers
 from npt.editing.solve import Factors, Pairs, solve
-from npt.editing.values import settings_of
+from npt.editing.values import SHARING, settings_of
 from npt.editing.writing import Edit, Writer, note_on
 from npt.errors import NPTError
 
@@ -186,12 +186,11 @@ class EditStore:
         values = dict(zip(NAMES, (prompt, target, subject, paraphrases, protect), strict=True))
         return self.write_many([values])[0]
 
-    def write_many(self, records: Iterable[Mapping[str, Any] | Request], expected: int | None = None) -> list[Edit]:
+    def write_many(self, records: Iterable[Mapping[str, Any] | Request]) -> list[Edit]:
         """Writes many facts at once, which is the same as one after the other and takes one solve.
 
         Args:
             records: requests, or dicts with the names of `write`'s arguments.
-            expected: facts that the store will hold, which decide how many blocks layer="auto" takes; None for these.
 
         Returns:
             the new edits, in the records' order.
@@ -209,7 +208,9 @@ class EditStore:
         found = {}
         with self.contexts.patches.off():  # keys and values are the base's
             if self._bench is None:
-                self._bench = self._opened(blocks_for(self.source, requests, self.values, expected))
+                self._bench = self._opened(
+                    choose_layers(self.source, requests, SPREAD if self.values in SHARING else 1)
+                )
             writer = self._writer()
             for request in requests:  # before any long work
                 writer.check(request)

@@ -180,7 +180,7 @@ def write_edits(store: EditStore, requests: Sequence[Request], folder: Path | No
         folder: None saves nothing.
     """
     for start in range(0, len(requests), PART):
-        edits = store.write_many(requests[start : start + PART], expected=len(requests))
+        edits = store.write_many(requests[start : start + PART])
         if folder is not None:
             store.save(folder)
         yield from edits
