@@ -191,8 +191,9 @@ def _below(hashes: Hashes, level: int) -> np.ndarray:
 
 
 def _tokens(blocks: Any, first: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of blocks `first` to before `end`, without padding: (ids, first tokens of documents, block of each token, scored ones),
-    each (tokens,).
+    """(ids, first tokens of documents, block of each token, scored ones), each (tokens,), of blocks `first` to before `end`.
+
+    Padding is left out.
     """
     columns = _columns(blocks, first, end)
     ids = np.concatenate([np.asarray(row) for row in columns["input_ids"]])
