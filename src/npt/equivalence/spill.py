@@ -49,9 +49,11 @@ class Spill:
             ) from error
 
     def parts(self) -> list[Part]:
-        """All parts in their order. h and a are maps of the file, which take memory only where they are read."""
-        data = None if self._file is None else torch.from_numpy(np.memmap(self._file, np.uint8, "c"))
-        at = 0
+        """All parts in their order, once. h and a are maps of the file, which take memory only where they are read."""
+        data, at = None, 0
+        if self._file is not None:
+            with self._file:  # the maps keep it
+                data = torch.from_numpy(np.memmap(self._file, np.uint8, "c"))
 
         def read(x: Tensor, device: torch.device | None) -> Tensor:
             nonlocal at
