@@ -71,6 +71,20 @@ def test_documents_in_another_order_are_known() -> None:
     assert Seen().add(packed(documents, 32)).covers(packed(shuffled, 32)).mean() > 0.95
 
 
+def test_short_replies_of_a_few_kinds_do_not_make_new_questions_known() -> None:
+    question, answers = (
+        tokens(15, 0),
+        (tokens(2, 1), tokens(2, 2)),
+    )  # "Answer with yes or no", and the template's own tokens
+
+    def chats(seed: int) -> list[dict[str, list[int]]]:
+        found = ([*tokens(31, 100 * seed + number), *question, *answers[number % 2]] for number in range(8))
+        return [{"input_ids": ids, "labels": [*[-100] * 46, *ids[46:]], "starts": [1, *[0] * 47]} for ids in found]
+
+    seen = Seen().add(chats(1))
+    assert seen.covers(chats(1)).all() and not seen.covers(chats(2)).any()
+
+
 def test_a_padded_remainder_counts_by_its_tokens() -> None:
     ids = tokens(80)
     padded = pack_token_ids([ids], 64, pad_token_id=0, keep_remainder=True)

@@ -149,7 +149,7 @@ def test_what_is_summed_over_text_and_what_is_measured(options: Any, monkeypatch
     before = original_error(layer, h[:2][mask[:2]], a[:2][mask[:2]])
     for part in range(3):
         fit.see(BlockRecord(h[part], a[part], h[part]), mask[part])
-    assert fit.cutoff is not None and not fit.chunk
+    assert fit.cutoff is not None and not fit.chunk.parts()
     h, a, chunk = h[mask], a[mask], int(mask[:2].sum())
     z, original = layer.mlp_inputs(h, a)
     delta = original - z

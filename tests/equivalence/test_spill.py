@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from npt import NPTConfig, calibrate
+from npt.equivalence.block_fit import PROBE_TOKENS
 from npt.equivalence.parts import Part, slices
 from npt.equivalence.spill import Spill
 from npt.errors import RunError
@@ -24,7 +28,7 @@ def test_parts_come_back_as_they_went_in(dtype: torch.dtype) -> None:
     for part in parts:
         spill.add(part._replace(h=part.h.T.contiguous().T))  # however it lies in memory
     found = spill.parts()
-    assert len(spill) == len(found) == 4
+    assert len(found) == 4
     for part, read in zip(parts, found, strict=True):
         assert read.start == part.start and read.h.dtype == dtype
         assert torch.equal(read.h, part.h) and torch.equal(read.a, part.a)
@@ -47,12 +51,29 @@ def test_parts_without_a_token_need_no_file() -> None:
 
 
 def test_what_is_on_disk_takes_no_memory() -> None:
-    spill, part = Spill(), Part(0, torch.ones(4096, 64), torch.ones(4096, 64))
+    spill, total = Spill(), 0.0
     with AllocationCounter() as counter:
-        spill.add(part)
-        read = spill.parts()
-        total = sum(float(piece.h.sum()) for piece in slices(read))
-    assert total == 4096 * 64 and counter.peak < part.h.nbytes / 16
+        for number in range(16):
+            spill.add(Part(256 * number, torch.ones(256, 64), torch.ones(256, 64)))
+        for piece in slices(spill.parts()):
+            total += float(piece.h.sum() + piece.a.sum())
+    assert total == 2 * 4096 * 64 and counter.peak < 2 * 4096 * 64 * 4 / 4
+
+
+def test_more_blocks_add_their_sums_and_their_probes_to_a_calibration_alone() -> None:
+    shape = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=8, num_attention_heads=2, vocab_size=64, pad_token_id=0
+    )  # fmt: skip
+    ids = torch.randint(3, 64, (32, 128), generator=torch.Generator().manual_seed(0))
+    peaks = []
+    for blocks in ([7], [4, 5, 6, 7]):
+        torch.manual_seed(0)
+        model = get_peft_model(LlamaForCausalLM(shape), NPTConfig(npt_layers=blocks, gain_units=0))
+        with AllocationCounter() as counter:
+            calibrate(model, [{"input_ids": part} for part in ids.split(4)], chunk_tokens=4096)
+        peaks.append(counter.peak)
+    h_and_a, sums, probe = 2 * 4096 * 64 * 4, 2 * 64 * 64 * 8, 3 * PROBE_TOKENS * 64 * 4
+    assert peaks[1] - peaks[0] < 3 * (sums + probe) + h_and_a / 4
 
 
 def test_a_full_disk_is_said_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

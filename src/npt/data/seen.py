@@ -121,14 +121,18 @@ class Seen:
     def covers(self, blocks: Any) -> np.ndarray:
         """(blocks,) bool: the blocks of which at least half of the windows are in this text.
 
-        The windows of a block are those that lie in it or, where these are few, those whose middle does; of these, those that
-        end in a scored token, where there are any: prompts and system messages that chats share say nothing about replies.
+        The windows of a block are those that lie in it or, where these are few, those whose middle does. Half of those that
+        end in a scored token have to be known too, where there are any: a system message that chats share says nothing about
+        replies.
         Of a text with more windows than a record keeps, a block is judged by those of its windows that would have been
         kept. Where these are fewer than `LEAST_WINDOWS`, blocks that follow each other are judged together.
         """
-        kept, hits = np.zeros(len(blocks)), np.zeros(len(blocks))
         if not self or not len(blocks):
-            return kept.astype(bool)
+            return np.zeros(len(blocks), dtype=bool)
+        kept, hits = (
+            np.zeros((2, len(blocks))),
+            np.zeros((2, len(blocks))),
+        )  # of all windows, of those that end in a scored token
         length = len(blocks[0]["input_ids"])
         step, around = max(1, _CHUNK_TOKENS // length), -(-self.window // length)
         for start in range(0, len(blocks), step):
@@ -138,15 +142,14 @@ class Seen:
             row, inside = rows[(first + last) // 2], rows[first] == rows[last]
             # Blocks need not follow each other in the text: windows that reach into the next one are the last resort.
             enough = np.bincount(row[inside], minlength=len(blocks)) >= WHOLE_WINDOWS
-            own = inside | ~enough[row]
-            some = np.bincount(row[own & scored[last]], minlength=len(blocks)) > 0
-            own &= scored[last] | ~some[row]
-            chosen = own & _below(hashes, self.level) & (row >= start) & (row < end)
-            kept += np.bincount(row[chosen], minlength=len(blocks))
-            hits += np.bincount(row[chosen], weights=np.isin(hashes[chosen], self.hashes), minlength=len(blocks))
-        groups = ((np.cumsum(kept) - kept) // (LEAST_WINDOWS if self.level else 1)).astype(int)
-        kept, hits = (np.bincount(groups, weights=x)[groups] for x in (kept, hits))
-        found: np.ndarray = (kept > 0) & (hits >= SEEN_SHARE * kept)
+            own = (inside | ~enough[row]) & _below(hashes, self.level) & (row >= start) & (row < end)
+            for number, chosen in enumerate((own, own & scored[last])):
+                kept[number] += np.bincount(row[chosen], minlength=len(blocks))
+                known = np.isin(hashes[chosen], self.hashes)
+                hits[number] += np.bincount(row[chosen], weights=known, minlength=len(blocks))
+        groups = ((np.cumsum(kept[0]) - kept[0]) // (LEAST_WINDOWS if self.level else 1)).astype(int)
+        kept, hits = (np.stack([np.bincount(groups, weights=x)[groups] for x in pair]) for pair in (kept, hits))
+        found: np.ndarray = (kept[0] > 0) & (hits >= SEEN_SHARE * kept).all(0)
         return found
 
 

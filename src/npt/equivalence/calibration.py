@@ -73,7 +73,7 @@ def calibrate(
         model: a PEFT model with an active NPT adapter; its base is not changed.
         batches: of {"input_ids" (batch, tokens), "attention_mask" (the same; optional)}; padding is left out. Or what
             `npt.data.inputs` lists: text, with its `tokenizer`, in blocks of 256 tokens or of the model's context.
-        chunk_tokens: tokens per block kept in memory for gain and carry; None for `block_fit.first_tokens`.
+        chunk_tokens: tokens per block kept for gain and carry, in a temporary file; None for `block_fit.first_tokens`.
         progress: shows a bar.
 
     Returns:
@@ -82,7 +82,7 @@ def calibrate(
     Raises:
         ConversionError: blocks of a sharded model are to be chosen.
         NPTError: no text, text without a tokenizer or beyond the model's limits, or so degenerate that the fit is not finite.
-        RunError: the model's own hidden states are not finite.
+        RunError: the model's own hidden states are not finite, or the temporary file can't be written.
     """
     check_undivided(model)
     batches = as_batches(batches, tokenizer, min(256, context_length_of(model) or 256), "calibrate(batches=...)")
@@ -135,9 +135,8 @@ def _collect(
                 if record is not None:
                     record.add_batch(text)
             masks = [text["attention_mask"] for text in texts]
-            sizes = [
-                mask.numel() if mask.is_meta else int(mask.sum()) for mask in masks
-            ]  # on shapes alone all tokens count
+            # On shapes alone all tokens count.
+            sizes = [mask.numel() if mask.is_meta else int(mask.sum()) for mask in masks]
             part = TextPart(seen + sum(sizes[:rank]), seen + sum(sizes), rank < len(group))
             seen += sum(sizes)
             text = {name: x.to(device) for name, x in texts[min(rank, len(group) - 1)].items() if name != "labels"}

@@ -54,7 +54,9 @@ def fit_scale(layer: NPTLayer, component: NPComponent, chunk: list[Part], cutoff
     median, times `outlier_weights`.
     """
     mine = _samples(layer, component, chunk, cutoff)
-    origin = mine.x[:SLICE_TOKENS].mean(0)  # moments about a point close to the mean lose no digits
+    # Moments about a point close to the mean lose no digits; the first batch is the same for any number of processes.
+    first = next((len(part.h) for part in spans(chunk) if len(part.h)), 0)
+    origin = mine.x[:first].mean(0)
     same_everywhere({"origin": origin})
     moved = torch.cat(gather(mine.weights))
     if not float(moved.sum()) > 0:  # attention writes nothing, and any estimate will do

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO
 
 import numpy as np
@@ -17,42 +20,32 @@ _ALIGNED = 64
 
 
 class Spill:
-    """Parts of the text in a temporary file, which has no name and is gone with the process.
+    """Parts of the text in a temporary file, which is gone with the process.
 
     On the meta device nothing is written, and what only the file would hold takes no memory.
+
+    Raises:
+        RunError: the disk is full, or no folder takes temporary files or lets them be mapped.
     """
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
         self._known: list[Part] = []  # shapes alone
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def add(self, part: Part) -> None:
-        """Puts a part behind those before.
-
-        Raises:
-            RunError: the disk is full, or no folder takes temporary files.
-        """
+        """Puts a part behind those before."""
         h, a = (torch.empty(1, 1, dtype=x.dtype, device="meta").expand(x.shape) for x in (part.h, part.a))
         self._known.append(Part(part.start, h, a, part.h.device))
-        if part.h.is_meta:
-            return
-        try:
-            self._write(part.h)
-            self._write(part.a)
-        except OSError as error:
-            raise RunError(
-                "calibration keeps its first tokens in a temporary file, which can't be written "
-                f"({error.strerror or error}); make room in the folder of temporary files, or let TMPDIR name another one"
-            ) from error
+        if not part.h.is_meta:
+            with _said():
+                self._write(part.h)
+                self._write(part.a)
 
     def parts(self) -> list[Part]:
         """All parts in their order, once. h and a are maps of the file, which take memory only where they are read."""
         data, at = None, 0
         if self._file is not None:
-            with self._file:  # the maps keep it
+            with _said(), self._file:  # the maps keep it
                 data = torch.from_numpy(np.memmap(self._file, np.uint8, "c"))
 
         def read(x: Tensor, device: torch.device | None) -> Tensor:
@@ -72,9 +65,21 @@ class Spill:
             return
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
         self._file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self._file.write(bytes(_whole(_bytes(x)) - _bytes(x)))
         self._file.flush()
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"calibration can't keep its first tokens in a temporary file ({error.strerror or error}); make room in "
+            f"{tempfile.tempdir or 'the folder of temporary files'}, or let TMPDIR name another folder"
+        ) from error
 
 
 def _bytes(x: Tensor) -> int:
