@@ -22,7 +22,7 @@ def test_predict_says_what_each_block_costs(
     assert list(alone) == [f"layer_{i}" for i in range(4)] and all(cost > 0 for cost in alone.values())
     (chosen,) = found["chosen"]
     assert found["blocks"] == [chosen] and found["mean_kl"] == pytest.approx(alone[f"layer_{chosen}"])
-    assert found["mean_kl"] == min(alone.values()) and found["texts"] == 8 and found["tokens"] == 8 * 31
+    assert alone[f"layer_{chosen}"] == min(alone.values()) and found["texts"] == 8 and found["tokens"] == 8 * 31
     assert shown.count("left as it is") == 3
     assert f"converting block {chosen} of" in " ".join(shown.split())
     assert not (tmp_path / "outputs").exists() and not (tmp_path / "checkpoints").exists()
