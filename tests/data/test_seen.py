@@ -72,10 +72,8 @@ def test_documents_in_another_order_are_known() -> None:
 
 
 def test_short_replies_of_a_few_kinds_do_not_make_new_questions_known() -> None:
-    question, answers = (
-        tokens(15, 0),
-        (tokens(2, 1), tokens(2, 2)),
-    )  # "Answer with yes or no", and the template's own tokens
+    question = tokens(15, 0)  # "Answer with yes or no", and the template's own tokens
+    answers = tokens(2, 1), tokens(2, 2)
 
     def chats(seed: int) -> list[dict[str, list[int]]]:
         found = ([*tokens(31, 100 * seed + number), *question, *answers[number % 2]] for number in range(8))

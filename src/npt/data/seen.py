@@ -129,10 +129,8 @@ class Seen:
         """
         if not self or not len(blocks):
             return np.zeros(len(blocks), dtype=bool)
-        kept, hits = (
-            np.zeros((2, len(blocks))),
-            np.zeros((2, len(blocks))),
-        )  # of all windows, of those that end in a scored token
+        # Of all windows, and of those that end in a scored token.
+        kept, hits = np.zeros((2, 2, len(blocks)))
         length = len(blocks[0]["input_ids"])
         step, around = max(1, _CHUNK_TOKENS // length), -(-self.window // length)
         for start in range(0, len(blocks), step):
@@ -143,10 +141,10 @@ class Seen:
             # Blocks need not follow each other in the text: windows that reach into the next one are the last resort.
             enough = np.bincount(row[inside], minlength=len(blocks)) >= WHOLE_WINDOWS
             own = (inside | ~enough[row]) & _below(hashes, self.level) & (row >= start) & (row < end)
-            for number, chosen in enumerate((own, own & scored[last])):
-                kept[number] += np.bincount(row[chosen], minlength=len(blocks))
-                known = np.isin(hashes[chosen], self.hashes)
-                hits[number] += np.bincount(row[chosen], weights=known, minlength=len(blocks))
+            row, ends, known = row[own], scored[last][own], np.isin(hashes[own], self.hashes)
+            for number, weights in enumerate((np.ones(len(row)), ends)):
+                kept[number] += np.bincount(row, weights=weights, minlength=len(blocks))
+                hits[number] += np.bincount(row, weights=weights * known, minlength=len(blocks))
         groups = ((np.cumsum(kept[0]) - kept[0]) // (LEAST_WINDOWS if self.level else 1)).astype(int)
         kept, hits = (np.stack([np.bincount(groups, weights=x)[groups] for x in pair]) for pair in (kept, hits))
         found: np.ndarray = (kept[0] > 0) & (hits >= SEEN_SHARE * kept).all(0)
