@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from typing import Any
 
 import pytest
@@ -11,11 +12,14 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from npt import NPTConfig, calibrate
+from npt.common.files import RESERVE
 from npt.equivalence.block_fit import PROBE_TOKENS
+from npt.equivalence.calibration import check_calibration_room
 from npt.equivalence.parts import Part, slices
 from npt.equivalence.spill import Spill
 from npt.errors import RunError
 from npt.planning.counters import AllocationCounter
+from tests.helpers import converted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -83,3 +87,22 @@ def test_a_full_disk_is_said_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("npt.equivalence.spill.tempfile.TemporaryFile", full)
     with pytest.raises(RunError, match="No space left on device.*TMPDIR"):
         Spill().add(Part(0, torch.ones(1, 2), torch.ones(1, 2)))
+
+
+def test_a_small_disk_stops_before_any_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes, write = converted("llama", npt_layers=[0, 1, 3]), [], Spill._write
+
+    def counted(spill: Spill, x: torch.Tensor) -> None:
+        sizes.append(x.numel() * x.dtype.itemsize)
+        write(spill, x)
+
+    monkeypatch.setattr(Spill, "_write", counted)
+    calibrate(model, [{"input_ids": torch.randint(3, 96, (4, 16))} for _ in range(2)])
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=RESERVE + sum(sizes)))
+    check_calibration_room(model, 2 * 4 * 16)
+    with pytest.raises(RunError, match="disk has .* KiB to spare.*TMPDIR.*num_calibration_samples"):
+        check_calibration_room(model, 2 * 4 * 16 + 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr("npt.equivalence.calibration.world", lambda: (0, 2))
+    check_calibration_room(model, 2 * 2 * 4 * 16)

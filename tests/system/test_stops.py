@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +39,15 @@ def test_a_run_on_a_full_disk_ends_in_one_line(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("npt: ")]
     assert status == 1 and len(lines) == 1 and "checkpoint-2: the disk is full" in lines[0] and "needed" in lines[0]
     assert (tmp_path / "checkpoints" / "best_model" / "adapter_model.safetensors").is_file()
+
+
+def test_a_disk_without_room_for_calibration_s_files_is_said_before_any_text_is_sampled(
+    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("npt.equivalence.spill.shutil.disk_usage", lambda _: SimpleNamespace(free=2**24 + 2**10))
+    assert main(["--quiet", "train", *settings(local_model, tmp_path)]) == 1
+    assert "the disk has 1.00 KiB to spare; make room, let TMPDIR name" in capsys.readouterr().err
+    assert not (tmp_path / "outputs" / "metrics.jsonl").exists()
 
 
 def test_a_drive_that_goes_away_anywhere_is_one_line(

@@ -13,6 +13,7 @@ formulas are in `npt.equivalence.closed_form`; this module passes the text and p
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -30,10 +31,11 @@ from npt.common.progress import tracked
 from npt.common.sharded import full_tensor, like, same_everywhere
 from npt.data.batches import with_mask
 from npt.data.inputs import as_batches
-from npt.equivalence.block_fit import BlockFit, first_tokens
+from npt.equivalence.block_fit import BlockFit, first_bytes, first_tokens
 from npt.equivalence.choice import check_undivided, settle_blocks, without_probes
 from npt.equivalence.parts import TextPart
 from npt.equivalence.prediction import measure_interactions
+from npt.equivalence.spill import check_room
 from npt.errors import REMEDY, NPTError, RunError
 from npt.tuner.checks import renew_record
 from npt.tuner.converted import (
@@ -94,6 +96,18 @@ def calibrate(
     return errors
 
 
+def check_calibration_room(model: ConvertedModel, tokens: int) -> None:
+    """Stops before a calibration on so many tokens whose temporary files find no room on this machine.
+
+    Raises:
+        RunError: with what is needed and what is free.
+    """
+    if layers := _calibrated(model):
+        processes = world()[1]
+        here = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+        check_room(first_bytes(layers, tokens) * here // processes)
+
+
 @torch.no_grad()
 def fit_components(
     model: ConvertedModel,
@@ -103,7 +117,7 @@ def fit_components(
     progress: bool = False,
 ) -> dict[str, dict[str, float]]:
     """`calibrate` on batches, for the blocks that the adapter has: none is taken out."""
-    layers = [layer for layer in active_layers(model) if layer.own.spec.is_calibrated]
+    layers = _calibrated(model)
     with _whole_components(layers):
         fits = {layer.index: BlockFit(layer, chunk_tokens or first_tokens(layers)) for layer in layers}
         seen = _collect(model, fits, batches, progress)
@@ -115,6 +129,10 @@ def fit_components(
         same_everywhere({f"{layer.index}.{n}": p for layer in layers for n, p in layer.own.named_parameters()})
     renew_record(base_of(model), adapter_config(model))
     return figures
+
+
+def _calibrated(model: ConvertedModel) -> list[NPTLayer]:
+    return [layer for layer in active_layers(model) if layer.own.spec.is_calibrated]
 
 
 def _collect(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from npt.common.display import human_bytes
+from npt.common.files import RESERVE
 from npt.equivalence.parts import Part
 from npt.errors import RunError
 
@@ -69,6 +72,26 @@ class Spill:
         self._file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self._file.write(bytes(_whole(_bytes(x)) - _bytes(x)))
         self._file.flush()
+
+
+def check_room(needed: int) -> None:
+    """Stops before a calibration whose first tokens find no room.
+
+    Args:
+        needed: bytes that the processes of this machine write together.
+
+    Raises:
+        RunError: with what is needed and what is free.
+    """
+    with _said():
+        folder = tempfile.gettempdir()
+        free = max(0, shutil.disk_usage(folder).free - RESERVE)
+    if needed > free:
+        raise RunError(
+            f"{folder}: calibration keeps {human_bytes(needed)} of its first tokens in temporary files there, and the disk "
+            f"has {human_bytes(free)} to spare; make room, let TMPDIR name another folder, lower "
+            "data.num_calibration_samples, or convert fewer blocks"
+        )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from npt.common.limits import check_length
 from npt.common.options import is_calibrated
 from npt.config import DataSection, OptimizationSection, RunConfig, TrainingSection
 from npt.data.sampling import default_batch, draw, preallocated_cache
-from npt.equivalence.block_fit import first_tokens
+from npt.equivalence.block_fit import first_bytes, first_tokens
 from npt.equivalence.calibration import fit_components
 from npt.equivalence.objectives import Objective, objective_class
 from npt.equivalence.parts import SLICE_TOKENS
@@ -76,7 +76,8 @@ class Plan:
 
     weights: of base and components on the device. optimizer: AdamW's moments. phases: above those. step_flops and
     step_traffic: floating point operations and bytes moved by one micro-batch's forward and backward. disk: bytes of
-    teacher targets per block of text, 0 where none are kept. spread: how weights and work lie on the processes.
+    teacher targets per block of text, 0 where none are kept. temporary: bytes of the files that all processes keep until
+    the end of calibration. spread: how weights and work lie on the processes.
     """
 
     weights: int
@@ -85,6 +86,7 @@ class Plan:
     step_flops: float
     step_traffic: float
     disk: int
+    temporary: int
     spread: Spread
 
     def step_seconds(self, flops: float, traffic: float) -> float:
@@ -127,6 +129,7 @@ def plan_model(
     """
     training, data = config.training, config.data
     check_length(model.config, data.max_length, "data.max_length")
+    calibrates = training.calibrate and tuned_by is None
     spread = spread_over(model, training, processes, weight_bytes(model, config.optimization), strategy)
     work = WorkCounter()
     phases = tuple(_phases(model, config, processes, work, tuned_by))
@@ -138,6 +141,9 @@ def plan_model(
         step_flops=work.flops,
         step_traffic=work.traffic,
         disk=0 if config.paths.teacher_cache is None else _target_bytes(model, training, data.max_length),
+        temporary=first_bytes(active_layers(model), data.num_calibration_samples * data.max_length)
+        if calibrates
+        else 0,
         spread=spread,
     )
 

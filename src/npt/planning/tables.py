@@ -111,6 +111,8 @@ def render_plan(config: RunConfig, limit: int | None, console: Console, launch: 
         blocks = config.data.num_train_samples
         total = "" if blocks is None else f", {human_bytes(blocks * plan.disk)} for {blocks:,} blocks"
         console.print(f"teacher targets on disk: {human_bytes(plan.disk)} per block of text{total}")
+    if plan.temporary:
+        console.print(f"temporary files of calibration: {human_bytes(plan.temporary)}, in the folder that TMPDIR names")
     limit = memory_limit(launch, limit)
     if plan.peak <= limit:
         console.print(f"fits: {human_bytes(limit)} available")

@@ -22,6 +22,7 @@ from npt.common.sharded import through
 from npt.common.stopwatch import Stopwatch
 from npt.config import RunConfig, save_config, shortened
 from npt.config.finetuning import check_no_finetuning
+from npt.equivalence.calibration import check_calibration_room
 from npt.equivalence.objectives import objective_class
 from npt.equivalence.teacher import check_teacher_cache
 from npt.equivalence.trainer import EquivalenceTrainer
@@ -195,6 +196,8 @@ def convert_base(config: RunConfig, last: Path | None = None) -> tuple[PeftModel
         "%s now neuro-plastic: %s new parameters (%.3g %% of %s)",
         blocks_text(adapter_config(model).npt_layers, verb=True), f"{own:,}", 100 * own / frozen, f"{frozen:,}",
     )  # fmt: skip
+    if last is None and config.training.calibrate:
+        check_calibration_room(model, config.data.num_calibration_samples * config.data.max_length)
     if config.data.num_train_samples is not None:
         check_targets(config, model, config.data.num_train_samples)
     return model, tokenizer
