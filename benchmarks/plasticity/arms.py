@@ -105,11 +105,14 @@ def measure(
 def settings(
     base: str, seed: int, rates: Mapping[str, float], size: Size, form: Sequence[str], folder: Path
 ) -> list[str]:
-    """The run's settings, KEY=VALUE. Held-out text is the end of the file, whose prompts stand there once."""
+    """The run's settings, KEY=VALUE.
+
+    Held-out text is the end of the file, whose prompts stand there once; its few digits and words repeat those of training text.
+    """
     values = {
         "model.base_model_name": base, "model.rank": size.rank, "model.npt_layers": "all",
         "data.data_files": f"[{folder}/chats.jsonl]",
-        "data.score": "replies", "data.max_length": size.length, "data.num_eval_samples": 32,
+        "data.score": "replies", "data.max_length": size.length, "data.num_eval_samples": 32, "data.score_seen_text": "true",
         "training.batch_size": size.batch, "training.num_train_steps": size.steps, "training.seed": seed,
         "training.learning_rate": rates["npt"], "training.eval_steps": size.steps, "training.save_steps": size.steps,
         "training.logging_steps": size.steps, "training.prediction_logging_steps": size.steps,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
 
 from npt import NPTConfig
+from npt.block.families import FAMILIES, register_family
 from npt.errors import ConversionError
 from npt.tuner.converted import active_layers
 from tests.families import CASES, Case
@@ -59,6 +62,31 @@ def test_a_block_at_a_token_without_key_passes_its_input_on() -> None:
         out = model(input_ids=torch.tensor([[7, 3, 9]]), output_hidden_states=True).hidden_states
     assert not out[1][0, 1].any()
     assert out[1][0, 0].any()
+
+
+def massive(dtype: torch.dtype) -> Any:
+    """A random model with a token whose hidden state is so large that what a block adds to it is lost in its rounding."""
+    base = random_base("llama", dtype)
+    with torch.no_grad():
+        base.get_input_embeddings().weight[2] = 4 / torch.finfo(dtype).eps
+    return base
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_massive_activations_are_no_reason_to_refuse_in_half_precision(dtype: torch.dtype) -> None:
+    """At such a token the update is a thousandth of the hidden state, and both ways round most of it away, each elsewhere."""
+    assert len(active_layers(get_peft_model(massive(dtype), NPTConfig(npt_layers="all")))) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_wrong_tap_is_found_beside_massive_activations(dtype: torch.dtype) -> None:
+    right = FAMILIES["llama"]
+    register_family("llama", replace(right, tap="self_attn.v_proj"))
+    try:
+        with pytest.raises(ConversionError, match="contract"):
+            get_peft_model(massive(dtype), NPTConfig(npt_layers="all"))
+    finally:
+        register_family("llama", right)
 
 
 def test_conversion_within_autocast_is_the_same() -> None:

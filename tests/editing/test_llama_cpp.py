@@ -1,7 +1,7 @@
 """llama.cpp answers edited facts on the original 4-bit GGUF file, with the GGUF LoRA beside it.
 
-llama-cpp-python is built from the package index, which takes a C++ compiler and ten minutes of one core. NPT_LLAMA_PYTHON names
-a Python that has it already.
+llama-cpp-python is built from the package index, which takes a C++ compiler and ten minutes of one core. NPT_LLAMA_PYTHON
+names a Python that has it already.
 """
 
 from __future__ import annotations

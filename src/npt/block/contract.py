@@ -19,8 +19,11 @@ logger = logging.getLogger(__name__)
 #: The contract takes its tokens from this many of the lowest ids.
 PROBED = 64
 
-#: Largest error of an `exact` block, relative to its update, by dtype: rounding of Norm2(h + a) - z + z.
+#: Largest error of an `exact` block at a token, relative to its update there, by dtype: rounding of Norm2(h + a) - z + z.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+#: Times the spacing of numbers of the hidden state's size, beside it: both ways round it after each addition. At tokens with
+#: massive activations an update is a thousandth of the hidden state, and half precision rounds most of it away.
+ROUNDINGS = 2.0
 
 
 @torch.no_grad()
@@ -29,7 +32,7 @@ def check_contract(model: Any, layers: list[NPTLayer]) -> None:
 
     1. With attention and MLP outputs dropped, block(h) == h bit for bit, or the family's tail of h: nothing else writes to the
        residual stream.
-    2. With the exact value, the block's output is the unconverted block's.
+    2. With the exact value, the block's output is the unconverted block's at every token, up to rounding.
 
     Raises:
         ConversionError: names the block and which of the two it broke.
@@ -105,12 +108,14 @@ def _check_block(layer: NPTLayer, args: tuple[Any, ...], kwargs: dict[str, Any])
             f"{name} breaks the conversion contract: with attention and MLP dropped it should return its input, but "
             f"differs by up to {(zeroed - unchanged).abs().max():.3g} (a post-norm block, or a wrong line in FAMILIES)"
         )
-    scale = (original - unchanged).double().norm()
-    error = (exact - original).double().norm() / scale.clamp_min(torch.finfo(torch.float64).tiny)
-    if not error <= TOLERANCE.get(original.dtype, 1e-1):
+    update, error = ((x.double() - original.double()).norm(dim=-1) for x in (unchanged, exact))
+    size = torch.maximum(original.double().norm(dim=-1), unchanged.double().norm(dim=-1))
+    allowed = TOLERANCE.get(original.dtype, 1e-1) * update + ROUNDINGS * torch.finfo(original.dtype).eps * size
+    if not (error <= allowed).all():
+        worst = (error / update.clamp_min(torch.finfo(torch.float64).tiny)).max()
         raise ConversionError(
             f"{name} breaks the conversion contract: with the exact value its output should be the unconverted block's, "
-            f"but differs by {error:.3g} of the update (wrong tap, norm or MLP path in FAMILIES)"
+            f"but differs by {worst:.3g} of the update (wrong tap, norm or MLP path in FAMILIES)"
         )
 
 
