@@ -107,7 +107,8 @@ def settings(
 ) -> list[str]:
     """The run's settings, KEY=VALUE.
 
-    Held-out text is the end of the file, whose prompts stand there once; its few digits and words repeat those of training text.
+    Held-out text is the end of the file, whose prompts stand there once. Its few digits and
+    words repeat those of training text.
     """
     values = {
         "model.base_model_name": base, "model.rank": size.rank, "model.npt_layers": "all",
