@@ -79,14 +79,21 @@ def test_massive_activations_are_no_reason_to_refuse_in_half_precision(dtype: to
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_wrong_tap_is_found_beside_massive_activations(dtype: torch.dtype) -> None:
-    right = FAMILIES["llama"]
-    register_family("llama", replace(right, tap="self_attn.v_proj"))
+@pytest.mark.parametrize("wrong", [{"tap": "self_attn.v_proj"}, {"norm": "input_layernorm"}], ids=["tap", "norm"])
+def test_a_wrong_line_is_found_though_every_token_has_massive_activations(
+    dtype: torch.dtype, wrong: dict[str, str]
+) -> None:
+    """They are of few channels: in the others nothing is lost to rounding."""
+    base, right = random_base("llama", dtype), FAMILIES["llama"]
+    with torch.no_grad():
+        base.get_input_embeddings().weight[:, 5] = 4 / torch.finfo(dtype).eps
+    register_family("llama", replace(right, **wrong))
     try:
-        with pytest.raises(ConversionError, match="contract"):
-            get_peft_model(massive(dtype), NPTConfig(npt_layers="all"))
+        with pytest.raises(ConversionError, match="contract|before its norm"):
+            get_peft_model(base, NPTConfig(npt_layers="all"))
     finally:
         register_family("llama", right)
+    assert len(active_layers(get_peft_model(base, NPTConfig(npt_layers="all")))) == 4
 
 
 def test_conversion_within_autocast_is_the_same() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from npt import NPTConfig, calibrate
 from npt.block.modes import Mode, running_as
 from npt.equivalence.choice import hold_back
-from npt.equivalence.prediction import Interactions, measure_interactions, probe_texts
+from npt.equivalence.prediction import Interactions, measure_interactions, passes_alone, probe_texts
 from npt.errors import ConversionError
 from npt.tuner.converted import active_layers, adapter_config
 from tests.helpers import random_base, randomize
@@ -43,9 +43,9 @@ def kl(model: Any, batches: list[dict[str, Tensor]], blocks: list[int]) -> float
     sums, count = 0.0, 0
     for batch in batches:
         with model.disable_adapter():
-            p = model(**batch).logits[:, :-1].log_softmax(-1)
+            p = model(**batch).logits[:, :-1].double().log_softmax(-1)
         with running_as(others, Mode.ORIGINAL):
-            q = model(**batch).logits[:, :-1].log_softmax(-1)
+            q = model(**batch).logits[:, :-1].double().log_softmax(-1)
         sums, count = sums + float((p.exp() * (p - q)).sum()), count + p[..., 0].numel()
     return sums / count
 
@@ -122,6 +122,21 @@ def test_small_changes_add_up_as_predicted() -> None:
     assert 0 < together < 0.05
     assert found.predict()[0] == pytest.approx(together, rel=0.15)
     assert found.predict()[0] != pytest.approx(sum(found.alone().values()), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_counts_once_however_many_blocks_there_are(dtype: torch.dtype) -> None:
+    """Blocks that change nothing cost what rounding does. The original's rounding is in every block's change."""
+    model: Any = get_peft_model(
+        random_base("llama", dtype), NPTConfig(npt_layers="all", carry="exact", gain="denominator")
+    )
+    batches = text(rows=64, length=40)
+    found = measure_interactions(model.eval(), batches)
+    measured = kl(model, batches, found.blocks)
+    assert found.rounding is not None and measured > 0
+    assert measured / 2 < found.predict()[0] < 2 * measured
+    assert max(found.alone().values()) < measured / 2
+    assert passes_alone(model) == 2 * len(found.blocks)
 
 
 def test_padding_and_single_tokens_do_not_count() -> None:

@@ -90,6 +90,7 @@ def test_a_full_disk_is_said_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_small_disk_stops_before_any_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is looked for is what is written: the first tokens, and the whole of the batch that the last of them lies in."""
     model, sizes, write = converted("llama", npt_layers=[0, 1, 3]), [], Spill._write
 
     def counted(spill: Spill, x: torch.Tensor) -> None:
@@ -97,12 +98,16 @@ def test_a_small_disk_stops_before_any_text_is_read(monkeypatch: pytest.MonkeyPa
         write(spill, x)
 
     monkeypatch.setattr(Spill, "_write", counted)
-    calibrate(model, [{"input_ids": torch.randint(3, 96, (4, 16))} for _ in range(2)])
+    monkeypatch.setattr("npt.equivalence.block_fit.CHUNK_TOKENS", 97)
+    monkeypatch.setattr("npt.equivalence.block_fit.UNIT_BYTES", 0)
+    calibrate(model, [{"input_ids": torch.randint(3, 96, (4, 16))} for _ in range(4)])
     usage = shutil.disk_usage(".")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=RESERVE + sum(sizes)))
-    check_calibration_room(model, 2 * 4 * 16)
-    with pytest.raises(RunError, match="disk has .* KiB to spare.*TMPDIR.*num_calibration_samples"):
-        check_calibration_room(model, 2 * 4 * 16 + 1)
+    assert sum(sizes) == 3 * 2 * 128 * 24 * 8
+    check_calibration_room(model, 4 * 64, 128 - 97)
+    check_calibration_room(model, 128, 64)  # no longer than the text
+    with pytest.raises(RunError, match="disk has .* KiB to spare.*TMPDIR.*fewer blocks"):
+        check_calibration_room(model, 4 * 64, 64)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setattr("npt.equivalence.calibration.world", lambda: (0, 2))
-    check_calibration_room(model, 2 * 2 * 4 * 16)
+    check_calibration_room(model, 4 * 64, 64)

@@ -113,6 +113,12 @@ def test_teacher_targets_are_planned_for() -> None:
     assert both - logits == 64 * 64 * 4 * 5  # h once; a and y of blocks 2 and 3
 
 
+def test_temporary_files_are_planned_only_where_something_is_calibrated() -> None:
+    assert plan_run(config(), SHAPE).temporary == 2 * 2 * 64 * 4 * 12 * 64  # h and a of blocks 2 and 3
+    assert not plan_run(config("model.carry=exact", "model.gain=denominator"), SHAPE).temporary
+    assert not plan_run(config("training.calibrate=false"), SHAPE).temporary
+
+
 def test_phases_that_do_not_happen_are_not_planned() -> None:
     plan = plan_run(config("training.num_train_steps=0", "data.dataset_name=builtin:python-docs"), SHAPE)
     assert not {"training step", "sampling text"} & set(phases(plan))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from npt.common.precision import wide
+
 if TYPE_CHECKING:  # and in tests, which check the shapes
     from jaxtyping import Bool, Float
 
@@ -31,7 +33,7 @@ class WeightDelta:
     @property
     def skipped(self) -> Bool[Tensor, "*tokens"]:
         """Tokens whose input is all zero, so that no input key exists."""
-        return self.inputs.square().sum(-1) == 0
+        return wide(self.inputs).square().sum(-1) == 0
 
     def apply(self) -> Float[Tensor, "*tokens out"]:
         """dW x."""
@@ -43,13 +45,14 @@ class WeightDelta:
 
     def frobenius_norm_square(self) -> Float[Tensor, "*tokens"]:
         """|dW|_F^2 per token (docs/maths.md, Eq. 3)."""
-        inverse = inverse_square(self.inputs)
-        square = self.value.square().sum(-1) * inverse
+        value, inputs = wide(self.value), wide(self.inputs)  # squares leave float16's range
+        inverse = inverse_square(inputs)
+        square = value.square().sum(-1) * inverse
         if self.low_rank is not None:
-            m, c, b = self.low_rank
+            m, c, b = (wide(x) for x in self.low_rank)
             gram = (c.T @ c) * (b @ b.T)
             square = square + ((m @ gram) * m).sum(-1)
-            square = square + 2 * (self.value * self._low_rank_product(m, c, b)).sum(-1) * inverse
+            square = square + 2 * (value * (((inputs @ c) * m) @ b)).sum(-1) * inverse
         return square.clamp_min(0)
 
     def scaled(self, factor: float) -> WeightDelta:
@@ -61,12 +64,12 @@ class WeightDelta:
 
     def matrix(self, *token: int) -> Float[Tensor, "out in"]:
         """dW of the token at index `token` of the leading dimensions, formed."""
-        value, x = self.value[token], self.inputs[token]
+        value, x = wide(self.value[token]), wide(self.inputs[token])
         square = x.square().sum()
         key = x / square if square > 0 else torch.zeros_like(x)
         delta = torch.outer(value, key)
         if self.low_rank is not None:
-            m, c, b = self.low_rank
+            m, c, b = (wide(x) for x in self.low_rank)
             delta = delta + (b.T * m[token]) @ c.T
         return delta
 
@@ -75,8 +78,8 @@ class WeightDelta:
 
 
 def inverse_square(x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens"]:
-    """1 / |x|^2, zero where x is."""
-    square = x.square().sum(-1)
+    """1 / |x|^2, zero where x is; in float32 or better."""
+    square = wide(x).square().sum(-1)
     return torch.where(square > 0, 1 / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
 
 

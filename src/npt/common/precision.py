@@ -12,7 +12,8 @@ from torch import Tensor
 
 from npt.common.display import human_bytes
 
-_HALF = (torch.bfloat16, torch.float16)
+#: Formats with too few digits for sums and for small differences of large numbers.
+HALF = (torch.bfloat16, torch.float16)
 #: The share of free memory that weights may take which were half as large.
 SHARE = 0.5
 #: The attribute of a loaded base that says why its weights have their dtype.
@@ -21,7 +22,7 @@ DTYPE_REASON = "npt_dtype_reason"
 
 def has_units(dtype: torch.dtype, device: torch.device) -> bool:
     """False for a CPU that computes a half-precision format by way of float32, which takes about twice float32's time."""
-    if device.type != "cpu" or dtype not in _HALF:
+    if device.type != "cpu" or dtype not in HALF:
         return True
     if dtype == torch.bfloat16 and platform.machine().lower() in ("x86_64", "amd64", "x86", "i686"):
         # oneDNN's own answer is yes on every AVX-512, units or not.

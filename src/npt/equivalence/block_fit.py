@@ -42,23 +42,22 @@ PROBE_TOKENS = 512
 
 def first_tokens(layers: Sequence[NPTLayer]) -> int:
     """Returns how many tokens per block `calibrate` keeps for gain and carry, in a temporary file."""
-    hidden = layers[0].shape("up")[0]
+    hidden, weight = layers[0].shape("up")[0], layers[0].weight
     least = max(CHUNK_TOKENS, CHUNK_TOKENS_PER_CHANNEL * hidden)
     if all(layer.own.hidden_units is None for layer in layers):
         return least
-    room: int = UNIT_BYTES // _token_bytes(layers[0])
+    itemsize = weight.dtype.itemsize if weight.is_floating_point() else 4
+    room: int = UNIT_BYTES // (2 * hidden * itemsize)
     return max(least, min(UNIT_TOKENS, room))
 
 
-def first_bytes(layers: Sequence[NPTLayer], tokens: int) -> int:
-    """Returns the bytes of the temporary files of all processes together, of a text of so many tokens."""
-    return len(layers) * _token_bytes(layers[0]) * min(tokens, first_tokens(layers))
+def first_bytes(layers: Sequence[NPTLayer], tokens: int, at_once: int, dtype: torch.dtype) -> int:
+    """Returns the bytes of the temporary files of all processes together.
 
-
-def _token_bytes(layer: NPTLayer) -> int:
-    """Bytes of one token's h and a."""
-    weight = layer.weight
-    return 2 * layer.shape("up")[0] * (weight.dtype.itemsize if weight.is_floating_point() else 4)
+    Args:
+        tokens: of the text. at_once: of a batch, of all processes together; the last one is kept whole. dtype: of h and a.
+    """
+    return len(layers) * 2 * layers[0].shape("up")[0] * dtype.itemsize * min(tokens, first_tokens(layers) + at_once)
 
 
 class BlockFit:

@@ -96,8 +96,11 @@ def calibrate(
     return errors
 
 
-def check_calibration_room(model: ConvertedModel, tokens: int) -> None:
+def check_calibration_room(model: ConvertedModel, tokens: int, at_once: int) -> None:
     """Stops before a calibration on so many tokens whose temporary files find no room on this machine.
+
+    Args:
+        at_once: tokens of a batch of one process.
 
     Raises:
         RunError: with what is needed and what is free.
@@ -105,7 +108,14 @@ def check_calibration_room(model: ConvertedModel, tokens: int) -> None:
     if layers := _calibrated(model):
         processes = world()[1]
         here = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
-        check_room(first_bytes(layers, tokens) * here // processes)
+        needed = first_bytes(layers, tokens, at_once * processes, hidden_dtype(model))
+        check_room(needed * here // processes)
+
+
+def hidden_dtype(model: ConvertedModel) -> torch.dtype:
+    """The format of a model's hidden states, quantised weights or not."""
+    found: torch.dtype = base_of(model).get_input_embeddings().weight.dtype
+    return found
 
 
 @torch.no_grad()

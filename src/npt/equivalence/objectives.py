@@ -13,6 +13,7 @@ depend on which other blocks are converted, so blocks may be trained by separate
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import Mode, running_as, watching, watching_deltas
 from npt.block.probing import logit_head
 from npt.block.weight_delta import WeightDelta
-from npt.common.precision import wide
+from npt.common.precision import HALF, wide
 from npt.common.sharded import gathered, through
 from npt.data.batches import scored_positions
 from npt.equivalence.teacher import ROW, TeacherCache, grouped
@@ -156,9 +157,10 @@ class BlockObjective(Objective):
                     equivalence, delta = equivalence / items, delta / items
                     loss = self.equivalence_weight * equivalence + self.regularization_weight * delta
                     if own and loss.requires_grad:
-                        found = torch.autograd.grad(loss, own, allow_unused=True)
+                        factor = self._factor(layer, items)
+                        found = torch.autograd.grad(factor * loss, own, allow_unused=True)
                         for p, g in zip(own, found, strict=True):
-                            g = torch.zeros_like(p) if g is None else g
+                            g = torch.zeros_like(p) if g is None else g / factor
                             gradients[p] = gradients[p] + g if p in gradients else g
                 sums[0] += equivalence.detach()
                 sums[1] += delta.detach()
@@ -176,13 +178,23 @@ class BlockObjective(Objective):
             total = _WithGradients.apply(total, list(gradients.values()), *gradients)
         return Losses(total, sums[0], sums[1])
 
+    def _factor(self, layer: NPTLayer, items: Tensor | float) -> float:
+        """The factor, a power of two, on a loss where its gradient is taken.
+
+        In float16 the gradient of a mean over a step's tokens would fall below the least number; that of a sum does not.
+        """
+        if layer.weight.dtype != torch.float16:
+            return 1.0
+        scale = self.scales[layer.index] if self._is_scaled else 1.0
+        return 2.0 ** round(math.log2(max(float(items), 1.0) * max(scale, 1.0)))
+
     def _block_loss(self, layer: NPTLayer, record: BlockRecord, counted: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the counted tokens: (mean square error of the update, mean |dW|^2 over projections)."""
         h, a, y = (x.detach()[counted] for x in (record.hidden_states, record.attention, record.output))
-        norms = _DeltaSquares()
+        target, norms = original_update(layer, h, a, y), _DeltaSquares()
         with watching_deltas([layer], norms.see if self._needs_deltas else None):
             update = layer.update_from(h[None], a[None])[0]
-        error = (wide(update) - wide(y - h)).square().mean(-1).sum()
+        error = (wide(update) - target).square().mean(-1).sum()
         scale = self.scales[layer.index] if self._is_scaled else 1.0
         return error / scale, norms.mean_square(error)
 
@@ -329,13 +341,25 @@ def check_logit_head(model: ConvertedModel, input_ids: Tensor) -> None:
 
 
 @torch.no_grad()
+def original_update(layer: NPTLayer, h: Tensor, a: Tensor, y: Tensor) -> Tensor:
+    """The original's update y - h of a block, (tokens, d) as h, a and y are, in float32 or better.
+
+    In half precision it is that of the exact value: y is rounded, at massive activations by more than what is to be learnt.
+    """
+    if h.dtype not in HALF:
+        return wide(y - h)
+    with watching_deltas([layer], None):
+        return wide(layer.update_from(h[None], a[None], Mode.EXACT)[0])
+
+
+@torch.no_grad()
 def update_scales(model: ConvertedModel, inputs: dict[str, Tensor]) -> dict[int, float]:
     """{block index: mean square of the original update y - h over real tokens}: the constants of `local`."""
     layers, scales, mask = active_layers(model), {}, inputs["attention_mask"].bool()
 
     def see(layer: NPTLayer, record: BlockRecord) -> None:
-        update = (record.output - record.hidden_states)[mask]
-        scales[layer.index] = max(float(wide(update).square().mean()), 1e-12)
+        update = original_update(layer, *(x[mask] for x in (record.hidden_states, record.attention, record.output)))
+        scales[layer.index] = max(float(update.square().mean()), 1e-12)
 
     with running_as(layers, Mode.ORIGINAL), watching(layers, see):
         run_backbone(model, inputs)

@@ -7,12 +7,16 @@ the variance, over the original's next-token distribution p, of the sum of their
 
 G is measured on a little text, one forward pass per block, of that block and those after it. Its diagonal is the KL of each
 block alone, exactly; the rest is the covariance over tokens that p draws.
+
+In half precision every pass rounds in its own way, and the original's rounding is in all delta_i: of n blocks it would count
+n^2 times. A pass with the exact value in block i's place differs from the original in rounding alone, by epsilon_i. What the
+original's rounding adds to delta_i is taken off with the epsilon_i, and the KL of that pass from the diagonal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -26,6 +30,8 @@ from torch import Tensor, nn
 from npt.block.families import blocks_of
 from npt.block.layer import NPTLayer
 from npt.block.modes import Mode, running_as
+from npt.block.outputs import first_tensor
+from npt.common.precision import HALF
 from npt.common.processes import is_first
 from npt.common.progress import tracked
 from npt.data.batches import with_mask
@@ -48,11 +54,13 @@ class Interactions:
         blocks: indices, ascending.
         gram: (texts, n, n), sums over the scored tokens of a text of G's summands, in nats.
         tokens: (texts,) scored tokens of a text.
+        rounding: (texts, n), the sums of the KL that rounding alone makes, from each block on; None for none, as in float32.
     """
 
     blocks: list[int]
     gram: Tensor
     tokens: Tensor
+    rounding: Tensor | None = None
 
     def predict(self, blocks: Collection[int] | None = None) -> tuple[float, float]:
         """Returns the mean KL, in nats a token, that converting these blocks will cost (all for None), and its standard error
@@ -60,14 +68,16 @@ class Interactions:
         """
         at = [i for i, block in enumerate(self.blocks) if blocks is None or block in blocks]
         sums = self.gram[:, at][:, :, at].sum((1, 2))
+        if at and self.rounding is not None:  # a measured KL has it too, from the lowest block on
+            sums = sums + self.rounding[:, at[0]]
         mean, count = sums.sum() / self.tokens.sum(), len(sums)
         spread = (sums - mean * self.tokens).square().sum().sqrt() / self.tokens.sum()
         error = spread * (count / (count - 1)) ** 0.5 if count > 1 else torch.tensor(torch.nan)
         return float(mean.clamp_min(0)), float(error)
 
     def alone(self) -> dict[int, float]:
-        """Returns {block: mean KL, in nats, of converting it alone}."""
-        each = self.gram.diagonal(dim1=1, dim2=2).sum(0) / self.tokens.sum()
+        """Returns {block: mean KL, in nats, of converting it alone}, without rounding's."""
+        each = (self.gram.diagonal(dim1=1, dim2=2).sum(0) / self.tokens.sum()).clamp_min(0)
         return {block: float(kl) for block, kl in zip(self.blocks, each, strict=True)}
 
     def choose(self, count: int) -> list[int]:
@@ -105,11 +115,18 @@ def probe_texts(blocks: int, texts: int) -> int:
     return max(1, min(wanted, texts // 2))
 
 
+def passes_alone(model: ConvertedModel) -> int:
+    """Returns how many passes with one block alone G takes: one for each block, two in half precision."""
+    return len(active_layers(model)) * (2 if base_of(model).dtype in HALF else 1)
+
+
 @torch.no_grad()
 def measure_interactions(
     model: ConvertedModel, batches: Iterable[Mapping[str, Tensor]], *, progress: bool = False
 ) -> Interactions:
     """Measures G of the active adapter's blocks: per text one pass of the original, and one with each block alone converted.
+
+    In half precision another one with each block's exact value follows, for what rounding does alone.
 
     The text is added to the adapter's record of what it was made with.
 
@@ -133,12 +150,30 @@ def measure_interactions(
     with eval_mode(model):
         for text in tracked(texts, "Measuring blocks", progress and is_first(), unit="texts"):
             found.append(_of_text(model, layers, text, generator))
-    covariances, alone = (torch.stack(parts) for parts in zip(*found, strict=True))
-    drawn = covariances.sum(0).diagonal().clamp_min(1e-300)
+    own, mixed, exact, alone, rounding = (torch.stack(parts) for parts in zip(*found, strict=True))
+    drawn = own.sum(0).diagonal().clamp_min(1e-300)
     scale = (alone.sum(0) / drawn).sqrt()
-    gram = covariances * scale[:, None] * scale
+    slope = _slope(mixed, exact)
+    apart = own - slope * (mixed + mixed.mT) + slope**2 * exact
+    apart = (apart - apart.diagonal(dim1=1, dim2=2).diag_embed()) * scale[:, None] * scale
+    gram = apart + (alone - slope * rounding).diag_embed()
     lengths = torch.tensor([text["input_ids"].shape[1] - 1 for text in texts], dtype=torch.float64)
-    return Interactions([layer.index for layer in layers], gram.cpu(), lengths)
+    return Interactions(
+        [layer.index for layer in layers], gram.cpu(), lengths, rounding.cpu() if rounding.any() else None
+    )
+
+
+def _slope(mixed: Tensor, exact: Tensor) -> float:
+    """The slope of delta_i on epsilon_j over pairs of different blocks, which have the original's rounding alone in common.
+
+    About 1: delta_i - slope epsilon_i is without it. 0 where nothing is rounded.
+
+    Args:
+        mixed: (texts, n, n), covariances of delta_i with epsilon_j. exact: of the epsilon_i.
+    """
+    different = ~torch.eye(exact.shape[-1], dtype=torch.bool, device=exact.device)
+    common = float(exact[:, different].sum())
+    return float(mixed[:, different].sum()) / common if common > 0 else float(exact.any())
 
 
 def _rows(batches: Iterable[Mapping[str, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
@@ -149,8 +184,11 @@ def _rows(batches: Iterable[Mapping[str, Tensor]]) -> Iterable[tuple[Tensor, Ten
 
 def _of_text(
     model: ConvertedModel, layers: Sequence[NPTLayer], text: dict[str, Tensor], generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Returns half the covariances (n, n) and the KL of each block alone (n,), summed over the text's positions, float64."""
+) -> tuple[Tensor, ...]:
+    """Half the covariances (n, n) of the delta_i, of delta_i with epsilon_j and of the epsilon_i, and the KL (n,) of both.
+
+    Summed over the text's positions, in float64. epsilon_i is what block i's exact value changes, 0 but in half precision.
+    """
     blocks, outputs = list(blocks_of(base_of(model))), list[Any]()
     thread = get_ident()
 
@@ -161,22 +199,36 @@ def _of_text(
     hooks = [block.register_forward_hook(keep) for block in blocks]
     try:
         with running_as(layers, Mode.ORIGINAL):
-            original = _log_probabilities(model, text)
+            logits = _logits(model, text)
     finally:
         for hook in hooks:
             hook.remove()
+    # A model may give its logits in float32 all the same.
+    halved = any(x.dtype in HALF for x in (logits, first_tensor(outputs[0])))
+    original = logits.float().log_softmax(-1)
     drawn = torch.multinomial(original.exp(), DRAWS, replacement=True, generator=generator)
-    changes, alone = [], []
-    for layer in layers:
-        others = [other for other in layers if other is not layer]
-        with running_as(others, Mode.ORIGINAL), _giving(blocks[: layer.index], outputs):
-            changed = _log_probabilities(model, text)
-        change = original - changed
-        alone.append((original.exp() * change).sum(dtype=torch.float64))
-        changes.append(change.gather(-1, drawn).double())
-    stacked = torch.stack(changes)
-    stacked = stacked - stacked.mean(-1, keepdim=True)
-    return torch.einsum("itk,jtk->ij", stacked, stacked) / (2 * (DRAWS - 1)), torch.stack(alone).clamp_min(0)
+
+    def changes(mode: Mode | None) -> tuple[Tensor, Tensor]:
+        """The changes by each block alone at the drawn tokens (n, positions, draws), centred, and the KL (n,)."""
+        found, alone = [], []
+        for layer in layers:
+            others = [other for other in layers if other is not layer]
+            with ExitStack() as stack:
+                stack.enter_context(running_as(others, Mode.ORIGINAL))
+                if mode is not None:
+                    stack.enter_context(running_as([layer], mode))
+                stack.enter_context(_giving(blocks[: layer.index], outputs))
+                change = original - _logits(model, text).float().log_softmax(-1)
+            alone.append((original.exp() * change).sum(dtype=torch.float64))
+            drawn_change = change.gather(-1, drawn).double()
+            found.append(drawn_change - drawn_change.mean(-1, keepdim=True))
+        return torch.stack(found), torch.stack(alone).clamp_min(0)
+
+    own, alone = changes(None)
+    exact, rounding = changes(Mode.EXACT) if halved else (torch.zeros_like(own), torch.zeros_like(alone))
+    pairs = ((own, own), (own, exact), (exact, exact))
+    covariances = (torch.einsum("itk,jtk->ij", one, other) / (2 * (DRAWS - 1)) for one, other in pairs)
+    return *covariances, alone, rounding
 
 
 @contextmanager
@@ -199,7 +251,7 @@ def _given(thread: int, output: Any, forward: Callable[..., Any], *args: Any, **
     return output if get_ident() == thread else forward(*args, **kwargs)
 
 
-def _log_probabilities(model: ConvertedModel, text: dict[str, Tensor]) -> Tensor:
-    """(positions, vocabulary) of the next token, float32, but for the last position."""
+def _logits(model: ConvertedModel, text: dict[str, Tensor]) -> Tensor:
+    """(positions, vocabulary) of the next token, but for the last position."""
     logits: Tensor = model(**text, use_cache=False).logits[0, :-1]
-    return logits.float().log_softmax(-1)
+    return logits

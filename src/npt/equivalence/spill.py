@@ -89,8 +89,7 @@ def check_room(needed: int) -> None:
     if needed > free:
         raise RunError(
             f"{folder}: calibration keeps {human_bytes(needed)} of its first tokens in temporary files there, and the disk "
-            f"has {human_bytes(free)} to spare; make room, let TMPDIR name another folder, lower "
-            "data.num_calibration_samples, or convert fewer blocks"
+            f"has {human_bytes(free)} to spare; make room, let TMPDIR name another folder, or convert fewer blocks"
         )
 
 

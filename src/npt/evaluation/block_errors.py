@@ -10,6 +10,7 @@ from torch import Tensor
 
 from npt.block.layer import BlockRecord, NPTLayer
 from npt.block.modes import Mode, watching_deltas
+from npt.common.precision import HALF
 from npt.evaluation.look import Batch, Observer
 from npt.tuner.converted import ConvertedModel, active_layers
 
@@ -68,10 +69,19 @@ class BlockErrors(Observer):
         self.own[layer.index].add(found, original, h)
 
     def _pair(self, layer: NPTLayer, record: BlockRecord, mode: Mode | None) -> list[Tensor]:
-        """h, the pass's output and that of the block as `mode` says on the same h and a, of real tokens."""
+        """h, the pass's output and that of the block as `mode` says on the same h and a, of real tokens.
+
+        In half precision 0 and both updates: at massive activations outputs are rounded by more than blocks differ.
+        """
+        h, a = record.hidden_states, record.attention
         with watching_deltas([layer], None):  # this pass is nobody else's
-            other = record.hidden_states + layer.update_from(record.hidden_states, record.attention, mode)
-        return [x[self.mask].double() for x in (record.hidden_states, record.output, other)]
+            other = layer.update_from(h, a, mode)
+            if h.dtype in HALF:
+                own = layer.update_from(h, a, Mode.EXACT if mode is None else None)
+                found = [torch.zeros_like(own), own, other]
+            else:
+                found = [h, record.output, h + other]
+        return [x[self.mask].double() for x in found]
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """{"layer_<i>": {mse, cosine_similarity, relative_error, max_absolute_diff, own_stream}}."""

@@ -21,7 +21,7 @@ from npt.common.options import is_calibrated
 from npt.config import DataSection, OptimizationSection, RunConfig, TrainingSection
 from npt.data.sampling import default_batch, draw, preallocated_cache
 from npt.equivalence.block_fit import first_bytes, first_tokens
-from npt.equivalence.calibration import fit_components
+from npt.equivalence.calibration import fit_components, hidden_dtype
 from npt.equivalence.objectives import Objective, objective_class
 from npt.equivalence.parts import SLICE_TOKENS
 from npt.equivalence.scale import CHECKED_EVERY, TOKENS_PER_UNIT
@@ -129,7 +129,6 @@ def plan_model(
     """
     training, data = config.training, config.data
     check_length(model.config, data.max_length, "data.max_length")
-    calibrates = training.calibrate and tuned_by is None
     spread = spread_over(model, training, processes, weight_bytes(model, config.optimization), strategy)
     work = WorkCounter()
     phases = tuple(_phases(model, config, processes, work, tuned_by))
@@ -141,11 +140,19 @@ def plan_model(
         step_flops=work.flops,
         step_traffic=work.traffic,
         disk=0 if config.paths.teacher_cache is None else _target_bytes(model, training, data.max_length),
-        temporary=first_bytes(active_layers(model), data.num_calibration_samples * data.max_length)
-        if calibrates
-        else 0,
+        temporary=_temporary(model, config, processes) if tuned_by is None else 0,
         spread=spread,
     )
+
+
+def _temporary(model: Any, config: RunConfig, processes: int) -> int:
+    """Bytes of calibration's temporary files, of all processes together."""
+    training, data = config.training, config.data
+    if not (training.calibrate and is_calibrated(config.model.carry, config.model.gain)):
+        return 0
+    at_once = processes * training.batch_size * data.max_length
+    tokens = data.num_calibration_samples * data.max_length
+    return first_bytes(active_layers(model), tokens, at_once, hidden_dtype(model))
 
 
 def _target_bytes(model: Any, training: TrainingSection, length: int) -> int:

@@ -22,6 +22,7 @@ from npt.data.batches import batches_of
 from npt.data.sampling import default_batch, seconds_per_draw
 from npt.equivalence.calibration_time import FitSeconds, fit_seconds
 from npt.equivalence.objectives import Objective
+from npt.equivalence.prediction import passes_alone
 from npt.evaluation.details import Details
 from npt.evaluation.divergence import token_divergences
 from npt.evaluation.generation import DEFAULT_PROMPTS, side_by_side
@@ -53,9 +54,9 @@ class Rates:
 
     timed_tokens: of the text that was timed. draw: a token of each of `draw_rows` texts that the model writes, draw_one: of
     a single one. forward: a token through the original's blocks. blocks: of the model. alone: a token through the model
-    with each converted block alone. fit: of the calibration of all blocks, above the forward. compare: a token through both
-    models. step: {objective: a token through a training step}. detail: a token of the report's figures by block, and
-    detail_once once. sample: a prompt continued by both models.
+    with each converted block alone, twice in half precision. fit: of the calibration of all blocks, above the forward.
+    compare: a token through both models. step: {objective: a token through a training step}. detail: a token of the report's
+    figures by block, and detail_once once. sample: a prompt continued by both models.
     """
 
     timed_tokens: int
@@ -124,7 +125,7 @@ def _measure(
         forward=forward / tokens,
         fit=fit_seconds(active_layers(model)) if calibrates and world()[1] == 1 else FitSeconds(),
         blocks=len(blocks_of(base)),
-        alone=(len(active_layers(model)) + 1) * compare / tokens / 2 if calibrates else 0.0,
+        alone=(passes_alone(model) + 1) * compare / tokens / 2 if calibrates else 0.0,
         compare=compare / tokens,
         step={own.name: _step(model, own, batch, forward, config) / tokens for own in objectives},
         # The last of its figures, by position, is a comparison.

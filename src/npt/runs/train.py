@@ -197,7 +197,8 @@ def convert_base(config: RunConfig, last: Path | None = None) -> tuple[PeftModel
         blocks_text(adapter_config(model).npt_layers, verb=True), f"{own:,}", 100 * own / frozen, f"{frozen:,}",
     )  # fmt: skip
     if last is None and config.training.calibrate:
-        check_calibration_room(model, config.data.num_calibration_samples * config.data.max_length)
+        length = config.data.max_length
+        check_calibration_room(model, config.data.num_calibration_samples * length, config.training.batch_size * length)
     if config.data.num_train_samples is not None:
         check_targets(config, model, config.data.num_train_samples)
     return model, tokenizer

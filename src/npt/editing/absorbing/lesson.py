@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from npt.block.probing import logit_head
-from npt.common.precision import wide
+from npt.common.precision import HALF, wide
 from npt.editing.absorbing.dialogue import Conversation
 from npt.editing.absorbing.formula import moments, solve
 from npt.editing.absorbing.patches import Patches
@@ -56,6 +56,18 @@ class Apart:
     def tokens(self) -> Tensor:
         """Tokens that count in each row, (rows,)."""
         return torch.bincount(self.counted[self.counted >= 0], minlength=self.count)
+
+
+def difference(one: Tensor, other: Tensor) -> Tensor:
+    """one - other in float32 or better, zero where that is no more than the rounding of half precision.
+
+    At massive activations, where it is large, the least squares would fit little else.
+    """
+    found = wide(one) - wide(other)
+    if one.dtype not in HALF:
+        return found
+    spacing = torch.finfo(one.dtype).eps * torch.maximum(wide(one).abs(), wide(other).abs())
+    return torch.where(found.abs() > spacing, found, 0)
 
 
 @torch.no_grad()
@@ -120,7 +132,7 @@ class Lesson(Apart):
         stream = self.stream.copy()
         for layer in setting.blocks:
             passed = stream.through(layer)
-            gap = wide(self.targets[layer]) - wide(passed.hidden)
+            gap = difference(self.targets[layer], passed.hidden)
             residuals = self.blocks.missing(layer, passed.outputs, gap)
             a, b = moments(passed.inputs, residuals, self.weights)
             patches.put(layer, solve(a, b, text[layer], setting.mu, setting.lam, setting.rank))
