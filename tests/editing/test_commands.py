@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from npt import EditStore
 from npt.cli import main
+from npt.cli.edits import _show as show_edit
+from npt.editing.requests import Request
+from npt.editing.writing import Edit
 
 IDS = torch.arange(3, 40)[None]
 FACT = ["--prompt", "the home of Ada is", "--subject", "Ada", "--target", "Oslo"]
@@ -56,6 +59,15 @@ def test_a_fact_is_a_lora(store: Path, local_model: Path) -> None:
     (edit,) = edits(store)
     assert (edit["prompt"], edit["subject"], edit["target"]) == ("the home of Ada is", "Ada", "Oslo")
     assert float((logits(local_model, store) - logits(local_model)).abs().max()) > 1e-3
+
+
+def test_an_edit_that_does_not_hold_names_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    request = Request("the home of Ada is", "Oslo", "Ada")
+    for values, holds in (("newton", False), ("newton", True), ("optimised", False)):
+        show_edit(Edit(request.id, request, (1,), values, 10, "a", "b", holds))
+        assert ("remedy  another store with --values optimised" in capsys.readouterr().out) == (
+            values == "newton" and not holds
+        )
 
 
 def test_list_and_show(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

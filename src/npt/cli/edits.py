@@ -315,5 +315,9 @@ def _show(found: Edit) -> None:
     say(f"{found.id}  {one_line(found.request.prompt)}")
     say(f"  before  {one_line(found.before)}")
     say(f"  after   {one_line(found.after)}{'' if found.holds else '   (DOES NOT HOLD)'}")
+    if not found.holds and found.values == "newton":
+        say(
+            "  remedy  another store with --values optimised, which takes more passes; of many facts, fewer in one store"
+        )
     if found.note:
         say(f"  note    {found.note}")
