@@ -155,13 +155,14 @@ def trainer(
     folder: Path,
     *,
     kind: str = "llama",
+    dtype: torch.dtype = torch.float32,
     objective: str = "logits",
     steps: int = 8,
     trainer_options: Any = None,
     **options: Any,
 ) -> Any:
     """An EquivalenceTrainer for a random base, writing to `folder`; `options` are more of its TrainingArguments."""
-    model = get_peft_model(random_base(kind, torch.float32), NPTConfig(npt_layers=[1, 3], rank=3))
+    model = get_peft_model(random_base(kind, dtype), NPTConfig(npt_layers=[1, 3], rank=3))
     arguments = {
         "per_device_train_batch_size": 4, "max_steps": steps, "learning_rate": 5e-3, "logging_steps": 1, "save_steps": 4,
         "save_strategy": "steps", "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 1, **options,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from npt.equivalence.objectives import Objective, update_scales
 from npt.evaluation.block_errors import BlockErrors
 from npt.evaluation.look import look
 from npt.tuner.converted import active_layers
-from tests.helpers import random_base
+from tests.helpers import random_base, trainer
 
 HALF = [torch.float16, torch.bfloat16]
 #: Of the tokens, one in eight is massive.
@@ -78,6 +80,18 @@ def test_gradients_of_a_float16_base_do_not_vanish() -> None:
         gradients.append([p.grad.double() for layer in active_layers(model) for p in layer.own.parameters()])
     for half, whole in zip(*gradients, strict=True):
         assert (half - whole).norm() <= 0.1 * whole.norm()
+
+
+@pytest.mark.parametrize(
+    "dtype, objective, lost",
+    [(torch.float16, "logits", True), (torch.float16, "local", False), (torch.bfloat16, "logits", False)],
+)
+def test_a_loss_that_is_not_scaled_in_float16_is_said(
+    dtype: torch.dtype, objective: str, lost: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="npt"):
+        trainer(tmp_path, dtype=dtype, objective=objective)
+    assert ("small gradients will be lost" in caplog.text) == lost
 
 
 @pytest.mark.parametrize("dtype", HALF)

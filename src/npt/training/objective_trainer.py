@@ -140,6 +140,12 @@ class ObjectiveTrainer(DurableTrainer):
         self.schedule = sorted(schedule, key=lambda x: x[0])
         if self.schedule[0][0] != 0:
             raise NPTError(f"the objective schedule begins at step {self.schedule[0][0]}; give one for step 0")
+        halved = model.get_input_embeddings().weight.dtype == torch.float16
+        if halved and self.accelerator.mixed_precision != "fp16" and not all(own.per_block for _, own in self.schedule):
+            logger.warning(
+                "the base is in float16 and no loss is scaled: small gradients will be lost; use "
+                "optimization.mixed_precision=fp16, model.dtype=bfloat16 or objective local"
+            )
         # Losses are divided by the counted tokens of the whole step, over labels[:, 1:].
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
