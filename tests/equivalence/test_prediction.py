@@ -162,7 +162,8 @@ def test_the_choice_is_the_cheapest_of_all() -> None:
     """Against every set of blocks, with costs that cancel or add up; no count leaves out what it should keep."""
     for seed in range(20):
         factors = torch.randn(7, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        found = Interactions(list(range(10, 17)), (factors @ factors.T)[None], torch.tensor([1.0]))
+        rounding = None if seed % 2 else torch.linspace(9, 0, 7, dtype=torch.float64)[None]
+        found = Interactions(list(range(10, 17)), (factors @ factors.T)[None], torch.tensor([1.0]), rounding)
         for count in (1, 3, 7):
             best = min(combinations(found.blocks, count), key=lambda blocks: found.predict(blocks)[0])
             chosen = found.choose(count)

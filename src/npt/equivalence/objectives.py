@@ -157,7 +157,7 @@ class BlockObjective(Objective):
                     equivalence, delta = equivalence / items, delta / items
                     loss = self.equivalence_weight * equivalence + self.regularization_weight * delta
                     if own and loss.requires_grad:
-                        factor = self._factor(layer, items)
+                        factor = self._factor(layer, part.hidden_states, items)
                         found = torch.autograd.grad(factor * loss, own, allow_unused=True)
                         for p, g in zip(own, found, strict=True):
                             g = torch.zeros_like(p) if g is None else g / factor
@@ -178,12 +178,15 @@ class BlockObjective(Objective):
             total = _WithGradients.apply(total, list(gradients.values()), *gradients)
         return Losses(total, sums[0], sums[1])
 
-    def _factor(self, layer: NPTLayer, items: Tensor | float) -> float:
+    def _factor(self, layer: NPTLayer, h: Tensor, items: Tensor | float) -> float:
         """The factor, a power of two, on a loss where its gradient is taken.
 
         In float16 the gradient of a mean over a step's tokens would fall below the least number; that of a sum does not.
         """
-        if layer.weight.dtype != torch.float16:
+        kind, formats = h.device.type, [h.dtype]
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            formats.append(torch.get_autocast_dtype(kind))
+        if torch.float16 not in formats:
             return 1.0
         scale = self.scales[layer.index] if self._is_scaled else 1.0
         return 2.0 ** round(math.log2(max(float(items), 1.0) * max(scale, 1.0)))

@@ -87,10 +87,11 @@ class Interactions:
         then exchanged as long as that helps.
         """
         total = self.gram.sum(0)
+        rounding = torch.zeros(len(total)) if self.rounding is None else self.rounding.sum(0)
 
         def cost(chosen: Sequence[int]) -> float:
             at = list(chosen)
-            return float(total[at][:, at].sum())
+            return float(total[at][:, at].sum() + rounding[min(at)])
 
         kept = list(range(len(self.blocks)))
         if comb(len(kept), count) <= TRIED:
@@ -154,9 +155,9 @@ def measure_interactions(
     drawn = own.sum(0).diagonal().clamp_min(1e-300)
     scale = (alone.sum(0) / drawn).sqrt()
     slope = _slope(mixed, exact)
-    apart = own - slope * (mixed + mixed.mT) + slope**2 * exact
-    apart = (apart - apart.diagonal(dim1=1, dim2=2).diag_embed()) * scale[:, None] * scale
-    gram = apart + (alone - slope * rounding).diag_embed()
+    different = ~torch.eye(len(scale), dtype=torch.bool, device=own.device)
+    covariances = torch.where(different, own - slope * (mixed + mixed.mT) + slope**2 * exact, own)
+    gram = covariances * scale[:, None] * scale - slope * rounding.diag_embed()
     lengths = torch.tensor([text["input_ids"].shape[1] - 1 for text in texts], dtype=torch.float64)
     return Interactions(
         [layer.index for layer in layers], gram.cpu(), lengths, rounding.cpu() if rounding.any() else None

@@ -71,14 +71,14 @@ class BlockErrors(Observer):
     def _pair(self, layer: NPTLayer, record: BlockRecord, mode: Mode | None) -> list[Tensor]:
         """h, the pass's output and that of the block as `mode` says on the same h and a, of real tokens.
 
-        In half precision 0 and both updates: at massive activations outputs are rounded by more than blocks differ.
+        In half precision both outputs are h and an update, unrounded: at massive activations rounding is more than the error.
         """
         h, a = record.hidden_states, record.attention
         with watching_deltas([layer], None):  # this pass is nobody else's
             other = layer.update_from(h, a, mode)
             if h.dtype in HALF:
                 own = layer.update_from(h, a, Mode.EXACT if mode is None else None)
-                found = [torch.zeros_like(own), own, other]
+                found = [h, h.double() + own, h.double() + other]
             else:
                 found = [h, record.output, h + other]
         return [x[self.mask].double() for x in found]

@@ -144,7 +144,7 @@ class ObjectiveTrainer(DurableTrainer):
         if halved and self.accelerator.mixed_precision != "fp16" and not all(own.per_block for _, own in self.schedule):
             logger.warning(
                 "the base is in float16 and no loss is scaled: small gradients will be lost; use "
-                "optimization.mixed_precision=fp16, model.dtype=bfloat16 or objective local"
+                "optimization.mixed_precision=fp16, or model.dtype=bfloat16"
             )
         # Losses are divided by the counted tokens of the whole step, over labels[:, 1:].
         self.model_accepts_loss_kwargs = True
