@@ -12,6 +12,7 @@ from npt.block.layer import NPTLayer
 from npt.block.modes import Mode, running_as
 from npt.block.outputs import first_tensor
 from npt.block.probing import execution_device
+from npt.common.precision import spacing
 from npt.errors import REMEDY, ConversionError
 
 logger = logging.getLogger(__name__)
@@ -109,8 +110,8 @@ def _check_block(layer: NPTLayer, args: tuple[Any, ...], kwargs: dict[str, Any])
             f"differs by up to {(zeroed - unchanged).abs().max():.3g} (a post-norm block, or a wrong line in FAMILIES)"
         )
     before, right, found = (x.double() for x in (unchanged, original, exact))
-    rounded = ROUNDINGS * torch.finfo(original.dtype).eps * torch.maximum(before.abs(), right.abs())
-    error, update = ((found - right).abs() - rounded).clamp_min(0).norm(dim=-1), (right - before).norm(dim=-1)
+    excess = (found - right).abs() - ROUNDINGS * spacing(unchanged, original)
+    error, update = excess.clamp_min(0).norm(dim=-1), (right - before).norm(dim=-1)
     # Not above, rather than below: NaN is an error.
     wrong = ~(error <= TOLERANCE.get(original.dtype, 1e-1) * update)
     if wrong.any():

@@ -37,7 +37,7 @@ class WeightDelta:
 
     def apply(self) -> Float[Tensor, "*tokens out"]:
         """dW x."""
-        return self.value if self.low_rank is None else self.value + self._low_rank_product(*self.low_rank)
+        return self.value if self.low_rank is None else self.value + _low_rank_product(self.inputs, *self.low_rank)
 
     def frobenius_norm(self) -> Float[Tensor, "*tokens"]:
         """|dW|_F per token, without forming dW."""
@@ -52,7 +52,7 @@ class WeightDelta:
             m, c, b = (wide(x) for x in self.low_rank)
             gram = (c.T @ c) * (b @ b.T)
             square = square + ((m @ gram) * m).sum(-1)
-            square = square + 2 * (value * (((inputs @ c) * m) @ b)).sum(-1) * inverse
+            square = square + 2 * (value * _low_rank_product(inputs, m, c, b)).sum(-1) * inverse
         return square.clamp_min(0)
 
     def scaled(self, factor: float) -> WeightDelta:
@@ -73,8 +73,9 @@ class WeightDelta:
             delta = delta + (b.T * m[token]) @ c.T
         return delta
 
-    def _low_rank_product(self, m: Tensor, c: Tensor, b: Tensor) -> Tensor:
-        return ((self.inputs @ c) * m) @ b
+
+def _low_rank_product(inputs: Tensor, m: Tensor, c: Tensor, b: Tensor) -> Tensor:
+    return ((inputs @ c) * m) @ b
 
 
 def inverse_square(x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens"]:

@@ -67,6 +67,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x.dtype))
 
 
+def spacing(one: Tensor, other: Tensor) -> Tensor:
+    """How far apart the numbers of their format lie at the larger of two, entry by entry, in float32 or better."""
+    return torch.finfo(one.dtype).eps * torch.maximum(wide(one).abs(), wide(other).abs())
+
+
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype. `x.to` costs a decoding step time even where it changes nothing."""
     return x if x.dtype == dtype else x.to(dtype)

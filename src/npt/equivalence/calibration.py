@@ -47,6 +47,7 @@ from npt.tuner.converted import (
     context_length_of,
     device_of,
     eval_mode,
+    hidden_dtype,
     run_backbone,
 )
 from npt.tuner.nonfinite import find_nonfinite
@@ -110,12 +111,6 @@ def check_calibration_room(model: ConvertedModel, tokens: int, at_once: int) -> 
         here = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
         needed = first_bytes(layers, tokens, at_once * processes, hidden_dtype(model))
         check_room(needed * here // processes)
-
-
-def hidden_dtype(model: ConvertedModel) -> torch.dtype:
-    """The format of a model's hidden states, quantised weights or not."""
-    found: torch.dtype = base_of(model).get_input_embeddings().weight.dtype
-    return found
 
 
 @torch.no_grad()

@@ -36,7 +36,15 @@ from npt.common.processes import is_first
 from npt.common.progress import tracked
 from npt.data.batches import with_mask
 from npt.errors import NPTError
-from npt.tuner.converted import ConvertedModel, active_layers, adapter_config, base_of, device_of, eval_mode
+from npt.tuner.converted import (
+    ConvertedModel,
+    active_layers,
+    adapter_config,
+    base_of,
+    device_of,
+    eval_mode,
+    hidden_dtype,
+)
 
 #: Blocks of text that G is measured on: between these, so many that measuring takes no longer than calibrating.
 LEAST_TEXTS, MOST_TEXTS = 8, 32
@@ -118,7 +126,7 @@ def probe_texts(blocks: int, texts: int) -> int:
 
 def passes_alone(model: ConvertedModel) -> int:
     """Returns how many passes with one block alone G takes: one for each block, two in half precision."""
-    return len(active_layers(model)) * (2 if base_of(model).dtype in HALF else 1)
+    return len(active_layers(model)) * (2 if hidden_dtype(model) in HALF else 1)
 
 
 @torch.no_grad()
@@ -154,8 +162,8 @@ def measure_interactions(
     own, mixed, exact, alone, rounding = (torch.stack(parts) for parts in zip(*found, strict=True))
     drawn = own.sum(0).diagonal().clamp_min(1e-300)
     scale = (alone.sum(0) / drawn).sqrt()
-    slope = _slope(mixed, exact)
     different = ~torch.eye(len(scale), dtype=torch.bool, device=own.device)
+    slope = _slope(mixed[:, different], exact[:, different])
     covariances = torch.where(different, own - slope * (mixed + mixed.mT) + slope**2 * exact, own)
     gram = covariances * scale[:, None] * scale - slope * rounding.diag_embed()
     lengths = torch.tensor([text["input_ids"].shape[1] - 1 for text in texts], dtype=torch.float64)
@@ -167,14 +175,13 @@ def measure_interactions(
 def _slope(mixed: Tensor, exact: Tensor) -> float:
     """The slope of delta_i on epsilon_j over pairs of different blocks, which have the original's rounding alone in common.
 
-    About 1: delta_i - slope epsilon_i is without it. 0 where nothing is rounded.
+    About 1, and 1 where there is no such pair: delta_i - slope epsilon_i is without it.
 
     Args:
-        mixed: (texts, n, n), covariances of delta_i with epsilon_j. exact: of the epsilon_i.
+        mixed: (texts, pairs), covariances of delta_i with epsilon_j. exact: of epsilon_i with epsilon_j.
     """
-    different = ~torch.eye(exact.shape[-1], dtype=torch.bool, device=exact.device)
-    common = float(exact[:, different].sum())
-    return float(mixed[:, different].sum()) / common if common > 0 else float(exact.any())
+    common = float(exact.sum())
+    return float(mixed.sum()) / common if common > 0 else 1.0
 
 
 def _rows(batches: Iterable[Mapping[str, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:

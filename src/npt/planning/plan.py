@@ -21,7 +21,7 @@ from npt.common.options import is_calibrated
 from npt.config import DataSection, OptimizationSection, RunConfig, TrainingSection
 from npt.data.sampling import default_batch, draw, preallocated_cache
 from npt.equivalence.block_fit import first_bytes, first_tokens
-from npt.equivalence.calibration import fit_components, hidden_dtype
+from npt.equivalence.calibration import fit_components
 from npt.equivalence.objectives import Objective, objective_class
 from npt.equivalence.parts import SLICE_TOKENS
 from npt.equivalence.scale import CHECKED_EVERY, TOKENS_PER_UNIT
@@ -43,7 +43,7 @@ from npt.planning.shapes import (
 )
 from npt.planning.shards import DDP, Spread, spread_over, strategy_of
 from npt.runs.texts import own_train_blocks
-from npt.tuner.converted import active_layers, adapter_config, component_ids, eval_mode
+from npt.tuner.converted import active_layers, adapter_config, component_ids, eval_mode, hidden_dtype
 
 #: Bytes per weight of a quantised linear: 8 bits and a scale per row; 4 bits and a float32 scale per 64 weights.
 BYTES_8BIT, BYTES_4BIT = 1.0, 0.5 + 4 / 64

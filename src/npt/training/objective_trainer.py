@@ -40,6 +40,7 @@ from npt.tuner.converted import (
     adapter_config,
     check_batch,
     device_of,
+    hidden_dtype,
     npt_layers,
     own_parameters,
     text_record_of,
@@ -140,7 +141,7 @@ class ObjectiveTrainer(DurableTrainer):
         self.schedule = sorted(schedule, key=lambda x: x[0])
         if self.schedule[0][0] != 0:
             raise NPTError(f"the objective schedule begins at step {self.schedule[0][0]}; give one for step 0")
-        halved = model.get_input_embeddings().weight.dtype == torch.float16
+        halved = hidden_dtype(model) == torch.float16
         if halved and self.accelerator.mixed_precision != "fp16" and not all(own.per_block for _, own in self.schedule):
             logger.warning(
                 "the base is in float16 and no loss is scaled: small gradients will be lost; use "

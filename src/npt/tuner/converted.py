@@ -218,3 +218,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def device_of(model: nn.Module) -> torch.device:
     """The device that inputs go to: the one on which the input embedding computes."""
     return execution_device(model.get_input_embeddings())  # type: ignore[operator]
+
+
+def hidden_dtype(model: nn.Module) -> torch.dtype:
+    """The format of a model's hidden states, quantised weights or not: that of the input embedding."""
+    found: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
+    return found

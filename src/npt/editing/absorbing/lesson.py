@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from npt.block.probing import logit_head
-from npt.common.precision import HALF, wide
+from npt.common.precision import HALF, spacing, wide
 from npt.editing.absorbing.dialogue import Conversation
 from npt.editing.absorbing.formula import moments, solve
 from npt.editing.absorbing.patches import Patches
@@ -66,8 +66,7 @@ def difference(one: Tensor, other: Tensor) -> Tensor:
     found = wide(one) - wide(other)
     if one.dtype not in HALF:
         return found
-    spacing = torch.finfo(one.dtype).eps * torch.maximum(wide(one).abs(), wide(other).abs())
-    return torch.where(found.abs() > spacing, found, 0)
+    return torch.where(found.abs() > spacing(one, other), found, 0)
 
 
 @torch.no_grad()
