@@ -65,7 +65,7 @@ def test_an_edit_that_does_not_hold_names_a_remedy(capsys: pytest.CaptureFixture
     request = Request("the home of Ada is", "Oslo", "Ada")
     for values, holds in (("newton", False), ("newton", True), ("optimised", False)):
         show_edit(Edit(request.id, request, (1,), values, 10, "a", "b", holds))
-        assert ("remedy  another store with --values optimised" in capsys.readouterr().out) == (
+        assert ("remedy  of many facts, fewer in one store" in capsys.readouterr().out) == (
             values == "newton" and not holds
         )
 

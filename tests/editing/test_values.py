@@ -83,12 +83,41 @@ def test_newton_reaches_its_margin(problem: Callable[..., Problem]) -> None:
 def test_newton_keeps_to_its_clamp_and_its_decay(problem: Callable[..., Problem]) -> None:
     lengths = []
     for settings in ({"clamp": 2.0}, {"clamp": 50.0}, {"clamp": 50.0, "decay": 0.3}):
-        one = problem("newton", **{"decay": 0.0, **settings})
+        one = problem("newton", **{"decay": 0.0, "further": 0, **settings})
         lengths.append(float(STRATEGIES["newton"](one).pairs[2].values.norm()))
         unit = float(Trial(one, one.targets()).lengths)
         one.bench.close()
         assert lengths[0] <= 2.0 * unit * 1.0001
     assert lengths[0] < lengths[2] < lengths[1]
+
+
+def changed(problem: Problem, **settings: Any) -> Problem:
+    """The same problem with other settings."""
+    return replace(problem, settings=replace(problem.settings, **settings))
+
+
+def test_where_newtons_steps_end_behind_other_tokens_adam_goes_on(problem: Callable[..., Problem]) -> None:
+    one = problem("newton", layer=(2, 4), clamp=0.3, steps=3, margin=1.0, reach=20.0, stride=2.0)
+    newton, found = STRATEGIES["newton"](changed(one, further=0)), STRATEGIES["newton"](one)
+    assert newton.passes == 3 and least_margin(one, newton.pairs) < 0
+    assert 3 < found.passes < 28 and least_margin(one, found.pairs) >= 0.5 * 0.999
+    for pairs, length in zip(found.pairs.values(), Trial(one, one.targets()).lengths.tolist(), strict=True):
+        assert float(pairs.values.norm()) <= 20.0 * length * 1.0001
+
+
+def test_adam_moves_by_its_stride_and_keeps_the_best_it_saw(problem: Callable[..., Problem]) -> None:
+    one = problem("newton", layer=(2, 4), steps=1, further=2, stride=0.25, reach=1000.0)
+    lengths = Trial(one, one.targets()).lengths.tolist()
+    for pairs, length in zip(STRATEGIES["newton"](one).pairs.values(), lengths, strict=True):
+        assert float(pairs.values.norm()) == pytest.approx(0.25 * length, rel=0.02)  # one step, from zero
+    wild = [least_margin(one, STRATEGIES["newton"](changed(one, stride=9.0, reach=4.0, further=n)).pairs) for n in range(1, 18, 4)]
+    assert wild == sorted(wild)
+
+
+def test_an_edit_that_leads_takes_no_further_pass(problem: Callable[..., Problem]) -> None:
+    one = problem("newton", layer=4, clamp=50.0, steps=30)
+    passes = [STRATEGIES["newton"](changed(one, further=further)).passes for further in (0, 25)]
+    assert passes[0] == passes[1] < 30
 
 
 def test_every_token_of_target_and_terminator_is_aimed_at(problem: Callable[..., Problem]) -> None:
@@ -197,7 +226,7 @@ def test_several_blocks_share_a_fact(problem: Callable[..., Problem], name: str)
 
 
 def test_each_block_keeps_to_its_own_clamp(problem: Callable[..., Problem]) -> None:
-    one = problem("newton", layer=(2, 4), clamp=0.5, margin=20.0)
+    one = problem("newton", layer=(2, 4), clamp=0.5, margin=20.0, further=0)
     found, lengths = STRATEGIES["newton"](one), Trial(one, one.targets()).lengths
     assert lengths[0] != lengths[1]
     for pairs, length in zip(found.pairs.values(), lengths.tolist(), strict=True):

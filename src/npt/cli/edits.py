@@ -316,8 +316,6 @@ def _show(found: Edit) -> None:
     say(f"  before  {one_line(found.before)}")
     say(f"  after   {one_line(found.after)}{'' if found.holds else '   (DOES NOT HOLD)'}")
     if not found.holds and found.values == "newton":
-        say(
-            "  remedy  another store with --values optimised, which takes more passes; of many facts, fewer in one store"
-        )
+        say("  remedy  of many facts, fewer in one store; of one, another --layer in another store")
     if found.note:
         say(f"  note    {found.note}")

@@ -30,7 +30,9 @@ class Settings:
     margin: nats by which every token of the target shall lead the log-sum-exp of all others. steps: the most passes.
     decay: share of the value given up in each Newton step. clamp: the value's length, at most, in lengths of the projection's
     own output at that token. terminator: text that shall follow the target; None for whatever does. contexts:
-    short texts of the base behind which the target shall follow too, beside bare prompts. rate, weight_decay and
+    short texts of the base behind which the target shall follow too, beside bare prompts. further, stride, reach: of `newton`,
+    where its steps end and a token of the target does not lead: the most passes of Adam that follow (0 for none), the most
+    that one moves the value and the value's length at most, both in such lengths. rate, weight_decay and
     essence: of `optimised`, as ROME names them (Adam's step, the value's own length, KL of "SUBJECT is a"). enough: the loss
     in nats below which it stops. alpha: of `naive`.
     """
@@ -41,6 +43,9 @@ class Settings:
     clamp: float = 1.5
     terminator: str | None = None
     contexts: int = 2
+    further: int = 25
+    stride: float = 0.5
+    reach: float = 4.0
     rate: float = 0.5
     weight_decay: float = 0.5
     essence: float = 0.0625

@@ -26,7 +26,7 @@ from npt.errors import NPTError, RunError
 #: Share of the margin that may be missing at the end: the last steps change little.
 _NEAR = 0.05
 #: Settings that are whole numbers, and the least one.
-_LEAST = {"steps": 1, "contexts": 0}
+_LEAST = {"steps": 1, "contexts": 0, "further": 0}
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,43 @@ def _checked(values: Tensor, problem: Problem) -> Tensor:
 
 
 def newton(problem: Problem) -> Found:
-    """Damped, clamped Gauss-Newton steps on the least margin m: v <- (1 - decay) v + g (goal - m) / |g|^2.
+    """Gauss-Newton steps on the least margin; where they end and a token of the target does not lead, Adam goes on there.
+
+    Adam's step is as long along every coordinate, whatever the gradient: it leaves places where the gradient is small or turns
+    at each step. Its values are longer, so it is for those edits alone.
+    """
+    trial = Trial(problem, problem.targets())
+    values, leads, passes = _stepped(problem, trial)
+    if not leads and problem.settings.further:
+        values, more = _climbed(problem, trial, values)
+        passes += more
+    return Found(problem.at_keys(_checked(values, problem)), passes)
+
+
+def _least(margins: Tensor) -> Tensor:
+    """A smooth least one, below them all: -log sum exp(-m)."""
+    return -torch.logsumexp(-margins, 0)
+
+
+def _stepped(problem: Problem, trial: Trial) -> tuple[Tensor, bool, int]:
+    """(v (blocks, d), whether every token of the target leads, passes) by damped, clamped Gauss-Newton steps on the least
+    margin m: v <- (1 - decay) v + g (goal - m) / |g|^2.
 
     A step that loses margin is halved, from where it began. It ends at the goal, or above half of it where decay lets no
     step gain more. The last pass only looks.
     """
-    settings, trial, values = problem.settings, Trial(problem, problem.targets()), _start(problem)
-    kept, reached, step = values.detach(), float("-inf"), torch.zeros_like(values)
+    settings, values = problem.settings, _start(problem)
+    kept, reached, leads, step = values.detach(), float("-inf"), False, torch.zeros_like(values)
     passes, near = 0, _NEAR * settings.margin
     while passes < settings.steps:
-        least = -torch.logsumexp(-trial.margins(trial.logits(values)), 0)
+        margins = trial.margins(trial.logits(values))
+        least = _least(margins)
         found = float(least.detach())
         passes += 1
         if found >= reached - near:
             # Decay holds the margin below its goal.
             done = settings.margin - found <= near or (found > settings.margin / 2 and abs(found - reached) <= near)
-            kept, reached = values.detach(), found
+            kept, reached, leads = values.detach(), found, bool((margins > 0).all())
             if done:
                 break
             if passes < settings.steps:
@@ -85,7 +106,34 @@ def newton(problem: Problem) -> Found:
         else:
             step = step / 2
         values = _at_most((1 - settings.decay) * kept + step, settings.clamp * trial.lengths).requires_grad_()
-    return Found(problem.at_keys(_checked(kept, problem)), passes)
+    return kept, leads, passes
+
+
+def _climbed(problem: Problem, trial: Trial, start: Tensor) -> tuple[Tensor, int]:
+    """(v (blocks, d), passes) by Adam on the least margin, until every token of the target leads by half the margin.
+
+    Args:
+        start: v to begin at. Where no pass gains on it, it is what comes out.
+    """
+    settings, value = problem.settings, start.clone().requires_grad_()
+    lengths = trial.lengths.to(value)
+    # Along each of d coordinates, so that a step is `stride` lengths at most.
+    rates = settings.stride * lengths[:, None] / value.shape[1] ** 0.5
+    optimizer = torch.optim.Adam([value], lr=1.0)
+    kept, reached = start, float("-inf")
+    for passes in range(1, settings.further + 1):
+        margins = trial.margins(trial.logits(value))
+        least = _least(margins)
+        if float(least.detach()) > reached:
+            kept, reached = value.detach().clone(), float(least.detach())
+        if float(margins.detach().min()) >= settings.margin / 2 or passes == settings.further:
+            break
+        before = value.detach().clone()
+        (value.grad,) = torch.autograd.grad(-least, value)
+        optimizer.step()
+        with torch.no_grad():
+            value.copy_(_at_most(before + rates * (value - before), settings.reach * lengths))
+    return kept, passes
 
 
 def optimised(problem: Problem) -> Found:
