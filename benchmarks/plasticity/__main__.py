@@ -50,6 +50,11 @@ def chosen_rates(records: Mapping[str, Mapping[str, Any]], task: str) -> dict[st
     return {arm: min((arms[arm] for arms in own), key=lambda figures: float(figures["loss"]))["rate"] for arm in ARMS}
 
 
+def tried_rates(records: Mapping[str, Mapping[str, Any]]) -> list[float]:
+    """The rates of the development part, rising."""
+    return sorted({figures["rate"] for record in records.values() for figures in record["arms"].values()})
+
+
 def line_of(place: str, record: Mapping[str, Any]) -> str:
     """One run's figures on a line."""
     parts = [
@@ -118,10 +123,9 @@ def command(given: argparse.Namespace) -> None:
         raise NPTError(f"--seed {DEVELOPMENT}: rates were chosen on it; use others")
     tuned = None if given.part == PARTS[0] else read_kept(given.tuned_on or file_of(KIND, given.model, PARTS[0]))
     size = Size(steps=given.steps, batch=given.batch, examples=given.examples, rank=given.rank)
-    about = {
-        "model": given.model, "part": given.part, "size": asdict(size), "set": given.set, "machine": machine(),
-        "rates": given.rates if tuned is None else tuned.about["rates"],
-    }  # fmt: skip
+    about = {"model": given.model, "part": given.part, "size": asdict(size), "set": given.set, "machine": machine()}
+    if tuned is not None:  # a rate that is tried later may change the choice
+        about["rates"] = tried_rates(tuned.contexts)
     if tuned is not None and (other := [name for name in SAME if tuned.about[name] != about[name]]):
         raise NPTError(f"the development part was measured with another {other[0]}; measure it again with this one")
     run(given, tuned, opened(path, about), path, size)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.plasticity import __main__ as command
-from benchmarks.plasticity.__main__ import DEVELOPMENT, chosen_rates
+from benchmarks.plasticity.__main__ import DEVELOPMENT, chosen_rates, tried_rates
 from benchmarks.plasticity.arms import ARMS
 from benchmarks.plasticity.tables import kept_plasticity, plasticity_section
 from benchmarks.plasticity.tasks import PARTS, TASKS, examples, right
@@ -75,6 +75,7 @@ def test_each_arm_gets_the_rate_with_its_lowest_loss() -> None:
 
     records = {"a": record(1e-3, 1.0, 3.0, 2.0), "b": record(1e-2, 2.0, 1.0, 3.0)}
     assert chosen_rates(records, "recall") == {"npt": 1e-3, "lora": 1e-2, "dora": 1e-3}
+    assert tried_rates(records) == [1e-3, 1e-2]
     with pytest.raises(NPTError, match="two-hop: the development part does not hold it"):
         chosen_rates(records, "two-hop")
 
