@@ -105,13 +105,45 @@ def test_where_newtons_steps_end_behind_other_tokens_adam_goes_on(problem: Calla
         assert float(pairs.values.norm()) <= 20.0 * length * 1.0001
 
 
-def test_adam_moves_by_its_stride_and_keeps_the_best_it_saw(problem: Callable[..., Problem]) -> None:
+def test_adam_moves_by_its_stride_within_its_reach(problem: Callable[..., Problem]) -> None:
     one = problem("newton", layer=(2, 4), steps=1, further=2, stride=0.25, reach=1000.0)
     lengths = Trial(one, one.targets()).lengths.tolist()
-    for pairs, length in zip(STRATEGIES["newton"](one).pairs.values(), lengths, strict=True):
-        assert float(pairs.values.norm()) == pytest.approx(0.25 * length, rel=0.02)  # one step, from zero
-    wild = [least_margin(one, STRATEGIES["newton"](changed(one, stride=9.0, reach=4.0, further=n)).pairs) for n in range(1, 18, 4)]
-    assert wild == sorted(wild)
+    for settings, moved in (({}, 0.25), ({"stride": 9.0, "reach": 4.0}, 4.0), ({"stride": 9.0, "reach": 1.0}, 1.5)):
+        found = STRATEGIES["newton"](changed(one, **settings)).pairs.values()
+        for pairs, length in zip(found, lengths, strict=True):  # one step, from zero
+            assert float(pairs.values.norm()) == pytest.approx(moved * length, rel=0.02)
+
+
+def test_adam_gives_the_value_that_meets_the_goal(
+    problem: Callable[..., Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = problem("newton", steps=1)
+    # One pass of Newton, two of Adam. The second one's log-sum-exp is larger, but the third one's tokens all lead.
+    passes = iter([torch.full((12,), -2.0), torch.tensor([-0.5] + [9.0] * 11), torch.full((12,), 1.6)])
+
+    def margins(self: Trial, logits: torch.Tensor) -> torch.Tensor:
+        return next(passes) + (logits - logits.detach()).sum()
+
+    monkeypatch.setattr(Trial, "margins", margins)
+    monkeypatch.setattr(Trial, "leads", lambda self, margins, goal=0.0: bool((margins > goal).all()))
+    found = STRATEGIES["newton"](one)
+    assert found.passes == 3 and bool(found.pairs[2].values.any())
+
+
+def test_a_word_that_goes_on_does_not_lead_whatever_the_margin(problem: Callable[..., Problem]) -> None:
+    one = problem("newton", margin=8.0)
+    trial = Trial(one, one.targets())
+    assert len(trial.last[0]) == 1
+    for ends, leads, led in ((-1.0, False, False), (0.1, True, False), (0.6, True, True)):
+        margins = torch.tensor([9.0] * len(trial.target) + [ends + 6.0])
+        assert trial.leads(margins) is leads and trial.leads(margins, 4.0) is led
+    assert not trial.leads(torch.tensor([-0.1] * len(trial.target) + [9.0]))
+
+
+@pytest.mark.parametrize("name", ["stride", "reach"])
+def test_adam_has_somewhere_to_go(name: str) -> None:
+    with pytest.raises(NPTError, match=f"{name}=0: use a number above 0"):
+        settings_of("newton", {name: 0})
 
 
 def test_an_edit_that_leads_takes_no_further_pass(problem: Callable[..., Problem]) -> None:

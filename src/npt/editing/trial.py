@@ -19,20 +19,22 @@ from npt.editing.keys import Place, Target
 from npt.editing.requests import Request
 from npt.editing.solve import Metric, Pairs, solve
 
-#: Nats by which the end of the target's last word shall lead a longer word.
-_WORD_END = 2.0
+#: Nats by which the end of the target's last word shall lead a longer word, and by which it does where that is enough.
+_WORD_END, _WORD_ENDED = 2.0, 0.5
 
 
 @dataclass(frozen=True)
 class Settings:
     """How values are found.
 
-    margin: nats by which every token of the target shall lead the log-sum-exp of all others. steps: the most passes.
+    margin: nats by which every token of the target shall lead the log-sum-exp of all others. steps: the most passes, of `newton`
+    those of Gauss-Newton.
     decay: share of the value given up in each Newton step. clamp: the value's length, at most, in lengths of the projection's
     own output at that token. terminator: text that shall follow the target; None for whatever does. contexts:
-    short texts of the base behind which the target shall follow too, beside bare prompts. further, stride, reach: of `newton`,
-    where its steps end and a token of the target does not lead: the most passes of Adam that follow (0 for none), the most
-    that one moves the value and the value's length at most, both in such lengths. rate, weight_decay and
+    short texts of the base behind which the target shall follow too, beside bare prompts. further, stride, reach: of Adam,
+    which goes on where the steps of `newton` end and a token of the target does not lead: the most passes (0 for none; the last
+    one only looks), how far a pass moves the value at most, and the value's greatest length, `clamp` at least, both in such
+    lengths. rate, weight_decay and
     essence: of `optimised`, as ROME names them (Adam's step, the value's own length, KL of "SUBJECT is a"). enough: the loss
     in nats below which it stops. alpha: of `naive`.
     """
@@ -181,7 +183,21 @@ class Trial:
         if not len(self.last[0]):
             return found
         ends = word_ends(wide(logits[self.last]), self.bench.prompts.continuing)
-        return torch.cat([found, ends + max(0.0, self.margin - _WORD_END)])
+        return torch.cat([found, ends + self._raised])
+
+    @property
+    def _raised(self) -> float:
+        return max(0.0, self.margin - _WORD_END)
+
+    def leads(self, margins: Tensor, goal: float = 0.0) -> bool:
+        """True where every target leads by a goal in nats and the end of each last word goes before its going on.
+
+        Args:
+            margins: of `margins`.
+            goal: above 0, the ends of words shall lead by `_WORD_ENDED` too.
+        """
+        targets, ends = margins.detach().split([len(self.target), len(self.last[0])])
+        return bool((targets > goal).all() and (ends - self._raised > (_WORD_ENDED if goal > 0 else 0)).all())
 
 
 def margins(logits: Tensor, target: Tensor) -> Tensor:

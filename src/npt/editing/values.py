@@ -29,6 +29,10 @@ _NEAR = 0.05
 _LEAST = {"steps": 1, "contexts": 0, "further": 0}
 
 
+#: Settings that are above 0.
+_POSITIVE = ("stride", "reach")
+
+
 @dataclass(frozen=True)
 class Found:
     """An edit's pairs, {block: keys and values}, and the passes forward and backward that they took."""
@@ -90,14 +94,14 @@ def _stepped(problem: Problem, trial: Trial) -> tuple[Tensor, bool, int]:
     kept, reached, leads, step = values.detach(), float("-inf"), False, torch.zeros_like(values)
     passes, near = 0, _NEAR * settings.margin
     while passes < settings.steps:
-        margins = trial.margins(trial.logits(values))
-        least = _least(margins)
+        all_margins = trial.margins(trial.logits(values))
+        least = _least(all_margins)
         found = float(least.detach())
         passes += 1
         if found >= reached - near:
             # Decay holds the margin below its goal.
             done = settings.margin - found <= near or (found > settings.margin / 2 and abs(found - reached) <= near)
-            kept, reached, leads = values.detach(), found, bool((margins > 0).all())
+            kept, reached, leads = values.detach(), found, trial.leads(all_margins)
             if done:
                 break
             if passes < settings.steps:
@@ -110,29 +114,34 @@ def _stepped(problem: Problem, trial: Trial) -> tuple[Tensor, bool, int]:
 
 
 def _climbed(problem: Problem, trial: Trial, start: Tensor) -> tuple[Tensor, int]:
-    """(v (blocks, d), passes) by Adam on the least margin, until every token of the target leads by half the margin.
+    """(v (blocks, d), passes) by Adam on the least margin, until every token of the target leads by half the margin. The last
+    pass only looks.
 
     Args:
         start: v to begin at. Where no pass gains on it, it is what comes out.
     """
     settings, value = problem.settings, start.clone().requires_grad_()
     lengths = trial.lengths.to(value)
+    longest = max(settings.reach, settings.clamp) * lengths
     # Along each of d coordinates, so that a step is `stride` lengths at most.
     rates = settings.stride * lengths[:, None] / value.shape[1] ** 0.5
     optimizer = torch.optim.Adam([value], lr=1.0)
     kept, reached = start, float("-inf")
     for passes in range(1, settings.further + 1):
-        margins = trial.margins(trial.logits(value))
-        least = _least(margins)
-        if float(least.detach()) > reached:
+        all_margins = trial.margins(trial.logits(value))
+        least = _least(all_margins)
+        done = trial.leads(all_margins, settings.margin / 2)
+        if done or float(least.detach()) > reached:
             kept, reached = value.detach().clone(), float(least.detach())
-        if float(margins.detach().min()) >= settings.margin / 2 or passes == settings.further:
+        if done or passes == settings.further:
             break
         before = value.detach().clone()
         (value.grad,) = torch.autograd.grad(-least, value)
+        if not bool(value.grad.isfinite().all()):  # of half precision; what was best so far comes out
+            break
         optimizer.step()
         with torch.no_grad():
-            value.copy_(_at_most(before + rates * (value - before), settings.reach * lengths))
+            value.copy_(_at_most(before + rates * (value - before).clamp(-1, 1), longest))
     return kept, passes
 
 
@@ -273,4 +282,6 @@ def settings_of(name: str, given: dict[str, Any]) -> Settings:
                 raise NPTError(f"{key}={value!r}: use a whole number from {_LEAST[key]}")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise NPTError(f"{key}={value!r}: use a number from 0")
+        elif key in _POSITIVE and value == 0:
+            raise NPTError(f"{key}={value!r}: use a number above 0; further=0 takes no pass of Adam")
     return replace(start, **given)
