@@ -17,7 +17,7 @@ from npt.editing.solve import Pairs, joined, solve
 logger = logging.getLogger(__name__)
 
 #: Lengths of the projection's own output that values are shortened to, one after the other, and the least ridge beside them.
-CAPS, CAPPED_RIDGE = (1.0, 0.7, 0.5, 0.35, 0.25), 0.1
+CAPS, CAPPED_RIDGE = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25), 0.1
 
 
 @dataclass(frozen=True)
