@@ -27,16 +27,14 @@ _WORD_END, _WORD_ENDED = 2.0, 0.5
 class Settings:
     """How values are found.
 
-    margin: nats by which every token of the target shall lead the log-sum-exp of all others. steps: the most passes, of `newton`
-    those of Gauss-Newton.
-    decay: share of the value given up in each Newton step. clamp: the value's length, at most, in lengths of the projection's
-    own output at that token. terminator: text that shall follow the target; None for whatever does. contexts:
-    short texts of the base behind which the target shall follow too, beside bare prompts. further, stride, reach: of Adam,
-    which goes on where the steps of `newton` end and a token of the target does not lead: the most passes (0 for none; the last
-    one only looks), how far a pass moves the value at most, and the value's greatest length, `clamp` at least, both in such
-    lengths. rate, weight_decay and
-    essence: of `optimised`, as ROME names them (Adam's step, the value's own length, KL of "SUBJECT is a"). enough: the loss
-    in nats below which it stops. alpha: of `naive`.
+    margin: nats by which every token of the target shall lead the log-sum-exp of all others. steps: the most passes, of
+    `newton` those of Gauss-Newton. decay: share of the value given up in each Newton step. clamp: the value's length, at most,
+    in lengths of the projection's own output at that token. terminator: text that shall follow the target; None for whatever
+    does. contexts: short texts of the base behind which the target shall follow too, beside bare prompts. further, stride,
+    reach: of Adam, which goes on where the steps of `newton` end and a token of the target does not lead: the most passes (0
+    for none; the last one only looks), how far a pass moves the value at most, and the value's greatest length, `clamp` at
+    least, both in such lengths. rate, weight_decay and essence: of `optimised`, as ROME names them (Adam's step, the value's
+    own length, KL of "SUBJECT is a"). enough: the loss in nats below which it stops. alpha: of `naive`.
     """
 
     margin: float = 3.0
