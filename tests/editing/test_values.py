@@ -114,20 +114,38 @@ def test_adam_moves_by_its_stride_within_its_reach(problem: Callable[..., Proble
             assert float(pairs.values.norm()) == pytest.approx(moved * length, rel=0.02)
 
 
-def test_adam_gives_the_value_that_meets_the_goal(
-    problem: Callable[..., Problem], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = problem("newton", steps=1)
-    # One pass of Newton, two of Adam. The second one's log-sum-exp is larger, but the third one's tokens all lead.
-    passes = iter([torch.full((12,), -2.0), torch.tensor([-0.5] + [9.0] * 11), torch.full((12,), 1.6)])
+_ONE_BEHIND = torch.tensor([-0.5] + [9.0] * 11)
 
-    def margins(self: Trial, logits: torch.Tensor) -> torch.Tensor:
+
+@pytest.mark.parametrize(
+    ("margins", "moves"),
+    [
+        # The first look is at the start. All of the last one's tokens lead by half of 3, though its log-sum-exp is lower.
+        ([torch.full((12,), -2.0), _ONE_BEHIND, torch.full((12,), 1.6)], 2),
+        # No pass meets the goal: the one whose tokens all lead, or the one with the largest log-sum-exp.
+        ([torch.full((12,), -2.0), torch.full((12,), 0.1), _ONE_BEHIND], 1),
+        ([torch.full((12,), -2.0), torch.full((12,), -1.0), torch.full((12,), -5.0)], 1),
+        ([torch.full((12,), -2.0), torch.full((12,), float("nan")), torch.full((12,), -5.0)], 0),
+    ],
+)
+def test_adam_gives_the_best_value_it_saw(
+    problem: Callable[..., Problem], monkeypatch: pytest.MonkeyPatch, margins: list[torch.Tensor], moves: int
+) -> None:
+    one = problem("newton", steps=1, further=3, stride=0.01)
+    passes, seen = iter([margins[0], *margins]), []
+
+    def answer(self: Trial, logits: torch.Tensor) -> torch.Tensor:
         return next(passes) + (logits - logits.detach()).sum()
 
-    monkeypatch.setattr(Trial, "margins", margins)
+    def logits(self: Trial, values: torch.Tensor) -> torch.Tensor:
+        seen.append(values.detach().clone())
+        return values
+
+    monkeypatch.setattr(Trial, "margins", answer)
+    monkeypatch.setattr(Trial, "logits", logits)
     monkeypatch.setattr(Trial, "leads", lambda self, margins, goal=0.0: bool((margins > goal).all()))
-    found = STRATEGIES["newton"](one)
-    assert found.passes == 3 and bool(found.pairs[2].values.any())
+    found = STRATEGIES["newton"](one).pairs[2].values[:, 0]
+    assert torch.equal(found, seen[1 + moves][0].double()) and bool(found.any()) is (moves > 0)
 
 
 def test_a_word_that_goes_on_does_not_lead_whatever_the_margin(problem: Callable[..., Problem]) -> None:

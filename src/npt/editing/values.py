@@ -126,13 +126,15 @@ def _climbed(problem: Problem, trial: Trial, start: Tensor) -> tuple[Tensor, int
     # Along each of d coordinates, so that a step is `stride` lengths at most.
     rates = settings.stride * lengths[:, None] / value.shape[1] ** 0.5
     optimizer = torch.optim.Adam([value], lr=1.0)
-    kept, reached = start, float("-inf")
+    kept, best = start, (False, float("-inf"))
     for passes in range(1, settings.further + 1):
         all_margins = trial.margins(trial.logits(value))
         least = _least(all_margins)
         done = trial.leads(all_margins, settings.margin / 2)
-        if done or float(least.detach()) > reached:
-            kept, reached = value.detach().clone(), float(least.detach())
+        # The smooth least one of many margins that all lead may lie below that of one that does not and others far ahead.
+        found = (trial.leads(all_margins), float(least.detach()))
+        if done or found > best:
+            kept, best = value.detach().clone(), found
         if done or passes == settings.further:
             break
         before = value.detach().clone()
