@@ -124,10 +124,10 @@ def command(given: argparse.Namespace) -> None:
     tuned = None if given.part == PARTS[0] else read_kept(given.tuned_on or file_of(KIND, given.model, PARTS[0]))
     size = Size(steps=given.steps, batch=given.batch, examples=given.examples, rank=given.rank)
     about = {"model": given.model, "part": given.part, "size": asdict(size), "set": given.set, "machine": machine()}
-    if tuned is not None:  # a rate that is tried later may change the choice
-        about["rates"] = tried_rates(tuned.contexts)
-    if tuned is not None and (other := [name for name in SAME if tuned.about[name] != about[name]]):
-        raise NPTError(f"the development part was measured with another {other[0]}; measure it again with this one")
+    if tuned is not None:
+        if other := [name for name in SAME if tuned.about[name] != about[name]]:
+            raise NPTError(f"the development part was measured with another {other[0]}; measure it again with this one")
+        about["rates"] = tried_rates(tuned.contexts)  # a rate that is tried later may change the choice
     run(given, tuned, opened(path, about), path, size)
 
 

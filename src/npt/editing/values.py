@@ -27,8 +27,6 @@ from npt.errors import NPTError, RunError
 _NEAR = 0.05
 #: Settings that are whole numbers, and the least one.
 _LEAST = {"steps": 1, "contexts": 0, "further": 0}
-
-
 #: Settings that are above 0.
 _POSITIVE = ("stride", "reach")
 
