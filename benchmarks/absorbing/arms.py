@@ -17,10 +17,11 @@ from npt.editing.absorbing.absorbed import Absorbed
 from npt.editing.absorbing.choice import block_sets
 from npt.editing.absorbing.contexts import Contexts
 from npt.editing.absorbing.general import CHOOSING, REPORTING
-from npt.editing.absorbing.gradient import PIECES, Trained, Training, zero
+from npt.editing.absorbing.gradient import PIECES, Trained, Training
 from npt.editing.absorbing.lesson import Lesson
 from npt.editing.absorbing.settings import Options, options_of
 from npt.editing.absorbing.teaching import Teacher
+from npt.editing.descent import zero
 from npt.planning.counters import AllocationCounter
 
 #: The least effect of a context, in nats, with which it is measured.
@@ -143,7 +144,7 @@ def trained(store: EditStore, exam: Exam, edit: Absorbed, training: Training, pl
 def lora(store: EditStore, edit: Absorbed, training: Training) -> Trained:
     """A LoRA at the place and of the rank of an absorbed context, which learns from the same tokens."""
     contexts, setting = store.contexts, edit.setting
-    begin = zero(contexts.blocks, setting.blocks, setting.rank, training.seed)
+    begin = zero(contexts.blocks.shapes(setting.blocks), setting.rank, training.seed)
     text = contexts.general.pieces(PIECES) if training.beta else ()
     return Trained(Lesson(contexts.blocks, edit.learnt), begin, training, text, contexts.patches.together)
 

@@ -12,8 +12,8 @@ import torch
 from benchmarks.beyond.facts import Fact, text_of
 from benchmarks.timing import timed
 from npt import EditStore
-from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.dialogue import Dialogue
+from npt.editing.answers import continued
 from npt.editing.bench import chunks
 from npt.editing.measure import follows
 from npt.editing.statistics import padded

@@ -14,8 +14,8 @@ from peft import PeftModel
 from benchmarks.plasticity.tasks import Example, examples, right
 from npt import load_base
 from npt.adapters.folder import load_adapter
-from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.dialogue import Dialogue
+from npt.editing.answers import continued
 from npt.runs.finetune import run_finetuning
 from npt.runs.finetune_settings import finetune_settings
 from npt.tuner.converted import vocabulary_size

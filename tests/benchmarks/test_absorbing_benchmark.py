@@ -20,9 +20,10 @@ from benchmarks.absorbing.exam import Exam
 from benchmarks.absorbing.tables import drawn, kind_table
 from benchmarks.kept import PARTS, Kept, read_kept
 from npt import EditStore, load_base
-from npt.editing.absorbing.gradient import Trained, Training, mean_divergence, zero
+from npt.editing.absorbing.gradient import Trained, Training
 from npt.editing.absorbing.lesson import divergences
 from npt.editing.absorbing.settings import Options
+from npt.editing.descent import mean_divergence, zero
 from npt.errors import DataError, NPTError
 
 TEXTS = ["Once upon a time, there was a little dog.", "Tom had a red ball.", "She went to the park with her mum."]
@@ -150,7 +151,7 @@ def test_the_lora_begins_as_the_base_and_learns_from_the_same_tokens(store: Edit
     contexts = store.contexts
     for tokens in ("all", "answers"):
         training = Training(1e-6, tokens, batch=len(exam.conversations))
-        begin = zero(contexts.blocks, [2, 3], 4, 0)
+        begin = zero(contexts.blocks.shapes([2, 3]), 4)
         one = Trained(exam.lesson, begin, training, together=contexts.patches.together)
         try:
             loss = one.train(1)
@@ -176,7 +177,7 @@ def test_the_divergence_is_zero_for_equal_states_and_has_a_gradient(monkeypatch:
     assert float(loss.detach()) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean().detach()), rel=1e-5)
     (slope,) = torch.autograd.grad(loss, now)
     assert slope.abs().sum() > 0
-    monkeypatch.setattr("npt.editing.absorbing.gradient.ENTRIES", 14)  # two tokens at once
+    monkeypatch.setattr("npt.editing.descent.ENTRIES", 14)  # two tokens at once
     again = mean_divergence(head, states, now)
     assert torch.allclose(again, loss) and torch.allclose(torch.autograd.grad(again, now)[0], slope)
 

@@ -140,7 +140,7 @@ def test_steps_change_the_weight_deltas_and_what_fails_in_them_leaves_the_store(
         absorb(one, OTHER, steps=3, rate=1e30, start="closed")
     assert torch.equal(logits(llama), trained) and len(one.edits) == 1
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("npt.editing.absorbing.gradient._begun", lambda *args: (_ for _ in ()).throw(MemoryError))
+        patch.setattr("npt.editing.descent._begun", lambda *args: (_ for _ in ()).throw(MemoryError))
         absorb(one, OTHER, steps=3)
     one.close()
     assert torch.equal(logits(llama), plain)

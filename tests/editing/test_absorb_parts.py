@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from npt.editing.absorbing import formula
-from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.dialogue import Dialogue, context_from
 from npt.editing.absorbing.lesson import Lesson
 from npt.editing.absorbing.patches import Patches
@@ -20,6 +19,7 @@ from npt.editing.absorbing.reading import read_context, read_questions
 from npt.editing.absorbing.settings import Options, Setting, blocks_of_choice, options_of
 from npt.editing.absorbing.stream import Blocks, Stream, outputs_of
 from npt.editing.absorbing.teaching import Teacher, pieces, questions_from, split
+from npt.editing.answers import continued
 from npt.errors import DataError, NPTError
 from npt.evaluation.generation import continue_text
 from tests.families import CASES

@@ -40,6 +40,15 @@ Damage = Annotated[
 ]
 
 
+Refine = Annotated[
+    int | None,
+    typer.Option(
+        "--refine", metavar="STEPS",
+        help="Steps that train several facts together behind their solve; without, none, or those of the store.",
+    ),
+]  # fmt: skip
+
+
 class Format(str, Enum):
     """The kinds of file that `npt edit export` writes."""
 
@@ -78,6 +87,7 @@ def write(
     ] = None,
     ridge: Annotated[str | None, typer.Option("--ridge", help="auto (default), or a number from 0.")] = None,
     limit: Damage = None,
+    refine: Refine = None,
     statistics: Annotated[
         list[str] | None, typer.Option("--statistics", help="Text files not to disturb; without, the base's own text.")
     ] = None,
@@ -96,7 +106,7 @@ def write(
     if not new:
         say(f"{store}: holds these edits already; nothing to write")
         return
-    options = edits.Options(model, set_ or (), layer, metric, values, ridge, limit, statistics or ())
+    options = edits.Options(model, set_ or (), layer, metric, values, ridge, limit, refine, statistics or ())
     options.store()
     edits.config_for(options, edits.base_in(store))
     if preview:

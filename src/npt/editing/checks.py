@@ -8,6 +8,9 @@ from typing import Any
 from npt.common.display import one_line
 from npt.errors import NPTError
 
+#: Steps that train facts together, at most.
+MOST_STEPS = 100_000
+
 
 def known_ids(edits: Mapping[str, object]) -> str:
     """The ids of a store, for an error."""
@@ -36,6 +39,17 @@ def checked_limit(limit: float | None) -> float | None:
     if limit is None or (isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit < float("inf")):
         return limit
     raise NPTError(f"limit={limit!r}: use None, or nats above 0")
+
+
+def checked_steps(steps: int) -> int:
+    """Steps that train facts together.
+
+    Raises:
+        NPTError: no whole number from 0 to 100,000.
+    """
+    if type(steps) is not int or not 0 <= steps <= MOST_STEPS:
+        raise NPTError(f"refine={one_line(repr(steps), 40)}: use a whole number of steps from 0 to {MOST_STEPS:,}")
+    return steps
 
 
 def checked_layers(layer: int | Sequence[int] | str) -> tuple[int, ...]:

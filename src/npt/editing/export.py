@@ -55,7 +55,10 @@ def facts_in_rank(store: EditStore) -> tuple[dict[int, Factors], tuple[str, ...]
     pairs, whole = store.pairs, store.factors
     if all(len(own) <= RANKS[-1] for own in pairs.values()):
         return whole, ()
-    found = {layer: truncated(factors, pairs[layer], RANKS[-1]) for layer, factors in whole.items()}
+    found = {
+        layer: _within_ranks(factors) if store.joint.trained else truncated(factors, pairs[layer], RANKS[-1])
+        for layer, factors in whole.items()
+    }
     return found, _lost(store, found)
 
 

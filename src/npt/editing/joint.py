@@ -1,10 +1,10 @@
-"""The joint solve of many facts: how far their keys give way and their values are shortened."""
+"""The joint solve of many facts: how far their keys give way and their values are shortened, and what is trained behind it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,7 +12,7 @@ from npt.common.precision import cast
 from npt.editing.bench import Bench, Site
 from npt.editing.measure import automatic_ridge, mean_kl_of
 from npt.editing.requests import Request
-from npt.editing.solve import Pairs, joined, solve
+from npt.editing.solve import Factors, Pairs, joined, solve
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +23,13 @@ CAPS, CAPPED_RIDGE = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25), 0.1
 @dataclass(frozen=True)
 class Joint:
     """How facts are solved for together. ridge: see `npt.editing.solve`. cap: no value is longer than so many lengths of the
-    projection's own output at its key; None leaves them as they are.
+    projection's own output at its key; None leaves them as they are. trained: {block: weight delta} that is at work instead of
+    the solve's, see `npt.editing.refining`; empty without one.
     """
 
     ridge: float = 0.0
     cap: float | None = None
+    trained: Mapping[int, Factors] = field(default_factory=dict, compare=False)
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ class Source:
         """
         if self.metric == "identity":
             return {}
-        rows = self._text(max(linear_shape(down)[0] for down in downs.values()))
+        rows = self.text(max(linear_shape(down)[0] for down in downs.values()))
         missing = {block: down for block, down in downs.items() if block not in self._known}
         if missing:
             name = f"{self.metric} {digest_of([*rows, *(self._domain or [])])}"
@@ -106,8 +106,12 @@ class Source:
         """Forgets the moments of all other blocks."""
         self._known = {block: moment for block, moment in self._known.items() if block in layers}
 
-    def _text(self, width: int) -> list[list[int]]:
-        """Token ids of the text: what was given, or what the base writes."""
+    def text(self, width: int) -> list[list[int]]:
+        """Token ids of the text: what was given, or what the base writes. It has to be alone.
+
+        Args:
+            width: numbers of a key, which decides how much the base writes.
+        """
         if self._given is None:
             self._given = own_text(self.model, self.tokenizer, width, self.cache_dir, _SEED)
         return self._given

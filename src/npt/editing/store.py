@@ -10,16 +10,16 @@ from typing import Any
 
 from npt.common.display import one_line
 from npt.common.places import place
-from npt.common.progress import tracked
 from npt.editing import measure
 from npt.editing.absorbing.contexts import Contexts
 from npt.editing.absorbing.whole import mean_kl_whole, previewed_whole
 from npt.editing.adapter import DownAdapter
 from npt.editing.bench import Bench
-from npt.editing.checks import checked_layers, checked_limit, checked_ridge, known_ids
+from npt.editing.checks import checked_layers, checked_limit, checked_ridge, checked_steps, known_ids
 from npt.editing.joint import Joint, choose, together
 from npt.editing.measure import Preview, Verification
 from npt.editing.metrics import Source
+from npt.editing.refining import Refining, refined
 from npt.editing.requests import NAMES, Request, check_together, request_of
 from npt.editing.scan import SPREAD, choose_layers
 from npt.editing.solve import Factors, Pairs, solve
@@ -29,9 +29,8 @@ from npt.errors import NPTError
 
 
 class EditStore:
-    """Permanent weight deltas: an adapter that is on or off, never a write to the base's weights.
-
-    Facts (`write`) are in the same one or more blocks, absorbed contexts (`absorb`) in blocks of their own.
+    """Permanent weight deltas: an adapter that is on or off, never a write to the base's weights. Facts (`write`) are in the
+    same one or more blocks, absorbed contexts (`absorb`) in blocks of their own.
 
     Args:
         model: a causal language model, or a PEFT model around one. Its keys and values are found with its adapters as they
@@ -46,6 +45,7 @@ class EditStore:
         ridge: how far edits whose keys overlap give way to each other; "auto" is the largest at which all hold.
         limit: the most that all facts may disturb the base's own text, mean KL in nats a token: values are shortened until
             they do not, and some may not hold then. None for no limit.
+        refine: steps that train several facts together behind their solve, see `npt.editing.refining`; 0 for none.
         cache_dir: a folder that keeps statistics for the next store; None keeps them in memory alone.
         read_back: write down the text before and after each new edit; False leaves both blank, and asks one pass if it holds.
         progress: show progress bars.
@@ -68,6 +68,7 @@ class EditStore:
         values: str = "newton",
         ridge: float | str = "auto",
         limit: float | None = None,
+        refine: int = 0,
         cache_dir: str | Path | None = None,
         read_back: bool = True,
         progress: bool = True,
@@ -77,6 +78,7 @@ class EditStore:
         self.settings = settings_of(values, settings)
         self.values, self.read_back, self.progress = values, read_back, progress
         self.ridge, self.limit = checked_ridge(ridge), checked_limit(limit)
+        self.refining = Refining(checked_steps(refine), self.settings.terminator)
         self.source = Source(model, tokenizer, metric, statistics, domain, cache_dir, progress)
         self._together: list[DownAdapter] = []
         self._bench: Bench | None = None if layer == "auto" else self._opened(checked_layers(layer))
@@ -121,7 +123,8 @@ class EditStore:
     @property
     def factors(self) -> dict[int, Factors]:
         """{block: weight delta of all facts}, left (d, n) and right (n, f), float64; empty without one."""
-        return {layer: solve(pairs, self.joint.ridge) for layer, pairs in self.pairs.items()}
+        solved = {} if self.joint.trained else self.pairs
+        return {layer: solve(pairs, self.joint.ridge) for layer, pairs in solved.items()} or dict(self.joint.trained)
 
     @property
     def bench(self) -> Bench:
@@ -186,11 +189,12 @@ class EditStore:
         values = dict(zip(NAMES, (prompt, target, subject, paraphrases, protect), strict=True))
         return self.write_many([values])[0]
 
-    def write_many(self, records: Iterable[Mapping[str, Any] | Request]) -> list[Edit]:
+    def write_many(self, records: Iterable[Mapping[str, Any] | Request], *, refine: bool = True) -> list[Edit]:
         """Writes many facts at once, which is the same as one after the other and takes one solve.
 
         Args:
             records: requests, or dicts with the names of `write`'s arguments.
+            refine: False leaves the store's steps by gradient to a later call.
 
         Returns:
             the new edits, in the records' order.
@@ -205,17 +209,12 @@ class EditStore:
         check_together(requests, where, [edit.request for edit in self.facts])
         if not requests:
             return []
-        found = {}
         with self.contexts.patches.off():  # keys and values are the base's
             if self._bench is None:
                 self._bench = self._opened(
                     choose_layers(self.source, requests, SPREAD if self.values in SHARING else 1)
                 )
-            writer = self._writer()
-            for request in requests:  # before any long work
-                writer.check(request)
-            for request in tracked(requests, "Writing edits", self.progress and len(requests) > 1, unit="edits"):
-                found[request.id] = writer.alone(request)
+            found = self._writer().all(requests, self.progress)
         with self._unchanged_unless_done():
             for request in requests:
                 self._pairs[request.id] = found[request.id].pairs
@@ -223,7 +222,7 @@ class EditStore:
                     request.id, request, self.layers, self.values, found[request.id].passes, "", "", False,
                     note_on(request),
                 )  # fmt: skip
-            self._apply()
+            self._apply(refine)
             told = measure.readings(self.bench, requests, self.disabled, self.read_back, self.progress)
             for request, fields in zip(requests, told, strict=True):
                 self._edits[request.id] = replace(self._edits[request.id], **fields)
@@ -252,9 +251,7 @@ class EditStore:
         blocks: str | Sequence[int] = "auto",
         **options: Any,
     ) -> Edit:
-        """Absorbs a context: without it, the model answers as it does with it in front.
-
-        Contexts are solved for together, so their order does not matter, and each can be undone.
+        """Absorbs a context: without it, the model answers as it does with it in front. Their order does not matter.
 
         Args:
             context: a text (a page of facts, a system prompt), or the messages of a chat (examples). A text that is longer
@@ -300,8 +297,7 @@ class EditStore:
     def preview(self, text: str, new_tokens: int = 24) -> Preview:
         """The text that the base and the edited model write behind a text, and how far apart they are on it.
 
-        The logits of both come from one pass of the base, of which the edited model runs the blocks from the lowest edited
-        one on.
+        One pass of the base gives the logits of both: the edited model goes on from the lowest edited block.
         """
         if self.contexts.ledger:
             return previewed_whole(self.contexts.blocks.base, self.tokenizer, self.disabled, text, new_tokens)
@@ -388,11 +384,15 @@ class EditStore:
             self._set()
             raise
 
-    def _apply(self) -> None:
-        """Chooses how facts are solved for and puts the joint weight delta to work."""
+    def _apply(self, refine: bool = True) -> None:
+        """Chooses how facts are solved for, trains them together, and puts the joint weight delta to work."""
         self.joint, requests = Joint(), {id: self._edits[id].request for id in self._pairs}
         if requests:
             self.joint = choose(self.bench, self._pairs, requests, self.ridge, self.limit, self.contexts.watched_rows)
+            if refine and self.refining.steps and len(requests) > 1:
+                with self.contexts.patches.off():  # as keys and values, it is about the base
+                    trained = refined(self.bench, self.source, requests, self.factors, self.refining)
+                self.joint = replace(self.joint, trained=trained)
         self._set()
 
     def _set(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from npt.common.memory import trim_heap
+from npt.common.progress import tracked
 from npt.editing.bench import Bench, chunks
 from npt.editing.keys import Place
 from npt.editing.metrics import Source
@@ -89,6 +90,13 @@ class Writer:
             self.bench.prompts.target(prompt, request.target, self.settings.terminator)
         for text in request.protect:
             self.bench.prompts.ids(text)
+
+    def all(self, requests: Sequence[Request], progress: bool) -> dict[str, Found]:
+        """{id: pairs of each edit}; all are checked before the first is looked for."""
+        for request in requests:
+            self.check(request)
+        shown = tracked(requests, "Writing edits", progress and len(requests) > 1, unit="edits")
+        return {request.id: self.alone(request) for request in shown}
 
     def alone(self, request: Request) -> Found:
         """One edit's pairs. They depend on no other edit, so they are found once."""

@@ -12,7 +12,8 @@ from npt.editing.absorbing.absorbed import Absorbed
 from npt.editing.absorbing.dialogue import Context
 from npt.editing.absorbing.reading import read_context, read_questions
 from npt.editing.absorbing.settings import options_of
-from npt.editing.folder import check_target, read_record
+from npt.editing.folder import check_target
+from npt.editing.record import read_record
 from npt.errors import NPTError
 from npt.report.absorbed import write_absorbed_page
 from npt.report.run_files import PAGE

@@ -20,8 +20,10 @@ from npt.common.writable import check_file, check_folders
 from npt.config import RunConfig, load_config
 from npt.data.sources import TextFiles
 from npt.editing.absorbing.absorbed import Absorbed
+from npt.editing.checks import MOST_STEPS
 from npt.editing.export import gguf_name, read_loras, write_gguf
-from npt.editing.folder import EDITS, copy_lora, read_record
+from npt.editing.folder import copy_lora
+from npt.editing.record import EDITS, read_edits, read_record
 from npt.editing.requests import Request, check_together
 from npt.editing.store import EditStore
 from npt.editing.writing import Edit
@@ -49,6 +51,7 @@ class Options:
     values: str | None = None
     ridge: str | None = None
     limit: float | None = None
+    refine: int | None = None
     statistics: Sequence[str] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -56,11 +59,13 @@ class Options:
         """The arguments of `EditStore` that were given.
 
         Raises:
-            NPTError: a layer or ridge that is no number, or a limit that is not above 0.
+            NPTError: a layer or ridge that is no number, a limit that is not above 0, or steps that are no number from 0.
         """
         if self.limit is not None and not 0 < self.limit < float("inf"):
             raise NPTError(f"--limit {self.limit:g}: use nats above 0")
-        named = ("metric", "values", "limit")
+        if self.refine is not None and not 0 <= self.refine <= MOST_STEPS:
+            raise NPTError(f"--refine {self.refine}: use a number of steps from 0 to {MOST_STEPS:,}")
+        named = ("metric", "values", "limit", "refine")
         found: dict[str, Any] = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
         if self.layer is not None:
             found["layer"] = self.layer if self.layer == "auto" else _layers(self.layer)
@@ -168,19 +173,17 @@ def new_requests(folder: Path, requests: Sequence[Request], places: Sequence[str
 
 def edits_in(folder: Path) -> list[Edit]:
     """The edits of a store's folder; no model is loaded."""
-    from npt.editing.folder import read_edits
-
     return read_edits(read_record(folder))
 
 
 def write_edits(store: EditStore, requests: Sequence[Request], folder: Path | None) -> Iterator[Edit]:
-    """Writes requests part by part, each saved before the next begins; yields the edits.
+    """Writes requests part by part, each saved before the next begins; yields the edits. The steps of `refine` come last.
 
     Args:
         folder: None saves nothing.
     """
     for start in range(0, len(requests), PART):
-        edits = store.write_many(requests[start : start + PART])
+        edits = store.write_many(requests[start : start + PART], refine=start + PART >= len(requests))
         if folder is not None:
             store.save(folder)
         yield from edits

@@ -19,11 +19,10 @@ import torch
 
 from npt.common.display import one_line
 from npt.editing.absorbing.absorbed import Absorbed, Compared, Figures, id_of
-from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.choice import LAM, MU, Choice, block_sets, trained_blocks
 from npt.editing.absorbing.dialogue import Conversation, Dialogue, context_from, shown
 from npt.editing.absorbing.general import CHOOSING, REPORTING, WATCHED_FOR_FACTS, GeneralText
-from npt.editing.absorbing.gradient import BETA, PIECES, Trained, Training, balanced, check_slopes, zero
+from npt.editing.absorbing.gradient import BETA, PIECES, Trained, Training, check_steps
 from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.patches import Patches
 from npt.editing.absorbing.questions import Asked
@@ -31,7 +30,9 @@ from npt.editing.absorbing.settings import MOST_STEPS, Options, Setting, blocks_
 from npt.editing.absorbing.stream import Blocks
 from npt.editing.absorbing.teaching import Taught, Teacher, questions_from
 from npt.editing.adapter import DownAdapter
+from npt.editing.answers import continued
 from npt.editing.bench import check_whole
+from npt.editing.descent import balanced, zero
 from npt.editing.export import RANKS
 from npt.editing.measure import Verification
 from npt.editing.requests import Request
@@ -106,7 +107,7 @@ class Contexts:
         own = [self.ledger[id] for id in sorted(self.ledger)]
         setting = self.setting()
         if setting.steps:
-            check_slopes(self.blocks, min(setting.blocks))
+            check_steps(self.blocks, min(setting.blocks))
         with self.facts_off(), self.patches.opened():
             self.patches.set({})
             learnt = [conversation for one in own for conversation in one.learnt]
@@ -127,7 +128,7 @@ class Contexts:
         """
         begin = {layer: balanced(one) for layer, one in self.factors.items()}
         if not setting.is_solved:
-            begin = zero(self.blocks, setting.blocks, setting.rank)
+            begin = zero(self.blocks.shapes(setting.blocks), setting.rank)
         self.patches.set({})
         training = Training(setting.rate, beta=BETA, falling=setting.steps)
         text = self.general.pieces(min(PIECES, setting.steps))  # one for each step, then again
@@ -243,7 +244,7 @@ class Contexts:
         own = [one.setting for one in self.ledger.values()]
         if options.steps or any(one.steps for one in own):
             new = [trained_blocks(len(self.blocks)), *block_sets(len(self.blocks))] if named is None else [named]
-            check_slopes(self.blocks, min(min(blocks) for blocks in (*new, *(one.blocks for one in own))))
+            check_steps(self.blocks, min(min(blocks) for blocks in (*new, *(one.blocks for one in own))))
 
     def watched_rows(self) -> list[list[int]]:
         """Token ids of the base's own text, on which settings are chosen."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.dialogue import Context, Dialogue
 from npt.editing.absorbing.settings import Options
+from npt.editing.answers import continued
 
 #: Beginnings that make questions differ, those of other wordings, and those of text that is to be continued.
 OPENINGS = ("What", "Who", "Where", "When", "How many", "Which", "Tell me about", "What is the name of", "How", "Why")

@@ -55,6 +55,10 @@ class Blocks:
         """(f, d) of the projection."""
         return linear_shape(self.down(layer))
 
+    def shapes(self, layers: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """{block: (f, d) of its projection} of some blocks."""
+        return {layer: self.shape(layer) for layer in layers}
+
     def name(self, layer: int) -> str:
         """The projection's name in the base."""
         down = self.down(layer)

@@ -12,11 +12,11 @@ import torch
 from npt.block.probing import logit_head
 from npt.common.display import one_line
 from npt.common.precision import wide
-from npt.editing.absorbing.answers import continued
 from npt.editing.absorbing.dialogue import Context, Conversation, Dialogue, checked
 from npt.editing.absorbing.questions import Asked, Questions
 from npt.editing.absorbing.settings import Options
 from npt.editing.absorbing.stream import Blocks, outputs_of
+from npt.editing.answers import continued
 from npt.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from npt.editing.absorbing.answers import continued
+from npt.editing.answers import continued
 from npt.tuner.converted import base_of
 
 

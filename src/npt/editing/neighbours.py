@@ -1,0 +1,74 @@
+"""Prompts like the edits' about other names, and what the base writes behind them: the neighbours of many facts.
+
+The names are the package's and more that the base writes itself; none of them belongs to a fact.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from npt.editing.answers import continued
+from npt.editing.keys import Place, Prompts
+from npt.editing.probes import RELATIONS
+from npt.editing.requests import Request
+
+#: Lists that the base goes on with, names in each, and tokens that it writes.
+LISTS, NAMED, WRITTEN = 64, 4, 32
+#: Tokens that the base writes behind a prompt.
+BEHIND = 10
+_NAME = re.compile(r"[^\W\d_a-z][\w'.&-]*(?: [\w'.&-]+){0,4}")
+_SEED = 0
+
+
+def names(base: Any, tokenizer: Any, prompts: Prompts) -> list[str]:
+    """Names of people, places and things: the package's, and what the base goes on with behind lists of them.
+
+    Args:
+        base: the causal LM, with nothing at work on it.
+        tokenizer: the model's.
+        prompts: the model's.
+    """
+    known = [name for _, _, subjects in RELATIONS for name in subjects]
+    chance = random.Random(_SEED)
+    lists = [prompts.ids(f"Well-known names: {', '.join(chance.sample(known, NAMED))},") for _ in range(LISTS)]
+    found = continued(
+        base, tokenizer, lists, [WRITTEN] * LISTS, lambda ids: False, seed=_SEED, label="Names"
+    )  # fmt: skip
+    parts = [part.strip() for ids in found for part in tokenizer.decode(ids, skip_special_tokens=True).split(",")[:-1]]
+    return sorted({*known, *(part for part in parts if _NAME.fullmatch(part))})
+
+
+def neighbours(
+    base: Any, tokenizer: Any, prompts: Prompts, requests: Sequence[Request], each: int, most: int
+) -> list[Place]:
+    """Prompts of the requests with other names in place of their subjects, and the texts that they protect; behind each what
+    the base writes, greedily. The position is that of the name's last token, or of the first token behind which text counts.
+
+    Args:
+        base: the causal LM, with nothing at work on it.
+        tokenizer: the model's.
+        prompts: the model's.
+        requests: the facts. One without a subject has no neighbours.
+        each: names for each prompt.
+        most: prompts, at most; those that are protected come first.
+    """
+    subjects = [request.subject for request in requests if request.subject]
+    pool = [name for name in names(base, tokenizer, prompts) if not any(name in s or s in name for s in subjects)]
+    chance = random.Random(_SEED)
+    protected = [Place(prompts.ids(text), 0) for request in requests for text in request.protect]
+    others = [
+        prompts.place(prompt.replace(request.subject, name), name, first=True)
+        for request in requests
+        if request.subject
+        for prompt in request.prompts
+        if request.subject in prompt
+        for name in chance.sample(pool, each)
+    ]
+    places = (protected + chance.sample(others, len(others)))[:most]
+    behind = continued(
+        base, tokenizer, [place.ids for place in places], [BEHIND] * len(places), lambda ids: False, label="Neighbours"
+    )
+    return [Place((*place.ids, *ids), place.position) for place, ids in zip(places, behind, strict=True)]
