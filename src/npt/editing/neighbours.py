@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from npt.common.limits import context_of
 from npt.editing.answers import continued
 from npt.editing.keys import Place, Prompts
 from npt.editing.probes import RELATIONS
@@ -24,7 +25,8 @@ _SEED = 0
 
 
 def names(base: Any, tokenizer: Any, prompts: Prompts) -> list[str]:
-    """Names of people, places and things: the package's, and what the base goes on with behind lists of them.
+    """Names of people, places and things: the package's, and what the base goes on with behind lists of them, if
+    its window holds one.
 
     Args:
         base: the causal LM, with nothing at work on it.
@@ -32,11 +34,11 @@ def names(base: Any, tokenizer: Any, prompts: Prompts) -> list[str]:
         prompts: the model's.
     """
     known = [name for _, _, subjects in RELATIONS for name in subjects]
-    chance = random.Random(_SEED)
-    lists = [prompts.ids(f"Well-known names: {', '.join(chance.sample(known, NAMED))},") for _ in range(LISTS)]
-    found = continued(
-        base, tokenizer, lists, [WRITTEN] * LISTS, lambda ids: False, seed=_SEED, label="Names"
-    )  # fmt: skip
+    chance, room = random.Random(_SEED), _room(prompts)
+    texts = [f"Well-known names: {', '.join(chance.sample(known, NAMED))}," for _ in range(LISTS)]
+    lists = [prompts.ids(t) for t in texts if len(tokenizer(t, verbose=False)["input_ids"]) + WRITTEN <= room]
+    counts = [WRITTEN] * len(lists)
+    found = continued(base, tokenizer, lists, counts, lambda ids: False, seed=_SEED, label="Names")
     parts = [part.strip() for ids in found for part in tokenizer.decode(ids, skip_special_tokens=True).split(",")[:-1]]
     return sorted({*known, *(part for part in parts if _NAME.fullmatch(part))})
 
@@ -65,10 +67,15 @@ def neighbours(
         if request.subject
         for prompt in request.prompts
         if request.subject in prompt
-        for name in chance.sample(pool, each)
+        for name in chance.sample(pool, min(each, len(pool)))
     ]
     places = (protected + chance.sample(others, len(others)))[:most]
-    behind = continued(
-        base, tokenizer, [place.ids for place in places], [BEHIND] * len(places), lambda ids: False, label="Neighbours"
-    )
+    counts = [min(BEHIND, _room(prompts) - len(place.ids)) for place in places]
+    rows = [place.ids for place in places]
+    behind = continued(base, tokenizer, rows, counts, lambda ids: False, label="Neighbours")
     return [Place((*place.ids, *ids), place.position) for place, ids in zip(places, behind, strict=True)]
+
+
+def _room(prompts: Prompts) -> int:
+    """Tokens that the model's window holds."""
+    return context_of(prompts.config) or 2**31

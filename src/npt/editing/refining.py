@@ -34,9 +34,9 @@ from npt.editing.writing import PREFIX_TOKENS, PREFIXES
 from npt.tuner.converted import eval_mode, run_backbone
 
 #: Nats by which every token of a target shall lead, and half of it the end of its last word.
-GOAL = 2.0
+GOAL = 1.5
 #: Weights of the divergences on text and on prompts about other names.
-TEXT, NEAR = 12.0, 12.0
+TEXT, NEAR = 30.0, 20.0
 #: AdamW's rate, in root mean squares of the factors' numbers at the beginning. It falls to zero.
 RATE = 0.025
 #: Rows of a step: prompts with their targets, prompts about other names, texts.
