@@ -132,6 +132,36 @@ def test_a_file_of_edits_is_written_once_and_undone_in_any_order(
     assert edits(folder) == [] and torch.equal(logits(local_model, folder), logits(local_model))
 
 
+def test_facts_are_trained_together_and_go_back(
+    local_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = tmp_path / "more", tmp_path / "edits.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in MORE))
+    write = ["--quiet", "edit", "write", "--store", str(folder), "--layer", "1"]
+    assert main([*write, "--model", str(local_model), *FACT]) == 0
+    refine = ["--quiet", "edit", "refine", "--store", str(folder)]
+    assert main(refine) == 2 and "holds 1 fact, and two or more are trained together" in capsys.readouterr().err
+    assert main([*refine, "--steps", "-1"]) == 2 and "--steps -1: use a whole number from 0" in capsys.readouterr().err
+    assert main([*write, "--file", str(file)]) == 0
+    solved = (folder / "adapter_model.safetensors").read_bytes()
+    assert main([*refine, "--steps", "2"]) == 0
+    said = capsys.readouterr().out
+    assert f"of {1 + len(MORE)} facts hold" in said and "nats a token" in said
+    record, trained = (
+        json.loads((folder / "edits.json").read_text()),
+        (folder / "adapter_model.safetensors").read_bytes(),
+    )
+    assert record["refine"]["steps"] == 2 and record["trained"] == [1] and trained != solved
+    ids = [str(edit["id"]) for edit in edits(folder)]
+    assert main(["--quiet", "edit", "undo", ids[0], "--store", str(folder)]) == 0
+    assert json.loads((folder / "edits.json").read_text())["trained"] == [1]
+    assert main([*write, *FACT]) == 0
+    assert (folder / "adapter_model.safetensors").read_bytes() == trained
+    assert main([*refine, "--steps", "0"]) == 0
+    assert (folder / "adapter_model.safetensors").read_bytes() == solved
+    assert "trained" not in json.loads((folder / "edits.json").read_text())
+
+
 def test_export(store: Path, local_model: Path, tmp_path: Path) -> None:
     assert main(["edit", "export", "--store", str(store), "-o", str(tmp_path / "lora")]) == 0
     assert torch.equal(logits(local_model, tmp_path / "lora"), logits(local_model, store))
@@ -159,11 +189,11 @@ def test_a_killed_write_goes_on_where_it_stopped(
     monkeypatch.setattr("npt.runs.edits.PART", 1)
     write_many, calls = EditStore.write_many, []
 
-    def killed(self: EditStore, records: object) -> object:
+    def killed(self: EditStore, records: object, **options: object) -> object:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return write_many(self, records)  # type: ignore[arg-type]
+        return write_many(self, records, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(EditStore, "write_many", killed)
     assert main([*command, str(tmp_path / "parts")]) == 130

@@ -40,15 +40,6 @@ Damage = Annotated[
 ]
 
 
-Refine = Annotated[
-    int | None,
-    typer.Option(
-        "--refine", metavar="STEPS",
-        help="Steps that train several facts together behind their solve; without, none, or those of the store.",
-    ),
-]  # fmt: skip
-
-
 class Format(str, Enum):
     """The kinds of file that `npt edit export` writes."""
 
@@ -87,7 +78,6 @@ def write(
     ] = None,
     ridge: Annotated[str | None, typer.Option("--ridge", help="auto (default), or a number from 0.")] = None,
     limit: Damage = None,
-    refine: Refine = None,
     statistics: Annotated[
         list[str] | None, typer.Option("--statistics", help="Text files not to disturb; without, the base's own text.")
     ] = None,
@@ -106,7 +96,7 @@ def write(
     if not new:
         say(f"{store}: holds these edits already; nothing to write")
         return
-    options = edits.Options(model, set_ or (), layer, metric, values, ridge, limit, refine, statistics or ())
+    options = edits.Options(model, set_ or (), layer, metric, values, ridge, limit, statistics or ())
     options.store()
     edits.config_for(options, edits.base_in(store))
     if preview:
@@ -235,6 +225,26 @@ def verify(store: Store, model: Model = None, set_: Set = None) -> None:
 
 
 @edit.command()
+def refine(
+    store: Store,
+    steps: Annotated[int, typer.Option("--steps", help="Steps by gradient; 0 goes back to the solve.")] = 100,
+    model: Model = None,
+    set_: Set = None,
+) -> None:
+    """Trains the facts of a store together, so that they disturb other text and each other less.
+
+    Facts that are written or undone later are trained with the others again.
+    """
+    from npt.runs import edits
+
+    edits.check_steps(steps)
+    with edits.only_process(store):
+        for line in edits.refine(edits.opened_there(store, edits.Options(model, set_ or ())), steps, store):
+            say(line)
+        say(f"store: {store}")
+
+
+@edit.command()
 def undo(
     ids: Annotated[list[str], typer.Argument(help="Ids of edits, as `npt edit list` shows them.")],
     store: Store,
@@ -250,8 +260,7 @@ def undo(
         edits.edit_in(store, id)
     with edits.only_process(store):
         there = edits.opened_there(store, edits.Options(model, set_ or ()))
-        for id in dict.fromkeys(ids):
-            there.undo(id)
+        there.undo(*dict.fromkeys(ids))
         there.save(store)
         if (store / PAGE).is_file():
             write_page(store)

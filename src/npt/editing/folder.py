@@ -158,7 +158,8 @@ def load_store(
         if store.source.name != record["metric"]:
             store.refuse_writing(
                 f"the store in {folder} has the metric {one_line(repr(record['metric']), 100)}, and this one "
-                f"{one_line(repr(store.source.name), 100)}; load it with the same metric, statistics and domain to write more",
+                f"{one_line(repr(store.source.name), 100)}; load it with the same metric, statistics and domain to write "
+                "more, or to train facts together",
                 record["metric"],
             )
         try:

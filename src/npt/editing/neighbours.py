@@ -47,7 +47,7 @@ def neighbours(
     base: Any, tokenizer: Any, prompts: Prompts, requests: Sequence[Request], each: int, most: int
 ) -> list[Place]:
     """Prompts of the requests with other names in place of their subjects, and the texts that they protect; behind each what
-    the base writes, greedily. The position is that of the name's last token, or of the first token behind which text counts.
+    the base writes, greedily. The position is that of the prompt's last token.
 
     Args:
         base: the causal LM, with nothing at work on it.
@@ -60,20 +60,19 @@ def neighbours(
     subjects = [request.subject for request in requests if request.subject]
     pool = [name for name in names(base, tokenizer, prompts) if not any(name in s or s in name for s in subjects)]
     chance = random.Random(_SEED)
-    protected = [Place(prompts.ids(text), 0) for request in requests for text in request.protect]
+    protected = [prompts.ids(text) for request in requests for text in request.protect]
     others = [
-        prompts.place(prompt.replace(request.subject, name), name, first=True)
+        prompts.ids(prompt.replace(request.subject, name))
         for request in requests
         if request.subject
         for prompt in request.prompts
         if request.subject in prompt
         for name in chance.sample(pool, min(each, len(pool)))
     ]
-    places = (protected + chance.sample(others, len(others)))[:most]
-    counts = [min(BEHIND, _room(prompts) - len(place.ids)) for place in places]
-    rows = [place.ids for place in places]
+    rows = (protected + chance.sample(others, len(others)))[:most]
+    counts = [min(BEHIND, _room(prompts) - len(ids)) for ids in rows]
     behind = continued(base, tokenizer, rows, counts, lambda ids: False, label="Neighbours")
-    return [Place((*place.ids, *ids), place.position) for place, ids in zip(places, behind, strict=True)]
+    return [Place((*ids, *more), len(ids) - 1) for ids, more in zip(rows, behind, strict=True)]
 
 
 def _room(prompts: Prompts) -> int:

@@ -41,8 +41,8 @@ TEXT, NEAR = 30.0, 20.0
 RATE = 0.025
 #: Rows of a step: prompts with their targets, prompts about other names, texts.
 ROWS, TEXTS = 16, 2
-#: Texts of the base that targets shall follow behind too, other names for each prompt, and pieces of text at most.
-CONTEXTS, NAMES, PIECES = 2, 4, 48
+#: Texts of the base that targets shall follow behind too, other names for each prompt, and rows of text at most.
+CONTEXTS, NAMES, PIECES = 2, 4, 96
 _SEED = 0
 _Row = TypeVar("_Row", Place, Target)
 
@@ -192,10 +192,9 @@ def refined(
 
 
 def _batches(rows: Sequence[_Row], size: int, chance: torch.Generator) -> list[list[_Row]]:
-    """Rows in batches of like lengths; which of one length come together is left to chance."""
+    """Rows in batches that chance puts together."""
     order = torch.randperm(len(rows), generator=chance).tolist()
-    rows = sorted((rows[i] for i in order), key=lambda row: len(row.ids))
-    return [list(part) for part in chunks(rows, size)]
+    return [[rows[i] for i in part] for part in chunks(order, size)]
 
 
 def _size(factors: Mapping[int, Factors]) -> float:

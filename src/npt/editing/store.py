@@ -16,19 +16,20 @@ from npt.editing.absorbing.whole import mean_kl_whole, previewed_whole
 from npt.editing.adapter import DownAdapter
 from npt.editing.bench import Bench
 from npt.editing.checks import checked_layers, checked_limit, checked_ridge, checked_steps, known_ids
-from npt.editing.joint import Joint, choose, together
+from npt.editing.joint import Joint, choose
+from npt.editing.ledger import Ledger
 from npt.editing.measure import Preview, Verification
 from npt.editing.metrics import Source
 from npt.editing.refining import Refining, refined
 from npt.editing.requests import NAMES, Request, check_together, request_of
 from npt.editing.scan import SPREAD, choose_layers
-from npt.editing.solve import Factors, Pairs, solve
+from npt.editing.solve import Pairs
 from npt.editing.values import SHARING, settings_of
 from npt.editing.writing import Edit, Writer, note_on
 from npt.errors import NPTError
 
 
-class EditStore:
+class EditStore(Ledger):
     """Permanent weight deltas: an adapter that is on or off, never a write to the base's weights. Facts (`write`) are in the
     same one or more blocks, absorbed contexts (`absorb`) in blocks of their own.
 
@@ -81,61 +82,13 @@ class EditStore:
         self.refining = Refining(checked_steps(refine), self.settings.terminator)
         self.source = Source(model, tokenizer, metric, statistics, domain, cache_dir, progress)
         self._together: list[DownAdapter] = []
-        self._bench: Bench | None = None if layer == "auto" else self._opened(checked_layers(layer))
+        bench = None if layer == "auto" else self._opened(checked_layers(layer))
         shared = statistics, self.source.cache_dir, progress, self._together, self._facts_off
-        self.contexts = Contexts(model, tokenizer, *shared)
+        super().__init__(Contexts(model, tokenizer, *shared), bench)
         self._finds: Writer | None = None
-        self._edits: dict[str, Edit] = {}
-        self._pairs: dict[str, dict[int, Pairs]] = {}
-        self.metric, self._refusal, self.joint = self.source.name, "", Joint()
+        self.metric, self._refusal = self.source.name, ""
 
-    # -- what is in it -----------------------------------------------------------------------------------------------------
-
-    @property
-    def edits(self) -> list[Edit]:
-        """The edits, in the order in which they were written; those of `absorb` are `Absorbed`."""
-        return [self.contexts.ledger.get(id, edit) for id, edit in self._edits.items()]
-
-    @property
-    def facts(self) -> list[Edit]:
-        """The edits of `write` alone."""
-        return [edit for id, edit in self._edits.items() if id in self._pairs]
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The blocks that facts are in, rising; none until `layer="auto"` has chosen them."""
-        return () if self._bench is None else self._bench.layers
-
-    @property
-    def pairs(self) -> dict[int, Pairs]:
-        """{block: keys and values of all facts}, in an order that does not depend on that of writing; empty without one."""
-        return together(self.bench, self._pairs, self.joint.cap) if self._pairs else {}
-
-    def pairs_of(self, id: str) -> dict[int, Pairs]:
-        """{block: keys and values} of one edit, those that it protects included."""
-        return self._pairs[id]
-
-    @property
-    def chosen_ridge(self) -> float:
-        """The ridge at work."""
-        return self.joint.ridge
-
-    @property
-    def factors(self) -> dict[int, Factors]:
-        """{block: weight delta of all facts}, left (d, n) and right (n, f), float64; empty without one."""
-        solved = {} if self.joint.trained else self.pairs
-        return {layer: solve(pairs, self.joint.ridge) for layer, pairs in solved.items()} or dict(self.joint.trained)
-
-    @property
-    def bench(self) -> Bench:
-        """The model at the edited blocks.
-
-        Raises:
-            NPTError: no block is chosen yet.
-        """
-        if self._bench is None:
-            raise NPTError("layer='auto': no block is chosen before the first edit; write one, or name a layer")
-        return self._bench
+    # -- what is at work ---------------------------------------------------------------------------------------------------
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -228,19 +181,41 @@ class EditStore:
                 self._edits[request.id] = replace(self._edits[request.id], **fields)
         return [self._edits[request.id] for request in requests]
 
-    def undo(self, id: str) -> None:
-        """Takes one edit back: as if it had never been written. Without any edit left, the base is bit for bit itself.
+    def refine(self, steps: int) -> None:
+        """Trains the facts together behind their solve, those that are written later too; 0 goes back to the solve.
+
+        Args:
+            steps: see `EditStore`.
+
+        Raises:
+            NPTError: no whole number from 0, or a base without a gradient; the store is as before then.
+        """
+        before, self.refining = self.refining, replace(self.refining, steps=checked_steps(steps))
+        try:
+            with self._unchanged_unless_done():
+                self._apply()
+        except BaseException:
+            self.refining = before
+            raise
+
+    def undo(self, id: str, *others: str) -> None:
+        """Takes edits back: as if they had never been written. Without any edit left, the base is bit for bit itself.
+
+        Args:
+            id: of an edit.
+            others: of more, which takes one solve together.
 
         Raises:
             NPTError: no edit has that id.
         """
-        if id not in self._edits:
-            raise NPTError(f"{one_line(repr(id), 40)}: no edit has that id; {known_ids(self._edits)}")
+        gone = {id, *others}
+        for one in gone:
+            if one not in self._edits:
+                raise NPTError(f"{one_line(repr(one), 40)}: no edit has that id; {known_ids(self._edits)}")
         with self._unchanged_unless_done():
-            if id in self.contexts.ledger:
-                self.contexts.undo(id)
-            self._pairs.pop(id, None)
-            del self._edits[id]
+            self.contexts.undo(gone)
+            self._pairs = {one: pairs for one, pairs in self._pairs.items() if one not in gone}
+            self._edits = {one: edit for one, edit in self._edits.items() if one not in gone}
             self._apply()
 
     def absorb(
@@ -390,6 +365,8 @@ class EditStore:
         if requests:
             self.joint = choose(self.bench, self._pairs, requests, self.ridge, self.limit, self.contexts.watched_rows)
             if refine and self.refining.steps and len(requests) > 1:
+                if self._refusal:
+                    raise NPTError(self._refusal)
                 with self.contexts.patches.off():  # as keys and values, it is about the base
                     trained = refined(self.bench, self.source, requests, self.factors, self.refining)
                 self.joint = replace(self.joint, trained=trained)

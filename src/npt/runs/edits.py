@@ -23,6 +23,7 @@ from npt.editing.absorbing.absorbed import Absorbed
 from npt.editing.checks import MOST_STEPS
 from npt.editing.export import gguf_name, read_loras, write_gguf
 from npt.editing.folder import copy_lora
+from npt.editing.measure import holding, mean_kl_of
 from npt.editing.record import EDITS, read_edits, read_record
 from npt.editing.requests import Request, check_together
 from npt.editing.store import EditStore
@@ -51,7 +52,6 @@ class Options:
     values: str | None = None
     ridge: str | None = None
     limit: float | None = None
-    refine: int | None = None
     statistics: Sequence[str] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -59,13 +59,11 @@ class Options:
         """The arguments of `EditStore` that were given.
 
         Raises:
-            NPTError: a layer or ridge that is no number, a limit that is not above 0, or steps that are no number from 0.
+            NPTError: a layer or ridge that is no number, or a limit that is not above 0.
         """
         if self.limit is not None and not 0 < self.limit < float("inf"):
             raise NPTError(f"--limit {self.limit:g}: use nats above 0")
-        if self.refine is not None and not 0 <= self.refine <= MOST_STEPS:
-            raise NPTError(f"--refine {self.refine}: use a number of steps from 0 to {MOST_STEPS:,}")
-        named = ("metric", "values", "limit", "refine")
+        named = ("metric", "values", "limit")
         found: dict[str, Any] = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
         if self.layer is not None:
             found["layer"] = self.layer if self.layer == "auto" else _layers(self.layer)
@@ -177,7 +175,8 @@ def edits_in(folder: Path) -> list[Edit]:
 
 
 def write_edits(store: EditStore, requests: Sequence[Request], folder: Path | None) -> Iterator[Edit]:
-    """Writes requests part by part, each saved before the next begins; yields the edits. The steps of `refine` come last.
+    """Writes requests part by part, each saved before the next begins; yields the edits. A refined store is trained behind
+    the last part.
 
     Args:
         folder: None saves nothing.
@@ -187,6 +186,40 @@ def write_edits(store: EditStore, requests: Sequence[Request], folder: Path | No
         if folder is not None:
             store.save(folder)
         yield from edits
+
+
+def check_steps(steps: int) -> None:
+    """Checks the steps of `refine`, before a model is loaded.
+
+    Raises:
+        NPTError: out of range.
+    """
+    if not 0 <= steps <= MOST_STEPS:
+        raise NPTError(f"--steps {steps}: use a whole number from 0 to {MOST_STEPS:,}")
+
+
+def refine(store: EditStore, steps: int, folder: Path) -> Iterator[str]:
+    """Trains a store's facts together and saves it; lines that say what that changed.
+
+    Raises:
+        NPTError: fewer than two facts, or see `EditStore.refine`.
+    """
+    count = len(store.facts)
+    if count < 2:
+        raise NPTError(
+            f"{folder}: holds {count} fact{'s' * (count != 1)}, and two or more are trained together; write others"
+        )
+    ask, rows = holding(store.bench, [edit.request for edit in store.facts]), store.contexts.watched_rows()
+
+    def now() -> tuple[int, float]:
+        return sum(ask()), mean_kl_of(store.bench, rows)
+
+    held, moved = now()
+    store.refine(steps)
+    holds, moves = now()
+    yield f"{holds} of {count} facts hold, {held} before"
+    yield f"other text moves by {moves:.4f} nats a token, {moved:.4f} before"
+    store.save(folder)
 
 
 def export(folder: Path, output: Path, kind: str, options: Options) -> None:

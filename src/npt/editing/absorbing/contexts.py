@@ -8,7 +8,7 @@ absorbed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -150,11 +150,13 @@ class Contexts:
             self.patches.set(factors)
             raise
 
-    def undo(self, id: str) -> None:
-        """Takes one context back, as if it had never been absorbed."""
-        with self.unchanged_unless_done():
-            del self.ledger[id]
-            self.resolve()
+    def undo(self, ids: Collection[str]) -> None:
+        """Takes those of some edits that are contexts back, as if they had never been absorbed."""
+        left = {id: one for id, one in self.ledger.items() if id not in ids}
+        if len(left) < len(self.ledger):
+            with self.unchanged_unless_done():
+                self.ledger = left
+                self.resolve()
 
     def restore(
         self, ledger: Sequence[Absorbed], factors: Mapping[int, Factors], rows: Sequence[Sequence[int]]
