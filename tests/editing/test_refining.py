@@ -224,7 +224,7 @@ def test_neighbours_are_about_other_names_and_protected_texts(tiny: Any) -> None
     ]
     found = neighbours(model, tokenizer, prompts, requests, 4, 100)
     texts = [tokenizer.decode(place.ids) for place in found]
-    assert len(found) == 5 and texts[0].startswith("The sun is")
+    assert len(found) == 5 and "The sun is" in texts[0]
     for place, text in zip(found[1:], texts[1:], strict=True):
         assert "was born in" in text and "Noether" not in text
         assert tokenizer.decode(place.ids[: place.position + 1]).endswith("was born in")

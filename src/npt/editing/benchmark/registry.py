@@ -59,6 +59,10 @@ METHODS: dict[str, Known] = {
         )
         for name in STRATEGIES
     },
+    # Many facts as they are recommended: without Adam's part of newton, and trained together behind the solve.
+    "refined": Known(
+        partial(Store, several=True, values="newton", further=0, refine=100), EditStore, "newton", False, None
+    ),
     "context": Known(Context, blocks=0),
 }
 
