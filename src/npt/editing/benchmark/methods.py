@@ -30,6 +30,10 @@ from npt.errors import NPTError
 from npt.tuner.converted import base_of
 
 
+#: A step of `refine` reads about as many tokens as so many passes of one fact.
+STEP = 20
+
+
 @dataclass
 class Setup:
     """The model that every method edits, and the text that none shall disturb.
@@ -273,6 +277,8 @@ class Store(Method):
     def write_many(self, requests: Sequence[Request]) -> None:
         self._store.reopen()
         self.passes += sum(edit.passes for edit in self._store.write_many(requests))
+        if self._store.joint.trained:
+            self.passes += STEP * self._store.refining.steps
 
     def undo(self) -> None:
         self._store.restore([], {}, Joint())
