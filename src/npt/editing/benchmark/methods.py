@@ -29,7 +29,6 @@ from npt.editing.writing import PREFIX_TOKENS, PREFIXES
 from npt.errors import NPTError
 from npt.tuner.converted import base_of
 
-
 #: A step of `refine` reads about as many tokens as so many passes of one fact.
 STEP = 20
 
