@@ -17,9 +17,9 @@ from npt.editing.probes import RELATIONS
 from npt.editing.requests import Request
 
 #: Lists that the base goes on with, names in each, and tokens that it writes.
-LISTS, NAMED, WRITTEN = 64, 4, 32
-#: Tokens that the base writes behind a prompt.
-BEHIND = 10
+LISTS, NAMED, WRITTEN = 192, 4, 32
+#: Tokens at the end of a prompt that count, and tokens that the base writes behind it.
+WITHIN, BEHIND = 6, 10
 _NAME = re.compile(r"[^\W\d_a-z][\w'.&-]*(?: [\w'.&-]+){0,4}")
 _SEED = 0
 
@@ -47,7 +47,7 @@ def neighbours(
     base: Any, tokenizer: Any, prompts: Prompts, requests: Sequence[Request], each: int, most: int
 ) -> list[Place]:
     """Prompts of the requests with other names in place of their subjects, and the texts that they protect; behind each what
-    the base writes, greedily. The position is that of the prompt's last token.
+    the base writes, greedily. The position is that of the first token that counts.
 
     Args:
         base: the causal LM, with nothing at work on it.
@@ -72,7 +72,7 @@ def neighbours(
     rows = (protected + chance.sample(others, len(others)))[:most]
     counts = [min(BEHIND, _room(prompts) - len(ids)) for ids in rows]
     behind = continued(base, tokenizer, rows, counts, lambda ids: False, label="Neighbours")
-    return [Place((*ids, *more), len(ids) - 1) for ids, more in zip(rows, behind, strict=True)]
+    return [Place((*ids, *more), max(1, len(ids) - WITHIN)) for ids, more in zip(rows, behind, strict=True)]
 
 
 def _room(prompts: Prompts) -> int:
