@@ -12,7 +12,7 @@ from torch import Tensor
 from npt.editing.absorbing.choice import Choice, trained_blocks
 from npt.editing.absorbing.dialogue import Dialogue
 from npt.editing.absorbing.files import _setting
-from npt.editing.absorbing.gradient import Trained, Training, check_steps
+from npt.editing.absorbing.gradient import Trained, Training, check_trainable
 from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.patches import Patches
 from npt.editing.absorbing.settings import Options, Setting
@@ -148,9 +148,9 @@ def test_a_projection_without_a_gradient_below_the_blocks_does_not_matter() -> N
     base = base_of("llama")
     module = base.get_submodule("model.layers.1.mlp.down_proj")
     module.forward = lambda x: torch.nn.functional.linear(x, module.weight).detach()
-    check_steps(Blocks(base), 2)
+    check_trainable(Blocks(base), 2)
     with pytest.raises(NPTError, match=r"layers\.1\.mlp\.down_proj \(Linear\) has no gradient"):
-        check_steps(Blocks(base), 0)
+        check_trainable(Blocks(base), 0)
 
 
 def test_a_part_that_turns_gradients_off_on_purpose_is_not_refused() -> None:
@@ -158,7 +158,7 @@ def test_a_part_that_turns_gradients_off_on_purpose_is_not_refused() -> None:
     base = base_of("llama")
     part = base.get_submodule("model.layers.2.mlp")
     part.forward = torch.no_grad()(part.forward)
-    check_steps(Blocks(base), 1)
+    check_trainable(Blocks(base), 1)
 
 
 def test_blocks_are_spread_and_nothing_is_tried_for_steps_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:

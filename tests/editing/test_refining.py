@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from npt import EditStore, load_base
 from npt.editing.keys import Prompts
@@ -65,10 +66,14 @@ def logits(tiny: Any) -> Tensor:
 
 def test_what_is_trained_is_a_function_of_the_facts(tiny: Any) -> None:
     base = logits(tiny)
+    plain = store(tiny, refine=0)
+    plain.write_many(FACTS[:4])
+    solved = delta(plain)
+    plain.close()
     one = store(tiny)
     one.write_many(FACTS[:4])
-    solved = [factors.delta for factors in (one.joint.trained and one.factors).values()]
-    assert set(one.joint.trained) == {2, 3} and same(solved, delta(one))
+    assert set(one.joint.trained) == {2, 3}
+    assert not any(map(torch.equal, solved, delta(one)))
     whole, edited = delta(one), logits(tiny)
     one.undo(one.edits[1].id)
     left = delta(one)
@@ -195,18 +200,119 @@ def test_a_failed_step_leaves_the_store_as_it_was(tiny: Any, monkeypatch: pytest
     one.write_many(FACTS[:2])
     expected, joint = delta(one), one.joint
     monkeypatch.setattr("npt.editing.refining.TEXT", float("nan"))
-    with pytest.raises(NPTError, match="refine: the weight delta of block 2 is not finite after step"):
+    with pytest.raises(NPTError, match="refine: the loss is not finite at step 1 of 3; use refine=0"):
         one.write(**FACTS[2])
-    assert one.joint is joint and same(delta(one), expected) and len(one.edits) == 2
+    with pytest.raises(NPTError, match="refine: the loss is not finite at step 1 of 5"):
+        one.refine(5)
+    assert one.refining.steps == 3 and one.joint is joint and same(delta(one), expected) and len(one.edits) == 2
+
+
+def test_a_store_is_trained_later_and_goes_back(tiny: Any) -> None:
+    one = store(tiny, refine=0)
+    one.write_many(FACTS[:3])
+    solved, held = delta(one), [edit.after for edit in one.edits]
+    one.refine(3)
+    trained = delta(one)
+    assert one.refining.steps == 3 and not any(map(torch.equal, solved, trained))
+    assert [edit.after for edit in one.edits] == [row.after for row in one.verify()]
+    one.refine(0)
+    assert same(delta(one), solved) and [edit.after for edit in one.edits] == held
+    one.close()
+    other = store(tiny)
+    with torch.inference_mode():
+        other.write_many(FACTS[:3])
+    assert same(delta(other), trained)
+
+
+def test_a_closed_store_is_refused_before_any_work(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = store(tiny)
+    one.write_many(FACTS[:2])
+    expected = delta(one)
+    one.close()
+    monkeypatch.setattr("npt.editing.writing.Writer.alone", lambda *args: pytest.fail("a value was looked for"))
+    for act in (lambda: one.write(**FACTS[2]), lambda: one.refine(2)):
+        with pytest.raises(NPTError, match=r"off the model since close\(\); call reopen\(\) first"):
+            act()
+    one.reopen()
+    assert same(delta(one), expected) and len(one.edits) == 2
+
+
+def test_a_store_of_other_text_is_undone_beside_its_own(tiny: Any, tmp_path: Path) -> None:
+    one = store(tiny)
+    one.write_many(FACTS[:3])
+    folder = one.save(tmp_path / "store")
+    one.undo(one.edits[0].id)
+    expected = delta(one)
+    one.close()
+    other = EditStore.load(*tiny, folder, statistics=["Some other text, about a boat."], progress=False)
+    OPEN.append(other)
+    other.undo(other.edits[0].id)
+    assert same(delta(other), expected)
+    with pytest.raises(NPTError, match="same metric, statistics and domain"):
+        other.write(**FACTS[0])
+
+
+def test_a_write_that_was_cut_off_says_so(tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = store(tiny)
+    one.write_many(FACTS[:3], refine=False)
+    folder = one.save(tmp_path / "store")
+    assert json.loads((folder / "edits.json").read_text())["format_version"] == 4
+    one.close()
+    EditStore.load(*tiny, folder, statistics=TEXTS, progress=False).close()
+    assert "its facts are not trained together yet" in caplog.text and "--steps 3` does it" in caplog.text
+
+
+def test_facts_above_their_limit_are_named(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    one = store(tiny, limit=1e-9)
+    one.write_many(FACTS[:2])
+    assert "limit=1e-09: trained together, the edits disturb text by" in caplog.text
+
+
+def test_facts_are_trained_beside_a_context_that_is_at_work(tiny: Any) -> None:
+    one = store(tiny)
+    one.write_many(FACTS[:3])
+    expected = delta(one)
+    one.absorb(
+        "Lily has a red ball.", ["What has Lily?", "Who has a ball?", "What is red?"], ["A red ball.", "Lily.", "The ball."],
+        blocks=[1, 3], style="text", steps=0,
+    )  # fmt: skip
+    assert same(delta(one), expected)
+    one.undo(one.edits[1].id)
+    left = delta(one)
+    one.close()
+    other = store(tiny)
+    other.write_many([FACTS[0], FACTS[2]])
+    assert same(delta(other), left)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(tiny: Any, dtype: str) -> None:
+    one = store(load_base("builtin:tiny", dtype=dtype), ridge=0.3)
+    edits = one.write_many(FACTS)
+    assert one.joint.trained and sum(edit.holds for edit in edits) >= 1
+
+
+def test_a_projection_that_is_a_conv1d_and_facts_of_every_form() -> None:
+    tokenizer = load_base("builtin:tiny")[1]
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=3, n_head=4)
+    one = store((GPT2LMHeadModel(config).eval(), tokenizer), layer=1)
+    one.write_many([
+        {"prompt": "The sun is", "target": "a ball"},
+        {"prompt": "One day, Tim saw a", "subject": "Tim", "target": "cat", "paraphrases": ["In the park, Tim saw a"],
+         "protect": ["The moon is"]},
+    ])  # fmt: skip
+    assert set(one.joint.trained) == {1} and all(factors.delta.isfinite().all() for factors in one.factors.values())
 
 
 def test_stores_that_are_merged_are_trained_as_one(tiny: Any) -> None:
     model, other_model = tiny[0], load_base("builtin:tiny", dtype="float32")[0]
-    one, other = store(tiny), store((other_model, tiny[1]))
+    one, other = store(tiny, refine=0), store((other_model, tiny[1]))
     one.write_many(FACTS[:2])
     other.write_many(FACTS[2:4])
     one.merge(other)
     merged = delta(one)
+    assert one.refining.steps == 3
     one.close()
     both = store((model, tiny[1]))
     both.write_many(FACTS[:4])
@@ -217,7 +323,7 @@ def test_neighbours_are_about_other_names_and_protected_texts(tiny: Any) -> None
     model, tokenizer = tiny
     prompts = Prompts(tokenizer, model.config, vocabulary_size(model))
     pool = names(model, tokenizer, prompts)
-    assert "Emmy Noether" in pool and pool == sorted(set(pool))
+    assert "Emmy Noether" in pool and "Art Tatum" in pool and pool == sorted(set(pool))
     requests = [
         Request("Emmy Noether was born in", "Oslo", "Emmy Noether", protect=("The sun is",)),
         Request("no subject here", "Oslo"),

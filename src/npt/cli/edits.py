@@ -237,7 +237,7 @@ def refine(
     """
     from npt.runs import edits
 
-    edits.check_steps(steps)
+    edits.check_refinable(store, steps)
     with edits.only_process(store):
         for line in edits.refine(edits.opened_there(store, edits.Options(model, set_ or ())), steps, store):
             say(line)

@@ -70,6 +70,11 @@ class DownAdapter:
         own = next(self.down.parameters()).dtype
         return wide_dtype(own) if own.is_floating_point else torch.float32
 
+    @property
+    def at_work(self) -> bool:
+        """True while the hook is on."""
+        return self in self._together
+
     def open(self) -> None:
         """Puts the hook on.
 
@@ -78,14 +83,14 @@ class DownAdapter:
         """
         if getattr(self.base, _OWNER, self._together) is not self._together:
             raise NPTError("the model has an edit store at work; use that one, or take it off with its close()")
-        if self not in self._together:
+        if not self.at_work:
             self._handle = self.down.register_forward_hook(self._add, prepend=self._first)
             self._together.append(self)
             setattr(self.base, _OWNER, self._together)
 
     def close(self) -> None:
         """Takes the hook off."""
-        if self in self._together:
+        if self.at_work:
             self._handle.remove()
             self._together.remove(self)
             if not self._together:

@@ -120,6 +120,11 @@ class Bench:
         for site in self.sites:
             site.adapter.open()
 
+    @property
+    def is_open(self) -> bool:
+        """True while the hooks are on."""
+        return all(site.adapter.at_work for site in self.sites)
+
     def close(self) -> None:
         """Takes the hooks off."""
         for site in self.sites:

@@ -81,11 +81,12 @@ class Descent:
         self.steps += 1
         return found
 
-    def check(self, named: str) -> None:
+    def check(self, named: str, remedy: str) -> None:
         """Checks that the factors are finite.
 
         Args:
             named: what trains them, for the error.
+            remedy: what to do where they are not.
 
         Raises:
             NPTError: not so.
@@ -93,8 +94,7 @@ class Descent:
         for layer, (left, right) in self._pairs.items():
             if not bool(left.isfinite().all() and right.isfinite().all()):
                 raise NPTError(
-                    f"{named}: the weight delta of block {layer} is not finite after step {self.steps}; use a lower rate than "
-                    f"{self.rate:g}, steps=0, or the base in float32"
+                    f"{named}: the weight delta of block {layer} is not finite after step {self.steps}; {remedy}"
                 )
 
     @contextmanager

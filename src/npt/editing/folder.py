@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -42,7 +43,11 @@ from npt.errors import CheckpointError, DataError, NPTError
 if TYPE_CHECKING:
     from npt.editing.store import EditStore
 
+logger = logging.getLogger(__name__)
+
 _PARTS, _FACTORS = ("keys", "whitened", "values"), ("left", "right")
+#: Of the text that training facts together reads.
+_TEXT = ("trained.ids", "trained.lengths")
 
 
 def save_store(store: EditStore, folder: Path) -> Path:
@@ -51,7 +56,10 @@ def save_store(store: EditStore, folder: Path) -> Path:
     check_target(folder)
     blocks, loras = store.contexts.blocks, loras_of(store)
     ledger, trained = store.contexts.ledger, store.joint.trained
-    version = FORMAT_VERSION if trained else 3 if len(store.layers) > 1 else 2 if ledger or not store.layers else 1
+    steps = store.refining.steps
+    version = (
+        FORMAT_VERSION if steps or trained else 3 if len(store.layers) > 1 else 2 if ledger or not store.layers else 1
+    )
     record: dict[str, Any] = {
         "format_version": version,
         "base": recorded_name(getattr(blocks.base.config, "_name_or_path", None)),
@@ -61,7 +69,7 @@ def save_store(store: EditStore, folder: Path) -> Path:
         "ridge": store.ridge,
         "chosen_ridge": store.joint.ridge,
         **({} if store.limit is None else {"limit": store.limit, "chosen_cap": store.joint.cap}),
-        **({"refine": asdict(store.refining), "trained": sorted(trained)} if store.refining.steps or trained else {}),
+        **({"refine": asdict(store.refining), "trained": sorted(trained)} if steps or trained else {}),
         "lora": described(loras),
         "pairs": "",
         "edits": [_written(edit) for edit in store.facts],
@@ -81,6 +89,8 @@ def save_store(store: EditStore, folder: Path) -> Path:
         for layer, factors in trained.items()
         for part in _FACTORS
     }
+    if store.text is not None:
+        tensors |= absorbed.tensors_of_rows(store.text, _TEXT)
     digest = hashlib.sha256(b"".join(name.encode() + tensor_digest(tensors[name]) for name in sorted(tensors)))
     record["pairs"] = f"edits-{digest.hexdigest()[:12]}.safetensors"
 
@@ -170,7 +180,13 @@ def load_store(
                 "restore both from a backup"
             ) from error
         trained = _trained_in(folder, record, tensors)
-        store.restore(read_edits(record), pairs, Joint(record["chosen_ridge"], record.get("chosen_cap"), trained))
+        joint = Joint(record["chosen_ridge"], record.get("chosen_cap"), trained)
+        store.restore(read_edits(record), pairs, joint, _text_in(folder, record, tensors))
+        if store.refining.steps and len(pairs) > 1 and not trained:
+            logger.warning(
+                "store %s: its facts are not trained together yet, a write of them was cut off; `npt edit refine --store %s "
+                "--steps %d` does it", folder, folder, store.refining.steps,
+            )  # fmt: skip
     except BaseException:
         store.close()
         raise
@@ -201,6 +217,8 @@ def _read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     }
     wanted |= absorbed.names_in(record.get("contexts", ()))
     wanted |= {_trained_name(layer, part) for layer in record.get("trained", ()) for part in _FACTORS}
+    if record.get("trained") or (record.get("refine") and set(_TEXT) <= set(tensors)):
+        wanted |= set(_TEXT)
     if wanted != set(tensors):
         odd = min(wanted ^ set(tensors))
         raise CheckpointError(
@@ -243,7 +261,7 @@ def _trained_in(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, T
         whole = all(
             part.dim() == 2 and part.dtype == torch.float64 and bool(part.isfinite().all()) for part in (left, right)
         )
-        pair = next(iter(record["edits"]))["id"]
+        pair = record["edits"][0]["id"]
         keys, values = (
             tensors[_tensor_name(pair, layer, layers_of(record["layer"]), part)] for part in ("keys", "values")
         )
@@ -253,3 +271,19 @@ def _trained_in(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, T
             )
         found[layer] = Factors(left, right)
     return found
+
+
+def _text_in(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[list[int]] | None:
+    """Token ids of the text that training facts together reads; None where the store has none.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    if not set(_TEXT) <= set(tensors):
+        return None
+    try:
+        return absorbed.rows_of(tensors, _TEXT)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"store {folder}: {record['pairs']} is damaged at {one_line(error, 40)}; restore it from a backup"
+        ) from error

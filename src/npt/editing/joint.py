@@ -48,6 +48,15 @@ def together(bench: Bench, found: Mapping[str, Mapping[int, Pairs]], cap: float 
     return {s.layer: shortened(s, joined([found[id][s.layer] for id in ids]), cap) for s in bench.sites}
 
 
+def warn_above(limit: float, bench: Bench, rows: Sequence[Sequence[int]]) -> None:
+    """Warns where facts that were trained together disturb text more than the limit that they were solved for within."""
+    if (kl := mean_kl_of(bench, rows)) > limit:
+        logger.warning(
+            "limit=%g: trained together, the edits disturb text by %.3g nats; refine=0 leaves them as they were solved for",
+            limit, kl,
+        )  # fmt: skip
+
+
 def choose(
     bench: Bench,
     found: Mapping[str, Mapping[int, Pairs]],

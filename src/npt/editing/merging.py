@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from npt.editing.requests import check_together
@@ -35,5 +36,6 @@ def take_over(store: EditStore, other: EditStore) -> None:
     check_mergeable(store, other)
     known = {edit.id for edit in store.edits}
     new = [edit for edit in other.edits if edit.id not in known]
+    store.refining = replace(store.refining, steps=max(store.refining.steps, other.refining.steps))
     store.contexts.merge(other.contexts)
     store.adopt(new, {edit.id: other.pairs_of(edit.id) for edit in other.facts if edit.id not in known}, other.layers)

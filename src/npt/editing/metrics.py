@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from npt.block.families import refuse_mixture
@@ -68,8 +69,8 @@ class Source:
         self.progress = progress
         self._known: Moments = {}
         self._prefixes: dict[tuple[int, int], list[str]] = {}
-        own = metric != "identity" and statistics == "self"
-        self._given = None if own or metric == "identity" else token_rows(tokenizer, list(statistics), "statistics")
+        own = statistics == "self"
+        self._given = None if own else token_rows(tokenizer, list(statistics), "statistics")
         near = None if metric != "domain" else probes.texts() if domain is None else list(domain)
         self._domain = None if near is None else token_rows(tokenizer, near, "domain")
         parts = [metric, "self" if self._given is None else digest_of(self._given)]
@@ -78,6 +79,7 @@ class Source:
         #: Says what the metric is made of, without any work.
         self.name = " ".join(parts) if metric != "identity" else metric
 
+    @torch.inference_mode(False)  # gradients are taken beside them later
     def moments(self, downs: Mapping[int, nn.Module]) -> Moments:
         """{block: its second moment (f, f), float64}: known, from the folder that keeps them, or from one pass over the text.
 

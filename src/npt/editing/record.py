@@ -12,6 +12,7 @@ from npt.common.display import one_line
 from npt.common.fingerprint import is_record
 from npt.common.places import place
 from npt.editing.absorbing import files as absorbed
+from npt.editing.checks import MOST_STEPS
 from npt.editing.requests import NAMES, request_of
 from npt.editing.writing import Edit
 from npt.errors import CheckpointError, DataError, NPTError
@@ -149,7 +150,8 @@ def _is_refine(value: Any) -> bool:
         return True
     if not isinstance(value, dict) or set(value) != {"steps", "terminator"}:
         return False
-    return _is_number(value["steps"]) and type(value["steps"]) is int and isinstance(value["terminator"], str | None)
+    steps = type(value["steps"]) is int and 0 <= value["steps"] <= MOST_STEPS
+    return steps and isinstance(value["terminator"], str | None)
 
 
 def refine_of(record: Mapping[str, Any]) -> dict[str, Any]:

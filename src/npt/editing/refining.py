@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -24,13 +25,12 @@ from npt.common.progress import tracked
 from npt.editing.bench import Bench, chunks
 from npt.editing.descent import Descent, balanced, check_slopes, mean_divergence
 from npt.editing.keys import Place, Target
-from npt.editing.metrics import Source
-from npt.editing.neighbours import neighbours
+from npt.editing.neighbours import fits, neighbours
 from npt.editing.replay import Recording, skipping
-from npt.editing.requests import Request
+from npt.editing.requests import Request, continued
 from npt.editing.solve import Factors
 from npt.editing.trial import margins, word_ends
-from npt.editing.writing import PREFIX_TOKENS, PREFIXES
+from npt.errors import NPTError
 from npt.tuner.converted import eval_mode, run_backbone
 
 #: Nats by which every token of a target shall lead, and half of it the end of its last word.
@@ -133,62 +133,102 @@ class Turns:
     """Pieces of which each is read once before any is again, in another order each time.
 
     Args:
-        pieces: at least one.
+        makers: of each piece, called when it is read for the first time.
         chance: decides the order.
     """
 
-    def __init__(self, pieces: Sequence[Callable[[], Tensor]], chance: torch.Generator):
-        self._pieces, self._chance, self._order = pieces, chance, list[int]()
+    def __init__(self, makers: Sequence[Callable[[], Callable[[], Tensor]]], chance: torch.Generator):
+        self._makers, self._chance, self._order = makers, chance, list[int]()
+        self._made: dict[int, Callable[[], Tensor]] = {}
+
+    @property
+    def count(self) -> int:
+        """Pieces that there are."""
+        return len(self._makers)
 
     def next(self) -> Callable[[], Tensor]:
         """The next piece."""
         if not self._order:
-            self._order = torch.randperm(len(self._pieces), generator=self._chance).tolist()
-        return self._pieces[self._order.pop()]
+            self._order = torch.randperm(len(self._makers), generator=self._chance).tolist()
+        number = self._order.pop()
+        if number not in self._made:
+            self._made[number] = self._makers[number]()
+        return self._made[number]
 
 
 @torch.inference_mode(False)
 def refined(
-    bench: Bench, source: Source, facts: Mapping[str, Request], factors: Mapping[int, Factors], refining: Refining
+    bench: Bench,
+    facts: Mapping[str, Request],
+    factors: Mapping[int, Factors],
+    refining: Refining,
+    text: Sequence[Sequence[int]],
+    prefixes: Sequence[str],
+    progress: bool = False,
 ) -> dict[int, Factors]:
     """{block: weight delta of the facts}, trained together, float64 on the CPU.
 
     Args:
-        bench: the model at the edited blocks, with nothing else at work.
-        source: of the text that shall stay as it is.
+        bench: the model at the edited blocks, with its hooks on and nothing else at work.
         facts: {id: request}.
         factors: {block: weight delta that they are solved for}.
         refining: see `Refining`.
+        text: token ids of text that shall stay as it is.
+        prefixes: nothing, and short texts of the base; those that the window does not hold are left out.
+        progress: show a progress bar.
 
     Raises:
-        NPTError: the base has no gradient, or a factor is not finite any more.
+        NPTError: the base has no gradient, or a loss or factor is not finite.
     """
-    check_slopes(bench.base, bench.first.down, "refine", "use refine=0, or a base whose layers have one")
+    check_refinable(bench)
     chance, requests = torch.Generator().manual_seed(_SEED), [facts[id] for id in sorted(facts)]
-    with bench.off():
-        text, prefixes = source.text(bench.first.width), ["", *source.prefixes(PREFIXES, PREFIX_TOKENS)]
-        near = neighbours(bench.base, bench.tokenizer, bench.prompts, requests, NAMES, ROWS * refining.steps)
     told = [
-        bench.prompts.target(prefix + prompt, request.target, refining.terminator)
-        for prefix in prefixes[: 1 + CONTEXTS]
+        row
+        for number, prefix in enumerate(prefixes[: 1 + CONTEXTS])
         for request in requests
         for prompt in request.prompts
+        if not number or fits(bench.prompts, continued(prefix + prompt, request.target), 1)
+        for row in [bench.prompts.target(prefix + prompt, request.target, refining.terminator)]
     ]
-    pieces = [Place(tuple(row), 0) for row in text[: min(PIECES, TEXTS * refining.steps)]]
+    with bench.off():
+        near = neighbours(bench.base, bench.tokenizer, bench.prompts, requests, NAMES, ROWS * refining.steps)
+    pieces = [Place(tuple(row), 0) for row in text[:PIECES]]
     parts = [
-        Turns([Told(bench, part).missing for part in _batches(told, ROWS, chance)], chance),
-        Turns([Kept(bench, part, TEXT).moved for part in chunks(pieces, TEXTS)], chance),
+        Turns([partial(_told, bench, part) for part in _batches(told, ROWS, chance)], chance),
+        Turns([partial(_kept, bench, part, TEXT) for part in chunks(pieces, TEXTS)], chance),
+        Turns([partial(_kept, bench, part, NEAR) for part in _batches(near, ROWS, chance)], chance),
     ]
-    if near:
-        parts.append(Turns([Kept(bench, part, NEAR).moved for part in _batches(near, ROWS, chance)], chance))
     begin = {layer: balanced(one) for layer, one in factors.items()}
     adapters = {site.layer: site.adapter for site in bench.sites}
     descent = Descent(bench.base, adapters, begin, RATE * _size(begin), refining.steps)
-    for _ in tracked(range(refining.steps), "Training facts together", source.progress, unit="steps"):
-        if not all(math.isfinite(loss) for loss in descent.step([part.next() for part in parts])):
-            break
-    descent.check("refine")
+    remedy = "use refine=0, or the base in float32"
+    for step in tracked(range(refining.steps), "Training facts together", progress, unit="steps"):
+        # A piece is made here, while nothing is at work.
+        found = descent.step([part.next() for part in parts if part.count])
+        if not all(map(math.isfinite, found)):
+            raise NPTError(f"refine: the loss is not finite at step {step + 1} of {refining.steps}; {remedy}")
+    descent.check("refine", remedy)
     return {layer: Factors(one.left.cpu().double(), one.right.cpu().double()) for layer, one in descent.factors.items()}
+
+
+def check_refinable(bench: Bench) -> None:
+    """Checks that facts at some blocks can be trained.
+
+    Raises:
+        NPTError: their hooks are off the model, or the base has no gradient.
+    """
+    if not bench.is_open:
+        raise NPTError("refine: the store's edits are off the model since close(); call reopen() first")
+    with bench.off():
+        check_slopes(bench.base, bench.first.down, "refine", "use refine=0, or a base whose layers have one")
+
+
+def _told(bench: Bench, rows: Sequence[Target]) -> Callable[[], Tensor]:
+    return Told(bench, rows).missing
+
+
+def _kept(bench: Bench, rows: Sequence[Place], weight: float) -> Callable[[], Tensor]:
+    return Kept(bench, rows, weight).moved
 
 
 def _batches(rows: Sequence[_Row], size: int, chance: torch.Generator) -> list[list[_Row]]:

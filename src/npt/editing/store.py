@@ -16,11 +16,11 @@ from npt.editing.absorbing.whole import mean_kl_whole, previewed_whole
 from npt.editing.adapter import DownAdapter
 from npt.editing.bench import Bench
 from npt.editing.checks import checked_layers, checked_limit, checked_ridge, checked_steps, known_ids
-from npt.editing.joint import Joint, choose
+from npt.editing.joint import Joint, choose, warn_above
 from npt.editing.ledger import Ledger
 from npt.editing.measure import Preview, Verification
 from npt.editing.metrics import Source
-from npt.editing.refining import Refining, refined
+from npt.editing.refining import PIECES, Refining, check_refinable, refined
 from npt.editing.requests import NAMES, Request, check_together, request_of
 from npt.editing.scan import SPREAD, choose_layers
 from npt.editing.solve import Pairs
@@ -86,6 +86,7 @@ class EditStore(Ledger):
         shared = statistics, self.source.cache_dir, progress, self._together, self._facts_off
         super().__init__(Contexts(model, tokenizer, *shared), bench)
         self._finds: Writer | None = None
+        self.text: list[list[int]] | None = None
         self.metric, self._refusal = self.source.name, ""
 
     # -- what is at work ---------------------------------------------------------------------------------------------------
@@ -167,6 +168,8 @@ class EditStore(Ledger):
                 self._bench = self._opened(
                     choose_layers(self.source, requests, SPREAD if self.values in SHARING else 1)
                 )
+            if self.refining.steps and len(self._pairs) + len(requests) > 1:  # before any long work
+                check_refinable(self.bench)
             found = self._writer().all(requests, self.progress)
         with self._unchanged_unless_done():
             for request in requests:
@@ -176,10 +179,14 @@ class EditStore(Ledger):
                     note_on(request),
                 )  # fmt: skip
             self._apply(refine)
-            told = measure.readings(self.bench, requests, self.disabled, self.read_back, self.progress)
-            for request, fields in zip(requests, told, strict=True):
-                self._edits[request.id] = replace(self._edits[request.id], **fields)
+            self._read(requests)
         return [self._edits[request.id] for request in requests]
+
+    def _read(self, requests: Sequence[Request]) -> None:
+        """Writes down what comes out of facts now."""
+        told = measure.readings(self.bench, requests, self.disabled, self.read_back, self.progress) if requests else ()
+        for request, fields in zip(requests, told, strict=True):
+            self._edits[request.id] = replace(self._edits[request.id], **fields)
 
     def refine(self, steps: int) -> None:
         """Trains the facts together behind their solve, those that are written later too; 0 goes back to the solve.
@@ -188,15 +195,12 @@ class EditStore(Ledger):
             steps: see `EditStore`.
 
         Raises:
-            NPTError: no whole number from 0, or a base without a gradient; the store is as before then.
+            NPTError: no whole number from 0, or see `npt.editing.refining.refined`; the store is as before then.
         """
-        before, self.refining = self.refining, replace(self.refining, steps=checked_steps(steps))
-        try:
-            with self._unchanged_unless_done():
-                self._apply()
-        except BaseException:
-            self.refining = before
-            raise
+        with self._unchanged_unless_done():
+            self.refining = replace(self.refining, steps=checked_steps(steps))
+            self._apply()
+            self._read([edit.request for edit in self.facts])
 
     def undo(self, id: str, *others: str) -> None:
         """Takes edits back: as if they had never been written. Without any edit left, the base is bit for bit itself.
@@ -206,7 +210,7 @@ class EditStore(Ledger):
             others: of more, which takes one solve together.
 
         Raises:
-            NPTError: no edit has that id.
+            NPTError: no edit has that id, or those that are left can't be trained together; nothing is undone then.
         """
         gone = {id, *others}
         for one in gone:
@@ -214,9 +218,10 @@ class EditStore(Ledger):
                 raise NPTError(f"{one_line(repr(one), 40)}: no edit has that id; {known_ids(self._edits)}")
         with self._unchanged_unless_done():
             self.contexts.undo(gone)
-            self._pairs = {one: pairs for one, pairs in self._pairs.items() if one not in gone}
             self._edits = {one: edit for one, edit in self._edits.items() if one not in gone}
-            self._apply()
+            if gone & set(self._pairs):
+                self._pairs = {one: pairs for one, pairs in self._pairs.items() if one not in gone}
+                self._apply()
 
     def absorb(
         self,
@@ -245,14 +250,13 @@ class EditStore(Ledger):
         with self._unchanged_unless_done():
             found = self.contexts.absorb(context, questions, answers, blocks, options)
             self._edits[found.id] = found
-            self._apply()
         return found
 
     def merge(self, other: EditStore) -> None:
         """Takes over the edits of another store of the same base, and of the same blocks and metric where both hold facts.
 
         Raises:
-            NPTError: other blocks, another metric, or the same prompt with two targets.
+            NPTError: other blocks, another metric, the same prompt with two targets, or facts that can't be trained together.
         """
         from npt.editing.merging import take_over
 
@@ -264,8 +268,9 @@ class EditStore(Ledger):
         if pairs and self._bench is None:
             self._bench = self._opened(layers)
         self._edits.update({edit.id: edit for edit in edits})
-        self._pairs.update(pairs)
-        self._apply()
+        if pairs:
+            self._pairs.update(pairs)
+            self._apply()
 
     # -- proving -----------------------------------------------------------------------------------------------------------
 
@@ -328,10 +333,12 @@ class EditStore(Ledger):
 
         return load_store(cls, model, tokenizer, Path(folder), options)
 
-    def restore(self, edits: Sequence[Edit], pairs: Mapping[str, dict[int, Pairs]], joint: Joint) -> None:
-        """Puts facts to work that were written before, for `load`; `edits` names those that were absorbed too, in order."""
+    def restore(
+        self, edits: Sequence[Edit], pairs: Mapping[str, dict[int, Pairs]], joint: Joint, text: Any = None
+    ) -> None:
+        """Puts facts to work that were written before, and `text` of `beside`; `edits` names those absorbed too, in order."""
         self._edits, self._pairs = {edit.id: edit for edit in edits}, dict(pairs)
-        self.joint = joint
+        self.joint, self.text = joint, text
         self._set()
 
     def refuse_writing(self, why: str, metric: str) -> None:
@@ -350,27 +357,42 @@ class EditStore(Ledger):
     @contextmanager
     def _unchanged_unless_done(self) -> Iterator[None]:
         """Puts edits, contexts and weight deltas back where a `with` block fails."""
-        before = dict(self._edits), dict(self._pairs), self.joint
+        before = dict(self._edits), dict(self._pairs), self.joint, self.refining
         try:
             with self.contexts.unchanged_unless_done():
                 yield
         except BaseException:
-            self._edits, self._pairs, self.joint = before
+            self._edits, self._pairs, self.joint, self.refining = before
             self._set()
             raise
 
     def _apply(self, refine: bool = True) -> None:
         """Chooses how facts are solved for, trains them together, and puts the joint weight delta to work."""
         self.joint, requests = Joint(), {id: self._edits[id].request for id in self._pairs}
-        if requests:
-            self.joint = choose(self.bench, self._pairs, requests, self.ridge, self.limit, self.contexts.watched_rows)
+        watched = self.contexts.watched_rows
+        with self.contexts.patches.off():  # all of it is about the base, whatever is absorbed
+            if requests:
+                self.joint = choose(self.bench, self._pairs, requests, self.ridge, self.limit, watched)
             if refine and self.refining.steps and len(requests) > 1:
-                if self._refusal:
-                    raise NPTError(self._refusal)
-                with self.contexts.patches.off():  # as keys and values, it is about the base
-                    trained = refined(self.bench, self.source, requests, self.factors, self.refining)
+                beside = self.beside(), self._writer().prefixes()
+                trained = refined(self.bench, requests, self.factors, self.refining, *beside, self.progress)
                 self.joint = replace(self.joint, trained=trained)
-        self._set()
+            self._set()
+            if self.joint.trained and self.limit is not None:
+                warn_above(self.limit, self.bench, watched())
+
+    def beside(self) -> list[list[int]]:
+        """Token ids of the text that training facts together reads, which the store's folder keeps.
+
+        Raises:
+            NPTError: the store was loaded with other text than its facts were written beside.
+        """
+        if self.text is None:
+            if self._refusal:
+                raise NPTError(self._refusal)
+            with self.bench.off():
+                self.text = self.source.text(self.bench.first.width)[:PIECES]
+        return self.text
 
     def _set(self) -> None:
         if self._bench is not None:

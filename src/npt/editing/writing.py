@@ -91,8 +91,10 @@ class Writer:
         for text in request.protect:
             self.bench.prompts.ids(text)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def all(self, requests: Sequence[Request], progress: bool) -> dict[str, Found]:
-        """{id: pairs of each edit}; all are checked before the first is looked for."""
+        """{id: pairs of each edit}; all are checked before the first is looked for, in a caller's inference mode too."""
         for request in requests:
             self.check(request)
         shown = tracked(requests, "Writing edits", progress and len(requests) > 1, unit="edits")

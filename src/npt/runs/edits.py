@@ -22,7 +22,7 @@ from npt.data.sources import TextFiles
 from npt.editing.absorbing.absorbed import Absorbed
 from npt.editing.checks import MOST_STEPS
 from npt.editing.export import gguf_name, read_loras, write_gguf
-from npt.editing.folder import copy_lora
+from npt.editing.folder import check_target, copy_lora
 from npt.editing.measure import holding, mean_kl_of
 from npt.editing.record import EDITS, read_edits, read_record
 from npt.editing.requests import Request, check_together
@@ -175,51 +175,63 @@ def edits_in(folder: Path) -> list[Edit]:
 
 
 def write_edits(store: EditStore, requests: Sequence[Request], folder: Path | None) -> Iterator[Edit]:
-    """Writes requests part by part, each saved before the next begins; yields the edits. A refined store is trained behind
-    the last part.
+    """Writes requests part by part, each saved before the next begins; yields the edits.
+
+    A store whose facts are trained together is trained once, behind the last part.
 
     Args:
         folder: None saves nothing.
     """
+    steps = store.refining.steps
     for start in range(0, len(requests), PART):
-        edits = store.write_many(requests[start : start + PART], refine=start + PART >= len(requests))
+        edits = store.write_many(requests[start : start + PART], refine=False)
         if folder is not None:
             store.save(folder)
-        yield from edits
+        if not steps:
+            yield from edits
+    if steps:
+        store.refine(steps)
+        if folder is not None:
+            store.save(folder)
+        new = {request.id for request in requests}
+        yield from (edit for edit in store.edits if edit.id in new)
 
 
-def check_steps(steps: int) -> None:
-    """Checks the steps of `refine`, before a model is loaded.
+def check_refinable(folder: Path, steps: int) -> None:
+    """Checks that a store's facts can be trained so many steps, before a model is loaded.
 
     Raises:
-        NPTError: out of range.
+        NPTError: steps out of range, fewer than two facts, or a folder that can't be written.
+        CheckpointError: a damaged store.
     """
     if not 0 <= steps <= MOST_STEPS:
         raise NPTError(f"--steps {steps}: use a whole number from 0 to {MOST_STEPS:,}")
-
-
-def refine(store: EditStore, steps: int, folder: Path) -> Iterator[str]:
-    """Trains a store's facts together and saves it; lines that say what that changed.
-
-    Raises:
-        NPTError: fewer than two facts, or see `EditStore.refine`.
-    """
-    count = len(store.facts)
-    if count < 2:
+    count = sum(not isinstance(edit, Absorbed) for edit in edits_in(folder))
+    if steps and count < 2:
         raise NPTError(
             f"{folder}: holds {count} fact{'s' * (count != 1)}, and two or more are trained together; write others"
         )
+    check_target(folder)
+
+
+def refine(store: EditStore, steps: int, folder: Path) -> list[str]:
+    """Trains a store's facts together and saves it; lines that say what that changed.
+
+    Raises:
+        NPTError: see `EditStore.refine`.
+    """
+    if not store.facts:
+        store.refine(steps)
+        store.save(folder)
+        return ["no fact is there"]
     ask, rows = holding(store.bench, [edit.request for edit in store.facts]), store.contexts.watched_rows()
-
-    def now() -> tuple[int, float]:
-        return sum(ask()), mean_kl_of(store.bench, rows)
-
-    held, moved = now()
+    held, moved = sum(ask()), mean_kl_of(store.bench, rows)
     store.refine(steps)
-    holds, moves = now()
-    yield f"{holds} of {count} facts hold, {held} before"
-    yield f"other text moves by {moves:.4f} nats a token, {moved:.4f} before"
     store.save(folder)
+    return [
+        f"{sum(ask())} of {len(store.facts)} facts hold, {held} before",
+        f"other text moves by {mean_kl_of(store.bench, rows):.4f} nats a token, {moved:.4f} before",
+    ]
 
 
 def export(folder: Path, output: Path, kind: str, options: Options) -> None:

@@ -22,7 +22,7 @@ from npt.editing.absorbing.absorbed import Absorbed, Compared, Figures, id_of
 from npt.editing.absorbing.choice import LAM, MU, Choice, block_sets, trained_blocks
 from npt.editing.absorbing.dialogue import Conversation, Dialogue, context_from, shown
 from npt.editing.absorbing.general import CHOOSING, REPORTING, WATCHED_FOR_FACTS, GeneralText
-from npt.editing.absorbing.gradient import BETA, PIECES, Trained, Training, check_steps
+from npt.editing.absorbing.gradient import BETA, PIECES, Trained, Training, check_trainable
 from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.patches import Patches
 from npt.editing.absorbing.questions import Asked
@@ -107,7 +107,7 @@ class Contexts:
         own = [self.ledger[id] for id in sorted(self.ledger)]
         setting = self.setting()
         if setting.steps:
-            check_steps(self.blocks, min(setting.blocks))
+            check_trainable(self.blocks, min(setting.blocks))
         with self.facts_off(), self.patches.opened():
             self.patches.set({})
             learnt = [conversation for one in own for conversation in one.learnt]
@@ -246,7 +246,7 @@ class Contexts:
         own = [one.setting for one in self.ledger.values()]
         if options.steps or any(one.steps for one in own):
             new = [trained_blocks(len(self.blocks)), *block_sets(len(self.blocks))] if named is None else [named]
-            check_steps(self.blocks, min(min(blocks) for blocks in (*new, *(one.blocks for one in own))))
+            check_trainable(self.blocks, min(min(blocks) for blocks in (*new, *(one.blocks for one in own))))
 
     def watched_rows(self) -> list[list[int]]:
         """Token ids of the base's own text, on which settings are chosen."""

@@ -57,12 +57,33 @@ def tensors_of(contexts: Contexts) -> dict[str, Tensor]:
         for side in _SIDES:
             ids = [token for c in (*one.learnt, *one.reported) for token in getattr(c, side)]
             found[f"{id}.{side}"] = torch.tensor(ids, dtype=torch.int32)
-    rows = contexts.general.rows()
-    found[TEXT[0]] = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
-    found[TEXT[1]] = torch.tensor([len(row) for row in rows], dtype=torch.int32)
+    found |= tensors_of_rows(contexts.general.rows(), TEXT)
     for layer, factors in contexts.factors.items():
         found |= {f"block{layer}.left": factors.left.contiguous(), f"block{layer}.right": factors.right.contiguous()}
     return found
+
+
+def tensors_of_rows(rows: Sequence[Sequence[int]], names: tuple[str, str]) -> dict[str, Tensor]:
+    """Token ids of rows in two tensors: all of them, and the length of each row.
+
+    Args:
+        rows: token ids.
+        names: of the two tensors.
+    """
+    ids = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
+    return {names[0]: ids, names[1]: torch.tensor([len(row) for row in rows], dtype=torch.int32)}
+
+
+def rows_of(tensors: Mapping[str, Tensor], names: tuple[str, str]) -> list[list[int]]:
+    """The rows of `tensors_of_rows`.
+
+    Raises:
+        ValueError: the two tensors do not fit each other.
+    """
+    lengths = tensors[names[1]].tolist()
+    if any(length < 1 for length in lengths) or sum(lengths) != len(tensors[names[0]]):
+        raise ValueError(names[1])
+    return [part.tolist() for part in tensors[names[0]].split(lengths)]
 
 
 def names_in(records: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -168,10 +189,7 @@ def put_back(contexts: Contexts, records: Sequence[Mapping[str, Any]], tensors: 
     if not records:
         return []
     ledger = [read(record, tensors) for record in records]
-    lengths = tensors[TEXT[1]].tolist()
-    if any(length < 1 for length in lengths) or sum(lengths) != len(tensors[TEXT[0]]):
-        raise ValueError(TEXT[1])
-    rows = [part.tolist() for part in tensors[TEXT[0]].split(lengths)]
+    rows = rows_of(tensors, TEXT)
     factors = {}
     for layer in sorted({block for one in ledger for block in one.setting.blocks}):
         if layer >= len(contexts.blocks):

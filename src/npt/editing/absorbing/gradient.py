@@ -44,7 +44,7 @@ class Training:
     seed: int = 0
 
 
-def check_steps(blocks: Blocks, layer: int) -> None:
+def check_trainable(blocks: Blocks, layer: int) -> None:
     """Checks that blocks can be trained.
 
     Args:
@@ -124,7 +124,8 @@ class Trained:
             loss = self._step(self._batch())
             if not math.isfinite(loss):
                 break
-        self._descent.check("absorb")
+        remedy = f"use a lower rate than {self.training.rate:g}, steps=0, or the base in float32"
+        self._descent.check("absorb", remedy)
         for layer, factors in self.factors.items():
             self.adapters[layer].set(factors)
         return loss
