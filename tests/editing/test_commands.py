@@ -65,7 +65,7 @@ def test_an_edit_that_does_not_hold_names_a_remedy(capsys: pytest.CaptureFixture
     request = Request("the home of Ada is", "Oslo", "Ada")
     for values, holds in (("newton", False), ("newton", True), ("optimised", False)):
         show_edit(Edit(request.id, request, (1,), values, 10, "a", "b", holds))
-        assert ("remedy  of many facts, fewer in one store" in capsys.readouterr().out) == (
+        assert ("remedy  of many facts, npt edit refine" in capsys.readouterr().out) == (
             values == "newton" and not holds
         )
 
@@ -133,7 +133,7 @@ def test_a_file_of_edits_is_written_once_and_undone_in_any_order(
 
 
 def test_facts_are_trained_together_and_go_back(
-    local_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    local_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, file = tmp_path / "more", tmp_path / "edits.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in MORE))
@@ -142,7 +142,10 @@ def test_facts_are_trained_together_and_go_back(
     refine = ["--quiet", "edit", "refine", "--store", str(folder)]
     assert main(refine) == 2 and "holds 1 fact, and two or more are trained together" in capsys.readouterr().err
     assert main([*refine, "--steps", "-1"]) == 2 and "--steps -1: use a whole number from 0" in capsys.readouterr().err
-    assert main([*write, "--file", str(file)]) == 0
+    monkeypatch.setattr("npt.runs.edits.MANY", 3)
+    hint = f"3 facts at once disturb other text and each other: npt edit refine --store {folder}"
+    assert hint not in capsys.readouterr().out
+    assert main([*write, "--file", str(file)]) == 0 and hint in capsys.readouterr().out
     solved = (folder / "adapter_model.safetensors").read_bytes()
     assert main([*refine, "--steps", "2"]) == 0
     said = capsys.readouterr().out
@@ -155,7 +158,7 @@ def test_facts_are_trained_together_and_go_back(
     ids = [str(edit["id"]) for edit in edits(folder)]
     assert main(["--quiet", "edit", "undo", ids[0], "--store", str(folder)]) == 0
     assert json.loads((folder / "edits.json").read_text())["trained"] == [1]
-    assert main([*write, *FACT]) == 0
+    assert main([*write, *FACT]) == 0 and hint not in capsys.readouterr().out
     assert (folder / "adapter_model.safetensors").read_bytes() == trained
     assert main([*refine, "--steps", "0"]) == 0
     assert (folder / "adapter_model.safetensors").read_bytes() == solved

@@ -87,18 +87,16 @@ def write(
 
     Shows the text that the base and the edited model write behind each prompt.
     """
-    from npt.editing.folder import check_target
     from npt.runs import edits
 
     requests, places = _requests(file, prompt, subject, target, paraphrase, protect)
-    check_target(store)
+    edits.check_target(store)
     new = edits.new_requests(store, requests, places)
     if not new:
         say(f"{store}: holds these edits already; nothing to write")
         return
     options = edits.Options(model, set_ or (), layer, metric, values, ridge, limit, statistics or ())
-    options.store()
-    edits.config_for(options, edits.base_in(store))
+    edits.check_options(options, store)
     if preview:
         for written in edits.write_edits(edits.opened(store, options), new, None):
             _show(written)
@@ -107,7 +105,7 @@ def write(
         new = edits.new_requests(store, requests, places)
         for written in edits.write_edits(edits.opened(store, options), new, store):
             _show(written)
-    say(f"store: {store}")
+    _say_written(store)
 
 
 @app.command()
@@ -314,6 +312,16 @@ def _requests(
     return [request_of(said, "npt edit write")], ["npt edit write"]
 
 
+def _say_written(store: Path) -> None:
+    from npt.runs.edits import untrained
+
+    if count := untrained(store):
+        say(
+            f"{count} facts at once disturb other text and each other: npt edit refine --store {store} trains them together"
+        )
+    say(f"store: {store}")
+
+
 def _show_absorbed(found: Absorbed) -> None:
     for row in found.compared:
         say(f"{one_line(row.question)}  (KL {row.kl_before:.3f} -> {row.kl_after:.3f})")
@@ -335,6 +343,6 @@ def _show(found: Edit) -> None:
     say(f"  before  {one_line(found.before)}")
     say(f"  after   {one_line(found.after)}{'' if found.holds else '   (DOES NOT HOLD)'}")
     if not found.holds and found.values == "newton":
-        say("  remedy  of many facts, fewer in one store; of one, another --layer in another store")
+        say("  remedy  of many facts, npt edit refine; of one, another --layer in another store")
     if found.note:
         say(f"  note    {found.note}")

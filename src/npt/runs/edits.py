@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 BASE = "model.base_model_name"
 #: Edits that are written between two saves: a process that is killed loses no more than these.
 PART = 32
+#: Facts from which on training them together is worth a line.
+MANY = 8
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,16 @@ def config_for(options: Options, recorded: str | None) -> RunConfig:
     if name is None and not any(override.startswith(f"{BASE}=") for override in options.overrides):
         raise NPTError("--model: no base is named, and the store records none; name one, such as builtin:smollm2-135m")
     return load_config(None, options.overrides, below={} if name is None else {BASE: name})
+
+
+def check_options(options: Options, folder: Path) -> None:
+    """Checks the options of a store's folder before anything is loaded.
+
+    Raises:
+        NPTError: see `Options.store` and `config_for`.
+    """
+    options.store()
+    config_for(options, base_in(folder))
 
 
 def is_store(folder: Path) -> bool:
@@ -195,6 +207,13 @@ def write_edits(store: EditStore, requests: Sequence[Request], folder: Path | No
             store.save(folder)
         new = {request.id for request in requests}
         yield from (edit for edit in store.edits if edit.id in new)
+
+
+def untrained(folder: Path) -> int:
+    """The number of a store's facts where they are many and not trained together; else 0."""
+    record = read_record(folder)
+    count = len(record["edits"])
+    return count if count >= MANY and not record.get("trained") else 0
 
 
 def check_refinable(folder: Path, steps: int) -> None:
