@@ -254,6 +254,7 @@ def test_an_interrupt_while_the_ridge_is_chosen_leaves_a_store_that_is_saved(
 ) -> None:
     one = store(llama)
     fact = one.write(**FACT)
+    other = one.write(**{**FACT, "prompt": f"About it: {FACT['prompt']}"})
     edit = absorb(one, ONE)
     before, ridge = logits(llama), one.chosen_ridge
 
@@ -262,10 +263,10 @@ def test_an_interrupt_while_the_ridge_is_chosen_leaves_a_store_that_is_saved(
 
     monkeypatch.setattr("npt.editing.joint.automatic_ridge", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        absorb(one, OTHER)
+        one.write(**{**FACT, "prompt": f"Here: {FACT['prompt']}"})
     with pytest.raises(KeyboardInterrupt):
-        one.undo(edit.id)
-    assert [found.id for found in one.edits] == [fact.id, edit.id] and torch.equal(logits(llama), before)
+        one.undo(edit.id, other.id)
+    assert [found.id for found in one.edits] == [fact.id, other.id, edit.id] and torch.equal(logits(llama), before)
     one.save(tmp_path / "s")
     assert json.loads((tmp_path / "s" / "edits.json").read_text())["chosen_ridge"] == ridge == one.chosen_ridge
 
