@@ -221,7 +221,7 @@ def test_of_two_targets_for_one_fact_a_batch_holds_the_first(
 def test_only_methods_of_several_blocks_take_several(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, known in BASELINES.items():
         monkeypatch.setitem(METHODS, name, known)
-    names = {"newton", "optimised", "memit", "alphaedit", "ultraedit"}
+    names = {"newton", "refined", "optimised", "memit", "alphaedit", "ultraedit"}
     several = [f"{name}.layers=(1,2)" for name in names]
     assert set(options_of(several)) == names
     for name in set(METHODS) - set(options_of(several)):
