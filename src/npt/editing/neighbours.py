@@ -25,7 +25,7 @@ _NAME = re.compile(r"[^\W\d_a-z][\w'.&-]*(?: [\w'.&-]+){0,4}")
 _SEED = 0
 
 
-def names(base: Any, tokenizer: Any, prompts: Prompts) -> list[str]:
+def names(base: Any, tokenizer: Any, prompts: Prompts, progress: bool = False) -> list[str]:
     """Names of people, places and things: the package's, and what the base goes on with behind lists of them, if
     its window holds one.
 
@@ -33,19 +33,26 @@ def names(base: Any, tokenizer: Any, prompts: Prompts) -> list[str]:
         base: the causal LM, with nothing at work on it.
         tokenizer: the model's.
         prompts: the model's.
+        progress: show a progress bar.
     """
     known = [name for _, _, subjects in RELATIONS for name in subjects]
     chance = random.Random(_SEED)
     texts = [f"Well-known names: {', '.join(chance.sample(known, NAMED))}," for _ in range(LISTS)]
     lists = [prompts.ids(text) for text in texts if fits(prompts, text, WRITTEN)]
     counts = [WRITTEN] * len(lists)
-    found = continued(base, tokenizer, lists, counts, lambda ids: False, seed=_SEED, label="Names")
+    found = continued(base, tokenizer, lists, counts, lambda ids: False, seed=_SEED, label="Names", progress=progress)
     parts = [part.strip() for ids in found for part in tokenizer.decode(ids, skip_special_tokens=True).split(",")[:-1]]
     return sorted({*known, *(part for part in parts if _NAME.fullmatch(part))})
 
 
 def neighbours(
-    base: Any, tokenizer: Any, prompts: Prompts, requests: Sequence[Request], each: int, most: int
+    base: Any,
+    tokenizer: Any,
+    prompts: Prompts,
+    requests: Sequence[Request],
+    each: int,
+    most: int,
+    progress: bool = False,
 ) -> list[Place]:
     """Prompts of the requests with other names in place of their subjects, and the texts that they protect; behind each what
     the base writes, greedily. The position is that of the prompt's last token.
@@ -57,10 +64,11 @@ def neighbours(
         requests: the facts. One without a subject has no neighbours.
         each: names for each prompt.
         most: prompts, at most; those that are protected come first.
+        progress: show progress bars.
     """
     own = {prompt for request in requests for prompt in request.prompts}
     subjects = [re.compile(rf"\b{re.escape(request.subject)}\b") for request in requests if request.subject]
-    pool = [name for name in names(base, tokenizer, prompts) if not any(one.search(name) for one in subjects)]
+    pool = [name for name in names(base, tokenizer, prompts, progress) if not any(one.search(name) for one in subjects)]
     chance = random.Random(_SEED)
     others = [
         text
@@ -73,7 +81,9 @@ def neighbours(
     ]
     texts = [text for request in requests for text in request.protect] + chance.sample(others, len(others))
     rows = [prompts.ids(text) for text in texts[:most] if fits(prompts, text, BEHIND)]
-    behind = continued(base, tokenizer, rows, [BEHIND] * len(rows), lambda ids: False, label="Neighbours")
+    behind = continued(
+        base, tokenizer, rows, [BEHIND] * len(rows), lambda ids: False, label="Neighbours", progress=progress
+    )
     return [Place((*ids, *more), len(ids) - 1) for ids, more in zip(rows, behind, strict=True)]
 
 

@@ -191,7 +191,8 @@ def refined(
         for row in [bench.prompts.target(prefix + prompt, request.target, refining.terminator)]
     ]
     with bench.off():
-        near = neighbours(bench.base, bench.tokenizer, bench.prompts, requests, NAMES, ROWS * refining.steps)
+        most = ROWS * refining.steps
+        near = neighbours(bench.base, bench.tokenizer, bench.prompts, requests, NAMES, most, progress)
     pieces = [Place(tuple(row), 0) for row in text[:PIECES]]
     parts = [
         Turns([partial(_told, bench, part) for part in _batches(told, ROWS, chance)], chance),
