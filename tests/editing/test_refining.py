@@ -107,8 +107,8 @@ def test_steps_mend_what_facts_do_to_text_and_neighbours(tiny: Any) -> None:
             near = neighbours(bench.base, bench.tokenizer, bench.prompts, requests, 4, 96)
         with torch.no_grad():
             found[steps] = (
-                float(told.missing()),
-                float(Kept(bench, near, 1.0).moved()),
+                float(told.loss()),
+                float(Kept(bench, near, 1.0).loss()),
                 mean_kl_of(bench, one.source.text(0)),
             )
         one.close()

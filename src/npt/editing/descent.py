@@ -106,6 +106,12 @@ class Descent:
             yield
 
 
+def turns(count: int, chance: torch.Generator) -> Iterator[int]:
+    """Numbers below a count without end, each once before any comes again, in another order each time."""
+    while count:
+        yield from reversed(torch.randperm(count, generator=chance).tolist())
+
+
 def zero(shapes: Mapping[int, tuple[int, int]], rank: int, seed: int = 0) -> dict[int, Factors]:
     """{block: factors as PEFT begins a LoRA}: right random, left zero.
 

@@ -11,7 +11,7 @@ AdamW, from those of the solve. The result is a function of the facts, in the or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -23,7 +23,7 @@ from npt.block.probing import logit_head
 from npt.common.precision import wide
 from npt.common.progress import tracked
 from npt.editing.bench import Bench, chunks
-from npt.editing.descent import Descent, balanced, check_slopes, mean_divergence
+from npt.editing.descent import Descent, balanced, check_slopes, mean_divergence, turns
 from npt.editing.keys import Place, Target
 from npt.editing.neighbours import fits, neighbours
 from npt.editing.replay import Recording, skipping
@@ -95,7 +95,7 @@ class Told:
         self._continuing, self._count = bench.prompts.continuing, len(rows)
         self._head = logit_head(bench.base)
 
-    def missing(self) -> Tensor:
+    def loss(self) -> Tensor:
         """Nats that the margins of targets, and of the ends of their words, lack of their goals, summed over a prompt."""
         logits = wide(self._head(self._rows.last()))
         targets, ends = logits[: len(self._target)], logits[len(self._target) :]
@@ -116,44 +116,14 @@ class Kept:
 
     def __init__(self, bench: Bench, rows: Sequence[Place], weight: float):
         spots = [(i, t) for i, row in enumerate(rows) for t in range(row.position, len(row.ids))]
-        self._rows, self._weight, self._head = (
-            Rows(bench, [row.ids for row in rows], spots),
-            weight,
-            logit_head(bench.base),
-        )
+        self._rows = Rows(bench, [row.ids for row in rows], spots)
+        self._weight, self._head = weight, logit_head(bench.base)
         with torch.no_grad(), bench.off():
             self._given = self._rows.last()
 
-    def moved(self) -> Tensor:
+    def loss(self) -> Tensor:
         """The mean divergence from the base, in nats, times its weight."""
         return self._weight * mean_divergence(self._head, self._given, self._rows.last())
-
-
-class Turns:
-    """Pieces of which each is read once before any is again, in another order each time.
-
-    Args:
-        makers: of each piece, called when it is read for the first time.
-        chance: decides the order.
-    """
-
-    def __init__(self, makers: Sequence[Callable[[], Callable[[], Tensor]]], chance: torch.Generator):
-        self._makers, self._chance, self._order = makers, chance, list[int]()
-        self._made: dict[int, Callable[[], Tensor]] = {}
-
-    @property
-    def count(self) -> int:
-        """Pieces that there are."""
-        return len(self._makers)
-
-    def next(self) -> Callable[[], Tensor]:
-        """The next piece."""
-        if not self._order:
-            self._order = torch.randperm(len(self._makers), generator=self._chance).tolist()
-        number = self._order.pop()
-        if number not in self._made:
-            self._made[number] = self._makers[number]()
-        return self._made[number]
 
 
 @torch.inference_mode(False)
@@ -194,18 +164,19 @@ def refined(
         most = ROWS * refining.steps
         near = neighbours(bench.base, bench.tokenizer, bench.prompts, requests, NAMES, most, progress)
     pieces = [Place(tuple(row), 0) for row in text[:PIECES]]
-    parts = [
-        Turns([partial(_told, bench, part) for part in _batches(told, ROWS, chance)], chance),
-        Turns([partial(_kept, bench, part, TEXT) for part in chunks(pieces, TEXTS)], chance),
-        Turns([partial(_kept, bench, part, NEAR) for part in _batches(near, ROWS, chance)], chance),
+    parts: list[Sequence[Callable[[], Told | Kept]]] = [
+        [partial(Told, bench, part) for part in _batches(told, ROWS, chance)],
+        [partial(Kept, bench, part, TEXT) for part in chunks(pieces, TEXTS)],
+        [partial(Kept, bench, part, NEAR) for part in _batches(near, ROWS, chance)],
     ]
+    streams = [_pieces(makers, chance) for makers in parts if makers]
     begin = {layer: balanced(one) for layer, one in factors.items()}
     adapters = {site.layer: site.adapter for site in bench.sites}
     descent = Descent(bench.base, adapters, begin, RATE * _size(begin), refining.steps)
     remedy = "use refine=0, or the base in float32"
     for step in tracked(range(refining.steps), "Training facts together", progress, unit="steps"):
         # A piece is made here, while nothing is at work.
-        found = descent.step([part.next() for part in parts if part.count])
+        found = descent.step([next(stream).loss for stream in streams])
         if not all(map(math.isfinite, found)):
             raise NPTError(f"refine: the loss is not finite at step {step + 1} of {refining.steps}; {remedy}")
     descent.check("refine", remedy)
@@ -224,12 +195,13 @@ def check_refinable(bench: Bench) -> None:
         check_slopes(bench.base, bench.first.down, "refine", "use refine=0, or a base whose layers have one")
 
 
-def _told(bench: Bench, rows: Sequence[Target]) -> Callable[[], Tensor]:
-    return Told(bench, rows).missing
-
-
-def _kept(bench: Bench, rows: Sequence[Place], weight: float) -> Callable[[], Tensor]:
-    return Kept(bench, rows, weight).moved
+def _pieces(makers: Sequence[Callable[[], Told | Kept]], chance: torch.Generator) -> Iterator[Told | Kept]:
+    """Pieces in turns, each made when it is read for the first time; its rows are read below the edits then."""
+    made: dict[int, Told | Kept] = {}
+    for number in turns(len(makers), chance):
+        if number not in made:
+            made[number] = makers[number]()
+        yield made[number]
 
 
 def _batches(rows: Sequence[_Row], size: int, chance: torch.Generator) -> list[list[_Row]]:

@@ -21,7 +21,7 @@ from npt.common.progress import tracked
 from npt.editing.absorbing.lesson import Apart, Lesson
 from npt.editing.absorbing.stream import Blocks
 from npt.editing.adapter import DownAdapter
-from npt.editing.descent import Descent, check_slopes, mean_divergence
+from npt.editing.descent import Descent, check_slopes, mean_divergence, turns
 from npt.editing.solve import Factors
 
 #: The weight of text, conversations of a step, and pieces of text, where a context is absorbed.
@@ -80,8 +80,8 @@ class Trained:
         together: list[DownAdapter] | None = None,
     ):
         self.blocks, self.training = lesson.blocks, training
-        self._chance = torch.Generator().manual_seed(training.seed)
-        order = torch.randperm(len(lesson.conversations), generator=self._chance).tolist()
+        chance = torch.Generator().manual_seed(training.seed)
+        order = torch.randperm(len(lesson.conversations), generator=chance).tolist()
         self._batches = [lesson.part(order[at : at + training.batch]) for at in range(0, len(order), training.batch)]
         self._text, lowest = [piece.copy() for piece in text], min(factors)
         for apart in (*self._batches, *self._text):
@@ -97,7 +97,7 @@ class Trained:
         except BaseException:
             self.close()
             raise
-        self._order: list[int] = []
+        self._turns = turns(len(self._batches), chance)
 
     @property
     def steps(self) -> int:
@@ -121,7 +121,7 @@ class Trained:
         """
         loss = 0.0
         for _ in tracked(range(steps), "Training", progress, unit="steps"):
-            loss = self._step(self._batch())
+            loss = self._step(self._batches[next(self._turns)])
             if not math.isfinite(loss):
                 break
         remedy = f"use a lower rate than {self.training.rate:g}, steps=0, or the base in float32"
@@ -134,12 +134,6 @@ class Trained:
         """Takes the factors off the model."""
         for adapter in self.adapters.values():
             adapter.close()
-
-    def _batch(self) -> Apart:
-        """The next batch; each is read once before any is again."""
-        if not self._order:
-            self._order = torch.randperm(len(self._batches), generator=self._chance).tolist()
-        return self._batches[self._order.pop()]
 
     def _step(self, batch: Apart) -> float:
         losses = [partial(self._loss, batch, self.training.tokens)]
